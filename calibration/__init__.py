@@ -1,0 +1,1 @@
+"""Calibration: from a checkpoint and a corpus to spike statistics and a recipe."""

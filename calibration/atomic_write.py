@@ -1,0 +1,80 @@
+"""Artifacts appear whole or not at all: written under a temporary name, synced, then renamed."""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from spike_export.calibration.errors import ArtifactError
+
+
+def describe_os_error(error: OSError, path: Path) -> str:
+    """Return one line for a failed write: what failed, where, and what to do."""
+    remedies = {
+        errno.ENOSPC: "the disk is full; free space there or choose another place",
+        errno.EDQUOT: "the disk quota is used up; free space there or choose another place",
+        errno.EACCES: "permission denied; choose a place you may write to",
+        errno.EPERM: "permission denied; choose a place you may write to",
+        errno.EROFS: "the file system is read-only; choose a place you may write to",
+        errno.ENOTDIR: "a part of this path is a file, not a folder; choose another place",
+    }
+    return f"{path}: cannot write: {remedies.get(error.errno or 0, error.strerror or str(error))}"
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Flush a file, or each file of a folder, to the disk, so that the rename cannot outrun the data."""
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+    for file in files:
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling of `path`; rename it to `path` when the block ends well.
+
+    The block creates a file or a folder at the yielded path. A previous artifact of that name is replaced
+    only then. When the block raises, the temporary is removed and the previous artifact stays.
+
+    Raises:
+        ArtifactError: The place cannot be written to (no permission, disk full, ...).
+    """
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove(temporary)
+        yield temporary
+        _sync(temporary)
+        if path.is_dir():
+            # rename(2) cannot replace a folder that has content: move the old one aside first.
+            retired = path.with_name(f".{path.name}.retired")
+            _remove(retired)
+            path.rename(retired)
+            temporary.rename(path)
+            _remove(retired)
+        else:
+            temporary.replace(path)
+    except OSError as error:
+        _remove(temporary)
+        raise ArtifactError(describe_os_error(error, path)) from error
+    except BaseException:
+        _remove(temporary)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

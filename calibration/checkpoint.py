@@ -1,0 +1,116 @@
+"""One view of a model, whatever file it comes from: configuration, tokenizer, and tensors read when asked for."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spike_export.calibration.decoder_config import DecoderConfig, tensor_shapes
+from spike_export.calibration.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+EMBEDDING = "model.embed_tokens.weight"
+LM_HEAD = "lm_head.weight"
+
+
+class TensorSource(Protocol):
+    """Where tensors come from. Shapes cost nothing; a tensor is read, and decoded, each time it is asked for."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """HF tensor name → shape."""
+
+    def read(self, name: str) -> NDArray[np.float32]:
+        """Read one tensor as float32 (exact for float16 and bfloat16; dequantized for GGUF's block formats)."""
+
+    def sha256(self) -> str:
+        """Hash of the weight files' content, in hexadecimal."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model to calibrate and export.
+
+    Attributes:
+        name: Short name of the source (no path), for reports.
+        config: The decoder.
+        tensors: The weights.
+        tokenizer: transformers' fast tokenizer, or None when the checkpoint has none.
+        generation_config: Content of `generation_config.json`; may be empty.
+    """
+
+    name: str
+    config: DecoderConfig
+    tensors: TensorSource
+    tokenizer: "PreTrainedTokenizerBase | None"
+    generation_config: Mapping[str, Any]
+
+    def tensor(self, name: str) -> NDArray[np.float32]:
+        """Read one tensor by HF name; the tied head and embedding stand in for each other."""
+        shapes = self.tensors.shapes
+        if name not in shapes and self.config.tie_word_embeddings and name in (LM_HEAD, EMBEDDING):
+            name = EMBEDDING if name == LM_HEAD else LM_HEAD
+        return self.tensors.read(name)
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """The beginning-of-sequence id: the tokenizer's, else the configuration's, else the EOS id.
+
+        Source: method, "b = BOS id; if the model has none, its EOS id".
+        """
+        candidates = (
+            getattr(self.tokenizer, "bos_token_id", None),
+            self.config.bos_token_id,
+            getattr(self.tokenizer, "eos_token_id", None),
+            *self.config.eos_token_ids,
+        )
+        return next((token for token in candidates if token is not None), None)
+
+
+def validate_shapes(config: DecoderConfig, source: TensorSource, place: str) -> None:
+    """Refuse a checkpoint that lacks a tensor of the decoder or holds one of another shape.
+
+    Raises:
+        CheckpointError: Names the first such tensor, and how many there are.
+    """
+    found = source.shapes
+    tied = config.tie_word_embeddings and LM_HEAD in found
+    faults = []
+    for name, shape in tensor_shapes(config).items():
+        actual = found.get(LM_HEAD if tied and name == EMBEDDING and name not in found else name)
+        if actual is None:
+            faults.append(f"tensor {name} is missing")
+        elif tuple(actual) != shape:
+            faults.append(f"tensor {name} has shape {list(actual)}, the configuration says {list(shape)}")
+    if faults:
+        more = f" (and {len(faults) - 1} more faults)" if len(faults) > 1 else ""
+        raise CheckpointError(f"{place}: {faults[0]}{more}; the checkpoint is incomplete or of another model")
+
+
+def open_checkpoint(source: str) -> Checkpoint:
+    """Open a local HF directory, a `.gguf` file, or a hub id.
+
+    Nothing is unpickled and no remote code runs. Only headers are read here; tensors are read when asked for.
+
+    Raises:
+        CheckpointError: The source does not exist, is damaged, or is not a supported architecture.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise CheckpointError(f"{source}: not a .gguf file; give an HF directory, a .gguf file or a hub id")
+        from spike_export.calibration.gguf_checkpoint import open_gguf
+
+        return open_gguf(path)
+    from spike_export.calibration.hf_checkpoint import download_snapshot, looks_like_hub_id, open_hf_directory
+
+    if path.is_dir():
+        return open_hf_directory(path, path.resolve().name)
+    if looks_like_hub_id(source):
+        return open_hf_directory(download_snapshot(source), source)
+    raise CheckpointError(f"{source}: no such file or directory; give an HF directory, a .gguf file or a hub id")

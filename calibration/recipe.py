@@ -1,0 +1,189 @@
+"""The recipe: the one document that calibration hands to export. Readable, versioned, editable by hand."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from spike_export.calibration.atomic_write import write_text
+from spike_export.calibration.errors import RecipeError
+
+RECIPE_FORMAT = 1
+
+Dtype = Literal["float32", "float16", "bfloat16"]
+"""Precision of whatever is not quantized."""
+
+WeightScheme = Literal["int8-per-channel", "int8-per-tensor"]
+
+QMAX = 127
+"""Largest quantized magnitude; symmetric, so that a scale is amax / 127."""
+
+
+class _Document(BaseModel):
+    """A part of the recipe: immutable, and unknown keys are refused (a typo must not be ignored)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelSource(_Document):
+    """Which checkpoint the recipe belongs to."""
+
+    source: str
+    architecture: str
+    sha256: str
+
+
+class CorpusSource(_Document):
+    """Which tokens it was measured on."""
+
+    name: str
+    sha256: str
+    samples: int
+    length: int
+    seed: int
+
+
+class Scheme(_Document):
+    """Number formats of the quantized linears and of all else."""
+
+    weights: WeightScheme = "int8-per-channel"
+    activations: Literal["int8-per-tensor-static"] = "int8-per-tensor-static"
+    unquantized: Dtype = "float16"
+
+
+class Prefix(_Document):
+    """QFeP: token ids whose key/value cache stands before every sequence.
+
+    Attributes:
+        ratio: The worst max-median ratio of any module once the prefix is in place.
+    """
+
+    token_ids: tuple[int, ...] = Field(min_length=1)
+    text: str
+    ratio: float
+
+
+class ModulePlan(_Document):
+    """What becomes of one linear module.
+
+    Attributes:
+        precision: `int8`, or the format that is kept.
+        activation_scale: Step of the input's per-tensor quantization (amax / 127); required for int8.
+        ratio: Max-median ratio of the input.
+        reason: Why a module is not quantized.
+    """
+
+    precision: Literal["int8", "float16", "bfloat16", "float32"]
+    activation_scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    ratio: float | None = None
+    reason: str | None = None
+
+    @model_validator(mode="after")
+    def _int8_needs_a_scale(self) -> "ModulePlan":
+        if self.precision == "int8" and self.activation_scale is None:
+            raise ValueError("precision int8 needs an activation_scale")
+        return self
+
+
+class CurvePoint(_Document):
+    """One evaluated set: the modules with the highest ratios kept, the rest quantized.
+
+    Attributes:
+        fp16_modules: Linears kept in 16 bit (siblings counted).
+        alpha: Threshold that yields this set; modules with ratio > alpha are kept.
+        perplexity: On the calibration windows, with the scheme simulated.
+    """
+
+    fp16_modules: int
+    alpha: float
+    perplexity: float
+
+
+class PrefixCandidate(_Document):
+    """One prefix that competed (an empty one stands for no prefix).
+
+    Attributes:
+        worst_module: The module with the highest ratio, which is `ratio`.
+        perplexity: With every linear quantized and this prefix in place, on the calibration windows; None
+            when the candidate was turned down before.
+    """
+
+    token_ids: tuple[int, ...]
+    text: str
+    worst_module: str
+    ratio: float
+    perplexity: float | None = None
+    verdict: str
+
+
+class Search(_Document):
+    """How the choices were made, kept so that they can be questioned."""
+
+    reference_perplexity: float | None = None
+    curve: tuple[CurvePoint, ...] = ()
+    prefixes: tuple[PrefixCandidate, ...] = ()
+
+
+class Recipe(_Document):
+    """A complete plan: for every decoder linear its precision, scale and why, and which prefix.
+
+    `modules` is keyed by HF module name. Modules that share an input share its scale bit for bit, because
+    TensorRT merges their products only then.
+    """
+
+    format: Literal[1] = RECIPE_FORMAT
+    model: ModelSource
+    corpus: CorpusSource
+    scheme: Scheme
+    alpha: float | None
+    prefix: Prefix | None
+    modules: Mapping[str, ModulePlan]
+    search: Search = Search()
+
+    @property
+    def prefix_ids(self) -> tuple[int, ...]:
+        """Token ids of the prefix; empty when there is none."""
+        return self.prefix.token_ids if self.prefix else ()
+
+    def kept(self) -> tuple[str, ...]:
+        """Names of the linears that are not quantized."""
+        return tuple(name for name, plan in self.modules.items() if plan.precision != "int8")
+
+
+def activation_scale(amax: float) -> float:
+    """Return the step of a symmetric INT8 quantizer for a tensor whose largest magnitude is `amax`.
+
+    The result is a float32 value, so that the recipe, the simulation and the graph agree to the last bit.
+    A tensor that is all zeros gets the smallest step that float32 divides by without overflow.
+    """
+    import numpy as np
+
+    if not math.isfinite(amax) or amax < 0:
+        raise RecipeError(f"amax is {amax}; expected a finite value >= 0: the calibration forward overflowed")
+    return float(np.float32(max(amax, 1e-5) / QMAX))
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    """Write a recipe atomically, as indented JSON."""
+    write_text(path, json.dumps(recipe.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n")
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read and validate a recipe.
+
+    Raises:
+        RecipeError: The file is missing, not JSON, or not a recipe; the first fault is named.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot read the recipe: {getattr(error, 'strerror', None) or error}") from error
+    try:
+        return Recipe.model_validate_json(text)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        where = ".".join(str(part) for part in fault["loc"]) or "the document"
+        raise RecipeError(f"{path}: {where}: {fault['msg']}") from error

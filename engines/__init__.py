@@ -1,0 +1,1 @@
+"""Engines: run, check and build what export wrote."""

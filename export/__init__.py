@@ -1,0 +1,1 @@
+"""Export: from a checkpoint and a recipe to an ONNX bundle."""
