@@ -4,7 +4,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from spike_export.calibration.errors import ArtifactError
@@ -24,10 +24,12 @@ def describe_os_error(error: OSError, path: Path) -> str:
 
 
 def _remove(path: Path) -> None:
+    """Remove a file or folder if it is there; what cannot be removed is overwritten or reported by the next step."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink()
 
 
 def _sync(path: Path) -> None:

@@ -132,7 +132,7 @@ def decoder_config(raw: Mapping[str, Any], place: str) -> DecoderConfig:
 
 
 def _family(raw: Mapping[str, Any], place: str) -> Family:
-    model_type = raw.get("model_type")
+    model_type = str(raw.get("model_type"))
     if model_type in FAMILIES:
         return FAMILIES[model_type]
     lacks = [key for key in _REQUIRED if key not in raw]

@@ -11,8 +11,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from spike_export.calibration.atomic_write import write_text
 from spike_export.calibration.errors import RecipeError
 
-RECIPE_FORMAT = 1
-
 Dtype = Literal["float32", "float16", "bfloat16"]
 """Precision of whatever is not quantized."""
 
@@ -134,7 +132,7 @@ class Recipe(_Document):
     TensorRT merges their products only then.
     """
 
-    format: Literal[1] = RECIPE_FORMAT
+    format: Literal[1] = 1
     model: ModelSource
     corpus: CorpusSource
     scheme: Scheme
@@ -166,9 +164,14 @@ def activation_scale(amax: float) -> float:
     return float(np.float32(max(amax, 1e-5) / QMAX))
 
 
+def recipe_text(recipe: Recipe) -> str:
+    """Return the recipe as its file holds it: indented JSON."""
+    return json.dumps(recipe.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
+
+
 def save_recipe(recipe: Recipe, path: Path) -> None:
-    """Write a recipe atomically, as indented JSON."""
-    write_text(path, json.dumps(recipe.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n")
+    """Write a recipe atomically."""
+    write_text(path, recipe_text(recipe))
 
 
 def load_recipe(path: Path) -> Recipe:

@@ -43,7 +43,8 @@ class ModuleSpikes:
         """[samples] Maximum over lower median of the token scales, per sample."""
         lower_median = np.sort(self.token_amax, axis=1)[:, (self.token_amax.shape[1] - 1) // 2]
         # A sample whose median token is exactly zero has no scale to compare with; the floor keeps it finite.
-        return (self.token_amax.max(axis=1) / np.maximum(lower_median, np.finfo(np.float32).tiny)).astype(np.float32)
+        ratios: Floats = self.token_amax.max(axis=1) / np.maximum(lower_median, np.finfo(np.float32).tiny)
+        return ratios
 
     @property
     def ratio(self) -> float:

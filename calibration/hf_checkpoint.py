@@ -1,0 +1,199 @@
+"""Checkpoints in Hugging Face's layout: `config.json`, safetensors (sharded or not), tokenizer files."""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spike_export.calibration.checkpoint import Checkpoint, validate_shapes
+from spike_export.calibration.decoder_config import decoder_config
+from spike_export.calibration.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_INDEX = "model.safetensors.index.json"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_DTYPES = ("F32", "F16", "BF16")
+
+
+def hash_files(files: tuple[Path, ...]) -> str:
+    """Return the SHA-256 of the files' contents, one after another, in hexadecimal."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class SafetensorsSource:
+    """Tensors of one or more safetensors files.
+
+    Attributes:
+        files: Tensor name → the file that holds it.
+    """
+
+    files: Mapping[str, Path]
+
+    @cached_property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """HF tensor name → shape, from the files' headers."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for file in sorted(set(self.files.values())):
+            with _open_safetensors(file) as handle:
+                held = set(handle.keys())
+                for name in (name for name, place in self.files.items() if place == file):
+                    if name not in held:
+                        raise CheckpointError(f"{file}: tensor {name} is missing from this shard; download it again")
+                    view = handle.get_slice(name)
+                    if view.get_dtype() not in _DTYPES:
+                        raise CheckpointError(
+                            f"{file}: tensor {name} has type {view.get_dtype()}; supported: {', '.join(_DTYPES)}"
+                        )
+                    shapes[name] = tuple(view.get_shape())
+        return shapes
+
+    def read(self, name: str) -> NDArray[np.float32]:
+        """Read one tensor as float32."""
+        import torch
+
+        file = self.files.get(name)
+        if file is None:
+            raise CheckpointError(f"tensor {name} is not in the checkpoint")
+        with _open_safetensors(file) as handle:
+            # Through torch, because numpy has no bfloat16; the widening to float32 is exact.
+            tensor: NDArray[np.float32] = handle.get_tensor(name).to(torch.float32).numpy()
+        return tensor
+
+    def sha256(self) -> str:
+        """Hash of the weight files in name order."""
+        return self._sha256
+
+    @cached_property
+    def _sha256(self) -> str:
+        return hash_files(tuple(sorted(set(self.files.values()))))
+
+
+def _open_safetensors(file: Path) -> Any:
+    """Open a safetensors file for reading through torch; the data stay on the disk."""
+    from safetensors import safe_open
+
+    try:
+        return safe_open(file, framework="pt")
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file}: this shard is missing; download it again") from error
+    except Exception as error:  # safetensors' own error type, and OSError
+        raise CheckpointError(f"{file}: damaged safetensors file ({error}); download it again") from error
+
+
+def _weight_files(directory: Path) -> Mapping[str, Path]:
+    index = directory / _INDEX
+    if index.exists():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise CheckpointError(f"{index}: has no weight_map; download it again")
+        return {name: directory / str(file) for name, file in weight_map.items()}
+    found = sorted(directory.glob("*.safetensors"))
+    if not found:
+        pickled = next(
+            iter(sorted([*directory.glob("*.bin"), *directory.glob("*.pt"), *directory.glob("*.pth")])), None
+        )
+        remedy = (
+            f"only {pickled.name}, which is a pickle and never loaded: convert it to safetensors"
+            if pickled
+            else "expected model.safetensors"
+        )
+        raise CheckpointError(f"{directory}: no safetensors weights ({remedy})")
+    files: dict[str, Path] = {}
+    for file in found:
+        with _open_safetensors(file) as handle:
+            files.update(dict.fromkeys(handle.keys(), file))
+    return files
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        CheckpointError: The file is missing, not JSON, or not an object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: this file is missing; is {path.parent} a model directory?") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a JSON object")
+    return content
+
+
+def _tokenizer(directory: Path) -> "PreTrainedTokenizerBase | None":
+    if not any((directory / name).exists() for name in _TOKENIZER_FILES):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # whatever a damaged file makes the tokenizer raise
+        raise CheckpointError(f"{directory}: cannot load the tokenizer: {error}") from error
+    return tokenizer
+
+
+def open_hf_directory(directory: Path, name: str) -> Checkpoint:
+    """Open a directory in HF's layout.
+
+    Raises:
+        CheckpointError: A file is missing or damaged, a tensor is missing or of a wrong shape, or the architecture
+            is not supported.
+    """
+    config_file = directory / "config.json"
+    config = decoder_config(read_json(config_file), str(config_file))
+    source = SafetensorsSource(_weight_files(directory))
+    validate_shapes(config, source, str(directory))
+    generation = directory / "generation_config.json"
+    return Checkpoint(
+        name=name,
+        config=config,
+        tensors=source,
+        tokenizer=_tokenizer(directory),
+        generation_config=read_json(generation) if generation.exists() else {},
+    )
+
+
+def looks_like_hub_id(source: str) -> bool:
+    """Return whether `source` has the form `organization/name`."""
+    return _HUB_ID.fullmatch(source) is not None
+
+
+def download_snapshot(hub_id: str) -> Path:
+    """Return the local folder of a hub model, downloading what is needed (safetensors and JSON only).
+
+    Raises:
+        CheckpointError: The hub cannot be reached, or has no such model.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                hub_id, allow_patterns=["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "merges.txt"]
+            )
+        )
+    except Exception as error:  # network, authentication, no such repository: each has its own type
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{hub_id}: no such local path, and the hub download failed ({reason}); "
+            "give a local directory or a .gguf file to work offline"
+        ) from error

@@ -1,0 +1,184 @@
+"""The accuracy check for the reader: `check.json` as a table on a terminal, as plain lines elsewhere."""
+
+import json
+import math
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from spike_export.calibration.errors import ArtifactError
+from spike_export.cli.visible_text import visible
+
+NOT_MEASURED = "n/a"
+
+HEADINGS = ("variant", "perplexity", "increase", "top-1 agreement", "KL (nats)", "INT8", "kept", "prefix")
+
+
+class _Part(BaseModel):
+    """A part of `check.json`; keys of a newer writer are ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class CheckCorpus(_Part):
+    """The text that was evaluated."""
+
+    name: str = "unnamed"
+    windows: int | None = None
+    length: int | None = None
+
+
+class CheckReference(_Part):
+    """The model with nothing quantized."""
+
+    perplexity: float
+
+
+class CheckVariant(_Part):
+    """One way to quantize, against the reference.
+
+    Attributes:
+        increase: Of the perplexity, as a fraction of the reference's.
+        top1_agreement: Share of positions with the same most likely token, 0 to 1.
+        kl_divergence: Mean over positions, in nats.
+        shipped: Whether this is the bundle's own variant.
+    """
+
+    name: str
+    perplexity: float
+    increase: float | None = None
+    top1_agreement: float | None = None
+    kl_divergence: float | None = None
+    int8_linears: int | None = None
+    kept_linears: int | None = None
+    prefix_length: int | None = None
+    shipped: bool = False
+
+
+class CheckGate(_Part):
+    """A limit that the shipped variant had to keep."""
+
+    name: str
+    limit: float
+    value: float
+    passed: bool
+
+
+class Check(_Part):
+    """The content of `check.json`."""
+
+    corpus: CheckCorpus = CheckCorpus()
+    dtype: str = "float16"
+    reference: CheckReference
+    variants: tuple[CheckVariant, ...] = ()
+    gates: tuple[CheckGate, ...] = ()
+
+    @property
+    def shipped(self) -> CheckVariant | None:
+        """The variant that the bundle holds; None when no variant is marked."""
+        return next((variant for variant in self.variants if variant.shipped), None)
+
+
+def load_check(path: Path) -> Check:
+    """Read `check.json`.
+
+    Raises:
+        ArtifactError: The file is missing, not JSON, or not a check.
+    """
+    try:
+        return Check.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except ValidationError as error:
+        fault = error.errors()[0]
+        where = ".".join(str(part) for part in fault["loc"]) or "the document"
+        raise ArtifactError(f"{path}: {where}: {fault['msg']}; run the check again") from error
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path}: cannot read the check ({error}); run the check again") from error
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """Return a measured value with `digits` significant digits."""
+    if value is None or math.isnan(value):
+        return NOT_MEASURED
+    return f"{value:.{digits}g}" if abs(value) < 10**digits else f"{value:.0f}"
+
+
+def percent(fraction: float | None, signed: bool = False) -> str:
+    """Return a fraction as a percentage."""
+    if fraction is None or not math.isfinite(fraction):
+        return NOT_MEASURED
+    return f"{100 * fraction:+.2f} %" if signed else f"{100 * fraction:.2f} %"
+
+
+def count(value: int | None) -> str:
+    """Return a count, or that it was not given."""
+    return NOT_MEASURED if value is None else str(value)
+
+
+def check_rows(check: Check) -> list[tuple[str, ...]]:
+    """Return one row per variant under `HEADINGS`, the reference first."""
+    reference = (f"reference ({visible(check.dtype)})", f"{check.reference.perplexity:.3f}", "", "", "", "", "", "")
+    return [reference, *(_row(variant) for variant in check.variants)]
+
+
+def _row(variant: CheckVariant) -> tuple[str, ...]:
+    return (
+        visible(variant.name) + (" (shipped)" if variant.shipped else ""),
+        f"{variant.perplexity:.3f}",
+        percent(variant.increase, signed=True),
+        percent(variant.top1_agreement),
+        number(variant.kl_divergence, 3),
+        count(variant.int8_linears),
+        count(variant.kept_linears),
+        count(variant.prefix_length),
+    )
+
+
+def corpus_sentence(check: Check) -> str:
+    """Return on what the figures were measured."""
+    windows = f", {check.corpus.windows} windows" if check.corpus.windows is not None else ""
+    length = f" of {check.corpus.length} tokens" if windows and check.corpus.length is not None else ""
+    return f"Measured on {visible(check.corpus.name)}{windows}{length}, against {visible(check.dtype)}."
+
+
+def gate_sentence(gate: CheckGate) -> str:
+    """Return one line for a gate."""
+    verdict = "passed" if gate.passed else "MISSED"
+    return f"{verdict}: {visible(gate.name)} is {number(gate.value)}, limit {number(gate.limit)}"
+
+
+def check_table(check: Check) -> Table:
+    """Return the check as a table for a terminal."""
+    table = Table(title="Accuracy", caption=Text(corpus_sentence(check)), title_justify="left", caption_justify="left")
+    for heading in HEADINGS:
+        table.add_column(heading, justify="left" if heading == HEADINGS[0] else "right", overflow="fold")
+    shipped = [False, *(variant.shipped for variant in check.variants)]
+    for row, bold in zip(check_rows(check), shipped, strict=True):
+        # As Text: names come from a file, and brackets in a string would be read as markup.
+        table.add_row(*(Text(cell) for cell in row), style="bold" if bold else None)
+    return table
+
+
+def plain_lines(check: Check) -> list[str]:
+    """Return the check as aligned plain text."""
+    rows = [HEADINGS, *check_rows(check)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADINGS))]
+    lines = [corpus_sentence(check)]
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def print_check(check: Check, console: Console) -> None:
+    """Print table and gates; without boxes and colours when the console is not a terminal."""
+    if console.is_terminal:
+        console.print(check_table(check))
+    else:
+        for line in plain_lines(check):
+            console.print(Text(line), soft_wrap=True)
+    for gate in check.gates:
+        style = "green" if gate.passed else "bold red"
+        console.print(Text(gate_sentence(gate), style=style), soft_wrap=True)

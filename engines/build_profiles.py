@@ -1,0 +1,131 @@
+"""Optimization profiles of the decoder graph: which shapes a plan accepts, and which it is tuned for."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from spike_export.calibration.errors import EngineError
+from spike_export.engines.build_options import DEFAULT_CONTEXT, BatchRange, BuildOptions, ProfileName
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GraphInput:
+    """A graph input; None stands for a dimension that is known only when it runs."""
+
+    name: str
+    shape: tuple[int | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ShapeRange:
+    """Smallest, tuned-for and largest shape of one input."""
+
+    smallest: Shape
+    typical: Shape
+    largest: Shape
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """The shapes of all inputs in one use of the plan."""
+
+    name: ProfileName
+    shapes: dict[str, ShapeRange]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Resolved sizes, in tokens.
+
+    Attributes:
+        context: Most own tokens of a sequence.
+        typical_prompt: New tokens prefill is tuned for.
+        max_prompt: Most new tokens of one call.
+        prefix: P, tokens the graph itself puts before a fresh sequence.
+    """
+
+    batch: BatchRange
+    context: int
+    typical_prompt: int
+    max_prompt: int
+    prefix: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    """Sizes of one call: new tokens, length of the cache handed in, own tokens the mask speaks of."""
+
+    new: int
+    past: int
+    own: int
+
+
+def resolve_limits(options: BuildOptions, prefix: int, max_positions: int | None) -> Limits:
+    """Fill in the defaults and compare them with the model.
+
+    Args:
+        prefix: P.
+        max_positions: Own tokens the model can place, prefix not counted; None when unknown.
+
+    Raises:
+        EngineError: More context is asked for than the model has, or a call larger than the context.
+    """
+    ceiling = max_positions or DEFAULT_CONTEXT
+    context = options.max_context or min(DEFAULT_CONTEXT, ceiling)
+    if max_positions is not None and context > max_positions:
+        raise EngineError(f"max_context is {context}, but the model ends at {max_positions} tokens")
+    longest = options.max_prompt or context
+    if longest > context:
+        raise EngineError(f"max_prompt is {longest}, more than max_context ({context})")
+    return Limits(options.batch, context, min(options.typical_prompt, longest), longest, prefix)
+
+
+def make_profiles(inputs: Sequence[GraphInput], names: Sequence[ProfileName], limits: Limits) -> tuple[Profile, ...]:
+    """Return one profile per name, in that order.
+
+    Raises:
+        EngineError: The graph has an input of another kind than those of the dynamic-cache decoder.
+    """
+    return tuple(
+        Profile(
+            name,
+            {graph_input.name: _shape_range(graph_input, _sizes(name, limits), limits.batch) for graph_input in inputs},
+        )
+        for name in names
+    )
+
+
+def _sizes(name: ProfileName, limits: Limits) -> tuple[_Sizes, _Sizes, _Sizes]:
+    """Return smallest, typical and largest sizes; each is a call that could happen.
+
+    For every call `past + new = own + P`, where P is missing from `past` in a fresh sequence only. TensorRT
+    evaluates the graph's shape arithmetic at each of the three, so they must agree with one another. That is why
+    `own` reaches beyond the context in the largest prefill: the longest prompt after the longest past.
+    """
+    p, context = limits.prefix, limits.context
+    if name == "decode":
+        half = max(context // 2, 2)
+        return _Sizes(1, p + 1, 2), _Sizes(1, p + half - 1, half), _Sizes(1, p + context - 1, context)
+    typical, longest = limits.typical_prompt, limits.max_prompt
+    return _Sizes(1, 0, 1), _Sizes(typical, 0, typical), _Sizes(longest, p + context - 1, context - 1 + longest)
+
+
+def _shape_range(graph_input: GraphInput, sizes: tuple[_Sizes, _Sizes, _Sizes], batch: BatchRange) -> ShapeRange:
+    batches = (batch.smallest, batch.typical, batch.largest)
+    shapes = [_shape(graph_input, rows, size) for rows, size in zip(batches, sizes, strict=True)]
+    return ShapeRange(*shapes)
+
+
+def _shape(graph_input: GraphInput, rows: int, size: _Sizes) -> Shape:
+    name, shape = graph_input.name, graph_input.shape
+    if name in ("input_ids", "position_ids") and len(shape) == 2:
+        return (rows, size.new)
+    if name == "attention_mask" and len(shape) == 2:
+        return (rows, size.own)
+    if name.startswith("past_key_values.") and len(shape) == 4 and shape[1] is not None and shape[3] is not None:
+        return (rows, shape[1], size.past, shape[3])
+    raise EngineError(
+        f"graph input {name!r} of shape {list(shape)} is not one of the dynamic-cache decoder "
+        "(input_ids, attention_mask, position_ids, past_key_values.N.key|value); export the bundle again"
+    )

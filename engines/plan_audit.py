@@ -1,0 +1,227 @@
+"""Proof of precision: which products a plan really runs in INT8, read from the program text inside the plan.
+
+TensorRT-RTX 1.7 stores each program as text: declarations of tensors with their types, then operations that name
+the ONNX nodes they stand for. The format is undocumented. A plan without such text is reported as such, and the
+tests hold a sabotaged graph that must be found out, so that a change of format cannot pass for a success.
+"""
+
+import mmap
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from spike_export.calibration.errors import EngineError
+
+NOT_FOUND = "not found"
+WEIGHT_ONLY = "int8 weights only"
+"""The weight is stored in INT8 and dequantized before a floating-point product."""
+
+_PROGRAM = b"descriptors {"
+_NAME_SUFFIX = re.compile(r"(_U\d+)?( \[profile \d+\])?$")
+_ACCELERATORS = re.compile(r"accelerators=\{([^}]*)\}")
+_PROFILE = re.compile(r"\[profile (\d+)\]")
+_TENSOR = re.compile(r"^  (?:sub_)?tensor=\{(.*)\}$", re.MULTILINE)
+_TENSOR_NAME = re.compile(r' name="([^"]*)"')
+_TENSOR_TYPE = re.compile(r" type=(\w+)")
+_PAYLOAD = re.compile(r"\bconst_payload_size=(\d+)")
+_PRODUCT = re.compile(r'^  fully_connected=\{ name="([^"]*)" .*? input=\{([^}]*)\}', re.MULTILINE)
+_KERNEL = re.compile(r'^  (?:runtime_fusion|function)=\{.*? input_args=\{([^}]*)\}.* layers="([^"]*)"', re.MULTILINE)
+_LAYER = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
+_QUOTED = re.compile(r'"([^"]*)"')
+
+_PRECISIONS: Mapping[str, str] = {
+    "int8": "int8",
+    "half": "float16",
+    "bf16": "bfloat16",
+    "bfloat16": "bfloat16",
+    "float": "float32",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleAudit:
+    """What became of one module.
+
+    Attributes:
+        planned: `int8` or a floating-point format.
+        found: Every precision its product has in some profile, sorted; `not found` where a profile lacks it.
+    """
+
+    module: str
+    planned: str
+    found: tuple[str, ...]
+
+    @property
+    def as_planned(self) -> bool:
+        """An INT8 module runs in INT8 in every profile; any other was found in every profile, never in INT8."""
+        if self.planned == "int8":
+            return self.found == ("int8",)
+        return not {"int8", WEIGHT_ONLY, NOT_FOUND} & set(self.found)
+
+
+@dataclass(frozen=True, slots=True)
+class PlanAudit:
+    """The verdict over a plan.
+
+    Attributes:
+        targets: Compute capabilities the programs name, e.g. `SM86`.
+        profiles: Profiles with a program of their own; 0 when the plan holds no readable program.
+        int8_products: Matrix products with two INT8 operands, all profiles together; merged modules are one.
+        other_products: All other matrix products, those of attention without a fused kernel included.
+    """
+
+    targets: tuple[str, ...]
+    profiles: int
+    int8_products: int
+    other_products: int
+    modules: tuple[ModuleAudit, ...]
+
+    @property
+    def readable(self) -> bool:
+        """Whether the plan holds program text at all; without it nothing is proved either way."""
+        return self.profiles > 0
+
+    @property
+    def deviations(self) -> tuple[ModuleAudit, ...]:
+        """Modules that do not run as planned."""
+        return tuple(module for module in self.modules if not module.as_planned)
+
+
+def audit_plan(plan_path: Path, planned: Mapping[str, str]) -> PlanAudit:
+    """Compare a plan with what was asked for.
+
+    Args:
+        planned: HF module name → `int8`, `float16`, `bfloat16` or `float32`. The module's product is the ONNX node
+            `<module>.MatMul`.
+
+    Raises:
+        EngineError: The plan cannot be read.
+    """
+    try:
+        with plan_path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            programs = list(_programs(data))
+    except (OSError, ValueError) as error:  # ValueError: mmap refuses an empty file
+        raise EngineError(f"{plan_path}: cannot read the plan: {error}") from error
+    profiles = sorted({program.profile for program in programs if program.targets})
+    findings = [_findings([program for program in programs if program.profile == profile]) for profile in profiles]
+    modules = tuple(ModuleAudit(name, planned[name], _found(name, findings)) for name in planned)
+    products = [precision for program in programs for precision in program.products.values()]
+    kernels = sum(finding.in_kernel for found in findings for name, finding in found.items() if name in planned)
+    int8 = products.count("int8")
+    targets = {target: None for program in programs for target in program.targets}
+    return PlanAudit(tuple(targets), len(profiles), int8, len(products) - int8 + kernels, modules)
+
+
+@dataclass(frozen=True, slots=True)
+class _Kernel:
+    """A generated kernel: the precision of its largest constant, and the modules whose products it mentions."""
+
+    precision: str
+    modules: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Program:
+    """One program of the plan.
+
+    Attributes:
+        targets: Empty for the inner program of a fused kernel, which its caller's targets hold for.
+        profile: Index of the optimization profile.
+        products: Name of a matrix product → the precision it runs in.
+    """
+
+    targets: tuple[str, ...]
+    profile: int
+    products: Mapping[str, str]
+    kernels: tuple[_Kernel, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Finding:
+    """A module's precision in one profile; `in_kernel` when a generated kernel, not a product, computes it."""
+
+    precision: str
+    in_kernel: bool
+
+
+def _found(module: str, findings: Sequence[Mapping[str, _Finding]]) -> tuple[str, ...]:
+    precisions = {found[module].precision if module in found else NOT_FOUND for found in findings}
+    return tuple(sorted(precisions or {NOT_FOUND}))
+
+
+def _programs(data: mmap.mmap) -> Iterator[_Program]:
+    # Looking for the marker and parsing from there on takes a second where a pattern over gigabytes takes a minute.
+    start = data.find(_PROGRAM)
+    while start >= 0:
+        end = data.find(b"\0", start)
+        end = len(data) if end < 0 else end
+        header = data[data.rfind(b"\0", 0, start) + 1 : start].decode(errors="replace")
+        yield _parse(header, data[start:end].decode(errors="replace"))
+        start = data.find(_PROGRAM, end)
+
+
+def _parse(header: str, text: str) -> _Program:
+    accelerators = _ACCELERATORS.search(header)
+    targets = accelerators.group(1).split() if accelerators else []
+    profile = _PROFILE.search(text)
+    tensors = dict(_tensors(text))
+    products = {
+        match.group(1): _product_precision(_QUOTED.findall(match.group(2)), tensors)
+        for match in _PRODUCT.finditer(text)
+    }
+    kernels = tuple(
+        _Kernel(_kernel_precision(_QUOTED.findall(match.group(1)), tensors), _modules(_LAYER.findall(match.group(2))))
+        for match in _KERNEL.finditer(text)
+    )
+    return _Program(
+        targets=tuple(target.upper() for target in targets if target != "*"),
+        profile=int(profile.group(1)) if profile else 0,
+        products=products,
+        kernels=tuple(kernel for kernel in kernels if kernel.modules),
+    )
+
+
+def _tensors(text: str) -> Iterator[tuple[str, tuple[str, int]]]:
+    """Yield name → (type, bytes when constant, else 0)."""
+    for match in _TENSOR.finditer(text):
+        name, kind = _TENSOR_NAME.search(match.group(1)), _TENSOR_TYPE.search(match.group(1))
+        payload = _PAYLOAD.search(match.group(1))
+        if name and kind:
+            yield name.group(1), (kind.group(1), int(payload.group(1)) if payload else 0)
+
+
+def _product_precision(operands: Sequence[str], tensors: Mapping[str, tuple[str, int]]) -> str:
+    types = [tensors[name][0] if name in tensors else "unknown" for name in operands[:2]]
+    wider = [kind for kind in types if kind != "int8"]
+    kind = wider[0] if wider else "int8"
+    return _PRECISIONS.get(kind, kind)
+
+
+def _kernel_precision(operands: Sequence[str], tensors: Mapping[str, tuple[str, int]]) -> str:
+    """A product inside a kernel is never one of INT8 operands; its weight is the largest constant."""
+    kind, _ = max((tensors[name] for name in operands if name in tensors), key=lambda t: t[1], default=("unknown", 0))
+    return WEIGHT_ONLY if kind == "int8" else _PRECISIONS.get(kind, kind)
+
+
+def _modules(nodes: Sequence[str]) -> tuple[str, ...]:
+    """Return the modules whose products are among these ONNX nodes, suffixes of TensorRT removed."""
+    names = (_NAME_SUFFIX.sub("", node) for node in nodes)
+    return tuple(dict.fromkeys(name.removesuffix(".MatMul") for name in names if name.endswith(".MatMul")))
+
+
+def _findings(programs: Sequence[_Program]) -> dict[str, _Finding]:
+    """Return what one profile's programs say of each module they mention."""
+    found: dict[str, _Finding] = {}
+    for program in programs:
+        for name, precision in program.products.items():
+            for module in _modules(name.split("+")):
+                # A module computed twice counts with the product that is not INT8.
+                if module not in found or precision != "int8":
+                    found[module] = _Finding(precision, in_kernel=False)
+    # A kernel also names products whose results it merely scales: those have been found above.
+    for program in programs:
+        for kernel in program.kernels:
+            for module in kernel.modules:
+                found.setdefault(module, _Finding(kernel.precision, in_kernel=True))
+    return found

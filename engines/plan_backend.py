@@ -1,0 +1,189 @@
+"""The two compilers that share one Python API: TensorRT (needs a GPU) and TensorRT-RTX (builds on a CPU)."""
+
+import ctypes
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from spike_export.calibration.errors import EngineError
+
+BackendName = Literal["tensorrt", "tensorrt-rtx"]
+BackendChoice = Literal["auto", "tensorrt", "tensorrt-rtx"]
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """What differs between the compilers; all else is one code.
+
+    Attributes:
+        title: Its name in messages.
+        module: Python module that holds the bindings.
+        install: Command that installs it.
+        needs_gpu: It compiles for the GPU at hand, and only there.
+        targets: Compute capabilities a plan can be built for; empty where the GPU at hand decides.
+        default_targets: What is built when none are asked for.
+        timing_cache: It can keep kernel timings between builds.
+    """
+
+    name: BackendName
+    title: str
+    module: str
+    install: str
+    needs_gpu: bool
+    targets: tuple[str, ...]
+    default_targets: tuple[str, ...]
+    timing_cache: bool
+
+
+TENSORRT = Backend(
+    name="tensorrt",
+    title="TensorRT",
+    module="tensorrt",
+    install="pip install 'spike-export[tensorrt]'",
+    needs_gpu=True,
+    targets=(),
+    default_targets=(),
+    timing_cache=True,
+)
+
+TENSORRT_RTX = Backend(
+    name="tensorrt-rtx",
+    title="TensorRT-RTX",
+    module="tensorrt_rtx",
+    install="pip install 'spike-export[rtx]'",
+    needs_gpu=False,
+    # The members of trt.ComputeCapability in 1.7, less NONE and CURRENT: Hopper is not among them.
+    targets=("SM75", "SM80", "SM86", "SM89", "SM120", "SM121"),
+    default_targets=("SM80", "SM86", "SM89", "SM120"),
+    # Asking TensorRT-RTX for a timing cache makes it query a GPU; its kernels are not timed when it builds.
+    timing_cache=False,
+)
+
+BACKENDS: Mapping[BackendName, Backend] = {backend.name: backend for backend in (TENSORRT, TENSORRT_RTX)}
+
+TENSORRT_ONLY_TARGETS = ("SM90", "SM100", "SM103")
+"""Data-centre GPUs that TensorRT compiles for and TensorRT-RTX cannot."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """The first NVIDIA GPU of the machine; `target` is its compute capability, e.g. `SM90`."""
+
+    name: str
+    target: str
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What the choice of a backend depends on.
+
+    Attributes:
+        installed: Names of the backends whose bindings can be imported.
+        gpu: None without an NVIDIA GPU (or without its driver).
+    """
+
+    installed: frozenset[BackendName]
+    gpu: Gpu | None
+
+
+@dataclass(frozen=True, slots=True)
+class ChosenBackend:
+    """A backend, and one sentence that says why it was taken."""
+
+    backend: Backend
+    reason: str
+
+
+def detect_machine() -> Machine:
+    """Look for the backends and for a GPU, without importing or initialising either backend."""
+    installed = frozenset(name for name, backend in BACKENDS.items() if importlib.util.find_spec(backend.module))
+    return Machine(installed, find_gpu())
+
+
+def find_gpu() -> Gpu | None:
+    """Return the first NVIDIA GPU, asking the driver; None where there is no driver or no GPU."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    name = ctypes.create_string_buffer(256)
+    # 75 and 76 are CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR; each call returns 0 on success.
+    failed = (
+        cuda.cuInit(0)
+        or cuda.cuDeviceGet(ctypes.byref(device), 0)
+        or cuda.cuDeviceGetName(name, len(name), device)
+        or cuda.cuDeviceGetAttribute(ctypes.byref(major), 75, device)
+        or cuda.cuDeviceGetAttribute(ctypes.byref(minor), 76, device)
+    )
+    return None if failed else Gpu(name.value.decode(errors="replace"), f"SM{major.value}{minor.value}")
+
+
+def choose_backend(choice: BackendChoice, machine: Machine) -> ChosenBackend:
+    """Return the backend to build with.
+
+    `auto` is `tensorrt` where it is installed and a GPU is present, else `tensorrt-rtx`.
+
+    Raises:
+        EngineError: The wanted backend is not installed, or lacks the GPU it needs; the remedy is named.
+    """
+    if choice == "auto":
+        return _choose_automatically(machine)
+    backend = BACKENDS[choice]
+    if backend.name not in machine.installed:
+        raise EngineError(f"backend {choice} is not installed; run: {backend.install}")
+    if backend.needs_gpu and machine.gpu is None:
+        raise EngineError(
+            f"backend {choice} compiles for the GPU of this machine and no NVIDIA GPU was found; build on the machine "
+            f"that will run the plan, or take --backend tensorrt-rtx, which builds on a CPU"
+        )
+    return ChosenBackend(backend, "as asked for")
+
+
+def _choose_automatically(machine: Machine) -> ChosenBackend:
+    if "tensorrt" in machine.installed and machine.gpu is not None:
+        return ChosenBackend(TENSORRT, f"TensorRT is installed and there is a GPU ({machine.gpu.name})")
+    if "tensorrt-rtx" not in machine.installed:
+        cause = "TensorRT is installed but there is no NVIDIA GPU" if machine.installed else "neither is installed"
+        raise EngineError(
+            f"no TensorRT backend can build here: {cause}; run: {TENSORRT_RTX.install} (builds on a CPU), or on a "
+            f"machine with a GPU: {TENSORRT.install}"
+        )
+    if machine.gpu is None:
+        return ChosenBackend(TENSORRT_RTX, "there is no NVIDIA GPU, and TensorRT-RTX builds on a CPU")
+    reason = "TensorRT is not installed"
+    if machine.gpu.target in TENSORRT_ONLY_TARGETS:
+        reason += (
+            f"; the plan will not run on this machine's {machine.gpu.name} ({machine.gpu.target}), "
+            f"for that run: {TENSORRT.install}"
+        )
+    return ChosenBackend(TENSORRT_RTX, reason)
+
+
+def resolve_targets(backend: Backend, asked: tuple[str, ...], gpu: Gpu | None) -> tuple[str, ...]:
+    """Return the compute capabilities to build for, e.g. `("SM80", "SM86")`, without duplicates.
+
+    Args:
+        asked: Names in any case; empty for the backend's default.
+
+    Raises:
+        EngineError: A target is unknown, or the backend cannot be asked for it.
+    """
+    wanted = tuple(dict.fromkeys(target.upper() for target in asked))
+    if not backend.targets:
+        here = (gpu.target,) if gpu else ()
+        if wanted and wanted != here:
+            raise EngineError(
+                f"{backend.title} builds for the GPU of this machine ({', '.join(here) or 'none'}), not for "
+                f"{', '.join(wanted)}; leave the targets out, or take --backend tensorrt-rtx"
+            )
+        return here
+    for target in wanted:
+        if target in TENSORRT_ONLY_TARGETS:
+            raise EngineError(
+                f"{backend.title} cannot target {target}; build with --backend tensorrt on the machine with that GPU"
+            )
+        if target not in backend.targets:
+            raise EngineError(f"unknown target {target!r}; {backend.title} knows {', '.join(backend.targets)}")
+    return wanted or backend.default_targets

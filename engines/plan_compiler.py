@@ -1,0 +1,158 @@
+"""Drives TensorRT or TensorRT-RTX: graph in, serialized plan out. Runs inside the build process."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from spike_export.calibration.errors import EngineError
+from spike_export.engines.build_profiles import Profile
+from spike_export.engines.plan_backend import Backend
+from spike_export.engines.plan_graph import allow_unfused_attention
+from spike_export.engines.trt_callbacks import BuildLog, PlanStream, make_logger, make_monitor, make_writer
+
+_LONGEST_REASON = 600
+"""Characters of a TensorRT message that are shown; some quote whole graphs."""
+
+
+class BuildCancelledError(Exception):
+    """The build stopped because it was asked to."""
+
+
+@dataclass(frozen=True)
+class CompileSettings:
+    """All but the graph.
+
+    Attributes:
+        targets: Members of `trt.ComputeCapability`; empty where the backend takes the GPU at hand.
+        optimization_level: 0 to 5, or None for the backend's default.
+        timing_cache: File to read when present and to write, or None.
+    """
+
+    backend: Backend
+    targets: tuple[str, ...]
+    profiles: tuple[Profile, ...]
+    optimization_level: int | None = None
+    timing_cache: Path | None = None
+
+
+@dataclass(frozen=True)
+class Watch:
+    """How a build reports (percent, 0 to 100) and how it learns that it is to stop."""
+
+    report: Callable[[int], None]
+    cancelled: Callable[[], bool]
+
+
+def compile_plan(
+    trt: Any, graph_path: Path, graph: onnx.ModelProto, settings: CompileSettings, stream: PlanStream, watch: Watch
+) -> BuildLog:
+    """Build a plan and write it to `stream`.
+
+    Args:
+        trt: The bindings.
+        graph_path: Where `graph` was read from; its weights are found beside it.
+        graph: The graph without its weights; not changed.
+
+    Returns:
+        What TensorRT said.
+
+    Raises:
+        EngineError: TensorRT refused a node, a profile or the whole network; with its reason.
+        BuildCancelledError: `watch.cancelled` said so.
+        OSError: The stream could not be written.
+    """
+    log = BuildLog()
+    logger = make_logger(trt, log)
+    builder = trt.Builder(logger)
+    network = builder.create_network(0)
+    parser = trt.OnnxParser(network, logger)
+    _parse(parser, graph_path, graph)
+    config = builder.create_builder_config()
+    _apply_targets(trt, config, settings.targets)
+    if settings.optimization_level is not None:
+        config.builder_optimization_level = settings.optimization_level
+    for profile in settings.profiles:
+        _add_profile(builder, config, profile, log)
+    cache = _attach_timing_cache(config, settings)
+    monitor = make_monitor(trt, watch.report, watch.cancelled)
+    config.progress_monitor = monitor
+    built = _serialize(trt, builder, network, config, stream)
+    if stream.failure is not None:
+        raise stream.failure
+    if watch.cancelled():
+        raise BuildCancelledError
+    if not built:
+        raise EngineError(f"{settings.backend.title} cannot build the plan: {_first_reason(log.errors)}")
+    if cache is not None and settings.timing_cache is not None:
+        settings.timing_cache.write_bytes(memoryview(cache.serialize()))
+    return log
+
+
+def _parse(parser: Any, path: Path, graph: onnx.ModelProto) -> None:
+    # A copy, given with its path so that the weights, which may exceed protobuf's 2 GiB, are read from their file.
+    parsed = onnx.ModelProto()
+    parsed.CopyFrom(graph)
+    allow_unfused_attention(parsed)
+    if parser.parse(parsed.SerializeToString(), str(path)):
+        return
+    faults = [parser.get_error(index) for index in range(parser.num_errors)]
+    if not faults:
+        raise EngineError(f"{path}: TensorRT cannot parse the graph and gives no reason; export the bundle again")
+    fault = faults[0]
+    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+    raise EngineError(
+        f"{path}: TensorRT refuses node {fault.node_name()!r} ({fault.node_operator()}): {_shorten(fault.desc())}{more}"
+    )
+
+
+def _apply_targets(trt: Any, config: Any, targets: Sequence[str]) -> None:
+    if not targets:
+        return
+    config.num_compute_capabilities = len(targets)
+    for index, target in enumerate(targets):
+        if not config.set_compute_capability(getattr(trt.ComputeCapability, target), index):
+            raise EngineError(f"this version of TensorRT-RTX refuses the target {target}; leave it out")
+
+
+def _add_profile(builder: Any, config: Any, profile: Profile, log: BuildLog) -> None:
+    made = builder.create_optimization_profile()
+    for name, shapes in profile.shapes.items():
+        made.set_shape(name, shapes.smallest, shapes.typical, shapes.largest)
+    if config.add_optimization_profile(made) < 0:
+        raise EngineError(f"TensorRT refuses the {profile.name} profile: {_first_reason(log.errors)}")
+
+
+def _attach_timing_cache(config: Any, settings: CompileSettings) -> Any:
+    """Give the build its timing cache, read from the file when there is one; return it, or None without."""
+    if settings.timing_cache is None:
+        return None
+    settings.timing_cache.parent.mkdir(parents=True, exist_ok=True)
+    stored = settings.timing_cache.read_bytes() if settings.timing_cache.is_file() else b""
+    cache = config.create_timing_cache(stored)
+    # A cache of another GPU or version is not an error: it is replaced.
+    if not config.set_timing_cache(cache, False):
+        cache = config.create_timing_cache(b"")
+        config.set_timing_cache(cache, False)
+    return cache
+
+
+def _serialize(trt: Any, builder: Any, network: Any, config: Any, stream: PlanStream) -> bool:
+    """Build; through a stream where the version can, which saves a second copy of the plan in memory."""
+    if hasattr(builder, "build_serialized_network_to_stream"):
+        writer = make_writer(trt, stream)
+        return bool(builder.build_serialized_network_to_stream(network, config, writer))
+    plan = builder.build_serialized_network(network, config)
+    return plan is not None and stream.write(bytes(memoryview(plan))) > 0
+
+
+def _first_reason(errors: Sequence[str]) -> str:
+    # On a machine without a GPU each failure is followed by one about the missing driver, which is not its cause.
+    return _shorten(errors[0]) if errors else "it gives no reason"
+
+
+def _shorten(message: str) -> str:
+    line = " ".join(message.split())
+    return line if len(line) <= _LONGEST_REASON else line[:_LONGEST_REASON] + " …"

@@ -1,0 +1,105 @@
+"""The bundle's graph as the plan builder sees it: structure only, the weights stay in their file."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx
+from onnx import TensorProto
+
+from spike_export.calibration.errors import EngineError
+from spike_export.engines.build_profiles import GraphInput
+
+_PRECISIONS: Mapping[int, str] = {
+    TensorProto.FLOAT: "float32",
+    TensorProto.FLOAT16: "float16",
+    TensorProto.BFLOAT16: "bfloat16",
+}
+
+_PASSED_THROUGH = ("Transpose", "Cast")
+"""Operators that may stand between a stored weight and its product."""
+
+
+def load_graph(path: Path) -> onnx.ModelProto:
+    """Read model.onnx without its weights, and see that all of them are in the files beside it.
+
+    Raises:
+        EngineError: The file is not an ONNX model, or a weight lies outside its data file.
+    """
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except Exception as error:  # protobuf's decode error has no public name that survives its versions
+        raise EngineError(f"{path}: not a readable ONNX model ({error}); export the bundle again") from error
+    _require_weights(model, path.parent)
+    return model
+
+
+def _require_weights(model: onnx.ModelProto, folder: Path) -> None:
+    # TensorRT maps the data file and would read beyond its end: a bus error instead of a message.
+    sizes: dict[str, int] = {}
+    for tensor in model.graph.initializer:
+        if tensor.data_location != TensorProto.EXTERNAL:
+            continue
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        file = folder / place["location"]
+        if place["location"] not in sizes:
+            sizes[place["location"]] = file.stat().st_size if file.is_file() else -1
+        size, end = sizes[place["location"]], int(place.get("offset", 0)) + int(place.get("length", 0))
+        if size < 0:
+            raise EngineError(f"{file} is missing; the bundle is incomplete, export it again")
+        if end > size:
+            raise EngineError(
+                f"{file} is truncated: {tensor.name} ends at byte {end} and the file at {size}; export the bundle again"
+            )
+
+
+def graph_inputs(model: onnx.ModelProto) -> tuple[GraphInput, ...]:
+    """Return the inputs in the graph's order."""
+    return tuple(
+        GraphInput(
+            value.name,
+            tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in value.type.tensor_type.shape.dim),
+        )
+        for value in model.graph.input
+    )
+
+
+def allow_unfused_attention(model: onnx.ModelProto) -> None:
+    """Let TensorRT take Attention apart where it has no fused kernel, in this copy of the graph.
+
+    Without the attribute such a build fails: all of float32, and float16 with few heads in decode. Where there is
+    a fused kernel it is taken with and without. ONNX Runtime refuses the attribute, so no file may contain it.
+    """
+    for node in model.graph.node:
+        if node.op_type == "Attention":
+            node.attribute.append(onnx.helper.make_attribute("TRT_decomposable", 1))
+
+
+def planned_precisions(model: onnx.ModelProto) -> dict[str, str]:
+    """Return HF module name → `int8`, `float16`, `bfloat16` or `float32`, for every product with a stored weight.
+
+    What the exporter wrote into the node's metadata counts; without it, the quantizers around the product do.
+    """
+    types = {tensor.name: int(tensor.data_type) for tensor in model.graph.initializer}
+    producers = {output: node for node in model.graph.node for output in node.output}
+    planned: dict[str, str] = {}
+    for node in model.graph.node:
+        if node.op_type != "MatMul" or not node.name.endswith(".MatMul"):
+            continue
+        precision = _weight_precision(node.input[1], types, producers)
+        if precision is not None:
+            noted = {entry.key: entry.value for entry in node.metadata_props}.get("precision")
+            planned[node.name.removesuffix(".MatMul")] = noted or precision
+    return planned
+
+
+def _weight_precision(name: str, types: Mapping[str, int], producers: Mapping[str, onnx.NodeProto]) -> str | None:
+    while name not in types:
+        node = producers.get(name)
+        if node is None:
+            return None
+        if node.op_type == "DequantizeLinear":
+            return "int8"
+        if node.op_type not in _PASSED_THROUGH:
+            return None
+        name = node.input[0]
+    return _PRECISIONS.get(types[name])

@@ -1,0 +1,139 @@
+"""`engine.json`: what a plan was built from and for, and what it turned out to be."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from spike_export.calibration.atomic_write import write_text
+from spike_export.calibration.errors import ArtifactError
+from spike_export.engines.build_options import ProfileName
+
+_NUMBER_LIST = re.compile(r"\[[\d,\s]+\]")
+"""A shape, which is to stand on one line: a plan has hundreds of them."""
+
+
+class _Document(BaseModel):
+    """A part of the sidecar: immutable, and unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class BackendVersion(_Document):
+    """The compiler, and why it was taken."""
+
+    name: Literal["tensorrt", "tensorrt-rtx"]
+    version: str
+    reason: str
+
+
+class InputShapes(_Document):
+    """Smallest, tuned-for and largest shape of an input."""
+
+    min: tuple[int, ...]
+    opt: tuple[int, ...]
+    max: tuple[int, ...]
+
+
+class ProfileShapes(_Document):
+    """One optimization profile; its place in the list is its index in the plan."""
+
+    name: ProfileName
+    inputs: Mapping[str, InputShapes]
+
+
+class PlanFile(_Document):
+    """Identifies the plan the sidecar belongs to; `size` in bytes."""
+
+    sha256: str
+    size: int
+
+
+class AuditedModule(_Document):
+    """A module's planned precision, those found over all profiles, and the verdict."""
+
+    planned: str
+    found: tuple[str, ...]
+    as_planned: bool
+
+
+class Audit(_Document):
+    """Precision proved from the plan (see `plan_audit`).
+
+    Attributes:
+        readable: False when the plan holds no program text: then nothing is proved.
+    """
+
+    readable: bool
+    int8_products: int
+    other_products: int
+    modules: Mapping[str, AuditedModule]
+
+
+class PlanSidecar(_Document):
+    """What `engine.json` holds.
+
+    Attributes:
+        bundle_sha256: As `bundle_identity.hash_bundle` computes it.
+        prefix: P, tokens the plan puts before a fresh sequence by itself.
+        max_context: Most own tokens of a sequence.
+        build_seconds: Time in the compiler.
+        peak_memory: Of the build process, in bytes.
+    """
+
+    format: Literal[1] = 1
+    backend: BackendVersion
+    targets: tuple[str, ...]
+    profiles: tuple[ProfileShapes, ...]
+    prefix: int
+    max_context: int
+    bundle_sha256: str
+    plan: PlanFile
+    build_seconds: float
+    peak_memory: int
+    audit: Audit
+
+
+def sidecar_path(plan: Path) -> Path:
+    """Return the sidecar's place: `engine.plan` → `engine.json`."""
+    return plan.with_suffix(".json")
+
+
+def save_sidecar(sidecar: PlanSidecar, plan: Path) -> None:
+    """Write the sidecar beside the plan.
+
+    Raises:
+        ArtifactError: The place cannot be written to.
+    """
+    text = json.dumps(sidecar.model_dump(mode="json"), indent=1, ensure_ascii=False)
+    text = _NUMBER_LIST.sub(lambda match: " ".join(match.group().split()), text)
+    write_text(sidecar_path(plan), text + "\n")
+
+
+def load_sidecar(plan: Path) -> PlanSidecar:
+    """Read the sidecar of a plan and see that it belongs to it (by size: hashing gigabytes is the caller's choice).
+
+    Raises:
+        ArtifactError: The sidecar is missing, malformed or that of another plan.
+    """
+    path = sidecar_path(plan)
+    try:
+        text = path.read_text(encoding="utf-8")
+        size = plan.stat().st_size
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ArtifactError(f"{path}: cannot read the plan's sidecar ({reason}); build the plan again") from error
+    try:
+        sidecar = PlanSidecar.model_validate_json(text)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        where = ".".join(str(part) for part in fault["loc"]) or "the document"
+        raise ArtifactError(f"{path}: {where}: {fault['msg']}; build the plan again") from error
+    if sidecar.plan.size != size:
+        raise ArtifactError(
+            f"{path} belongs to a plan of {sidecar.plan.size} bytes, but {plan} has {size}; build the plan again"
+        )
+    return sidecar

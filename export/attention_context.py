@@ -1,0 +1,137 @@
+"""What all layers share: positions, the attention mask, and how much of the prefix enters the cache.
+
+The prefix is invisible to the caller, whose attention mask and token counts speak of its own tokens only. Slots of
+the cache are: the prefix (P), the caller's earlier tokens, the new tokens.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from spike_export.export.graph_builder import GraphBuilder
+
+MODULE = "model.context"
+
+INT64, BOOL = ir.DataType.INT64, ir.DataType.BOOL
+
+
+@dataclass(frozen=True)
+class PrefixExtent:
+    """How much of the prefix this call puts into the cache.
+
+    Attributes:
+        length: [1] int64; P for a fresh sequence (empty past), else 0.
+        shape: [4] int64; batch, kv_heads, `length`, head_dim.
+    """
+
+    length: ir.Value
+    shape: ir.Value
+
+
+@dataclass(frozen=True)
+class AttentionContext:
+    """Computed once per call.
+
+    Attributes:
+        positions: [batch, sequence] int64.
+        mask: [batch, 1, sequence, P + total_sequence] bool; True where a query sees a slot.
+        prefix: None when there is no prefix.
+    """
+
+    positions: ir.Value
+    mask: ir.Value
+    prefix: PrefixExtent | None
+
+
+@dataclass(frozen=True)
+class ContextEmitter:
+    """Emits an `AttentionContext`.
+
+    Attributes:
+        prefix_length: P; with 0 no node of the prefix is emitted.
+        window: Slots a query sees, itself included, or None for all.
+    """
+
+    builder: GraphBuilder
+    input_ids: ir.Value
+    attention_mask: ir.Value
+    prefix_length: int
+    window: int | None
+
+    def emit(self, past_key: ir.Value, kv_heads: int, head_dim: int) -> AttentionContext:
+        """Append the nodes; `past_key` is any layer's past, read for its length only."""
+        batch = self._op("Shape", self.input_ids, label="batch", dtype=INT64, start=0, end=1)
+        sequence = self._op("Shape", self.input_ids, label="sequence", dtype=INT64, start=1, end=2)
+        total = self._op("Shape", self.attention_mask, label="total", dtype=INT64, start=1, end=2)
+        earlier = self._op("Sub", total, sequence, label="earlier")
+        return AttentionContext(
+            positions=self._positions(earlier, total),
+            mask=self._mask(batch, earlier, total),
+            prefix=self._prefix(batch, past_key, kv_heads, head_dim) if self.prefix_length else None,
+        )
+
+    def _op(
+        self, kind: str, *inputs: ir.Value, label: str, dtype: ir.DataType | None = None, **attributes: int
+    ) -> ir.Value:
+        return self.builder.op(kind, inputs, MODULE, dtype=dtype, label=label, attributes=attributes)
+
+    def _positions(self, earlier: ir.Value, total: ir.Value) -> ir.Value:
+        b = self.builder
+        counted = self._op("CumSum", self.attention_mask, b.integer(1), label="counted")
+        counted = self._op("Slice", counted, earlier, total, b.integers(1), label="counted_new")
+        if self.prefix_length:
+            # At least P - 1, even in left padding; a prefix of one token needs no offset at all.
+            if self.prefix_length == 1:
+                return counted
+            return self._op("Add", counted, b.integers(self.prefix_length - 1), label="positions")
+        shifted = self._op("Sub", counted, b.integers(1), label="shifted")
+        return self._op("Max", shifted, b.integers(0), label="positions")
+
+    def _mask(self, batch: ir.Value, earlier: ir.Value, total: ir.Value) -> ir.Value:
+        b, p = self.builder, self.prefix_length
+        slots_total = self._op("Add", total, b.integers(p), label="slots_total") if p else total
+        first_query = self._op("Add", earlier, b.integers(p), label="first_query") if p else earlier
+        limit = self._op("Squeeze", slots_total, b.integers(0), label="slots_limit")
+        slots = self._op("Range", b.integer(0), limit, b.integer(1), label="slots")
+        queries = self._op("Slice", slots, first_query, slots_total, b.integers(0), label="query_slots")
+        queries = self._op("Unsqueeze", queries, b.integers(1), label="queries")
+        reach = self._op("LessOrEqual", slots, queries, label="causal", dtype=BOOL)
+        if self.window is not None:
+            reach = self._op("And", reach, self._window(slots, queries), label="causal_window")
+        seen = self._op("And", self._visible(batch), reach, label="seen")
+        # Each query sees itself: a row of left padding would otherwise see nothing, and the NaN of its softmax would
+        # reach later layers through the values of its slot.
+        itself = self._op("Equal", slots, queries, label="itself", dtype=BOOL)
+        return self._op("Or", seen, itself, label="mask")
+
+    def _window(self, slots: ir.Value, queries: ir.Value) -> ir.Value:
+        b = self.builder
+        assert self.window is not None
+        edge = self._op("Sub", queries, b.integers(self.window), label="window_edge")
+        near = self._op("Greater", slots, edge, label="near", dtype=BOOL)
+        if not self.prefix_length:
+            return near
+        in_prefix = self._op("Less", slots, b.integers(self.prefix_length), label="in_prefix", dtype=BOOL)
+        return self._op("Or", near, in_prefix, label="near_or_prefix")
+
+    def _visible(self, batch: ir.Value) -> ir.Value:
+        b, columns = self.builder, self.attention_mask
+        if self.prefix_length:
+            shape = self.builder.op(
+                "Concat", [batch, b.integers(self.prefix_length)], MODULE, label="ones_shape", attributes={"axis": 0}
+            )
+            one = b.initializer("prefix.visible", np.ones((1, 1), np.int64))
+            ones = self._op("Expand", one, shape, label="prefix_columns")
+            columns = self._op("Concat", ones, columns, label="columns", axis=1)
+        visible = self._op("Greater", columns, b.integers(0), label="visible", dtype=BOOL)
+        return self._op("Unsqueeze", visible, b.integers(1, 2), label="visible_columns")
+
+    def _prefix(self, batch: ir.Value, past_key: ir.Value, kv_heads: int, head_dim: int) -> PrefixExtent:
+        b = self.builder
+        past = self._op("Shape", past_key, label="past", dtype=INT64, start=2, end=3)
+        fresh = self._op("Equal", past, b.integers(0), label="fresh", dtype=BOOL)
+        p, zero = b.integers(self.prefix_length), b.integers(0)
+        length = self._op("Where", fresh, p, zero, label="prefix_length", dtype=INT64)
+        parts = [batch, b.integers(kv_heads), length, b.integers(head_dim)]
+        return PrefixExtent(length, b.op("Concat", parts, MODULE, label="prefix_shape", attributes={"axis": 0}))

@@ -1,0 +1,239 @@
+"""Writes the bundle: the ONNX graph with its weights, the tokenizer, and the files that say how to use them."""
+
+import hashlib
+import json
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from spike_export.calibration.atomic_write import atomic_path
+from spike_export.calibration.checkpoint import Checkpoint
+from spike_export.calibration.decoder_config import tensor_shapes
+from spike_export.calibration.errors import ArtifactError, RecipeError
+from spike_export.calibration.modules import linears
+from spike_export.calibration.prefix_cache import prefix_key_values
+from spike_export.calibration.progress import Progress, silent
+from spike_export.calibration.recipe import Dtype, ModulePlan, Recipe, recipe_text
+from spike_export.export.decoder_graph import GraphPlan, build_decoder
+from spike_export.export.manifest import (
+    DATA_FILE,
+    GRAPH_FILE,
+    BundlePrefix,
+    LinearShare,
+    Manifest,
+    SourceModel,
+    TensorInfo,
+    save_manifest,
+)
+from spike_export.export.model_files import genai_config, generation_config, hf_config
+from spike_export.export.tokenizer_files import save_tokenizer
+
+_ALIGNMENT = 4096
+"""Bytes; a page, so that a runtime maps each tensor without copying it."""
+
+_TOOLS = ("spike-export", "numpy", "onnx", "onnx-ir", "transformers")
+
+_SLACK = 64 << 20
+"""Bytes beside the weights: graph, tokenizer, alignment."""
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How to export.
+
+    Attributes:
+        dtype: Precision of whatever no recipe speaks of: embeddings, residual stream, attention, cache, head, and
+            without a recipe the linears too.
+    """
+
+    dtype: Dtype = "float16"
+
+
+def export_bundle(
+    checkpoint: Checkpoint,
+    recipe: Recipe | None,
+    options: ExportOptions,
+    destination: Path,
+    progress: Progress = silent,
+) -> Manifest:
+    """Write a bundle folder; it appears whole or not at all.
+
+    The same checkpoint, recipe, options and tool versions give byte-identical files.
+
+    Args:
+        checkpoint: The model.
+        recipe: Precision and scale of every decoder linear, and the prefix; None leaves all unquantized.
+        options: Precision of the rest.
+        destination: The bundle's folder; a previous one is replaced.
+        progress: Told of every tensor written.
+
+    Raises:
+        RecipeError: The recipe was made for another checkpoint, or its modules are not this decoder's.
+        CheckpointError: A weight cannot be read.
+        ArtifactError: The place cannot be written to, or has too little room.
+    """
+    checkpoint_sha256 = checkpoint.tensors.sha256()
+    if recipe is not None:
+        verify_recipe(recipe, checkpoint, checkpoint_sha256)
+    plan = _graph_plan(checkpoint, recipe, options)
+    model = build_decoder(checkpoint, plan)
+    manifest = _manifest(checkpoint, checkpoint_sha256, recipe, plan, model)
+    _require_space(destination, model)
+    with atomic_path(destination) as folder:
+        folder.mkdir()
+        _write_graph(model, folder, progress)
+        _write_companions(checkpoint, manifest, folder)
+        save_manifest(manifest, folder)
+    return manifest
+
+
+def verify_recipe(recipe: Recipe, checkpoint: Checkpoint, checkpoint_sha256: str) -> None:
+    """Refuse a recipe that does not belong to the checkpoint.
+
+    Raises:
+        RecipeError: Names the difference and the remedy.
+    """
+    if recipe.model.sha256 != checkpoint_sha256:
+        raise RecipeError(
+            f"the recipe was made for {recipe.model.source} (sha256 {recipe.model.sha256[:12]}), not for "
+            f"{checkpoint.name} (sha256 {checkpoint_sha256[:12]}); calibrate this model, or export the recipe's own"
+        )
+    expected = linears(checkpoint.config.num_hidden_layers)
+    missing = [name for name in expected if name not in recipe.modules]
+    if missing:
+        raise RecipeError(
+            f"the recipe lacks module {missing[0]}{_more(missing)}; add its precision, or calibrate again"
+        )
+    unknown = sorted(set(recipe.modules) - set(expected))
+    if unknown:
+        raise RecipeError(
+            f"the recipe names module {unknown[0]}{_more(unknown)}, which is no linear of this decoder; remove it"
+        )
+    strange = [token for token in recipe.prefix_ids if not 0 <= token < checkpoint.config.vocab_size]
+    if strange:
+        raise RecipeError(
+            f"the recipe's prefix holds token {strange[0]}, outside the vocabulary of "
+            f"{checkpoint.config.vocab_size}; correct prefix.token_ids, or calibrate again"
+        )
+
+
+def _more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def _graph_plan(checkpoint: Checkpoint, recipe: Recipe | None, options: ExportOptions) -> GraphPlan:
+    if recipe is None:
+        kept = ModulePlan(precision=options.dtype)
+        names = linears(checkpoint.config.num_hidden_layers)
+        return GraphPlan(dict.fromkeys(names, kept), "int8-per-channel", options.dtype)
+    prefix = prefix_key_values(checkpoint, recipe.prefix_ids) if recipe.prefix_ids else ()
+    return GraphPlan(recipe.modules, recipe.scheme.weights, options.dtype, prefix)
+
+
+def _require_space(destination: Path, model: ir.Model) -> None:
+    tensors = [value.const_value for value in model.graph.initializers.values()]
+    needed = sum(tensor.nbytes for tensor in tensors if tensor is not None) + _SLACK
+    existing = destination.absolute().parent
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise ArtifactError(
+            f"{destination}: the bundle needs {needed:,} bytes and {free:,} are free; free space there or choose "
+            "another place"
+        )
+
+
+def _write_graph(model: ir.Model, folder: Path, progress: Progress) -> None:
+    # onnx.checker takes a while to import, and `--help` must not wait for it.
+    import onnx
+
+    def written(_: ir.TensorProtocol, info: Any) -> None:
+        progress("tensors", info.index + 1, info.total)
+
+    path = folder / GRAPH_FILE
+    ir.save(model, path, external_data=DATA_FILE, alignment=_ALIGNMENT, align_threshold=0, callback=written)
+    # onnx-ir checks nothing. By path, the checker reads the graph and leaves the weights on the disk.
+    onnx.checker.check_model(path, full_check=True)
+
+
+def _write_companions(checkpoint: Checkpoint, manifest: Manifest, folder: Path) -> None:
+    _write_json(folder / "config.json", hf_config(checkpoint, manifest.dtype))
+    _write_json(folder / "generation_config.json", generation_config(checkpoint))
+    _write_json(folder / "genai_config.json", genai_config(checkpoint))
+    if checkpoint.tokenizer is not None:
+        holds_bos = manifest.prefix is not None and manifest.prefix.holds_bos
+        save_tokenizer(checkpoint.tokenizer, folder, holds_bos)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _manifest(
+    checkpoint: Checkpoint, checkpoint_sha256: str, recipe: Recipe | None, plan: GraphPlan, model: ir.Model
+) -> Manifest:
+    config = checkpoint.config
+    return Manifest(
+        model=SourceModel(
+            source=checkpoint.name,
+            architecture=config.family.model_type,
+            checkpoint_sha256=checkpoint_sha256,
+            recipe_sha256=None if recipe is None else recipe_sha256(recipe),
+        ),
+        tools={tool: version(tool) for tool in _TOOLS},
+        dtype=plan.dtype,
+        bos_token_id=checkpoint.bos_token_id,
+        eos_token_ids=config.eos_token_ids,
+        prefix=_bundle_prefix(checkpoint, recipe),
+        linears=_linear_shares(checkpoint, plan),
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        max_position_embeddings=config.max_position_embeddings,
+        sliding_window=config.sliding_window,
+        inputs=tuple(_tensor_info(value) for value in model.graph.inputs),
+        outputs=tuple(_tensor_info(value) for value in model.graph.outputs),
+    )
+
+
+def recipe_sha256(recipe: Recipe) -> str:
+    """Return the SHA-256 of the recipe's text as `save_recipe` writes it, in hexadecimal."""
+    return hashlib.sha256(recipe_text(recipe).encode()).hexdigest()
+
+
+def _bundle_prefix(checkpoint: Checkpoint, recipe: Recipe | None) -> BundlePrefix | None:
+    if recipe is None or recipe.prefix is None:
+        return None
+    ids = recipe.prefix.token_ids
+    return BundlePrefix(
+        token_ids=ids, text=recipe.prefix.text, length=len(ids), holds_bos=checkpoint.bos_token_id in ids
+    )
+
+
+def _linear_shares(checkpoint: Checkpoint, plan: GraphPlan) -> dict[str, LinearShare]:
+    shapes = tensor_shapes(checkpoint.config)
+    modules: Counter[str] = Counter()
+    macs: Counter[str] = Counter()
+    for name, module in plan.modules.items():
+        columns, rows = shapes[f"{name}.weight"]
+        modules[module.precision] += 1
+        macs[module.precision] += columns * rows
+    total = macs.total()
+    return {kind: LinearShare(modules=modules[kind], mac_share=macs[kind] / total) for kind in sorted(modules)}
+
+
+def _tensor_info(value: ir.Value) -> TensorInfo:
+    assert value.shape is not None
+    assert value.dtype is not None
+    dimensions = tuple(size if isinstance(size, int) else str(size.value) for size in value.shape)
+    return TensorInfo(name=str(value.name), dtype=value.dtype.numpy().name, shape=dimensions)

@@ -1,0 +1,154 @@
+"""Writes an ONNX graph node by node on onnx-ir: stable unique names, Hugging Face initializer names, lazy weights."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from spike_export.calibration.recipe import Dtype
+
+OPSET = 24
+IR_VERSION = 11
+
+ELEMENT_TYPES: Mapping[Dtype, ir.DataType] = {
+    "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "bfloat16": ir.DataType.BFLOAT16,
+}
+
+Dimensions = Sequence[int | str]
+
+Attribute = int | float | str | Sequence[int]
+
+
+class GraphBuilder:
+    """Collects nodes and initializers in execution order.
+
+    A node is named `<module>.<label>`, so that one node more or less leaves every other name as it is. Names are
+    unique and hold no `+`, which TensorRT uses to join the names of merged layers. Values know their element type
+    but no shape: ONNX Runtime and TensorRT infer shapes themselves.
+    """
+
+    def __init__(self) -> None:
+        self._inputs: list[ir.Value] = []
+        self._outputs: list[ir.Value] = []
+        self._nodes: dict[str, ir.Node] = {}
+        self._initializers: dict[str, ir.Value] = {}
+        self._casts: dict[tuple[str, ir.DataType], ir.Value] = {}
+
+    def input(self, name: str, dtype: ir.DataType, shape: Dimensions) -> ir.Value:
+        """Declare a graph input."""
+        value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
+        self._inputs.append(value)
+        return value
+
+    def output(self, value: ir.Value, shape: Dimensions) -> None:
+        """Declare `value` a graph output; the name it was emitted with is the output's."""
+        value.shape = ir.Shape(shape)
+        self._outputs.append(value)
+
+    def initializer(self, name: str, array: NDArray[Any]) -> ir.Value:
+        """Add a small constant that is held in memory until the graph is written."""
+        # An ndarray even for a 0-D value: onnx-ir accepts numpy scalars here and fails only when it saves.
+        array = np.asarray(array)
+        return self._add_initializer(name, ir.Tensor(array, name=name), array.shape)
+
+    def lazy(self, name: str, dtype: ir.DataType, shape: Sequence[int], read: Callable[[], NDArray[Any]]) -> ir.Value:
+        """Add a weight that `read` produces each time it is needed and that is never kept."""
+
+        def tensor() -> ir.Tensor[NDArray[Any]]:
+            return ir.Tensor(read(), name=name)
+
+        lazy = ir.LazyTensor(tensor, dtype, ir.Shape(shape), cache=False, name=name)
+        return self._add_initializer(name, lazy, shape)
+
+    def integers(self, *values: int) -> ir.Value:
+        """Return the 1-D int64 constant of these values; equal constants are one initializer."""
+        name = "integers." + ".".join(str(value) for value in values)
+        return self._initializers.get(name) or self.initializer(name, np.array(values, np.int64))
+
+    def integer(self, value: int) -> ir.Value:
+        """Return the 0-D int64 constant of this value."""
+        name = f"integer.{value}"
+        return self._initializers.get(name) or self.initializer(name, np.array(value, np.int64))
+
+    def op(
+        self,
+        kind: str,
+        inputs: Sequence[ir.Value],
+        module: str,
+        *,
+        dtype: ir.DataType | None = None,
+        label: str | None = None,
+        output: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+        attributes: Mapping[str, Attribute] | None = None,
+    ) -> ir.Value:
+        """Append a node and return its one output.
+
+        Args:
+            kind: ONNX operator.
+            module: HF path of the module the node belongs to.
+            dtype: Element type of the output; that of the first input when omitted.
+            label: Distinguishes nodes of one kind within a module; the operator's name when omitted.
+            output: Name of the output value; derived from the node's name when omitted.
+            attributes: The operator's attributes.
+            metadata: Further entries of the node's `metadata_props`.
+
+        Raises:
+            ValueError: The node's name is taken, or holds a `+`.
+        """
+        name = f"{module}.{label or kind}"
+        if name in self._nodes or "+" in name:
+            raise ValueError(f"node name {name!r} is taken or not allowed")
+        result = ir.Value(name=output or f"{name}.output", type=ir.TensorType(dtype or element_type(inputs[0])))
+        properties = {"module": module, **(metadata or {})}
+        self._nodes[name] = ir.node(kind, inputs, attributes, outputs=[result], name=name, metadata_props=properties)
+        return result
+
+    def cast(self, value: ir.Value, dtype: ir.DataType, output: str | None = None) -> ir.Value:
+        """Return `value` in `dtype`: itself when it already is, and one Cast for all consumers otherwise."""
+        if element_type(value) == dtype:
+            return value
+        key = (str(value.name), dtype)
+        if key not in self._casts:
+            producer = value.producer()
+            if producer is None:
+                raise ValueError(f"graph input {value.name!r} is not cast")
+            module, label = producer.metadata_props["module"], f"{_label(producer)}_to_{dtype.name.lower()}"
+            self._casts[key] = self.op(
+                "Cast", [value], module, dtype=dtype, label=label, output=output, attributes={"to": dtype.value}
+            )
+        return self._casts[key]
+
+    def model(self, name: str, producer: str, version: str) -> ir.Model:
+        """Return the finished model."""
+        graph = ir.Graph(
+            self._inputs,
+            self._outputs,
+            nodes=self._nodes.values(),
+            initializers=list(self._initializers.values()),
+            opset_imports={"": OPSET},
+            name=name,
+        )
+        return ir.Model(graph, ir_version=IR_VERSION, producer_name=producer, producer_version=version)
+
+    def _add_initializer(self, name: str, tensor: ir.TensorProtocol, shape: Sequence[int]) -> ir.Value:
+        if name in self._initializers:
+            raise ValueError(f"initializer name {name!r} is taken")
+        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(shape), const_value=tensor)
+        self._initializers[name] = value
+        return value
+
+
+def element_type(value: ir.Value) -> ir.DataType:
+    """Return a value's element type."""
+    if value.dtype is None:
+        raise ValueError(f"value {value.name!r} has no element type")
+    return value.dtype
+
+
+def _label(node: ir.Node) -> str:
+    return str(node.name).removeprefix(node.metadata_props["module"] + ".")

@@ -1,0 +1,108 @@
+"""The audit tells a sabotaged graph from a good one, and says when it can tell nothing."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from spike_export.calibration.errors import EngineError
+from spike_export.engines.build_options import BuildOptions, ProfileName
+from spike_export.engines.plan_audit import NOT_FOUND, WEIGHT_ONLY, ModuleAudit, PlanAudit, audit_plan
+from spike_export.engines.plan_backend import TENSORRT_RTX, Machine
+from spike_export.engines.plan_builder import BuildEnvironment, build_plan
+from spike_export.engines.plan_graph import planned_precisions
+from tests.tiny_bundles import TinyModel, tiny_graph, write_bundle
+
+needs_rtx = pytest.mark.skipif(
+    importlib.util.find_spec(TENSORRT_RTX.module) is None,
+    reason=f"TensorRT-RTX is not installed: {TENSORRT_RTX.install}",
+)
+
+LAYER = "model.layers.0"
+WRONG = (f"{LAYER}.self_attn.q_proj", f"{LAYER}.mlp.down_proj")
+
+
+def audit(model: TinyModel, folder: Path, *profiles: ProfileName) -> PlanAudit:
+    bundle = write_bundle(folder / "bundle", model)
+    environment = BuildEnvironment(Machine(frozenset({"tensorrt-rtx"}), None), None)
+    options = BuildOptions(targets=("SM86",), profiles=profiles)
+    build_plan(bundle, folder / "engine.plan", options, environment=environment)
+    return audit_plan(folder / "engine.plan", model.planned)
+
+
+@needs_rtx
+@pytest.mark.parametrize("profiles", [("prefill",), ("decode",), ("prefill", "decode")])
+def test_negative_control_a_wrong_axis_is_found_out(tmp_path: Path, profiles: tuple[ProfileName, ...]) -> None:
+    found = audit(TinyModel(wrong_axis=WRONG), tmp_path, *profiles)
+    assert {module.module for module in found.deviations} == set(WRONG)
+    for module in found.deviations:
+        assert module.planned == "int8"
+        assert "int8" not in module.found
+        assert NOT_FOUND not in module.found
+    assert found.profiles == len(profiles)
+
+
+@needs_rtx
+def test_negative_control_a_module_quantized_against_the_plan_is_found_out(tmp_path: Path) -> None:
+    audit(TinyModel(), tmp_path, "decode")
+    module = f"{LAYER}.mlp.up_proj"
+    found = audit_plan(tmp_path / "engine.plan", {module: "float16", "model.layers.9.mlp.up_proj": "int8"})
+    assert found.modules == (
+        ModuleAudit(module, "float16", ("int8",)),
+        ModuleAudit("model.layers.9.mlp.up_proj", "int8", (NOT_FOUND,)),
+    )
+    assert found.deviations == found.modules
+
+
+@needs_rtx
+def test_every_linear_may_be_kept(tmp_path: Path) -> None:
+    everything = TinyModel()
+    found = audit(TinyModel(kept=everything.modules), tmp_path, "prefill", "decode")
+    assert found.deviations == ()
+    assert found.int8_products == 0
+
+
+@pytest.mark.parametrize(
+    ("planned", "found", "verdict"),
+    [
+        ("int8", ("int8",), True),
+        ("int8", ("float32", "int8"), False),  # INT8 in one profile only
+        ("int8", ("int8", NOT_FOUND), False),
+        ("int8", (WEIGHT_ONLY,), False),
+        ("float16", ("float16",), True),
+        ("float16", ("int8",), False),
+        ("float16", (WEIGHT_ONLY,), False),
+        ("float16", (NOT_FOUND,), False),
+    ],
+)
+def test_the_verdict_is_about_every_profile(planned: str, found: tuple[str, ...], verdict: bool) -> None:
+    assert ModuleAudit("m", planned, found).as_planned is verdict
+
+
+def test_a_plan_without_program_text_proves_nothing(tmp_path: Path) -> None:
+    plan = tmp_path / "engine.plan"
+    plan.write_bytes(b"ftrt" + bytes(1000))
+    found = audit_plan(plan, {"m": "int8"})
+    assert not found.readable
+    assert found.modules == (ModuleAudit("m", "int8", (NOT_FOUND,)),)
+
+
+@pytest.mark.parametrize("content", [None, b""])
+def test_a_missing_or_empty_plan_is_an_error(tmp_path: Path, content: bytes | None) -> None:
+    plan = tmp_path / "engine.plan"
+    if content is not None:
+        plan.write_bytes(content)
+    with pytest.raises(EngineError, match=r"engine\.plan: cannot read the plan"):
+        audit_plan(plan, {})
+
+
+def test_the_plan_of_a_graph_is_read_from_its_quantizers() -> None:
+    model = TinyModel(kept=(f"{LAYER}.mlp.down_proj",))
+    assert planned_precisions(tiny_graph(model)) == model.planned | {"lm_head": "float16"}
+
+
+def test_what_the_exporter_noted_counts_more_than_the_quantizers() -> None:
+    graph = tiny_graph(TinyModel())
+    node = next(node for node in graph.graph.node if node.name == f"{LAYER}.mlp.up_proj.MatMul")
+    node.metadata_props.add(key="precision", value="bfloat16")
+    assert planned_precisions(graph)[f"{LAYER}.mlp.up_proj"] == "bfloat16"

@@ -1,0 +1,109 @@
+from typing import Any
+
+import pytest
+
+from spike_export.calibration.errors import EngineError
+from spike_export.engines.build_options import BatchRange, BuildOptions, ProfileName
+from spike_export.engines.build_profiles import GraphInput, Limits, Profile, make_profiles, resolve_limits
+
+INPUTS = (
+    GraphInput("input_ids", (None, None)),
+    GraphInput("attention_mask", (None, None)),
+    GraphInput("past_key_values.0.key", (None, 3, None, 64)),
+    GraphInput("past_key_values.0.value", (None, 3, None, 64)),
+)
+
+
+def limits(prefix: int = 5, context: int = 100, typical: int = 16, longest: int = 40) -> Limits:
+    return Limits(BatchRange(1, 2, 4), context, typical, longest, prefix)
+
+
+def profile(name: ProfileName, of: Limits) -> Profile:
+    return make_profiles(INPUTS, [name], of)[0]
+
+
+def test_prefill_starts_fresh_and_reaches_the_last_chunk_after_the_longest_past() -> None:
+    shapes = profile("prefill", limits()).shapes
+    assert (shapes["input_ids"].smallest, shapes["input_ids"].typical) == ((1, 1), (2, 16))
+    assert shapes["input_ids"].largest == (4, 40)
+    assert shapes["past_key_values.0.key"].smallest == (1, 3, 0, 64)
+    assert shapes["past_key_values.0.key"].largest == (4, 3, 5 + 99, 64)
+    assert shapes["attention_mask"].smallest == (1, 1)
+
+
+def test_decode_takes_one_token_after_the_prefix_and_at_least_one_more() -> None:
+    shapes = profile("decode", limits()).shapes
+    assert {shapes["input_ids"].smallest[1], shapes["input_ids"].typical[1], shapes["input_ids"].largest[1]} == {1}
+    assert shapes["past_key_values.0.value"].smallest == (1, 3, 6, 64)
+    assert shapes["past_key_values.0.value"].largest == (4, 3, 5 + 99, 64)
+    assert shapes["attention_mask"].largest == (4, 100)
+
+
+@pytest.mark.parametrize("name", ["prefill", "decode"])
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+@pytest.mark.parametrize("context", [2, 3, 100])
+def test_every_corner_is_a_call_that_could_happen(name: ProfileName, prefix: int, context: int) -> None:
+    of = limits(prefix, context, typical=min(16, context), longest=min(40, context))
+    shapes = profile(name, of).shapes
+    for corner in ("smallest", "typical", "largest"):
+        new = getattr(shapes["input_ids"], corner)[1]
+        past = getattr(shapes["past_key_values.0.key"], corner)[2]
+        own = getattr(shapes["attention_mask"], corner)[1]
+        assert past + new == own + (prefix if past else 0), corner
+    ranges = [(s.smallest, s.typical, s.largest) for s in shapes.values()]
+    assert all(low <= mid <= high for r in ranges for low, mid, high in zip(*r, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("graph_input", "named"),
+    [
+        (GraphInput("fresh", (None,)), "'fresh'"),
+        (GraphInput("past_key_values.0.key", (None, None, None, 64)), "'past_key_values.0.key'"),
+    ],
+)
+def test_an_input_of_another_graph_is_refused(graph_input: GraphInput, named: str) -> None:
+    with pytest.raises(EngineError) as caught:
+        make_profiles([graph_input], ["decode"], limits())
+    assert named in str(caught.value)
+
+
+def test_the_defaults_follow_the_model() -> None:
+    assert resolve_limits(BuildOptions(), 3, 8192) == Limits(BatchRange(), 2048, 256, 2048, 3)
+    assert resolve_limits(BuildOptions(), 3, 128) == Limits(BatchRange(), 128, 128, 128, 3)
+    assert resolve_limits(BuildOptions(max_prompt=64), 0, 128) == Limits(BatchRange(), 128, 64, 64, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_context": 129}, "the model ends at 128"),
+        ({"max_context": 64, "max_prompt": 65}, "more than max_context"),
+    ],
+)
+def test_sizes_beyond_the_model_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(EngineError, match=message):
+        resolve_limits(BuildOptions(**options), 0, 128)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backend": "trt"}, "unknown backend 'trt'"),
+        ({"profiles": ()}, "each once"),
+        ({"profiles": ("prefill", "prefill")}, "each once"),
+        ({"profiles": ("chunked",)}, "unknown profile 'chunked'"),
+        ({"max_context": 1}, "at least 2 tokens"),
+        ({"typical_prompt": 0}, "typical_prompt is 0"),
+        ({"max_prompt": 0}, "max_prompt is 0"),
+        ({"optimization_level": 6}, "expected 0 to 5"),
+    ],
+)
+def test_options_check_themselves(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(EngineError, match=message):
+        BuildOptions(**options)
+
+
+@pytest.mark.parametrize("batch", [(0, 1, 1), (2, 1, 4), (1, 4, 2)])
+def test_a_batch_range_is_ordered(batch: tuple[int, int, int]) -> None:
+    with pytest.raises(EngineError, match="smallest <= typical <= largest"):
+        BatchRange(*batch)
