@@ -2,12 +2,16 @@
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from spike_export.calibration.progress import Progress, silent
 from spike_export.calibration.reference_model import ReferenceModel, batches
+
+if TYPE_CHECKING:
+    import torch
 
 _HEAD_TOKENS = 256
 """Positions whose logits are formed at once: a vocabulary row takes 0.2 to 0.5 MB in float32."""
@@ -61,10 +65,9 @@ def model_perplexity(
     return total.perplexity
 
 
-def _row_likelihood(model: ReferenceModel, states: "object", tokens: NDArray[np.int64]) -> Likelihood:
+def _row_likelihood(model: ReferenceModel, states: "torch.Tensor", tokens: NDArray[np.int64]) -> Likelihood:
     import torch
 
-    assert isinstance(states, torch.Tensor)
     targets = torch.from_numpy(tokens[1:])
     negative = 0.0
     for start in range(0, len(targets), _HEAD_TOKENS):

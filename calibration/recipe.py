@@ -16,6 +16,10 @@ Dtype = Literal["float32", "float16", "bfloat16"]
 
 WeightScheme = Literal["int8-per-channel", "int8-per-tensor"]
 
+ActivationRange = Literal["max", "sample-mean"]
+"""What a static activation scale covers: the largest magnitude of all samples, or the mean over the samples of each
+sample's largest (averaged min-max), which clips the rare spike that only a few samples have."""
+
 QMAX = 127
 """Largest quantized magnitude; symmetric, so that a scale is amax / 127."""
 
@@ -49,6 +53,7 @@ class Scheme(_Document):
 
     weights: WeightScheme = "int8-per-channel"
     activations: Literal["int8-per-tensor-static"] = "int8-per-tensor-static"
+    activation_range: ActivationRange = "max"
     unquantized: Dtype = "float16"
 
 
@@ -69,7 +74,7 @@ class ModulePlan(_Document):
 
     Attributes:
         precision: `int8`, or the format that is kept.
-        activation_scale: Step of the input's per-tensor quantization (amax / 127); required for int8.
+        activation_scale: Step of the input's per-tensor quantization (range / 127); required for int8.
         ratio: Max-median ratio of the input.
         reason: Why a module is not quantized.
     """
@@ -152,7 +157,7 @@ class Recipe(_Document):
 
 
 def activation_scale(amax: float) -> float:
-    """Return the step of a symmetric INT8 quantizer for a tensor whose largest magnitude is `amax`.
+    """Return the step of a symmetric INT8 quantizer that covers magnitudes up to `amax`.
 
     The result is a float32 value, so that the recipe, the simulation and the graph agree to the last bit.
     A tensor that is all zeros gets the smallest step that float32 divides by without overflow.

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from spike_export.calibration.atomic_write import atomic_path, write_text
 from spike_export.calibration.errors import ArtifactError
+from spike_export.calibration.recipe import ActivationRange
 
 SPIKES_FORMAT = 1
 
@@ -37,6 +38,10 @@ class ModuleSpikes:
     def amax(self) -> float:
         """Largest magnitude of the whole input; what a per-tensor quantizer scales by."""
         return float(self.token_amax.max())
+
+    def range(self, rule: ActivationRange) -> float:
+        """Return the magnitude that a static scale covers under a rule."""
+        return self.amax if rule == "max" else float(self.token_amax.max(axis=1).mean(dtype=np.float64))
 
     @property
     def sample_ratios(self) -> Floats:
