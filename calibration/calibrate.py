@@ -263,7 +263,7 @@ def build_recipe(
     corpus: Corpus,
     statistics: SpikeStatistics,
     choice: ModuleChoice,
-    prefixes: PrefixChoice = PrefixChoice(),
+    search: Search = Search(),
 ) -> Recipe:
     """Write the plan down: precision, scale, ratio and reason of every linear, and the prefix of `statistics`."""
     checkpoint, options = calibration.checkpoint, calibration.options
@@ -284,9 +284,7 @@ def build_recipe(
         alpha=choice.alpha if options.qfem else None,
         prefix=prefix,
         modules=_module_plans(statistics, choice.kept, options),
-        search=Search(
-            reference_perplexity=calibration.reference_perplexity(ids), curve=choice.curve, prefixes=prefixes.candidates
-        ),
+        search=search,
     )
 
 

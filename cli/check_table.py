@@ -1,101 +1,17 @@
 """The accuracy check for the reader: `check.json` as a table on a terminal, as plain lines elsewhere."""
 
-import json
 import math
-from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from spike_export.calibration.errors import ArtifactError
 from spike_export.cli.visible_text import visible
+from spike_export.engines.check_document import Check, CheckGate, CheckVariant
 
 NOT_MEASURED = "n/a"
 
 HEADINGS = ("variant", "perplexity", "increase", "top-1 agreement", "KL (nats)", "INT8", "kept", "prefix")
-
-
-class _Part(BaseModel):
-    """A part of `check.json`; keys of a newer writer are ignored."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-
-class CheckCorpus(_Part):
-    """The text that was evaluated."""
-
-    name: str = "unnamed"
-    windows: int | None = None
-    length: int | None = None
-
-
-class CheckReference(_Part):
-    """The model with nothing quantized."""
-
-    perplexity: float
-
-
-class CheckVariant(_Part):
-    """One way to quantize, against the reference.
-
-    Attributes:
-        increase: Of the perplexity, as a fraction of the reference's.
-        top1_agreement: Share of positions with the same most likely token, 0 to 1.
-        kl_divergence: Mean over positions, in nats.
-        shipped: Whether this is the bundle's own variant.
-    """
-
-    name: str
-    perplexity: float
-    increase: float | None = None
-    top1_agreement: float | None = None
-    kl_divergence: float | None = None
-    int8_linears: int | None = None
-    kept_linears: int | None = None
-    prefix_length: int | None = None
-    shipped: bool = False
-
-
-class CheckGate(_Part):
-    """A limit that the shipped variant had to keep."""
-
-    name: str
-    limit: float
-    value: float
-    passed: bool
-
-
-class Check(_Part):
-    """The content of `check.json`."""
-
-    corpus: CheckCorpus = CheckCorpus()
-    dtype: str = "float16"
-    reference: CheckReference
-    variants: tuple[CheckVariant, ...] = ()
-    gates: tuple[CheckGate, ...] = ()
-
-    @property
-    def shipped(self) -> CheckVariant | None:
-        """The variant that the bundle holds; None when no variant is marked."""
-        return next((variant for variant in self.variants if variant.shipped), None)
-
-
-def load_check(path: Path) -> Check:
-    """Read `check.json`.
-
-    Raises:
-        ArtifactError: The file is missing, not JSON, or not a check.
-    """
-    try:
-        return Check.model_validate(json.loads(path.read_text(encoding="utf-8")))
-    except ValidationError as error:
-        fault = error.errors()[0]
-        where = ".".join(str(part) for part in fault["loc"]) or "the document"
-        raise ArtifactError(f"{path}: {where}: {fault['msg']}; run the check again") from error
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path}: cannot read the check ({error}); run the check again") from error
 
 
 def number(value: float | None, digits: int = 4) -> str:
@@ -119,7 +35,16 @@ def count(value: int | None) -> str:
 
 def check_rows(check: Check) -> list[tuple[str, ...]]:
     """Return one row per variant under `HEADINGS`, the reference first."""
-    reference = (f"reference ({visible(check.dtype)})", f"{check.reference.perplexity:.3f}", "", "", "", "", "", "")
+    reference = (
+        f"reference ({visible(check.reference.dtype)})",
+        f"{check.reference.perplexity:.3f}",
+        "",
+        "",
+        "",
+        "",
+        "",
+        "",
+    )
     return [reference, *(_row(variant) for variant in check.variants)]
 
 
@@ -140,7 +65,11 @@ def corpus_sentence(check: Check) -> str:
     """Return on what the figures were measured."""
     windows = f", {check.corpus.windows} windows" if check.corpus.windows is not None else ""
     length = f" of {check.corpus.length} tokens" if windows and check.corpus.length is not None else ""
-    return f"Measured on {visible(check.corpus.name)}{windows}{length}, against {visible(check.dtype)}."
+    note = f" {visible(check.note)}" if check.note else ""
+    return (
+        f"Measured in ONNX Runtime on {visible(check.corpus.name)}{windows}{length}, {visible(check.dtype)} where not "
+        f"quantized, against transformers in {visible(check.reference.dtype)}.{note}"
+    )
 
 
 def gate_sentence(gate: CheckGate) -> str:

@@ -22,16 +22,15 @@ from spike_export.calibration.spikes import SpikeStatistics, load_spikes
 from spike_export.cli.check_table import (
     HEADINGS,
     NOT_MEASURED,
-    Check,
     check_rows,
     corpus_sentence,
     gate_sentence,
-    load_check,
     number,
     percent,
 )
 from spike_export.cli.spike_figures import qfem_curve, ratio_chart, spike_picture, svg_text
 from spike_export.cli.visible_text import visible
+from spike_export.engines.check_document import Check, load_check
 
 REPORT_NAME = "report.html"
 
@@ -236,10 +235,13 @@ def _accuracy_clause(check: Check | None) -> str:
         return ""
     shipped = check.shipped
     if shipped is None:
-        return f"Perplexity in {check.dtype}: {check.reference.perplexity:.3f}."
+        return f"Perplexity in {check.reference.dtype}: {check.reference.perplexity:.3f}."
     increase = "" if shipped.increase is None else f" ({percent(shipped.increase, signed=True)})"
     before, after = f"{check.reference.perplexity:.3f}", f"{shipped.perplexity:.3f}"
-    return f"Perplexity goes from {before} in {visible(check.dtype)} to {after}{increase} as {visible(shipped.name)}."
+    return (
+        f"Perplexity goes from {before} in {visible(check.reference.dtype)} to {after}{increase} as "
+        f"{visible(shipped.name)}."
+    )
 
 
 def _share(part: int, total: int) -> str:

@@ -27,7 +27,7 @@ from spike_export.calibration.recipe import (
     save_recipe,
 )
 from spike_export.calibration.spikes import ModuleSpikes, SpikeStatistics, save_spikes
-from spike_export.cli.check_table import gate_sentence, load_check, plain_lines, print_check
+from spike_export.cli.check_table import gate_sentence, plain_lines, print_check
 from spike_export.cli.html_report import spiking_tokens, write_report
 from spike_export.cli.spike_figures import (
     position_edges,
@@ -38,6 +38,7 @@ from spike_export.cli.spike_figures import (
     spike_picture,
     svg_text,
 )
+from spike_export.engines.check_document import load_check
 
 LAYERS = 4
 PLANTED = "model.layers.2.mlp.down_proj"
@@ -190,7 +191,7 @@ def test_the_page_needs_nothing_from_outside(run: Path) -> None:
 def test_the_page_names_result_planted_module_and_token(run: Path) -> None:
     _, elements = read(run)
     text = elements.text
-    assert "Perplexity goes from 11.546 in float16 to 12.840 (+11.21 %) as w8a8+qfem+qfep." in text
+    assert "Perplexity goes from 11.546 in float32 to 12.840 (+11.21 %) as w8a8+qfem+qfep." in text
     assert "27 of 28 linears (96.4 %) run in INT8 behind the prefix" in text
     assert PLANTED in text
     assert HOSTILE_TEXT in text

@@ -1,0 +1,39 @@
+"""The check of a bundle by itself, without the run that made it."""
+
+from pathlib import Path
+
+from spike_export.calibration.checkpoint import open_checkpoint
+from spike_export.calibration.corpus import default_corpus, read_corpus, token_windows
+from spike_export.calibration.errors import ArtifactError
+from spike_export.calibration.progress import Progress
+from spike_export.calibration.reference_model import load_reference_model
+from spike_export.cli.arguments import CorpusArguments
+from spike_export.engines.check_document import Check
+from spike_export.engines.onnx_session import open_bundle
+from spike_export.engines.variants import Variant, check_variants
+from spike_export.export.bundle import ExportOptions
+
+
+def check_bundle(bundle: Path, reference: str, arguments: CorpusArguments, progress: Progress) -> Check:
+    """Compare a bundle with the model it was made of, on the corpus's evaluation windows.
+
+    Raises:
+        ArtifactError: The bundle was made of another checkpoint.
+        EngineError: ONNX Runtime cannot run the bundle.
+    """
+    manifest = open_bundle(bundle).manifest
+    checkpoint = open_checkpoint(reference)
+    if manifest.model.checkpoint_sha256 != checkpoint.tensors.sha256():
+        raise ArtifactError(f"{bundle}: was made of {manifest.model.source}, and {reference} has other weights")
+    corpus = default_corpus() if arguments.corpus is None else read_corpus(arguments.corpus, arguments.text_field)
+    windows = token_windows(corpus, checkpoint.tokenizer, arguments.samples, arguments.length - 1, arguments.seed)
+    name = "shipped" if manifest.model.recipe_sha256 else "unquantized"
+    return check_variants(
+        checkpoint,
+        load_reference_model(checkpoint),
+        corpus,
+        windows.evaluation,
+        [Variant(name, None, bundle)],
+        ExportOptions(manifest.dtype),
+        progress,
+    )

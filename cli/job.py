@@ -1,0 +1,63 @@
+"""What a run is asked to do."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from spike_export.calibration.calibrate import CalibrationOptions
+from spike_export.calibration.corpus import Corpus, default_corpus, read_corpus
+from spike_export.calibration.errors import ArtifactError, RecipeError
+from spike_export.engines.build_options import BuildOptions
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model through the stages.
+
+    Attributes:
+        model: HF directory, `.gguf` file, or hub id.
+        work_dir: Where statistics, recipe, bundle, check and report go.
+        plan: The engine plan to write; None ends the run before the build.
+        calibration: How to calibrate and choose.
+        quantize: False exports the model as it is.
+        corpus: Text file of the user's; None for the default corpus.
+        text_field: Key of a `.jsonl` corpus.
+        max_ppl_increase: Largest relative perplexity increase of the shipped bundle; None for no limit.
+        build: How to build the plan.
+        allow_fallback: Accept a plan in which a module planned as INT8 runs in 16 bit.
+    """
+
+    model: str
+    work_dir: Path
+    plan: Path | None = None
+    calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
+    quantize: bool = True
+    corpus: Path | None = None
+    text_field: str = "text"
+    max_ppl_increase: float | None = None
+    build: BuildOptions = field(default_factory=BuildOptions)
+    allow_fallback: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant."""
+        if self.max_ppl_increase is not None and not self.max_ppl_increase >= 0:
+            raise RecipeError(f"--max-ppl-increase is {self.max_ppl_increase}; expected a fraction such as 0.05")
+        if self.plan is not None and self.plan.is_dir():
+            raise ArtifactError(f"{self.plan}: is a folder; give the plan a file name, such as {self.plan}/engine.plan")
+
+    def read_corpus(self) -> Corpus:
+        """Return the text to calibrate on."""
+        return default_corpus() if self.corpus is None else read_corpus(self.corpus, self.text_field)
+
+
+def require_writable(folder: Path) -> None:
+    """Find out now, not after the calibration, that a folder cannot be written to.
+
+    Raises:
+        ArtifactError: Names the folder and the reason.
+    """
+    from spike_export.calibration.atomic_write import atomic_path
+
+    probe = folder / ".spike-export-probe"
+    with atomic_path(probe) as temporary:
+        temporary.touch()
+    probe.unlink(missing_ok=True)

@@ -1,0 +1,338 @@
+"""The command `spike-export`: the main job, and each stage alone.
+
+Imports that take long (torch, transformers, onnx) stay inside the commands, so that `--help` answers at once.
+"""
+
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import cyclopts
+from cyclopts import App, Parameter
+from rich.console import Console
+from rich.text import Text
+
+from spike_export.calibration.errors import ArtifactError, SpikeExportError
+from spike_export.cli.arguments import (
+    BuildArguments,
+    CorpusArguments,
+    DtypeArguments,
+    GateArguments,
+    QuantizationArguments,
+    RunArguments,
+    values,
+)
+
+if TYPE_CHECKING:
+    from spike_export.calibration.calibrate import CalibrationOptions
+    from spike_export.cli.job import Job
+    from spike_export.cli.pipeline import Pipeline
+    from spike_export.engines.build_options import BuildOptions
+
+DONE, GATE_MISSED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+Model = Annotated[str, Parameter(help="Local HF directory, .gguf file, or hub id.")]
+Bundle = Annotated[Path, Parameter(help="Folder that export wrote.")]
+
+app = App(
+    name="spike-export",
+    help="From a GLU language model to an INT8 engine that keeps its accuracy.",
+    version=lambda: version("spike-export"),
+    result_action="return_value",
+)
+
+
+def main() -> None:
+    """Run the command line and leave with its exit code."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command line; return 0 when done, 1 when a limit was missed, 2 for bad input, 130 when interrupted."""
+    try:
+        path = _config_path(arguments)
+        app.config = [cyclopts.config.Toml(path, must_exist=True)] if path else []
+        code = app(arguments, exit_on_error=False, print_error=False)
+    except cyclopts.CycloptsError as error:
+        return _fail(str(error))
+    except SpikeExportError as error:
+        return _fail(str(error))
+    except FileNotFoundError as error:  # of the configuration file
+        return _fail(f"{error.filename or error}: no such configuration file")
+    except KeyboardInterrupt:
+        _say("interrupted; finished stages are kept, the same command goes on from there")
+        return INTERRUPTED
+    return code if isinstance(code, int) else DONE
+
+
+def _config_path(arguments: Sequence[str]) -> Path | None:
+    """Return the value of `--config`, which must be known before the options are read."""
+    for index, argument in enumerate(arguments):
+        if argument == "--config" and index + 1 < len(arguments):
+            return Path(arguments[index + 1])
+        if argument.startswith("--config="):
+            return Path(argument.removeprefix("--config="))
+    return None
+
+
+def _fail(message: str) -> int:
+    _say(f"error: {' '.join(message.split())}")
+    return BAD_INPUT
+
+
+def _say(line: str) -> None:
+    Console(stderr=True).print(Text(f"spike-export: {line}"), soft_wrap=True)
+
+
+@app.default
+def job(
+    model: Model,
+    /,
+    *,
+    out: Annotated[Path, Parameter(help="The engine plan to write; its description goes beside it.")],
+    work_dir: Annotated[Path | None, Parameter(help="Where all else goes (default: OUT.run).")] = None,
+    quantize: Annotated[bool, Parameter(help="Quantize; --no-quantize exports the model as it is.")] = True,
+    corpus: CorpusArguments = CorpusArguments(),
+    quantization: QuantizationArguments = QuantizationArguments(),
+    dtype: DtypeArguments = DtypeArguments(),
+    gate: GateArguments = GateArguments(),
+    build: BuildArguments = BuildArguments(),
+    run_options: RunArguments = RunArguments(),
+) -> int:
+    """Calibrate, choose, export, check, build and report: the whole job."""
+    from spike_export.cli.job import Job
+
+    work = Job(
+        model=model,
+        work_dir=work_dir or out.with_name(f"{out.name}.run"),
+        plan=out,
+        calibration=_calibration_options(corpus, quantization, dtype),
+        quantize=quantize,
+        corpus=corpus.corpus,
+        text_field=corpus.text_field,
+        max_ppl_increase=gate.max_ppl_increase,
+        build=_build_options(build),
+        allow_fallback=build.allow_fallback,
+    )
+    return _run_job(work, run_options)
+
+
+def _run_job(work: "Job", options: RunArguments) -> int:
+    from spike_export.cli.check_table import print_check
+    from spike_export.cli.pipeline import stages_of
+
+    console = Console()
+    pipeline = _open(work, options, stages_of(work), console)
+    with pipeline.display:
+        recipe = pipeline.calibrate() if work.quantize else None
+        bundle = pipeline.export(recipe)
+        check = pipeline.check(recipe, bundle)
+        wrong: tuple[str, ...] = ()
+        if check.passed:
+            _, wrong = pipeline.build(bundle)
+        report = pipeline.report()
+    if not options.quiet:
+        print_check(check, console)
+        places = [("plan", work.plan if check.passed else None), ("bundle", bundle), ("report", report)]
+        for name, place in places:
+            console.print(Text(f"{name}: {place or 'not built: the accuracy limit was missed'}"), soft_wrap=True)
+    return _verdict(check.passed, wrong, work.allow_fallback)
+
+
+def _verdict(passed: bool, wrong: tuple[str, ...], allow_fallback: bool) -> int:
+    if not passed:
+        _say("the accuracy limit was missed; see the check")
+        return GATE_MISSED
+    if wrong and not allow_fallback:
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        _say(f"{wrong[0]}{more} does not run in the planned precision; see engine.json, or accept it: --allow-fallback")
+        return GATE_MISSED
+    return DONE
+
+
+def _open(work: "Job", options: RunArguments, stages: Sequence[str], console: Console) -> "Pipeline":
+    from spike_export.cli.job import require_writable
+
+    require_writable(work.work_dir)
+    if work.plan:
+        require_writable(work.plan.parent)
+    from spike_export.calibration.checkpoint import open_checkpoint
+    from spike_export.cli.pipeline import Pipeline
+    from spike_export.cli.progress_display import ProgressDisplay
+    from spike_export.cli.run_directory import RunDirectory
+
+    if work.corpus:
+        work.read_corpus()  # a bad corpus is reported before the model is opened
+    display = ProgressDisplay(console, stages, quiet=options.quiet)
+    return Pipeline(work, open_checkpoint(work.model), RunDirectory(work.work_dir, options.force), display)
+
+
+def _calibration_options(
+    corpus: CorpusArguments, quantization: QuantizationArguments, dtype: DtypeArguments
+) -> "CalibrationOptions":
+    from spike_export.calibration.calibrate import CalibrationOptions
+
+    return CalibrationOptions(
+        samples=corpus.samples, length=corpus.length, seed=corpus.seed, dtype=dtype.dtype, **values(quantization)
+    )
+
+
+def _build_options(build: BuildArguments) -> "BuildOptions":
+    from spike_export.engines.build_options import BatchRange, BuildOptions
+
+    return BuildOptions(
+        backend=build.backend,
+        targets=build.target,
+        profiles=build.profile,
+        batch=BatchRange(1, 1, build.max_batch),
+        max_context=build.max_context,
+        optimization_level=build.optimization_level,
+        ignore_memory=build.ignore_memory,
+    )
+
+
+@app.command
+def calibrate(
+    model: Model,
+    /,
+    *,
+    work_dir: Annotated[Path, Parameter(help="Where statistics and recipe go.")],
+    corpus: CorpusArguments = CorpusArguments(),
+    quantization: QuantizationArguments = QuantizationArguments(),
+    dtype: DtypeArguments = DtypeArguments(),
+    run_options: RunArguments = RunArguments(),
+) -> int:
+    """Measure activation spikes, choose modules and prefix, write the recipe."""
+    from spike_export.cli.job import Job
+    from spike_export.cli.pipeline import BUNDLE, stages_of
+
+    options = _calibration_options(corpus, quantization, dtype)
+    work = Job(model, work_dir, calibration=options, corpus=corpus.corpus, text_field=corpus.text_field)
+    console = Console()
+    stages = stages_of(work)
+    pipeline = _open(work, run_options, stages[: stages.index(BUNDLE)], console)
+    with pipeline.display:
+        recipe = pipeline.calibrate()
+    if not run_options.quiet:
+        prefix = f"prefix {list(recipe.prefix_ids)} {recipe.prefix.text!r}" if recipe.prefix else "no prefix"
+        kept = f"{len(recipe.kept())} of {len(recipe.modules)} linears in {recipe.scheme.unquantized}"
+        console.print(Text(f"{kept}, {prefix}\nrecipe: {work_dir / 'recipe.json'}"), soft_wrap=True)
+    return DONE
+
+
+@app.command
+def export(
+    model: Model,
+    /,
+    *,
+    out: Annotated[Path, Parameter(help="The bundle's folder; a previous bundle there is replaced.")],
+    recipe: Annotated[Path | None, Parameter(help="Recipe that calibrate wrote, edited or not.")] = None,
+    quantize: Annotated[bool, Parameter(help="Quantize; --no-quantize needs no recipe.")] = True,
+    dtype: Annotated[
+        DtypeArguments | None, Parameter(help="Default: the recipe's precision, or float16 without one.")
+    ] = None,
+    run_options: RunArguments = RunArguments(),
+) -> int:
+    """Write the ONNX bundle of a recipe."""
+    from spike_export.calibration.errors import RecipeError
+
+    if quantize == (recipe is None):
+        raise RecipeError(
+            "export needs --recipe FILE, or --no-quantize to export the model as it is"
+            if recipe is None
+            else "--recipe and --no-quantize contradict each other; give one"
+        )
+    from spike_export.calibration.checkpoint import open_checkpoint
+    from spike_export.calibration.recipe import load_recipe
+    from spike_export.cli.progress_display import ProgressDisplay
+    from spike_export.export.bundle import ExportOptions, export_bundle
+
+    plan = load_recipe(recipe) if recipe else None
+    _require_bundle_or_nothing(out)
+    kept = dtype.dtype if dtype else plan.scheme.unquantized if plan else "float16"
+    checkpoint = open_checkpoint(model)
+    console = Console()
+    with (
+        ProgressDisplay(console, ["bundle"], quiet=run_options.quiet) as display,
+        display.stage("bundle") as progress,
+    ):
+        export_bundle(checkpoint, plan, ExportOptions(kept), out, progress)
+    if not run_options.quiet:
+        console.print(Text(f"bundle: {out}"), soft_wrap=True)
+    return DONE
+
+
+def _require_bundle_or_nothing(folder: Path) -> None:
+    """Refuse to replace a folder that is no bundle: its content would be lost."""
+    from spike_export.export.manifest import MANIFEST_FILE
+
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST_FILE).exists()):
+        raise ArtifactError(f"{folder}: exists and is not a bundle; give another folder")
+
+
+@app.command
+def check(
+    bundle: Bundle,
+    /,
+    *,
+    reference: Annotated[str, Parameter(help="The model the bundle was made of.")],
+    out: Annotated[Path | None, Parameter(help="Default: BUNDLE.check.json, beside the bundle.")] = None,
+    corpus: CorpusArguments = CorpusArguments(),
+    gate: GateArguments = GateArguments(),
+    run_options: RunArguments = RunArguments(),
+) -> int:
+    """Compare a bundle with the unquantized model: perplexity, top-1 agreement, KL divergence."""
+    from spike_export.cli.bundle_check import check_bundle
+    from spike_export.cli.check_table import print_check
+    from spike_export.cli.progress_display import ProgressDisplay
+    from spike_export.engines.check_document import save_check
+
+    console = Console()
+    path = out or bundle.with_name(f"{bundle.name}.check.json")
+    with ProgressDisplay(console, ["check"], quiet=run_options.quiet) as display, display.stage("check") as progress:
+        result = check_bundle(bundle, reference, corpus, progress).gated(gate.max_ppl_increase)
+        save_check(result, path)
+    if not run_options.quiet:
+        print_check(result, console)
+        console.print(Text(f"check: {path}"), soft_wrap=True)
+    return _verdict(result.passed, (), allow_fallback=True)
+
+
+@app.command
+def build(
+    bundle: Bundle,
+    /,
+    *,
+    out: Annotated[Path, Parameter(help="The engine plan to write; its description goes beside it.")],
+    build_options: BuildArguments = BuildArguments(),
+    run_options: RunArguments = RunArguments(),
+) -> int:
+    """Build the engine plan of a bundle, and prove from the plan in which precision each module runs."""
+    from spike_export.cli.progress_display import ProgressDisplay
+    from spike_export.engines.plan_builder import build_plan
+
+    console = Console()
+    with ProgressDisplay(console, ["plan"], quiet=run_options.quiet) as display, display.stage("plan") as progress:
+        result = build_plan(bundle, out, _build_options(build_options), progress)
+    if not run_options.quiet:
+        console.print(Text(f"plan: {out} ({result.sidecar.backend.reason})"), soft_wrap=True)
+    return _verdict(True, tuple(module.module for module in result.deviations), build_options.allow_fallback)
+
+
+@app.command
+def report(
+    run_directory: Annotated[Path, Parameter(help="Work directory of a run.")],
+    /,
+    *,
+    engine: Annotated[Path | None, Parameter(help="engine.json of the plan, when it lies elsewhere.")] = None,
+    run_options: RunArguments = RunArguments(),
+) -> int:
+    """Write the HTML page of a run."""
+    from spike_export.cli.html_report import write_report
+
+    page = write_report(run_directory, engine=engine)
+    if not run_options.quiet:
+        Console().print(Text(f"report: {page}"), soft_wrap=True)
+    return DONE

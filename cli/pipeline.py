@@ -1,0 +1,250 @@
+"""The stages of a run, one after another; a stage whose inputs are unchanged is not run again."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from spike_export.calibration.ablation import ablations
+from spike_export.calibration.atomic_write import write_text
+from spike_export.calibration.calibrate import (
+    Calibration,
+    PrefixChoice,
+    build_recipe,
+    choose_kept,
+    choose_prefix,
+)
+from spike_export.calibration.checkpoint import Checkpoint
+from spike_export.calibration.corpus import Corpus, TokenWindows, token_windows
+from spike_export.calibration.errors import ArtifactError
+from spike_export.calibration.progress import Progress
+from spike_export.calibration.recipe import Recipe, Search, load_recipe, save_recipe
+from spike_export.calibration.reference_model import load_reference_model
+from spike_export.calibration.spikes import SpikeStatistics, load_spikes, save_spikes
+from spike_export.cli.job import Job
+from spike_export.cli.progress_display import ProgressDisplay
+from spike_export.cli.run_directory import RunDirectory, stage_key
+from spike_export.engines.check_document import Check, load_check, save_check
+from spike_export.engines.plan_builder import BuildResult, build_plan
+from spike_export.engines.plan_sidecar import PlanSidecar, load_sidecar, sidecar_path
+from spike_export.engines.variants import Variant, check_variants
+from spike_export.export.bundle import ExportOptions, export_bundle
+from spike_export.export.manifest import MANIFEST_FILE
+
+SPIKES = "spikes"
+PREFIX = "prefix"
+BEHIND = "spikes behind the prefix"
+RECIPE = "recipe"
+BUNDLE = "bundle"
+CHECK = "check"
+PLAN = "plan"
+REPORT = "report"
+
+CALIBRATION_STAGES = (SPIKES, PREFIX, BEHIND, RECIPE)
+
+_PREFIX_CHOICE = TypeAdapter(PrefixChoice)
+
+
+def stages_of(job: Job) -> tuple[str, ...]:
+    """Return the names of the stages a job runs, in order."""
+    calibration = CALIBRATION_STAGES if job.calibration.qfep else (SPIKES, RECIPE)
+    plan = (PLAN,) if job.plan else ()
+    return (*(calibration if job.quantize else ()), BUNDLE, CHECK, *plan, REPORT)
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A job with its checkpoint, its work directory and the display that follows it."""
+
+    job: Job
+    checkpoint: Checkpoint
+    run: RunDirectory
+    display: ProgressDisplay
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        """The text of calibration and check."""
+        return self.job.read_corpus()
+
+    @cached_property
+    def windows(self) -> TokenWindows:
+        """Calibration and evaluation windows; one token of the length is BOS."""
+        options = self.job.calibration
+        return token_windows(self.corpus, self.checkpoint.tokenizer, options.samples, options.length - 1, options.seed)
+
+    @cached_property
+    def calibration(self) -> Calibration:
+        """Model and windows; the weights are read when a stage first needs them."""
+        return Calibration(self.checkpoint, self.windows, self.job.calibration)
+
+    @property
+    def _spikes_key(self) -> str:
+        options = self.job.calibration
+        return stage_key(
+            tool=version("spike-export"),
+            model=self.checkpoint.tensors.sha256(),
+            corpus=self.corpus.sha256,
+            samples=options.samples,
+            length=options.length,
+            seed=options.seed,
+        )
+
+    def calibrate(self) -> Recipe:
+        """Run the calibration's stages and return the recipe as it now lies in the work directory."""
+        plain = self._spikes(SPIKES, "spikes", ())
+        prefixes = self._prefix(plain) if self.job.calibration.qfep else PrefixChoice()
+        behind = self._behind(plain, prefixes)
+        options = {**asdict(self.job.calibration), "prefix": prefixes.token_ids}
+        path = self.run.path / "recipe.json"
+
+        def work(progress: Progress) -> None:
+            choice = choose_kept(self.calibration, behind, progress)
+            reference = self.calibration.reference_perplexity(prefixes.token_ids)
+            search = Search(reference_perplexity=reference, curve=choice.curve, prefixes=prefixes.candidates)
+            save_recipe(build_recipe(self.calibration, self.corpus, behind, choice, search), path)
+
+        self._stage(RECIPE, stage_key(spikes=self._spikes_key, options=options), [path], work)
+        return load_recipe(path)
+
+    def _spikes(self, stage: str, stem: str, prefix: tuple[int, ...]) -> SpikeStatistics:
+        place = self.run.path / stem
+        description = {
+            "model": {"source": self.checkpoint.name, "sha256": self.checkpoint.tensors.sha256()},
+            "corpus": {"name": self.corpus.name, "sha256": self.corpus.sha256},
+        }
+
+        def work(progress: Progress) -> None:
+            save_spikes(self.calibration.measure(prefix, progress), place, description)
+
+        files = [place.with_name(f"{stem}.safetensors"), place.with_name(f"{stem}.json")]
+        self._stage(stage, stage_key(spikes=self._spikes_key, prefix=prefix), files, work)
+        return load_spikes(place)
+
+    def _prefix(self, plain: SpikeStatistics) -> PrefixChoice:
+        path = self.run.path / "prefix.json"
+        # The dtype names what is kept; it does not change what is measured.
+        options = asdict(replace(self.job.calibration, dtype="float32"))
+
+        def work(progress: Progress) -> None:
+            write_text(
+                path, _PREFIX_CHOICE.dump_json(choose_prefix(self.calibration, plain, progress), indent=1).decode()
+            )
+
+        self._stage(PREFIX, stage_key(spikes=self._spikes_key, options=options), [path], work)
+        try:
+            return _PREFIX_CHOICE.validate_json(path.read_bytes())
+        except (OSError, ValidationError) as error:
+            raise ArtifactError(f"{path}: cannot read the prefix choice; run again with --force") from error
+
+    def _behind(self, plain: SpikeStatistics, prefixes: PrefixChoice) -> SpikeStatistics:
+        if not self.job.calibration.qfep:
+            return plain
+        if not prefixes.token_ids:
+            self.display.skip(BEHIND, "no prefix was chosen")
+            return plain
+        return self._spikes(BEHIND, "spikes_prefixed", prefixes.token_ids)
+
+    def export(self, recipe: Recipe | None) -> Path:
+        """Write the bundle and return its folder."""
+        bundle = self.run.path / "bundle"
+        options = ExportOptions(self.job.calibration.dtype)
+        key = stage_key(
+            tool=version("spike-export"),
+            model=self.checkpoint.tensors.sha256(),
+            recipe=None if recipe is None else recipe.model_dump(mode="json"),
+            options=asdict(options),
+        )
+
+        def work(progress: Progress) -> None:
+            export_bundle(self.checkpoint, recipe, options, bundle, progress)
+
+        self._stage(BUNDLE, key, [bundle / MANIFEST_FILE], work)
+        return bundle
+
+    def check(self, recipe: Recipe | None, bundle: Path) -> Check:
+        """Measure the bundle's accuracy, and what each method contributes, and hold it against the limit."""
+        path = self.run.path / "check.json"
+        manifest = (bundle / MANIFEST_FILE).read_text(encoding="utf-8")
+
+        def work(progress: Progress) -> None:
+            # A model of its own where no calibration stage ran; else the one that is in memory.
+            model = self.calibration.model if recipe else load_reference_model(self.checkpoint)
+            variants = self._variants(recipe, bundle)
+            content = self.windows.evaluation
+            options = ExportOptions(self.job.calibration.dtype)
+            save_check(check_variants(self.checkpoint, model, self.corpus, content, variants, options, progress), path)
+
+        key = stage_key(spikes=self._spikes_key, manifest=manifest, options=asdict(self.job.calibration))
+        self._stage(CHECK, key, [path], work)
+        check = load_check(path).gated(self.job.max_ppl_increase)
+        save_check(check, path)
+        return check
+
+    def _variants(self, recipe: Recipe | None, bundle: Path) -> list[Variant]:
+        if recipe is None:
+            return [Variant("unquantized", None, bundle)]
+        plain = load_spikes(self.run.path / "spikes")
+        behind = load_spikes(self.run.path / "spikes_prefixed") if recipe.prefix else plain
+        recipes = ablations(self.calibration, self.corpus, plain, behind, recipe)
+        variants = [Variant("unquantized", None), *(Variant(name, each) for name, each in recipes.items())]
+        if recipe.scheme.activation_range == "max":
+            # The last ablation is the shipped recipe itself, unless it was edited.
+            return [*variants[:-1], Variant(variants[-1].name, recipe, bundle)]
+        return [*variants, Variant(f"{variants[-1].name}+{recipe.scheme.activation_range}", recipe, bundle)]
+
+    def build(self, bundle: Path) -> tuple[PlanSidecar, tuple[str, ...]]:
+        """Build the plan; return its sidecar and the modules that do not run as planned."""
+        plan = self.job.plan
+        assert plan is not None, "a job without a plan has no build stage"
+        # The weights are no longer needed here, and the build process wants the memory.
+        self.__dict__.pop("calibration", None)
+        results: list[BuildResult] = []
+        key = stage_key(
+            tool=version("spike-export"),
+            manifest=(bundle / MANIFEST_FILE).read_text(encoding="utf-8"),
+            options=asdict(self.job.build),
+            plan=plan.absolute(),
+            backends=installed_backends(),
+        )
+
+        def work(progress: Progress) -> None:
+            results.append(build_plan(bundle, plan, self.job.build, progress))
+
+        self._stage(PLAN, key, [plan, sidecar_path(plan)], work)
+        sidecar = load_sidecar(plan)
+        wrong = tuple(name for name, module in sidecar.audit.modules.items() if not module.as_planned)
+        return sidecar, wrong if sidecar.audit.readable else ()
+
+    def report(self) -> Path:
+        """Write the HTML page; cheap, and never stale."""
+        from spike_export.cli.html_report import write_report
+
+        sidecar = sidecar_path(self.job.plan) if self.job.plan else None
+        with self.display.stage(REPORT):
+            return write_report(self.run.path, engine=sidecar)
+
+    def _stage(self, stage: str, key: str, artifacts: Iterable[Path], work: Callable[[Progress], None]) -> None:
+        artifacts = list(artifacts)
+        if self.run.is_done(stage, key, artifacts):
+            self.display.skip(stage, "unchanged")
+            return
+        self.run.begin(stage)
+        with self.display.stage(stage) as progress:
+            work(progress)
+        self.run.mark_done(stage, key)
+
+
+def installed_backends() -> dict[str, str]:
+    """Return the TensorRT packages that are installed, with their versions: another one makes another plan."""
+    from importlib.metadata import PackageNotFoundError
+
+    found = {}
+    for package in ("tensorrt", "tensorrt-cu13", "tensorrt-rtx", "tensorrt-rtx-cu13"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

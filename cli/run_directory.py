@@ -1,0 +1,49 @@
+"""The work directory of a run: which stages are done, and from what, so that a killed run goes on where it was."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spike_export.calibration.atomic_write import write_text
+
+
+def stage_key(**inputs: Any) -> str:
+    """Return a hash of everything a stage's outcome depends on."""
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Artifacts of a run, and a stamp per finished stage.
+
+    Attributes:
+        path: The work directory.
+        force: Take no stage as done.
+    """
+
+    path: Path
+    force: bool = False
+
+    def is_done(self, stage: str, key: str, artifacts: Iterable[Path]) -> bool:
+        """Return whether a stage ended well on the same inputs, and its artifacts are still there."""
+        if self.force or not all(artifact.exists() for artifact in artifacts):
+            return False
+        try:
+            stamp = json.loads(self._stamp(stage).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return isinstance(stamp, dict) and stamp.get("key") == key
+
+    def begin(self, stage: str) -> None:
+        """Forget that a stage was done, before its artifacts are replaced."""
+        self._stamp(stage).unlink(missing_ok=True)
+
+    def mark_done(self, stage: str, key: str) -> None:
+        """Record that a stage's artifacts are complete."""
+        write_text(self._stamp(stage), json.dumps({"key": key}) + "\n")
+
+    def _stamp(self, stage: str) -> Path:
+        return self.path / ".stages" / f"{stage.replace(' ', '-')}.json"

@@ -1,0 +1,71 @@
+"""A bundle in ONNX Runtime: the embedded engine, on any machine."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spike_export.calibration.errors import EngineError
+from spike_export.calibration.perplexity import with_bos
+from spike_export.export.manifest import DATA_FILE, GRAPH_FILE, Manifest, load_manifest
+
+CACHE_TYPES = {"float32": np.float32, "float16": np.float16}
+"""Cache precisions that ONNX Runtime's CPU kernels compute in; it has no bfloat16 product."""
+
+
+@dataclass(frozen=True)
+class BundleSession:
+    """An ONNX Runtime session over a bundle, with the manifest that says how to call it."""
+
+    manifest: Manifest
+    session: Any
+
+    def prefill(self, content: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Run fresh sequences in one call and return the logits [batch, tokens, vocab] of the content's tokens.
+
+        Args:
+            content: [batch, tokens] text without BOS; BOS is fed before it unless the prefix holds it.
+        """
+        manifest = self.manifest
+        holds_bos = manifest.prefix is not None and manifest.prefix.holds_bos
+        tokens = content if holds_bos else with_bos(content, manifest.bos_token_id)
+        feeds: dict[str, NDArray[Any]] = {"input_ids": tokens, "attention_mask": np.ones_like(tokens)}
+        shape = (len(tokens), manifest.num_key_value_heads, 0, manifest.head_dim)
+        empty = np.zeros(shape, CACHE_TYPES[manifest.dtype])
+        for layer in range(manifest.num_hidden_layers):
+            feeds[f"past_key_values.{layer}.key"] = feeds[f"past_key_values.{layer}.value"] = empty
+        logits: NDArray[np.float32] = self.session.run(["logits"], feeds)[0]
+        return logits[:, -content.shape[1] :]
+
+
+def open_bundle(bundle: Path, threads: int = 0) -> BundleSession:
+    """Load a bundle into ONNX Runtime on the CPU.
+
+    Args:
+        bundle: Folder that export wrote.
+        threads: For one operator; 0 for one per core.
+
+    Raises:
+        ArtifactError: The manifest cannot be read.
+        EngineError: The bundle is incomplete, of a precision that the CPU lacks, or refused by ONNX Runtime.
+    """
+    import onnxruntime as ort
+
+    manifest = load_manifest(bundle)
+    if manifest.dtype not in CACHE_TYPES:
+        raise EngineError(
+            f"{bundle}: ONNX Runtime's CPU kernels have no {manifest.dtype}; export with --dtype float16 or float32"
+        )
+    for name in (GRAPH_FILE, DATA_FILE):
+        if not (bundle / name).is_file():
+            raise EngineError(f"{bundle / name}: this file is missing; export the bundle again")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    try:
+        session = ort.InferenceSession(bundle / GRAPH_FILE, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's exceptions have no common type
+        raise EngineError(f"{bundle}: ONNX Runtime refuses the graph: {str(error).splitlines()[0]}") from error
+    return BundleSession(manifest, session)

@@ -1,0 +1,123 @@
+"""The variants a check compares: the shipped bundle, and what each method contributes to it."""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spike_export.calibration.checkpoint import Checkpoint
+from spike_export.calibration.corpus import Corpus
+from spike_export.calibration.progress import Progress, silent
+from spike_export.calibration.recipe import Recipe
+from spike_export.calibration.reference_model import ReferenceModel
+from spike_export.engines.accuracy import Accuracy, ReferenceLogits, compare, reference_logits
+from spike_export.engines.check_document import Check, CheckCorpus, CheckReference, CheckVariant
+from spike_export.engines.onnx_session import CACHE_TYPES, open_bundle
+from spike_export.export.bundle import ExportOptions, export_bundle
+from spike_export.export.manifest import Manifest, load_manifest
+
+_BFLOAT16_NOTE = "ONNX Runtime has no bfloat16 products on the CPU: checked in float32, which bfloat16 rounds."
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to export the model.
+
+    Attributes:
+        recipe: None leaves everything unquantized.
+        bundle: Where it lies already; None exports it for the check only.
+    """
+
+    name: str
+    recipe: Recipe | None
+    bundle: Path | None = None
+
+
+def check_variants(
+    checkpoint: Checkpoint,
+    model: ReferenceModel,
+    corpus: Corpus,
+    content: NDArray[np.int64],
+    variants: Sequence[Variant],
+    options: ExportOptions,
+    progress: Progress = silent,
+) -> Check:
+    """Evaluate variants in ONNX Runtime against transformers' model on windows [windows, tokens].
+
+    A variant that is no bundle yet is exported into a temporary folder, one at a time. Those with a bundle are the
+    shipped ones and are evaluated as they are, unless ONNX Runtime's CPU kernels lack their precision.
+    """
+    runnable = options.dtype in CACHE_TYPES
+    rounds = len(variants) + 1
+    evaluated_dtype = options if runnable else ExportOptions("float32")
+    with reference_logits(model, content, checkpoint.bos_token_id, _part(progress, 0, rounds)) as reference:
+        results = [
+            _evaluate(checkpoint, variant, evaluated_dtype, runnable, reference, _part(progress, index, rounds))
+            for index, variant in enumerate(variants, start=1)
+        ]
+    return Check(
+        corpus=CheckCorpus(name=corpus.name, sha256=corpus.sha256, windows=len(content), length=content.shape[1]),
+        dtype=evaluated_dtype.dtype,
+        note=None if runnable else _BFLOAT16_NOTE,
+        reference=CheckReference(perplexity=reference.perplexity),
+        variants=tuple(results),
+    )
+
+
+def _part(progress: Progress, index: int, rounds: int) -> Progress:
+    """Return a callback that counts one round of windows as a part of all rounds."""
+
+    def told(what: str, done: int, total: int) -> None:
+        progress("windows", index * total + done, rounds * total)
+
+    return told
+
+
+def _evaluate(
+    checkpoint: Checkpoint,
+    variant: Variant,
+    options: ExportOptions,
+    runnable: bool,
+    reference: ReferenceLogits,
+    progress: Progress,
+) -> CheckVariant:
+    if variant.bundle is not None and runnable:
+        accuracy = compare(open_bundle(variant.bundle), reference, progress)
+        return _row(variant, load_manifest(variant.bundle), accuracy, reference)
+    with tempfile.TemporaryDirectory(prefix="spike-export-") as name:
+        bundle = Path(name) / "bundle"
+        recipe = variant.recipe if runnable else _in_float32(variant.recipe)
+        manifest = export_bundle(checkpoint, recipe, options, bundle)
+        accuracy = compare(open_bundle(bundle), reference, progress)
+    return _row(variant, manifest, accuracy, reference)
+
+
+def _in_float32(recipe: Recipe | None) -> Recipe | None:
+    """Return the recipe with float32 where it keeps another precision."""
+    if recipe is None:
+        return None
+    modules = {
+        name: plan if plan.precision == "int8" else plan.model_copy(update={"precision": "float32"})
+        for name, plan in recipe.modules.items()
+    }
+    return recipe.model_copy(update={"modules": modules})
+
+
+def _row(variant: Variant, manifest: Manifest, accuracy: Accuracy, reference: ReferenceLogits) -> CheckVariant:
+    counts = {precision: share.modules for precision, share in manifest.linears.items()}
+    int8 = counts.pop("int8", 0)
+    return CheckVariant(
+        name=variant.name,
+        perplexity=accuracy.perplexity,
+        increase=accuracy.perplexity / reference.perplexity - 1,
+        top1_agreement=accuracy.top1_agreement,
+        kl_divergence=accuracy.kl_divergence,
+        int8_linears=int8,
+        kept_linears=sum(counts.values()),
+        prefix_length=manifest.prefix_length,
+        activation_range=variant.recipe.scheme.activation_range if variant.recipe and int8 else None,
+        shipped=variant.bundle is not None,
+    )
