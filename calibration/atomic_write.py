@@ -19,6 +19,7 @@ def describe_os_error(error: OSError, path: Path) -> str:
         errno.EPERM: "permission denied; choose a place you may write to",
         errno.EROFS: "the file system is read-only; choose a place you may write to",
         errno.ENOTDIR: "a part of this path is a file, not a folder; choose another place",
+        errno.EEXIST: "a part of this path is a file, not a folder; choose another place",
     }
     return f"{path}: cannot write: {remedies.get(error.errno or 0, error.strerror or str(error))}"
 
@@ -43,6 +44,20 @@ def _sync(path: Path) -> None:
             os.close(descriptor)
 
 
+def _replace_folder(temporary: Path, path: Path) -> None:
+    """Put `temporary` in the place of the folder `path`; when that fails, `path` is as before."""
+    # rename(2) cannot replace a folder that has content: the old one moves aside first.
+    retired = path.with_name(f".{path.name}.retired")
+    _remove(retired)
+    path.rename(retired)
+    try:
+        temporary.rename(path)
+    except BaseException:
+        retired.rename(path)
+        raise
+    _remove(retired)
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling of `path`; rename it to `path` when the block ends well.
@@ -60,12 +75,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         yield temporary
         _sync(temporary)
         if path.is_dir():
-            # rename(2) cannot replace a folder that has content: move the old one aside first.
-            retired = path.with_name(f".{path.name}.retired")
-            _remove(retired)
-            path.rename(retired)
-            temporary.rename(path)
-            _remove(retired)
+            _replace_folder(temporary, path)
         else:
             temporary.replace(path)
     except OSError as error:

@@ -82,7 +82,8 @@ def read_corpus(path: Path, text_field: str = "text") -> Corpus:
 
 def _documents(path: Path, content: str, text_field: str) -> list[str]:
     documents = []
-    for number, line in enumerate(content.splitlines(), start=1):
+    # Not splitlines(), which also breaks at U+2028 and the like, and those may stand inside a JSON string.
+    for number, line in enumerate(content.split("\n"), start=1):
         if not line.strip():
             continue
         try:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from spike_export.calibration.errors import CheckpointError
+from spike_export.calibration.errors import CheckpointError, one_line
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,17 @@ FAMILIES: Mapping[str, Family] = {
 
 ROPE_TYPES = ("default", "linear", "llama3")
 """Rope kinds that a position alone determines, so that one constant table serves every length."""
+
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
 
 _REQUIRED = (
     "vocab_size",
@@ -70,16 +81,6 @@ class DecoderConfig:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
 
-    def __post_init__(self) -> None:
-        """Refuse sizes that contradict each other."""
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise CheckpointError(
-                f"config: {self.num_attention_heads} attention heads are not a multiple of "
-                f"{self.num_key_value_heads} key/value heads; the config.json is damaged"
-            )
-        if self.head_dim % 2:
-            raise CheckpointError(f"config: head_dim is {self.head_dim}; rotary embedding needs an even number")
-
 
 def decoder_config(raw: Mapping[str, Any], place: str) -> DecoderConfig:
     """Validate an HF configuration.
@@ -98,6 +99,7 @@ def decoder_config(raw: Mapping[str, Any], place: str) -> DecoderConfig:
     activation = raw.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise CheckpointError(f"{place}: hidden_act is {activation!r}; supported for {family.model_type}: silu")
+    _check_sizes(raw, place)
     # Imported here: transformers takes a second, and `--help` must not.
     from transformers import AutoConfig
 
@@ -105,7 +107,7 @@ def decoder_config(raw: Mapping[str, Any], place: str) -> DecoderConfig:
     try:
         hf = AutoConfig.for_model(family.model_type, **settings)
     except Exception as error:  # whatever a damaged file makes transformers raise
-        raise CheckpointError(f"{place}: transformers refuses this configuration: {error}") from error
+        raise CheckpointError(f"{place}: transformers refuses this configuration: {one_line(error)}") from error
     rope_type = (hf.rope_parameters or {}).get("rope_type", "default")
     if rope_type not in ROPE_TYPES:
         raise CheckpointError(f"{place}: rope type {rope_type!r} is not supported (supported: {', '.join(ROPE_TYPES)})")
@@ -129,6 +131,23 @@ def decoder_config(raw: Mapping[str, Any], place: str) -> DecoderConfig:
         bos_token_id=hf.bos_token_id,
         eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
     )
+
+
+def _check_sizes(raw: Mapping[str, Any], place: str) -> None:
+    """Refuse sizes that are none, or that contradict each other."""
+    for key in _SIZES:
+        value = raw.get(key)
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise CheckpointError(f"{place}: {key} is {value!r}; expected a whole number above 0: the file is damaged")
+    heads, hidden = raw["num_attention_heads"], raw["hidden_size"]
+    key_value = raw.get("num_key_value_heads") or heads
+    if heads % key_value:
+        raise CheckpointError(
+            f"{place}: {heads} attention heads are not a multiple of {key_value} key/value heads; the file is damaged"
+        )
+    head_dim = raw.get("head_dim") or hidden // heads
+    if head_dim % 2:
+        raise CheckpointError(f"{place}: head_dim is {head_dim}; rotary embedding needs an even number")
 
 
 def _family(raw: Mapping[str, Any], place: str) -> Family:

@@ -3,6 +3,8 @@
 A message names the thing, the place and the remedy.
 """
 
+_LONGEST_QUOTE = 400
+
 
 class SpikeExportError(Exception):
     """Base of every error that bad input or a bad environment can cause."""
@@ -26,3 +28,11 @@ class ArtifactError(SpikeExportError):
 
 class EngineError(SpikeExportError):
     """An engine cannot be built, loaded or run."""
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's message on one line, shortened where it rambles; with its type where it says little."""
+    text = " ".join(str(error).split())
+    if not text or isinstance(error, LookupError):  # whose message is a bare key
+        text = f"{type(error).__name__} {text}".strip()
+    return text if len(text) <= _LONGEST_QUOTE else text[:_LONGEST_QUOTE] + "..."

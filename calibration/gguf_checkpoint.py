@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spike_export.calibration.checkpoint import Checkpoint, validate_shapes
-from spike_export.calibration.decoder_config import DecoderConfig, decoder_config, tensor_shapes
-from spike_export.calibration.errors import CheckpointError
+from spike_export.calibration.decoder_config import ROPE_TYPES, DecoderConfig, decoder_config, tensor_shapes
+from spike_export.calibration.errors import CheckpointError, one_line
 from spike_export.calibration.hf_checkpoint import hash_files
 
 if TYPE_CHECKING:
@@ -113,7 +113,9 @@ def _read_file(path: Path) -> Any:
             if int(tensor.data_offset) + int(tensor.n_bytes) > size:
                 raise ValueError(f"tensor {tensor.name} ends beyond the end of the file")
     except Exception as error:  # ValueError, IndexError, struct and numpy errors: all mean a damaged file
-        raise CheckpointError(f"{path}: damaged or truncated GGUF file ({error}); download it again") from error
+        raise CheckpointError(
+            f"{path}: damaged or truncated GGUF file ({one_line(error)}); download it again"
+        ) from error
     return reader
 
 
@@ -151,7 +153,7 @@ def _rope_scaling(fields: Mapping[str, Any], records: Mapping[str, Any], path: P
     if kind == "linear":
         return {"rope_type": "linear", "factor": float(fields.get("llama.rope.scaling.factor", 1.0))}
     if kind != "none":
-        return {"rope_type": kind}  # refused, by name, where rope kinds are validated
+        raise CheckpointError(f"{path}: rope type {kind!r} is not supported (supported: {', '.join(ROPE_TYPES)})")
     if "rope_freqs.weight" not in records:
         return None
     return _llama3_scaling(np.asarray(records["rope_freqs.weight"].data, np.float64), fields, path)
@@ -201,7 +203,7 @@ def _tokenizer(path: Path) -> "PreTrainedTokenizerBase":
             path.parent, gguf_file=path.name, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # whatever a damaged vocabulary makes transformers raise
-        raise CheckpointError(f"{path}: cannot load the tokenizer: {error}") from error
+        raise CheckpointError(f"{path}: cannot load the tokenizer: {one_line(error)}") from error
     return tokenizer
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from spike_export.calibration.checkpoint import Checkpoint, validate_shapes
 from spike_export.calibration.decoder_config import decoder_config
-from spike_export.calibration.errors import CheckpointError
+from spike_export.calibration.errors import CheckpointError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -92,7 +92,7 @@ def _open_safetensors(file: Path) -> Any:
     except FileNotFoundError as error:
         raise CheckpointError(f"{file}: this shard is missing; download it again") from error
     except Exception as error:  # safetensors' own error type, and OSError
-        raise CheckpointError(f"{file}: damaged safetensors file ({error}); download it again") from error
+        raise CheckpointError(f"{file}: damaged safetensors file ({one_line(error)}); download it again") from error
 
 
 def _weight_files(directory: Path) -> Mapping[str, Path]:
@@ -147,7 +147,7 @@ def _tokenizer(directory: Path) -> "PreTrainedTokenizerBase | None":
             directory, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # whatever a damaged file makes the tokenizer raise
-        raise CheckpointError(f"{directory}: cannot load the tokenizer: {error}") from error
+        raise CheckpointError(f"{directory}: cannot load the tokenizer: {one_line(error)}") from error
     return tokenizer
 
 

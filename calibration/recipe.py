@@ -170,8 +170,13 @@ def activation_scale(amax: float) -> float:
 
 
 def recipe_text(recipe: Recipe) -> str:
-    """Return the recipe as its file holds it: indented JSON."""
-    return json.dumps(recipe.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
+    """Return the recipe as its file holds it: indented JSON, a line per module, so that it can be read and edited."""
+    document = recipe.model_dump(mode="json")
+    plans = {name: plan.model_dump(mode="json", exclude_none=True) for name, plan in recipe.modules.items()}
+    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(plan, ensure_ascii=False)}" for name, plan in plans.items())
+    # The empty object is the only one of the document: all other parts have fields.
+    text = json.dumps({**document, "modules": {}}, indent=1, ensure_ascii=False)
+    return text.replace('"modules": {}', f'"modules": {{\n{lines}\n }}', 1) + "\n"
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:

@@ -261,7 +261,7 @@ def _facts(loaded: Loaded) -> list[tuple[str, str]]:
     return [
         ("Architecture", visible(recipe.model.architecture)),
         ("Weights", recipe.scheme.weights),
-        ("Activations", recipe.scheme.activations),
+        ("Activations", f"{recipe.scheme.activations}, range: {recipe.scheme.activation_range}"),
         ("Not quantized", recipe.scheme.unquantized),
         ("Calibrated on", f"{visible(corpus.name)}: {corpus.samples} samples of {corpus.length} tokens"),
         ("Alpha", number(recipe.alpha) if recipe.alpha is not None else "none: no module is kept by its ratio"),

@@ -2,11 +2,15 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from spike_export.calibration.calibrate import CalibrationOptions
 from spike_export.calibration.corpus import Corpus, default_corpus, read_corpus
 from spike_export.calibration.errors import ArtifactError, RecipeError
 from spike_export.engines.build_options import BuildOptions
+
+if TYPE_CHECKING:
+    from spike_export.calibration.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,8 @@ class Job:
             raise RecipeError(f"--max-ppl-increase is {self.max_ppl_increase}; expected a fraction such as 0.05")
         if self.plan is not None and self.plan.is_dir():
             raise ArtifactError(f"{self.plan}: is a folder; give the plan a file name, such as {self.plan}/engine.plan")
+        if self.plan is not None and self.plan.suffix == ".json":
+            raise ArtifactError(f"{self.plan}: the plan's description has this name; choose another ending, as .plan")
 
     def read_corpus(self) -> Corpus:
         """Return the text to calibrate on."""
@@ -61,3 +67,38 @@ def require_writable(folder: Path) -> None:
     with atomic_path(probe) as temporary:
         temporary.touch()
     probe.unlink(missing_ok=True)
+
+
+def require_buildable(options: BuildOptions) -> None:
+    """Find out now, not after the calibration, that no backend here can build what is asked for.
+
+    Raises:
+        EngineError: Names the backend or the target, and the remedy.
+    """
+    from spike_export.engines.plan_backend import choose_backend, detect_machine, resolve_targets
+
+    machine = detect_machine()
+    resolve_targets(choose_backend(options.backend, machine).backend, options.targets, machine.gpu)
+
+
+def require_bundle_or_nothing(folder: Path) -> None:
+    """Refuse to replace what is no bundle: its content would be lost.
+
+    Raises:
+        ArtifactError: A file, or a folder with other content, is there.
+    """
+    from spike_export.export.manifest import MANIFEST_FILE
+
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST_FILE).exists()):
+        raise ArtifactError(f"{folder}: exists and is not a bundle; give another folder")
+
+
+def require_length(length: int, checkpoint: "Checkpoint") -> None:
+    """Refuse windows that are longer than the sequences a model takes.
+
+    Raises:
+        RecipeError: Names the option and the model's limit.
+    """
+    most = checkpoint.config.max_position_embeddings
+    if length > most:
+        raise RecipeError(f"--length is {length}; {checkpoint.name} takes at most {most} tokens: give that or less")

@@ -24,6 +24,7 @@ from spike_export.cli.arguments import (
     RunArguments,
     values,
 )
+from spike_export.cli.visible_text import visible
 
 if TYPE_CHECKING:
     from spike_export.calibration.calibrate import CalibrationOptions
@@ -53,14 +54,16 @@ def run(arguments: Sequence[str]) -> int:
     """Run the command line; return 0 when done, 1 when a limit was missed, 2 for bad input, 130 when interrupted."""
     try:
         path = _config_path(arguments)
+        if path:
+            _require_toml(path)
         app.config = [cyclopts.config.Toml(path, must_exist=True)] if path else []
         code = app(arguments, exit_on_error=False, print_error=False)
     except cyclopts.CycloptsError as error:
         return _fail(str(error))
     except SpikeExportError as error:
         return _fail(str(error))
-    except FileNotFoundError as error:  # of the configuration file
-        return _fail(f"{error.filename or error}: no such configuration file")
+    except OSError as error:
+        return _fail(f"{error.filename or 'input or output'}: {error.strerror or error}")
     except KeyboardInterrupt:
         _say("interrupted; finished stages are kept, the same command goes on from there")
         return INTERRUPTED
@@ -77,8 +80,20 @@ def _config_path(arguments: Sequence[str]) -> Path | None:
     return None
 
 
+def _require_toml(path: Path) -> None:
+    """Refuse a configuration file that cannot be read, by its name, which the parser's own message lacks."""
+    import tomllib
+
+    try:
+        tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot read the configuration file: {error.strerror}") from error
+    except ValueError as error:  # not UTF-8, or not TOML
+        raise ArtifactError(f"{path}: not a TOML file ({error}); correct it, or leave --config out") from error
+
+
 def _fail(message: str) -> int:
-    _say(f"error: {' '.join(message.split())}")
+    _say(f"error: {visible(' '.join(message.split()))}")
     return BAD_INPUT
 
 
@@ -153,11 +168,13 @@ def _verdict(passed: bool, wrong: tuple[str, ...], allow_fallback: bool) -> int:
 
 
 def _open(work: "Job", options: RunArguments, stages: Sequence[str], console: Console) -> "Pipeline":
-    from spike_export.cli.job import require_writable
+    from spike_export.cli.job import require_buildable, require_length, require_writable
 
-    require_writable(work.work_dir)
+    # What would stop the last stage is said before the first one, which may take hours.
     if work.plan:
+        require_buildable(work.build)
         require_writable(work.plan.parent)
+    require_writable(work.work_dir)
     from spike_export.calibration.checkpoint import open_checkpoint
     from spike_export.cli.pipeline import Pipeline
     from spike_export.cli.progress_display import ProgressDisplay
@@ -165,8 +182,10 @@ def _open(work: "Job", options: RunArguments, stages: Sequence[str], console: Co
 
     if work.corpus:
         work.read_corpus()  # a bad corpus is reported before the model is opened
+    checkpoint = open_checkpoint(work.model)
+    require_length(work.calibration.length, checkpoint)
     display = ProgressDisplay(console, stages, quiet=options.quiet)
-    return Pipeline(work, open_checkpoint(work.model), RunDirectory(work.work_dir, options.force), display)
+    return Pipeline(work, checkpoint, RunDirectory(work.work_dir, options.force), display)
 
 
 def _calibration_options(
@@ -246,11 +265,12 @@ def export(
         )
     from spike_export.calibration.checkpoint import open_checkpoint
     from spike_export.calibration.recipe import load_recipe
+    from spike_export.cli.job import require_bundle_or_nothing
     from spike_export.cli.progress_display import ProgressDisplay
     from spike_export.export.bundle import ExportOptions, export_bundle
 
     plan = load_recipe(recipe) if recipe else None
-    _require_bundle_or_nothing(out)
+    require_bundle_or_nothing(out)
     kept = dtype.dtype if dtype else plan.scheme.unquantized if plan else "float16"
     checkpoint = open_checkpoint(model)
     console = Console()
@@ -262,14 +282,6 @@ def export(
     if not run_options.quiet:
         console.print(Text(f"bundle: {out}"), soft_wrap=True)
     return DONE
-
-
-def _require_bundle_or_nothing(folder: Path) -> None:
-    """Refuse to replace a folder that is no bundle: its content would be lost."""
-    from spike_export.export.manifest import MANIFEST_FILE
-
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST_FILE).exists()):
-        raise ArtifactError(f"{folder}: exists and is not a bundle; give another folder")
 
 
 @app.command

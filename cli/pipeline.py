@@ -24,7 +24,7 @@ from spike_export.calibration.progress import Progress
 from spike_export.calibration.recipe import Recipe, Search, load_recipe, save_recipe
 from spike_export.calibration.reference_model import load_reference_model
 from spike_export.calibration.spikes import SpikeStatistics, load_spikes, save_spikes
-from spike_export.cli.job import Job
+from spike_export.cli.job import Job, require_bundle_or_nothing
 from spike_export.cli.progress_display import ProgressDisplay
 from spike_export.cli.run_directory import RunDirectory, stage_key
 from spike_export.engines.check_document import Check, load_check, save_check
@@ -32,7 +32,7 @@ from spike_export.engines.plan_builder import BuildResult, build_plan
 from spike_export.engines.plan_sidecar import PlanSidecar, load_sidecar, sidecar_path
 from spike_export.engines.variants import Variant, check_variants
 from spike_export.export.bundle import ExportOptions, export_bundle
-from spike_export.export.manifest import MANIFEST_FILE
+from spike_export.export.manifest import DATA_FILE, GRAPH_FILE, MANIFEST_FILE
 
 SPIKES = "spikes"
 PREFIX = "prefix"
@@ -80,12 +80,23 @@ class Pipeline:
         """Model and windows; the weights are read when a stage first needs them."""
         return Calibration(self.checkpoint, self.windows, self.job.calibration)
 
+    @cached_property
+    def _model_key(self) -> str:
+        """Stands for what every stage takes from the model: weights, configuration and tokens."""
+        tokenizer = self.checkpoint.tokenizer
+        return stage_key(
+            tool=version("spike-export"),
+            weights=self.checkpoint.tensors.sha256(),
+            config=asdict(self.checkpoint.config),
+            tokenizer=None if tokenizer is None else tokenizer.backend_tokenizer.to_str(),
+            bos=self.checkpoint.bos_token_id,
+        )
+
     @property
     def _spikes_key(self) -> str:
         options = self.job.calibration
         return stage_key(
-            tool=version("spike-export"),
-            model=self.checkpoint.tensors.sha256(),
+            model=self._model_key,
             corpus=self.corpus.sha256,
             samples=options.samples,
             length=options.length,
@@ -125,8 +136,8 @@ class Pipeline:
 
     def _prefix(self, plain: SpikeStatistics) -> PrefixChoice:
         path = self.run.path / "prefix.json"
-        # The dtype names what is kept; it does not change what is measured.
-        options = asdict(replace(self.job.calibration, dtype="float32"))
+        # The dtype names what is kept, and the tolerance is of the choice of modules: neither changes the competition.
+        options = asdict(replace(self.job.calibration, dtype="float32", tolerance=0.0))
 
         def work(progress: Progress) -> None:
             write_text(
@@ -150,19 +161,27 @@ class Pipeline:
     def export(self, recipe: Recipe | None) -> Path:
         """Write the bundle and return its folder."""
         bundle = self.run.path / "bundle"
-        options = ExportOptions(self.job.calibration.dtype)
+        options = self._export_options(recipe)
+        tokenizer = self.checkpoint.tokenizer
         key = stage_key(
-            tool=version("spike-export"),
-            model=self.checkpoint.tensors.sha256(),
+            model=self._model_key,
+            template=getattr(tokenizer, "chat_template", None),
+            special=getattr(tokenizer, "special_tokens_map", None),
+            generation=dict(self.checkpoint.generation_config),
             recipe=None if recipe is None else recipe.model_dump(mode="json"),
             options=asdict(options),
         )
 
         def work(progress: Progress) -> None:
+            require_bundle_or_nothing(bundle)
             export_bundle(self.checkpoint, recipe, options, bundle, progress)
 
-        self._stage(BUNDLE, key, [bundle / MANIFEST_FILE], work)
+        self._stage(BUNDLE, key, [bundle / name for name in (GRAPH_FILE, DATA_FILE, MANIFEST_FILE)], work)
         return bundle
+
+    def _export_options(self, recipe: Recipe | None) -> ExportOptions:
+        """Return the precision of the rest: the recipe's, which may have been edited."""
+        return ExportOptions(self.job.calibration.dtype if recipe is None else recipe.scheme.unquantized)
 
     def check(self, recipe: Recipe | None, bundle: Path) -> Check:
         """Measure the bundle's accuracy, and what each method contributes, and hold it against the limit."""
@@ -174,10 +193,11 @@ class Pipeline:
             model = self.calibration.model if recipe else load_reference_model(self.checkpoint)
             variants = self._variants(recipe, bundle)
             content = self.windows.evaluation
-            options = ExportOptions(self.job.calibration.dtype)
+            options = self._export_options(recipe)
             save_check(check_variants(self.checkpoint, model, self.corpus, content, variants, options, progress), path)
 
-        key = stage_key(spikes=self._spikes_key, manifest=manifest, options=asdict(self.job.calibration))
+        # The manifest stands for the recipe and the precision; the ablations take the rest from the statistics.
+        key = stage_key(spikes=self._spikes_key, manifest=manifest, weights=self.job.calibration.weights)
         self._stage(CHECK, key, [path], work)
         check = load_check(path).gated(self.job.max_ppl_increase)
         save_check(check, path)
@@ -187,13 +207,22 @@ class Pipeline:
         if recipe is None:
             return [Variant("unquantized", None, bundle)]
         plain = load_spikes(self.run.path / "spikes")
-        behind = load_spikes(self.run.path / "spikes_prefixed") if recipe.prefix else plain
+        behind = self._behind_recipe(recipe, plain)
         recipes = ablations(self.calibration, self.corpus, plain, behind, recipe)
         variants = [Variant("unquantized", None), *(Variant(name, each) for name, each in recipes.items())]
         if recipe.scheme.activation_range == "max":
             # The last ablation is the shipped recipe itself, unless it was edited.
             return [*variants[:-1], Variant(variants[-1].name, recipe, bundle)]
         return [*variants, Variant(f"{variants[-1].name}+{recipe.scheme.activation_range}", recipe, bundle)]
+
+    def _behind_recipe(self, recipe: Recipe, plain: SpikeStatistics) -> SpikeStatistics:
+        """Return the statistics behind the recipe's prefix, measured here when it was put in by hand."""
+        if not recipe.prefix:
+            return plain
+        place = self.run.path / "spikes_prefixed"
+        if self.run.is_stamped(BEHIND, stage_key(spikes=self._spikes_key, prefix=recipe.prefix_ids)):
+            return load_spikes(place)
+        return self.calibration.measure(recipe.prefix_ids)
 
     def build(self, bundle: Path) -> tuple[PlanSidecar, tuple[str, ...]]:
         """Build the plan; return its sidecar and the modules that do not run as planned."""
@@ -229,7 +258,7 @@ class Pipeline:
     def _stage(self, stage: str, key: str, artifacts: Iterable[Path], work: Callable[[Progress], None]) -> None:
         artifacts = list(artifacts)
         if self.run.is_done(stage, key, artifacts):
-            self.display.skip(stage, "unchanged")
+            self.display.skip(stage, "same inputs")
             return
         self.run.begin(stage)
         with self.display.stage(stage) as progress:

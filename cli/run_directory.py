@@ -29,8 +29,10 @@ class RunDirectory:
 
     def is_done(self, stage: str, key: str, artifacts: Iterable[Path]) -> bool:
         """Return whether a stage ended well on the same inputs, and its artifacts are still there."""
-        if self.force or not all(artifact.exists() for artifact in artifacts):
-            return False
+        return not self.force and all(artifact.exists() for artifact in artifacts) and self.is_stamped(stage, key)
+
+    def is_stamped(self, stage: str, key: str) -> bool:
+        """Return whether a stage ended well on these inputs, in this run or an earlier one."""
         try:
             stamp = json.loads(self._stamp(stage).read_text(encoding="utf-8"))
         except (OSError, ValueError):

@@ -27,6 +27,9 @@ class BundleSession:
 
         Args:
             content: [batch, tokens] text without BOS; BOS is fed before it unless the prefix holds it.
+
+        Raises:
+            EngineError: ONNX Runtime fails, for instance on more tokens than the model takes.
         """
         manifest = self.manifest
         holds_bos = manifest.prefix is not None and manifest.prefix.holds_bos
@@ -36,7 +39,10 @@ class BundleSession:
         empty = np.zeros(shape, CACHE_TYPES[manifest.dtype])
         for layer in range(manifest.num_hidden_layers):
             feeds[f"past_key_values.{layer}.key"] = feeds[f"past_key_values.{layer}.value"] = empty
-        logits: NDArray[np.float32] = self.session.run(["logits"], feeds)[0]
+        try:
+            logits: NDArray[np.float32] = self.session.run(["logits"], feeds)[0]
+        except Exception as error:  # ONNX Runtime's exceptions have no common type
+            raise EngineError(f"ONNX Runtime fails on {tokens.shape[1]} tokens: {str(error).splitlines()[0]}") from error
         return logits[:, -content.shape[1] :]
 
 

@@ -50,7 +50,7 @@ def check_variants(
     A variant that is no bundle yet is exported into a temporary folder, one at a time. Those with a bundle are the
     shipped ones and are evaluated as they are, unless ONNX Runtime's CPU kernels lack their precision.
     """
-    runnable = options.dtype in CACHE_TYPES
+    runnable = options.dtype in CACHE_TYPES and not any(_keeps_bfloat16(variant.recipe) for variant in variants)
     rounds = len(variants) + 1
     evaluated_dtype = options if runnable else ExportOptions("float32")
     with reference_logits(model, content, checkpoint.bos_token_id, _part(progress, 0, rounds)) as reference:
@@ -93,6 +93,10 @@ def _evaluate(
         manifest = export_bundle(checkpoint, recipe, options, bundle)
         accuracy = compare(open_bundle(bundle), reference, progress)
     return _row(variant, manifest, accuracy, reference)
+
+
+def _keeps_bfloat16(recipe: Recipe | None) -> bool:
+    return recipe is not None and any(plan.precision == "bfloat16" for plan in recipe.modules.values())
 
 
 def _in_float32(recipe: Recipe | None) -> Recipe | None:

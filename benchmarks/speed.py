@@ -1,0 +1,313 @@
+"""Speed of the W8A8 bundle against the unquantized one in ONNX Runtime on this machine's CPU.
+
+All sessions take turns, call by call, so that whatever else the machine does hits them alike and the ratios hold.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+    from spike_export.calibration.checkpoint import Checkpoint
+    from spike_export.calibration.recipe import Dtype, Recipe
+    from spike_export.export.manifest import Manifest
+
+PREFILL_TOKENS = 256
+PREFILL_TARGET, DECODE_TARGET = 1.8, 1.5
+"""Times faster than the unquantized float32 bundle."""
+
+_WARM_UP_CALLS = 2
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A bundle to measure; without `quantized` all linears stay in `dtype`."""
+
+    name: str
+    quantized: bool
+    dtype: "Dtype"
+
+
+BASELINE = Variant("float32", False, "float32")
+VARIANTS = (BASELINE, Variant("W8A8 float32", True, "float32"), Variant("W8A8 float16", True, "float16"))
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Durations of one kind of call, in seconds."""
+
+    median: float
+    minimum: float
+    calls: int
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> "Timing":
+        """Summarize durations in seconds."""
+        return cls(statistics.median(seconds), min(seconds), len(seconds))
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was measured of one variant.
+
+    Attributes:
+        bundle_bytes: Size of the weights on disk.
+        peak_rss: Bytes; of a process of its own that loads the bundle, reads a prompt and decodes.
+    """
+
+    name: str
+    int8_linears: int
+    prefix_length: int
+    prefill: Timing
+    decode: Timing
+    bundle_bytes: int
+    peak_rss: int
+
+
+def main() -> int:
+    arguments = _arguments()
+    with tempfile.TemporaryDirectory(prefix="spike-export-speed-") as temporary:
+        folders = build_bundles(arguments, arguments.bundles or Path(temporary))
+        before = os.getloadavg()[0]
+        results = measure(folders, arguments)
+    print(table(results))
+    print(f"{arguments.threads} threads, load average {before:.1f} before and {os.getloadavg()[0]:.1f} after")
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(as_json(results, arguments.threads), indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", nargs="?", help="HF directory or .gguf file; SmolLM2-135M-Instruct without")
+    parser.add_argument("--recipe", type=Path, help="quantize by this recipe instead of a quick calibration")
+    parser.add_argument("--samples", type=int, default=8, help="windows of the quick calibration")
+    parser.add_argument("--kept", type=int, default=0, help="linears the quick calibration keeps in 16 bit")
+    parser.add_argument("--bundles", type=Path, help="keep the bundles here, and use again what is here")
+    parser.add_argument("--threads", type=int, default=2, help="intra-op threads of each session")
+    parser.add_argument("--prefills", type=int, default=11, help="calls of 256 tokens per session")
+    parser.add_argument("--decodes", type=int, default=41, help="calls of one token per session")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
+    return parser.parse_args()
+
+
+def build_bundles(arguments: argparse.Namespace, folder: Path) -> dict[Variant, Path]:
+    """Export the variants that are not in `folder` yet; the model is read only if one is missing."""
+    bundles = {variant: folder / variant.name.replace(" ", "-").lower() for variant in VARIANTS}
+    missing = [variant for variant in VARIANTS if not (bundles[variant] / "manifest.json").is_file()]
+    if not missing:
+        return bundles
+    from spike_export.calibration.checkpoint import open_checkpoint
+    from spike_export.export.bundle import ExportOptions, export_bundle
+
+    checkpoint = open_checkpoint(arguments.model or _default_model())
+    recipe = None
+    if any(variant.quantized for variant in missing):
+        recipe = _recipe(checkpoint, arguments)
+    for variant in missing:
+        _say(f"exporting {variant.name}")
+        recipe_or_none = recipe if variant.quantized else None
+        export_bundle(checkpoint, recipe_or_none, ExportOptions(variant.dtype), bundles[variant])
+    return bundles
+
+
+def _default_model() -> str:
+    # Run as a script, this file's folder is on the path; imported, the project is.
+    try:
+        from benchmarks.fetch_smollm2 import smollm2_path
+    except ModuleNotFoundError:
+        from fetch_smollm2 import smollm2_path  # type: ignore[import-not-found, no-redef, unused-ignore]
+    return str(smollm2_path())
+
+
+def _recipe(checkpoint: "Checkpoint", arguments: argparse.Namespace) -> "Recipe":
+    """Return the recipe given, or a quick one: the prefix [BOS] where there is a BOS, static per-tensor scales."""
+    from spike_export.calibration.calibrate import Calibration, CalibrationOptions, build_recipe, choose_kept
+    from spike_export.calibration.corpus import default_corpus, token_windows
+    from spike_export.calibration.recipe import load_recipe
+
+    if arguments.recipe is not None:
+        return load_recipe(arguments.recipe)
+    _say(f"calibrating on {arguments.samples} windows")
+    options = CalibrationOptions(samples=arguments.samples, dtype="float32", max_fp16_modules=arguments.kept)
+    corpus = default_corpus()
+    windows = token_windows(corpus, checkpoint.tokenizer, options.samples, options.length - 1, options.seed)
+    calibration = Calibration(checkpoint, windows, options)
+    bos = checkpoint.bos_token_id
+    spikes = calibration.measure(() if bos is None else (bos,))
+    return build_recipe(calibration, corpus, spikes, choose_kept(calibration, spikes))
+
+
+def measure(bundles: dict[Variant, Path], arguments: argparse.Namespace) -> list[Result]:
+    """Time all bundles against each other, then load each alone for its memory."""
+    from spike_export.export.manifest import DATA_FILE, load_manifest
+
+    manifests = {variant: load_manifest(folder) for variant, folder in bundles.items()}
+    sessions = {variant: _session(folder, arguments.threads) for variant, folder in bundles.items()}
+    _say("measuring prefill")
+    prefill = interleaved(
+        {v: _bound_call(sessions[v], manifests[v], PREFILL_TOKENS, 0) for v in bundles}, arguments.prefills
+    )
+    _say("measuring decode")
+    decode = interleaved(
+        {v: _bound_call(sessions[v], manifests[v], 1, PREFILL_TOKENS) for v in bundles}, arguments.decodes
+    )
+    sessions.clear()
+    results = []
+    for variant, folder in bundles.items():
+        manifest, share = manifests[variant], manifests[variant].linears.get("int8")
+        results.append(
+            Result(
+                name=variant.name,
+                int8_linears=0 if share is None else share.modules,
+                prefix_length=0 if manifest.prefix is None else manifest.prefix.length,
+                prefill=prefill[variant],
+                decode=decode[variant],
+                bundle_bytes=(folder / DATA_FILE).stat().st_size,
+                peak_rss=_peak_rss(folder, arguments.threads),
+            )
+        )
+    return results
+
+
+def interleaved(calls: dict[Variant, Callable[[], None]], rounds: int) -> dict[Variant, Timing]:
+    """Time `rounds` calls of each, taking turns; every second round goes backwards, so that none always leads."""
+    for call in calls.values():
+        for _ in range(_WARM_UP_CALLS):
+            call()
+    seconds: dict[Variant, list[float]] = {variant: [] for variant in calls}
+    for turn in range(rounds):
+        order = list(calls) if turn % 2 == 0 else list(reversed(calls))
+        for variant in order:
+            start = time.perf_counter()
+            calls[variant]()
+            seconds[variant].append(time.perf_counter() - start)
+    return {variant: Timing.of(durations) for variant, durations in seconds.items()}
+
+
+def _session(folder: Path, threads: int) -> "ort.InferenceSession":
+    import onnxruntime as ort
+
+    from spike_export.export.manifest import GRAPH_FILE
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    # Threads that spin after a call would take the cores from the session whose turn is next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return ort.InferenceSession(folder / GRAPH_FILE, options, providers=["CPUExecutionProvider"])
+
+
+def _bound_call(session: "ort.InferenceSession", manifest: "Manifest", tokens: int, past: int) -> Callable[[], None]:
+    """Return a call of one sequence of `tokens` after `past`; inputs and outputs stay in the binding's buffers."""
+    binding = session.io_binding()
+    for name, value in _inputs(session, manifest, tokens, past).items():
+        binding.bind_cpu_input(name, value)
+    for output in session.get_outputs():
+        binding.bind_output(output.name, "cpu")
+    return lambda: session.run_with_iobinding(binding)
+
+
+def _inputs(session: "ort.InferenceSession", manifest: "Manifest", tokens: int, past: int) -> dict[str, Any]:
+    import numpy as np
+
+    random = np.random.default_rng(0)
+    fed: dict[str, Any] = {
+        "input_ids": random.integers(0, manifest.vocab_size, (1, tokens)),
+        "attention_mask": np.ones((1, past + tokens), np.int64),
+        "position_ids": np.arange(past, past + tokens)[None],
+    }
+    dtypes = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+    wanted = {value.name: value.type for value in session.get_inputs()}
+    # Tokens, mask and positions are the caller's own; the cache also holds the prefix.
+    cached = past + (manifest.prefix.length if manifest.prefix and past else 0)
+    cache_shape = (1, manifest.num_key_value_heads, cached, manifest.head_dim)
+    for name, kind in wanted.items():
+        if name.startswith("past_key_values."):
+            fed[name] = random.standard_normal(cache_shape, np.float32).astype(dtypes[kind])
+    return {name: fed[name] for name in wanted}
+
+
+def _peak_rss(folder: Path, threads: int) -> int:
+    """Return the peak resident memory, in bytes, of a fresh process that uses the bundle alone."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_use_alone, (folder, threads))
+
+
+def _use_alone(folder: Path, threads: int) -> int:
+    from spike_export.export.manifest import load_manifest
+
+    session, manifest = _session(folder, threads), load_manifest(folder)
+    _bound_call(session, manifest, PREFILL_TOKENS, 0)()
+    _bound_call(session, manifest, 1, PREFILL_TOKENS)()
+    # Not getrusage: its maximum is inherited from the parent. Not on Linux: unknown.
+    status = Path("/proc/self/status")
+    lines = status.read_text(encoding="ascii").splitlines() if status.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
+
+
+def table(results: Sequence[Result]) -> str:
+    """Return the figures for reading; ratios are of medians, against the first row."""
+    lines = [
+        f"{'variant':14} {'int8':>4} {'prefix':>6} | {'prefill 256: ms':>15} {'min':>6} {'tok/s':>6} {'ratio':>6} |"
+        f" {'decode: ms':>10} {'min':>6} {'tok/s':>6} {'ratio':>6} | {'MB':>5} {'peak RSS MB':>11}"
+    ]
+    base = results[0]
+    for r in results:
+        prefill_ratio, decode_ratio = _ratios(base, r)
+        lines.append(
+            f"{r.name:14} {r.int8_linears:4} {r.prefix_length:6} | {_cells(r.prefill, PREFILL_TOKENS, 15)}"
+            f" {prefill_ratio:5.2f}x | {_cells(r.decode, 1, 10)} {decode_ratio:5.2f}x |"
+            f" {r.bundle_bytes / 1e6:5.0f} {r.peak_rss / 1e6:11.0f}"
+        )
+    prefill_ratio, decode_ratio = _ratios(base, results[1])
+    lines.append(
+        f"targets for {results[1].name}: prefill {PREFILL_TARGET}x {_verdict(prefill_ratio, PREFILL_TARGET)}, "
+        f"decode {DECODE_TARGET}x {_verdict(decode_ratio, DECODE_TARGET)}"
+    )
+    return "\n".join(lines)
+
+
+def _cells(timing: Timing, tokens: int, width: int) -> str:
+    return f"{timing.median * 1e3:{width}.1f} {timing.minimum * 1e3:6.1f} {tokens / timing.median:6.0f}"
+
+
+def _ratios(base: Result, result: Result) -> tuple[float, float]:
+    return base.prefill.median / result.prefill.median, base.decode.median / result.decode.median
+
+
+def _verdict(ratio: float, target: float) -> str:
+    return "met" if ratio >= target else "missed"
+
+
+def as_json(results: Sequence[Result], threads: int) -> dict[str, Any]:
+    """Return the figures for programs: seconds, bytes, and ratios of medians to the first variant."""
+    variants = []
+    for result in results:
+        prefill_ratio, decode_ratio = _ratios(results[0], result)
+        variants.append(asdict(result) | {"prefill_ratio": prefill_ratio, "decode_ratio": decode_ratio})
+    return {
+        "prefill_tokens": PREFILL_TOKENS,
+        "decode_past": PREFILL_TOKENS,
+        "threads": threads,
+        "targets": {"prefill_ratio": PREFILL_TARGET, "decode_ratio": DECODE_TARGET},
+        "variants": variants,
+    }
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

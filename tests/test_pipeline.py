@@ -1,0 +1,284 @@
+"""The pipeline's stages: run when their inputs changed, not otherwise, and resumed after a kill."""
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from spike_export.calibration.recipe import load_recipe
+from spike_export.cli import html_report
+from spike_export.cli import pipeline as pipeline_module
+from spike_export.cli.job import Job
+from spike_export.cli.pipeline import BUNDLE, CHECK, PREFIX, RECIPE, REPORT, SPIKES
+from spike_export.cli.run_directory import RunDirectory, stage_key
+from spike_export.engines.check_document import Check, CheckReference, CheckVariant, load_check
+from spike_export.export.manifest import load_manifest
+from tests.killed_runs import job, pipeline_of, run_to_the_report
+from tests.tiny_checkpoints import BOS, PLANTED_MODULE
+from tests.tiny_cli_models import artifacts, one_thread, write_corpus, write_model
+
+BEHIND = "spikes behind the prefix"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, a corpus, one undisturbed run and one that was killed before each of its renames."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    model, corpus = write_model(folder / "model"), write_corpus(folder / "corpus.txt")
+    command = [sys.executable, "-m", "tests.killed_runs", model, corpus, folder / "whole", folder / "killed"]
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (folder / "deaths.txt").write_text(done.stdout)
+    return folder
+
+
+@pytest.fixture
+def copied(place: Path, tmp_path: Path) -> Path:
+    """A copy of the undisturbed run, with its model and corpus beside it."""
+    for name in ("whole", "model"):
+        shutil.copytree(place / name, tmp_path / name)
+    shutil.copy(place / "corpus.txt", tmp_path)
+    return tmp_path
+
+
+def stages_run(work: Job, *, force: bool = False) -> set[str]:
+    """Run a job; return the stages that were not skipped."""
+    console = Console(file=io.StringIO(), force_terminal=False)
+    run_to_the_report(pipeline_of(work, console, force))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    return {line.split("] ")[1].split(":")[0] for line in lines if line.endswith(": started")}
+
+
+def again(folder: Path, **options: Any) -> set[str]:
+    return stages_run(job(folder / "model", folder / "corpus.txt", folder / "whole", **options))
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replace the check's forward passes and the report, where only the order of the stages is of interest."""
+    check = Check(
+        reference=CheckReference(perplexity=10.0),
+        variants=(CheckVariant(name="x", perplexity=11.0, increase=0.1, shipped=True),),
+    )
+    monkeypatch.setattr(pipeline_module, "check_variants", lambda *_: check)
+    monkeypatch.setattr(html_report, "write_report", lambda run, **_: run)
+
+
+def test_the_planted_spike_gives_every_stage_work(place: Path) -> None:
+    recipe = load_recipe(place / "whole" / "recipe.json")
+    assert recipe.prefix_ids[0] == BOS
+    assert recipe.search.curve
+    assert {path.name for path in (place / "whole" / ".stages").iterdir()} == {
+        "spikes.json",
+        "prefix.json",
+        "spikes-behind-the-prefix.json",
+        "recipe.json",
+        "bundle.json",
+        "check.json",
+    }
+
+
+def test_a_run_killed_around_every_artifact_ends_like_an_undisturbed_one(place: Path) -> None:
+    whole, killed = artifacts(place / "whole"), artifacts(place / "killed")
+    died_before = set((place / "deaths.txt").read_text().splitlines())
+    assert died_before >= {name for name in whole if not name.startswith("bundle/")} | {"bundle"}
+    assert set(killed) == set(whole)  # nothing lost, no leftovers
+    assert [name for name in whole if killed[name] != whole[name]] == []
+
+
+def test_a_second_run_changes_nothing_and_only_writes_the_report(copied: Path) -> None:
+    before = artifacts(copied / "whole")
+    assert again(copied) == {REPORT}
+    assert artifacts(copied / "whole") == before
+
+
+def test_force_runs_all_again_to_the_same_bytes(copied: Path) -> None:
+    before = artifacts(copied / "whole")
+    work = job(copied / "model", copied / "corpus.txt", copied / "whole")
+    assert stages_run(work, force=True) == {SPIKES, PREFIX, BEHIND, RECIPE, BUNDLE, CHECK, REPORT}
+    assert artifacts(copied / "whole") == before
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"seed": 1}, {SPIKES, PREFIX, BEHIND, RECIPE, BUNDLE, CHECK}),  # other windows
+        ({"samples": 3}, {SPIKES, PREFIX, BEHIND, RECIPE, BUNDLE, CHECK}),
+        ({"length": 24}, {SPIKES, PREFIX, BEHIND, RECIPE, BUNDLE, CHECK}),
+        ({"dtype": "float32"}, {RECIPE, BUNDLE, CHECK}),  # nothing is measured in this precision
+        ({"qfep": False}, {RECIPE, BUNDLE, CHECK}),  # the plain statistics are there
+        ({"max_fp16_modules": 3}, {PREFIX, RECIPE, BUNDLE, CHECK}),  # prefixes compete with as many modules kept
+        ({"alpha": 1e9}, {PREFIX, RECIPE, BUNDLE, CHECK}),
+        ({"tolerance": 0.0051}, {RECIPE}),  # the same modules are chosen: the recipe is the same
+        ({"activation_range": "max"}, {PREFIX, RECIPE, BUNDLE, CHECK}),
+    ],
+)
+def test_a_changed_option_runs_what_depends_on_it(copied: Path, changes: dict[str, Any], expected: set[str]) -> None:
+    # The statistics behind the prefix are measured again where the competition ends otherwise.
+    before = load_recipe(copied / "whole" / "recipe.json").prefix_ids
+    ran = again(copied, **changes)
+    after = load_recipe(copied / "whole" / "recipe.json").prefix_ids
+    moved = {BEHIND} if after not in ((), before) else set()
+    assert ran == expected | moved | {REPORT}
+    assert again(copied, **changes) == {REPORT}
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_another_text_runs_everything(copied: Path) -> None:
+    write_corpus(copied / "corpus.txt", seed=1)
+    assert again(copied) == {SPIKES, PREFIX, BEHIND, RECIPE, BUNDLE, CHECK, REPORT}
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_another_configuration_of_the_same_weights_runs_everything(copied: Path) -> None:
+    path = copied / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rms_norm_eps": 1e-3}))
+    assert again(copied) >= {SPIKES, PREFIX, RECIPE, BUNDLE, CHECK, REPORT}
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_another_generation_configuration_reaches_the_bundle(copied: Path) -> None:
+    (copied / "model" / "generation_config.json").write_text(json.dumps({"temperature": 0.5}))
+    assert BUNDLE in again(copied)
+    written = json.loads((copied / "whole" / "bundle" / "generation_config.json").read_text())
+    assert written["temperature"] == 0.5
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data"])
+@pytest.mark.usefixtures("unchecked")
+def test_a_bundle_that_lost_a_file_is_written_again(copied: Path, name: str) -> None:
+    lost = copied / "whole" / "bundle" / name
+    content = lost.read_bytes()
+    lost.unlink()
+    assert again(copied) == {BUNDLE, REPORT}
+    assert lost.read_bytes() == content
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_foreign_folder_named_bundle_is_not_replaced(copied: Path) -> None:
+    shutil.rmtree(copied / "whole" / "bundle")
+    (copied / "whole" / "bundle").mkdir()
+    precious = copied / "whole" / "bundle" / "thesis.txt"
+    precious.write_text("years of work")
+    with pytest.raises(pipeline_module.ArtifactError, match="bundle: exists and is not a bundle"):
+        again(copied)
+    assert precious.read_text() == "years of work"
+
+
+def test_a_limit_is_applied_without_measuring_again(copied: Path) -> None:
+    work = job(copied / "model", copied / "corpus.txt", copied / "whole")
+    path = copied / "whole" / "check.json"
+    edited(path, lambda check: [variant.update(increase=0.25) for variant in check["variants"]])
+    for limit, passed in ((0.24, False), (0.26, True)):
+        limited = Job(**{**vars(work), "max_ppl_increase": limit})
+        before = load_check(copied / "whole" / "check.json").variants
+        assert stages_run(limited) == {REPORT}
+        check = load_check(copied / "whole" / "check.json")
+        assert check.variants == before
+        assert [(gate.limit, gate.passed) for gate in check.gates] == [(limit, passed)]
+
+
+def edited(path: Path, change: Any) -> None:
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+
+
+def test_an_edited_recipe_is_obeyed(copied: Path) -> None:
+    name = "model.layers.0.mlp.up_proj"
+    recipe = copied / "whole" / "recipe.json"
+    assert load_recipe(recipe).modules[name].precision == "int8"
+    kept_before = len(load_recipe(recipe).kept())
+    edited(recipe, lambda document: document["modules"].update({name: {"precision": "float16", "reason": "by hand"}}))
+    text = recipe.read_text()
+    assert again(copied) == {BUNDLE, CHECK, REPORT}
+    assert recipe.read_text() == text
+    assert load_manifest(copied / "whole" / "bundle").linears["float16"].modules == kept_before + 1
+    shipped = load_check(copied / "whole" / "check.json").shipped
+    assert shipped is not None
+    assert shipped.kept_linears == kept_before + 1
+
+
+def test_an_edited_precision_of_the_rest_is_obeyed(copied: Path) -> None:
+    recipe = copied / "whole" / "recipe.json"
+    edited(recipe, lambda document: document["scheme"].update(unquantized="float32"))
+    assert again(copied) == {BUNDLE, CHECK, REPORT}
+    assert load_manifest(copied / "whole" / "bundle").dtype == "float32"
+    assert load_check(copied / "whole" / "check.json").dtype == "float32"
+
+
+def test_a_prefix_put_in_by_hand_is_checked_behind_its_own_statistics(copied: Path) -> None:
+    recipe = copied / "whole" / "recipe.json"
+    by_hand = [BOS, 77, 78]
+    edited(recipe, lambda document: document["prefix"].update(token_ids=by_hand))
+    assert again(copied) == {BUNDLE, CHECK, REPORT}
+    prefix = load_manifest(copied / "whole" / "bundle").prefix
+    assert prefix is not None
+    assert list(prefix.token_ids) == by_hand
+    lengths = {v.name: v.prefix_length for v in load_check(copied / "whole" / "check.json").variants}
+    assert lengths["w8a8"] == 0
+    assert {length for name, length in lengths.items() if "qfep" in name} == {len(by_hand)}
+
+
+def test_a_bfloat16_module_put_in_by_hand_is_checked_in_float32(copied: Path) -> None:
+    recipe = copied / "whole" / "recipe.json"
+    edited(recipe, lambda document: document["modules"].update({PLANTED_MODULE: {"precision": "bfloat16"}}))
+    again(copied)
+    check = load_check(copied / "whole" / "check.json")
+    assert check.dtype == "float32"
+    assert check.note is not None
+    assert "bfloat16" in check.note
+
+
+def test_leftovers_of_a_killed_write_are_harmless(copied: Path) -> None:
+    before = artifacts(copied / "whole")
+    (copied / "whole" / ".recipe.json.partial").write_text('{"half": ')
+    (copied / "whole" / ".bundle.partial").mkdir()
+    (copied / "whole" / ".bundle.partial" / "model.onnx.data").write_bytes(b"half")
+    (copied / "whole" / ".bundle.retired").mkdir()
+    assert again(copied) == {REPORT}
+    work = job(copied / "model", copied / "corpus.txt", copied / "whole")
+    stages_run(work, force=True)
+    assert artifacts(copied / "whole") == before
+
+
+def test_without_quantization_nothing_is_calibrated(copied: Path) -> None:
+    work = job(copied / "model", copied / "corpus.txt", copied / "plain", dtype="float32")
+    assert stages_run(Job(**{**vars(work), "quantize": False})) == {BUNDLE, CHECK, REPORT}
+    check = load_check(copied / "plain" / "check.json")
+    assert [variant.name for variant in check.variants] == ["unquantized"]
+    assert check.shipped is not None
+    # float32 against transformers' float32: what remains is the order of summation.
+    assert check.shipped.increase == pytest.approx(0, abs=1e-5)
+    assert check.shipped.kl_divergence == pytest.approx(0, abs=1e-8)
+
+
+def test_a_stage_is_done_only_with_its_stamp_its_key_and_its_artifacts(tmp_path: Path) -> None:
+    run, artifact = RunDirectory(tmp_path), tmp_path / "a"
+    key = stage_key(seed=1)
+    artifact.touch()
+    assert not run.is_done("one two", key, [artifact])
+    run.mark_done("one two", key)
+    assert run.is_done("one two", key, [artifact])
+    assert not run.is_done("one two", stage_key(seed=2), [artifact])
+    assert not RunDirectory(tmp_path, force=True).is_done("one two", key, [artifact])
+    assert not run.is_done("one two", key, [artifact, tmp_path / "b"])
+    run.begin("one two")
+    assert not run.is_done("one two", key, [artifact])
+    for damaged in ("", "[]", '{"key": 3}', "\udc80"):
+        (tmp_path / ".stages" / "one-two.json").write_bytes(damaged.encode("utf-8", "surrogateescape"))
+        assert not run.is_done("one two", key, [artifact])
