@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from spike_export.calibration.checkpoint import Checkpoint
 from spike_export.calibration.decoder_config import DecoderConfig
+from spike_export.calibration.heap import return_freed_memory
 from spike_export.calibration.modules import representatives
 
 if TYPE_CHECKING:
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 
     from spike_export.calibration.prefix_cache import KeyValues
 
-BATCH_TOKENS = 2048
-"""Tokens per forward call: large enough for fast matrix products, small enough for a few hundred MB of activations."""
+BATCH_TOKENS = 1024
+"""Tokens per forward call: large enough for fast matrix products, small enough for some hundred MB of activations."""
 
 
 def hf_config(config: DecoderConfig) -> Any:
@@ -79,6 +80,7 @@ class ReferenceModel:
         """Forward token windows [batch, length]; return the final norm's output [batch, length, hidden]."""
         import torch
 
+        return_freed_memory()
         with torch.inference_mode():
             output = self.causal_lm.model(
                 input_ids=torch.from_numpy(tokens), past_key_values=self._cache(len(tokens)), use_cache=True

@@ -82,7 +82,7 @@ def save_spikes(statistics: SpikeStatistics, stem: Path, description: Mapping[st
 
     The JSON file is written last: where it exists, both are complete.
     """
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     tensors: dict[str, NDArray[Any]] = {"token_ids": statistics.token_ids}
     summary: dict[str, Any] = {}
@@ -107,7 +107,8 @@ def save_spikes(statistics: SpikeStatistics, stem: Path, description: Mapping[st
         "modules": summary,
     }
     with atomic_path(stem.with_name(stem.name + ".safetensors")) as temporary:
-        save_file(tensors, temporary)
+        # Not save_file: its error on a full disk is no OSError, and its files are readable by their owner only.
+        temporary.write_bytes(save(tensors))
     write_text(stem.with_name(stem.name + ".json"), json.dumps(document, indent=1, ensure_ascii=False) + "\n")
 
 

@@ -43,8 +43,7 @@ class Job:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
-        if self.max_ppl_increase is not None and not self.max_ppl_increase >= 0:
-            raise RecipeError(f"--max-ppl-increase is {self.max_ppl_increase}; expected a fraction such as 0.05")
+        require_limit(self.max_ppl_increase)
         if self.plan is not None and self.plan.is_dir():
             raise ArtifactError(f"{self.plan}: is a folder; give the plan a file name, such as {self.plan}/engine.plan")
         if self.plan is not None and self.plan.suffix == ".json":
@@ -53,6 +52,16 @@ class Job:
     def read_corpus(self) -> Corpus:
         """Return the text to calibrate on."""
         return default_corpus() if self.corpus is None else read_corpus(self.corpus, self.text_field)
+
+
+def require_limit(max_ppl_increase: float | None) -> None:
+    """Refuse a limit that is negative or not a number.
+
+    Raises:
+        RecipeError: Names the option and what is expected.
+    """
+    if max_ppl_increase is not None and not max_ppl_increase >= 0:
+        raise RecipeError(f"--max-ppl-increase is {max_ppl_increase}; expected a fraction such as 0.05")
 
 
 def require_writable(folder: Path) -> None:

@@ -42,6 +42,7 @@ app = App(
     help="From a GLU language model to an INT8 engine that keeps its accuracy.",
     version=lambda: version("spike-export"),
     result_action="return_value",
+    suppress_keyboard_interrupt=False,  # `run` says what is kept
 )
 
 
@@ -298,9 +299,11 @@ def check(
     """Compare a bundle with the unquantized model: perplexity, top-1 agreement, KL divergence."""
     from spike_export.cli.bundle_check import check_bundle
     from spike_export.cli.check_table import print_check
+    from spike_export.cli.job import require_limit
     from spike_export.cli.progress_display import ProgressDisplay
     from spike_export.engines.check_document import save_check
 
+    require_limit(gate.max_ppl_increase)
     console = Console()
     path = out or bundle.with_name(f"{bundle.name}.check.json")
     with ProgressDisplay(console, ["check"], quiet=run_options.quiet) as display, display.stage("check") as progress:

@@ -42,7 +42,8 @@ class BundleSession:
         try:
             logits: NDArray[np.float32] = self.session.run(["logits"], feeds)[0]
         except Exception as error:  # ONNX Runtime's exceptions have no common type
-            raise EngineError(f"ONNX Runtime fails on {tokens.shape[1]} tokens: {str(error).splitlines()[0]}") from error
+            reason = str(error).splitlines()[0]
+            raise EngineError(f"ONNX Runtime fails on {tokens.shape[1]} tokens: {reason}") from error
         return logits[:, -content.shape[1] :]
 
 
@@ -69,7 +70,7 @@ def open_bundle(bundle: Path, threads: int = 0) -> BundleSession:
             raise EngineError(f"{bundle / name}: this file is missing; export the bundle again")
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # errors are raised, and told by the caller
     try:
         session = ort.InferenceSession(bundle / GRAPH_FILE, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's exceptions have no common type

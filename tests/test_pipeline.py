@@ -223,7 +223,8 @@ def test_an_edited_precision_of_the_rest_is_obeyed(copied: Path) -> None:
 
 def test_a_prefix_put_in_by_hand_is_checked_behind_its_own_statistics(copied: Path) -> None:
     recipe = copied / "whole" / "recipe.json"
-    by_hand = [BOS, 77, 78]
+    by_hand = [BOS, 77]
+    assert len(load_recipe(recipe).prefix_ids) != len(by_hand)
     edited(recipe, lambda document: document["prefix"].update(token_ids=by_hand))
     assert again(copied) == {BUNDLE, CHECK, REPORT}
     prefix = load_manifest(copied / "whole" / "bundle").prefix
@@ -242,6 +243,25 @@ def test_a_bfloat16_module_put_in_by_hand_is_checked_in_float32(copied: Path) ->
     assert check.dtype == "float32"
     assert check.note is not None
     assert "bfloat16" in check.note
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_stage_killed_between_artifact_and_stamp_is_not_taken_for_the_previous_run(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = (copied / "whole" / "recipe.json").read_bytes()
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "mark_done", killed)
+        with pytest.raises(KeyboardInterrupt):
+            again(copied, dtype="float32")
+    assert (copied / "whole" / "recipe.json").read_bytes() != before
+    # The options of the run before: its stamp must not vouch for the other recipe.
+    assert RECIPE in again(copied)
+    assert (copied / "whole" / "recipe.json").read_bytes() == before
 
 
 def test_leftovers_of_a_killed_write_are_harmless(copied: Path) -> None:

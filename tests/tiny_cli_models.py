@@ -28,9 +28,7 @@ class Outcome:
     @property
     def stages_run(self) -> tuple[str, ...]:
         """Names of the stages that did their work, in order."""
-        return tuple(
-            line.split("] ")[1].split(":")[0] for line in self.out.splitlines() if line.endswith(": started")
-        )
+        return tuple(line.split("] ")[1].split(":")[0] for line in self.out.splitlines() if line.endswith(": started"))
 
     @property
     def error(self) -> str:
