@@ -101,7 +101,7 @@ def measure(checkpoint: Checkpoint) -> Check:
             table.automatic(f"automatic, {budget}, range {rule}", most, rule)
     content = calibration.windows.evaluation
     return check_variants(
-        checkpoint, calibration.model, default_corpus(), content, table.rows, ExportOptions("float32")
+        checkpoint, lambda: calibration.model, default_corpus(), content, table.rows, ExportOptions("float32")
     )
 
 

@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from benchmarks.fetch_smollm2 import smollm2_path
+
 START_UP = "(start-up)"
 BETWEEN = "(between stages)"
 
@@ -115,7 +117,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with tempfile.TemporaryDirectory(prefix="spike-export-job-") as temporary:
         out = arguments.out or Path(temporary) / "engine.plan"
-        model = arguments.model or _default_model()
+        model = arguments.model or str(smollm2_path())
         command = [*shlex.split(arguments.command), model, "--out", str(out), *options]
         use = run_measured(command, arguments.interval)
     print(table(use))
@@ -136,15 +138,6 @@ def _arguments(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     installed = Path(sys.executable).with_name("spike-export")
     parser.add_argument("--command", default=shlex.quote(str(installed)), help="the command to measure")
     return parser.parse_args(own), options
-
-
-def _default_model() -> str:
-    # Run as a script, this file's folder is on the path; imported, the project is.
-    try:
-        from benchmarks.fetch_smollm2 import smollm2_path
-    except ModuleNotFoundError:
-        from fetch_smollm2 import smollm2_path  # type: ignore[import-not-found, no-redef, unused-ignore]
-    return str(smollm2_path())
 
 
 def run_measured(command: Sequence[str], interval: float) -> JobUse:

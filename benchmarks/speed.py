@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.fetch_smollm2 import smollm2_path
+
 if TYPE_CHECKING:
     import onnxruntime as ort
 
@@ -111,7 +113,7 @@ def build_bundles(arguments: argparse.Namespace, folder: Path) -> dict[Variant, 
     from spike_export.calibration.checkpoint import open_checkpoint
     from spike_export.export.bundle import ExportOptions, export_bundle
 
-    checkpoint = open_checkpoint(arguments.model or _default_model())
+    checkpoint = open_checkpoint(arguments.model or str(smollm2_path()))
     recipe = None
     if any(variant.quantized for variant in missing):
         recipe = _recipe(checkpoint, arguments)
@@ -120,15 +122,6 @@ def build_bundles(arguments: argparse.Namespace, folder: Path) -> dict[Variant, 
         recipe_or_none = recipe if variant.quantized else None
         export_bundle(checkpoint, recipe_or_none, ExportOptions(variant.dtype), bundles[variant])
     return bundles
-
-
-def _default_model() -> str:
-    # Run as a script, this file's folder is on the path; imported, the project is.
-    try:
-        from benchmarks.fetch_smollm2 import smollm2_path
-    except ModuleNotFoundError:
-        from fetch_smollm2 import smollm2_path  # type: ignore[import-not-found, no-redef, unused-ignore]
-    return str(smollm2_path())
 
 
 def _recipe(checkpoint: "Checkpoint", arguments: argparse.Namespace) -> "Recipe":

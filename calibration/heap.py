@@ -7,6 +7,7 @@ pin the heap's end: resident memory then grows with every pass, to several times
 import ctypes
 import ctypes.util
 import functools
+import gc
 from collections.abc import Callable
 
 
@@ -28,3 +29,9 @@ def return_freed_memory() -> None:
     trim = _trim()
     if trim is not None:
         trim(0)
+
+
+def collect_and_return_memory() -> None:
+    """Free what only reference cycles keep (torch modules are full of them), and return it."""
+    gc.collect()
+    return_freed_memory()

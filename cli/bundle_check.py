@@ -33,7 +33,7 @@ def check_bundle(bundle: Path, reference: str, arguments: CorpusArguments, progr
     name = "shipped" if manifest.model.recipe_sha256 else "unquantized"
     return check_variants(
         checkpoint,
-        load_reference_model(checkpoint),
+        lambda: load_reference_model(checkpoint),
         corpus,
         windows.evaluation,
         [Variant(name, None, bundle)],

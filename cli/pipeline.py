@@ -20,9 +20,10 @@ from spike_export.calibration.calibrate import (
 from spike_export.calibration.checkpoint import Checkpoint
 from spike_export.calibration.corpus import Corpus, TokenWindows, token_windows
 from spike_export.calibration.errors import ArtifactError
+from spike_export.calibration.heap import collect_and_return_memory
 from spike_export.calibration.progress import Progress
 from spike_export.calibration.recipe import Recipe, Search, load_recipe, save_recipe
-from spike_export.calibration.reference_model import load_reference_model
+from spike_export.calibration.reference_model import ReferenceModel, load_reference_model
 from spike_export.calibration.spikes import SpikeStatistics, load_spikes, save_spikes
 from spike_export.cli.job import Job, require_bundle_or_nothing
 from spike_export.cli.progress_display import ProgressDisplay
@@ -189,12 +190,13 @@ class Pipeline:
         manifest = (bundle / MANIFEST_FILE).read_text(encoding="utf-8")
 
         def work(progress: Progress) -> None:
-            # A model of its own where no calibration stage ran; else the one that is in memory.
-            model = self.calibration.model if recipe else load_reference_model(self.checkpoint)
             variants = self._variants(recipe, bundle)
             content = self.windows.evaluation
             options = self._export_options(recipe)
-            save_check(check_variants(self.checkpoint, model, self.corpus, content, variants, options, progress), path)
+            save_check(
+                check_variants(self.checkpoint, self._take_model, self.corpus, content, variants, options, progress),
+                path,
+            )
 
         # The manifest stands for the recipe and the precision; the ablations take the rest from the statistics.
         key = stage_key(spikes=self._spikes_key, manifest=manifest, weights=self.job.calibration.weights)
@@ -202,6 +204,11 @@ class Pipeline:
         check = load_check(path).gated(self.job.max_ppl_increase)
         save_check(check, path)
         return check
+
+    def _take_model(self) -> ReferenceModel:
+        """Return the model that calibration read, or a new one; the pipeline forgets it, so that it can be freed."""
+        calibration: Calibration | None = self.__dict__.pop("calibration", None)
+        return calibration.model if calibration else load_reference_model(self.checkpoint)
 
     def _variants(self, recipe: Recipe | None, bundle: Path) -> list[Variant]:
         if recipe is None:
@@ -230,6 +237,7 @@ class Pipeline:
         assert plan is not None, "a job without a plan has no build stage"
         # The weights are no longer needed here, and the build process wants the memory.
         self.__dict__.pop("calibration", None)
+        collect_and_return_memory()
         results: list[BuildResult] = []
         key = stage_key(
             tool=version("spike-export"),

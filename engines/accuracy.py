@@ -2,7 +2,7 @@
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +12,16 @@ from numpy.typing import NDArray
 
 from spike_export.calibration.atomic_write import describe_os_error
 from spike_export.calibration.errors import ArtifactError, EngineError
+from spike_export.calibration.heap import collect_and_return_memory
 from spike_export.calibration.perplexity import Likelihood, with_bos
 from spike_export.calibration.progress import Progress, silent
 from spike_export.calibration.reference_model import ReferenceModel
 from spike_export.engines.onnx_session import BundleSession
 
 Logits = NDArray[np.float32]
+
+LoadModel = Callable[[], ReferenceModel]
+"""Gives the reference model; whoever calls it may drop it when done."""
 
 _ROWS = 64
 """Positions compared at once: a few vocabulary rows in float64 would otherwise take hundreds of MB."""
@@ -59,31 +63,39 @@ class Accuracy:
 
 @contextmanager
 def reference_logits(
-    model: ReferenceModel, content: NDArray[np.int64], bos: int | None, progress: Progress = silent
+    load: LoadModel, content: NDArray[np.int64], bos: int | None, progress: Progress = silent
 ) -> Iterator[ReferenceLogits]:
     """Run the reference model over the windows and keep its logits in a temporary folder for the block.
+
+    The model is let go before the block begins: the variants need the memory.
 
     Raises:
         ArtifactError: The temporary folder's disk has too little room.
     """
-    vocabulary = model.causal_lm.config.vocab_size
-    needed = content.shape[0] * (content.shape[1] - 1) * vocabulary * 4
     with tempfile.TemporaryDirectory(prefix="spike-export-") as name:
-        folder = Path(name)
-        free = shutil.disk_usage(folder).free
-        if free < needed:
-            raise ArtifactError(f"{folder}: {needed:,} bytes are needed and {free:,} are free; set TMPDIR elsewhere")
-        total = Likelihood(0.0, 0)
-        for index, tokens in enumerate(content):
-            states = model.hidden_states(with_bos(tokens[None], bos))[0, -len(tokens) : -1]
-            logits = model.logits(states).numpy()
-            try:
-                np.save(folder / f"{index}.npy", logits)
-            except OSError as error:
-                raise ArtifactError(describe_os_error(error, folder)) from error
-            total += likelihood(logits, tokens[1:])
-            progress("reference windows", index + 1, len(content))
-        yield ReferenceLogits(content, folder, total.perplexity)
+        total = _write_logits(load(), content, bos, Path(name), progress)
+        collect_and_return_memory()
+        yield ReferenceLogits(content, Path(name), total.perplexity)
+
+
+def _write_logits(
+    model: ReferenceModel, content: NDArray[np.int64], bos: int | None, folder: Path, progress: Progress
+) -> Likelihood:
+    needed = content.shape[0] * (content.shape[1] - 1) * model.causal_lm.config.vocab_size * 4
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ArtifactError(f"{folder}: {needed:,} bytes are needed and {free:,} are free; set TMPDIR elsewhere")
+    total = Likelihood(0.0, 0)
+    for index, tokens in enumerate(content):
+        states = model.hidden_states(with_bos(tokens[None], bos))[0, -len(tokens) : -1]
+        logits = model.logits(states).numpy()
+        try:
+            np.save(folder / f"{index}.npy", logits)
+        except OSError as error:
+            raise ArtifactError(describe_os_error(error, folder)) from error
+        total += likelihood(logits, tokens[1:])
+        progress("reference windows", index + 1, len(content))
+    return total
 
 
 def compare(session: BundleSession, reference: ReferenceLogits, progress: Progress = silent) -> Accuracy:

@@ -12,8 +12,7 @@ from spike_export.calibration.checkpoint import Checkpoint
 from spike_export.calibration.corpus import Corpus
 from spike_export.calibration.progress import Progress, silent
 from spike_export.calibration.recipe import Recipe
-from spike_export.calibration.reference_model import ReferenceModel
-from spike_export.engines.accuracy import Accuracy, ReferenceLogits, compare, reference_logits
+from spike_export.engines.accuracy import Accuracy, LoadModel, ReferenceLogits, compare, reference_logits
 from spike_export.engines.check_document import Check, CheckCorpus, CheckReference, CheckVariant
 from spike_export.engines.onnx_session import CACHE_TYPES, open_bundle
 from spike_export.export.bundle import ExportOptions, export_bundle
@@ -38,7 +37,7 @@ class Variant:
 
 def check_variants(
     checkpoint: Checkpoint,
-    model: ReferenceModel,
+    load: LoadModel,
     corpus: Corpus,
     content: NDArray[np.int64],
     variants: Sequence[Variant],
@@ -53,7 +52,7 @@ def check_variants(
     runnable = options.dtype in CACHE_TYPES and not any(_keeps_bfloat16(variant.recipe) for variant in variants)
     rounds = len(variants) + 1
     evaluated_dtype = options if runnable else ExportOptions("float32")
-    with reference_logits(model, content, checkpoint.bos_token_id, _part(progress, 0, rounds)) as reference:
+    with reference_logits(load, content, checkpoint.bos_token_id, _part(progress, 0, rounds)) as reference:
         results = [
             _evaluate(checkpoint, variant, evaluated_dtype, runnable, reference, _part(progress, index, rounds))
             for index, variant in enumerate(variants, start=1)

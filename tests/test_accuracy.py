@@ -17,7 +17,7 @@ from spike_export.calibration.corpus import Corpus, TokenWindows
 from spike_export.calibration.errors import ArtifactError, EngineError
 from spike_export.calibration.qfem import keep_highest
 from spike_export.calibration.recipe import ActivationRange
-from spike_export.calibration.reference_model import load_reference_model
+from spike_export.calibration.reference_model import ReferenceModel, load_reference_model
 from spike_export.calibration.spikes import SpikeStatistics
 from spike_export.cli.job import Job
 from spike_export.cli.pipeline import Pipeline
@@ -133,7 +133,7 @@ def test_compare_equals_a_direct_computation(
     recipe = tiny_recipe(model.checkpoint, scales) if quantized else None
     export_bundle(model.checkpoint, recipe, ExportOptions("float32"), tmp_path / "bundle")
     session = open_bundle(tmp_path / "bundle")
-    with reference_logits(load_reference_model(model.checkpoint), content, BOS) as reference:
+    with reference_logits(lambda: load_reference_model(model.checkpoint), content, BOS) as reference:
         result = compare(session, reference)
         perplexity = reference.perplexity
     expected = torch.from_numpy(transformers_logits(model, content)).double()
@@ -175,14 +175,14 @@ def test_logits_that_are_not_finite_are_refused_by_window(
     logits = random_logits(7, 3 * 70).reshape(3, 70, 37)[..., :1].repeat(99, axis=2)
     logits[1, 5, 3] = value
     with (
-        reference_logits(load_reference_model(model.checkpoint), content, BOS) as reference,
+        reference_logits(lambda: load_reference_model(model.checkpoint), content, BOS) as reference,
         pytest.raises(EngineError, match="not finite in evaluation window 1"),
     ):
         compare(FixedSession(logits), reference)  # type: ignore[arg-type]
 
 
 def test_agreement_counts_the_positions(model: TinyModel, content: NDArray[np.int64]) -> None:
-    with reference_logits(load_reference_model(model.checkpoint), content, BOS) as reference:
+    with reference_logits(lambda: load_reference_model(model.checkpoint), content, BOS) as reference:
         logits = np.stack([np.pad(reference.window(index), ((0, 1), (0, 0))) for index in range(3)])
         exact = compare(FixedSession(logits), reference)  # type: ignore[arg-type]
         logits[0, :10] *= -1  # the least likely token becomes the most likely one
@@ -192,7 +192,7 @@ def test_agreement_counts_the_positions(model: TinyModel, content: NDArray[np.in
 
 
 def test_the_reference_logits_are_gone_afterwards(model: TinyModel, content: NDArray[np.int64]) -> None:
-    with reference_logits(load_reference_model(model.checkpoint), content, None) as reference:
+    with reference_logits(lambda: load_reference_model(model.checkpoint), content, None) as reference:
         assert reference.folder.is_dir()
         assert reference.window(2).shape == (69, 99)
     assert not reference.folder.exists()
@@ -205,7 +205,7 @@ def test_too_little_room_for_the_reference_logits(
     for free, enough in ((needed, True), (needed - 1, False)):
         usage = type("Usage", (), {"free": free})
         monkeypatch.setattr(accuracy_module.shutil, "disk_usage", lambda _, usage=usage: usage)
-        context = reference_logits(load_reference_model(model.checkpoint), content, BOS)
+        context = reference_logits(lambda: load_reference_model(model.checkpoint), content, BOS)
         if enough:
             with context:
                 continue
@@ -214,8 +214,10 @@ def test_too_little_room_for_the_reference_logits(
 
 
 def checked(model: TinyModel, content: NDArray[np.int64], variants: list[Variant], dtype: Any) -> Check:
-    reference = load_reference_model(model.checkpoint)
-    return check_variants(model.checkpoint, reference, CORPUS, content[:, :12], variants, ExportOptions(dtype))
+    def load() -> ReferenceModel:
+        return load_reference_model(model.checkpoint)
+
+    return check_variants(model.checkpoint, load, CORPUS, content[:, :12], variants, ExportOptions(dtype))
 
 
 def test_a_variant_without_a_bundle_is_exported_for_the_check(model: TinyModel, content: NDArray[np.int64]) -> None:
@@ -224,7 +226,7 @@ def test_a_variant_without_a_bundle_is_exported_for_the_check(model: TinyModel, 
     told: list[tuple[int, int]] = []
     check = check_variants(
         model.checkpoint,
-        load_reference_model(model.checkpoint),
+        lambda: load_reference_model(model.checkpoint),
         CORPUS,
         content[:, :12],
         [Variant("plain", None), Variant("all", recipe)],

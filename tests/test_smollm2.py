@@ -64,7 +64,9 @@ def recipes(calibration: Calibration, plain: SpikeStatistics) -> dict[str, Recip
 def check(checkpoint: Checkpoint, calibration: Calibration, recipes: dict[str, Recipe]) -> Check:
     variants = [Variant("fp32", None), *(Variant(name, recipe) for name, recipe in recipes.items())]
     content = calibration.windows.evaluation
-    return check_variants(checkpoint, calibration.model, default_corpus(), content, variants, ExportOptions("float32"))
+    return check_variants(
+        checkpoint, lambda: calibration.model, default_corpus(), content, variants, ExportOptions("float32")
+    )
 
 
 @pytest.fixture(scope="module")

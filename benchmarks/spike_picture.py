@@ -1,0 +1,19 @@
+"""Draws the README's picture from a run's statistics: python -m benchmarks.spike_picture RUN docs/spikes.png."""
+
+import sys
+from pathlib import Path
+
+from spike_export.calibration.spikes import load_spikes
+from spike_export.cli.spike_figures import save_png, spike_picture
+
+
+def main() -> None:
+    run, picture = Path(sys.argv[1]), Path(sys.argv[2])
+    figure = spike_picture(load_spikes(run / "spikes"), load_spikes(run / "spikes_prefixed"))
+    if figure is None:
+        sys.exit(f"{run}: nothing to draw")
+    save_png(figure, picture)
+
+
+if __name__ == "__main__":
+    main()
