@@ -192,10 +192,10 @@ def interleaved(calls: dict[Variant, Callable[[], None]], rounds: int) -> dict[V
 def _session(folder: Path, threads: int) -> "ort.InferenceSession":
     import onnxruntime as ort
 
+    from spike_export.engines.onnx_session import session_options
     from spike_export.export.manifest import GRAPH_FILE
 
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
+    options = session_options(threads)
     # Threads that spin after a call would take the cores from the session whose turn is next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return ort.InferenceSession(folder / GRAPH_FILE, options, providers=["CPUExecutionProvider"])

@@ -47,6 +47,24 @@ class BundleSession:
         return logits[:, -content.shape[1] :]
 
 
+def session_options(threads: int = 0) -> Any:
+    """Return ONNX Runtime's options for a bundle.
+
+    Masked scores leave the softmax as denormal numbers, on which a CPU works tens of times slower: flushing them to
+    zero takes two thirds off the attention of a 256-token prefill (docs/decisions/denormals.md).
+
+    Args:
+        threads: For one operator; 0 for one per core.
+    """
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4  # errors are raised, and told by the caller
+    options.add_session_config_entry("session.set_denormal_as_zero", "1")
+    return options
+
+
 def open_bundle(bundle: Path, threads: int = 0) -> BundleSession:
     """Load a bundle into ONNX Runtime on the CPU.
 
@@ -68,9 +86,7 @@ def open_bundle(bundle: Path, threads: int = 0) -> BundleSession:
     for name in (GRAPH_FILE, DATA_FILE):
         if not (bundle / name).is_file():
             raise EngineError(f"{bundle / name}: this file is missing; export the bundle again")
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 4  # errors are raised, and told by the caller
+    options = session_options(threads)
     try:
         session = ort.InferenceSession(bundle / GRAPH_FILE, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's exceptions have no common type
