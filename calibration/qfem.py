@@ -4,6 +4,7 @@ Source: arXiv 2405.14428, "quantization-free module". The reference code publish
 search; the automatic choice here bisects over the sorted ratios.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -96,7 +97,8 @@ def choose_modules(
     low, high = -1, most  # `high` is good enough; `low` is not (or is no count at all)
     while high - low > 1:
         middle = max(0, (low + high) // 2)
-        if perplexity(middle) <= goal:
+        # An overflowed perplexity is never good enough, not even where the plateau overflowed too.
+        if math.isfinite(perplexity(middle)) and perplexity(middle) <= goal:
             high = middle
         else:
             low = middle

@@ -148,7 +148,7 @@ def _run_job(work: "Job", options: RunArguments) -> int:
         wrong: tuple[str, ...] = ()
         if check.passed:
             _, wrong = pipeline.build(bundle)
-        report = pipeline.report()
+        report = pipeline.report(built=check.passed)
     if not options.quiet:
         print_check(check, console)
         places = [("plan", work.plan if check.passed else None), ("bundle", bundle), ("report", report)]

@@ -193,10 +193,11 @@ class Pipeline:
             variants = self._variants(recipe, bundle)
             content = self.windows.evaluation
             options = self._export_options(recipe)
-            save_check(
-                check_variants(self.checkpoint, self._take_model, self.corpus, content, variants, options, progress),
-                path,
-            )
+            with self.run.scratch() as scratch:
+                checked = check_variants(
+                    self.checkpoint, self._take_model, self.corpus, content, variants, options, progress, scratch
+                )
+            save_check(checked, path)
 
         # The manifest stands for the recipe and the precision; the ablations take the rest from the statistics.
         key = stage_key(spikes=self._spikes_key, manifest=manifest, weights=self.job.calibration.weights)
@@ -255,11 +256,11 @@ class Pipeline:
         wrong = tuple(name for name, module in sidecar.audit.modules.items() if not module.as_planned)
         return sidecar, wrong if sidecar.audit.readable else ()
 
-    def report(self) -> Path:
-        """Write the HTML page; cheap, and never stale."""
+    def report(self, built: bool) -> Path:
+        """Write the HTML page; cheap, and never stale: a plan of an earlier run is left out."""
         from spike_export.cli.html_report import write_report
 
-        sidecar = sidecar_path(self.job.plan) if self.job.plan else None
+        sidecar = sidecar_path(self.job.plan) if self.job.plan and built else None
         with self.display.stage(REPORT):
             return write_report(self.run.path, engine=sidecar)
 

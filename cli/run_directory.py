@@ -2,7 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,17 @@ class RunDirectory:
     def mark_done(self, stage: str, key: str) -> None:
         """Record that a stage's artifacts are complete."""
         write_text(self._stamp(stage), json.dumps({"key": key}) + "\n")
+
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """Yield an empty folder for the block; what a killed run left there is removed first."""
+        folder = self.path / ".scratch"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _stamp(self, stage: str) -> Path:
         return self.path / ".stages" / f"{stage.replace(' ', '-')}.json"

@@ -63,16 +63,21 @@ class Accuracy:
 
 @contextmanager
 def reference_logits(
-    load: LoadModel, content: NDArray[np.int64], bos: int | None, progress: Progress = silent
+    load: LoadModel,
+    content: NDArray[np.int64],
+    bos: int | None,
+    progress: Progress = silent,
+    scratch: Path | None = None,
 ) -> Iterator[ReferenceLogits]:
     """Run the reference model over the windows and keep its logits in a temporary folder for the block.
 
-    The model is let go before the block begins: the variants need the memory.
+    The model is let go before the block begins: the variants need the memory. `scratch` is an existing folder to keep
+    the logits in; the system's temporary folder by default.
 
     Raises:
         ArtifactError: The temporary folder's disk has too little room.
     """
-    with tempfile.TemporaryDirectory(prefix="spike-export-") as name:
+    with tempfile.TemporaryDirectory(prefix="spike-export-", dir=scratch) as name:
         total = _write_logits(load(), content, bos, Path(name), progress)
         collect_and_return_memory()
         yield ReferenceLogits(content, Path(name), total.perplexity)
@@ -84,7 +89,7 @@ def _write_logits(
     needed = content.shape[0] * (content.shape[1] - 1) * model.causal_lm.config.vocab_size * 4
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise ArtifactError(f"{folder}: {needed:,} bytes are needed and {free:,} are free; set TMPDIR elsewhere")
+        raise ArtifactError(f"{folder}: {needed:,} bytes are needed and {free:,} are free; free space there")
     total = Likelihood(0.0, 0)
     for index, tokens in enumerate(content):
         states = model.hidden_states(with_bos(tokens[None], bos))[0, -len(tokens) : -1]

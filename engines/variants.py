@@ -43,16 +43,19 @@ def check_variants(
     variants: Sequence[Variant],
     options: ExportOptions,
     progress: Progress = silent,
+    scratch: Path | None = None,
 ) -> Check:
     """Evaluate variants in ONNX Runtime against transformers' model on windows [windows, tokens].
 
     A variant that is no bundle yet is exported into a temporary folder, one at a time. Those with a bundle are the
-    shipped ones and are evaluated as they are, unless ONNX Runtime's CPU kernels lack their precision.
+    shipped ones and are evaluated as they are, unless ONNX Runtime's CPU kernels lack their precision. `scratch` is
+    an existing folder for what is only needed meanwhile; the system's temporary folder by default.
     """
     runnable = options.dtype in CACHE_TYPES and not any(_keeps_bfloat16(variant.recipe) for variant in variants)
     rounds = len(variants) + 1
     evaluated_dtype = options if runnable else ExportOptions("float32")
-    with reference_logits(load, content, checkpoint.bos_token_id, _part(progress, 0, rounds)) as reference:
+    bos = checkpoint.bos_token_id
+    with reference_logits(load, content, bos, _part(progress, 0, rounds), scratch) as reference:
         results = [
             _evaluate(checkpoint, variant, evaluated_dtype, runnable, reference, _part(progress, index, rounds))
             for index, variant in enumerate(variants, start=1)
@@ -86,7 +89,7 @@ def _evaluate(
     if variant.bundle is not None and runnable:
         accuracy = compare(open_bundle(variant.bundle), reference, progress)
         return _row(variant, load_manifest(variant.bundle), accuracy, reference)
-    with tempfile.TemporaryDirectory(prefix="spike-export-") as name:
+    with tempfile.TemporaryDirectory(dir=reference.folder) as name:
         bundle = Path(name) / "bundle"
         recipe = variant.recipe if runnable else _in_float32(variant.recipe)
         manifest = export_bundle(checkpoint, recipe, options, bundle)

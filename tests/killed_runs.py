@@ -37,7 +37,7 @@ def run_to_the_report(pipeline: Pipeline) -> None:
     """Run all stages but the plan."""
     recipe = pipeline.calibrate() if pipeline.job.quantize else None
     pipeline.check(recipe, pipeline.export(recipe))
-    pipeline.report()
+    pipeline.report(built=False)
 
 
 def die_before_renames(folder: Path, spared: list[str], death: int) -> None:

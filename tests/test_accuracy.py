@@ -209,7 +209,7 @@ def test_too_little_room_for_the_reference_logits(
         if enough:
             with context:
                 continue
-        with pytest.raises(ArtifactError, match=f"{needed:,} bytes are needed and {free:,} are free; set TMPDIR"):
+        with pytest.raises(ArtifactError, match=f"{needed:,} bytes are needed and {free:,} are free; free space"):
             context.__enter__()
 
 
