@@ -113,3 +113,9 @@ def test_a_budget_of_nothing_keeps_nothing() -> None:
     curve = Curve([50.0, 10.0])
     assert choose(curve, 1, 10.0, 0).kept == ()
     assert curve.asked == [0]
+
+
+def test_an_overflowed_plateau_keeps_what_is_allowed() -> None:
+    ratios = {f"model.layers.{index}.mlp.down_proj": 9.0 - index for index in range(5)}
+    choice = choose_modules(ratios, lambda kept: float("inf"), 10.0, 0.005, max_linears=3)
+    assert len(choice.kept) == 3
