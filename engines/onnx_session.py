@@ -1,5 +1,7 @@
 """A bundle in ONNX Runtime: the embedded engine, on any machine."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,8 @@ from numpy.typing import NDArray
 from spike_export.calibration.errors import EngineError
 from spike_export.calibration.perplexity import with_bos
 from spike_export.export.manifest import DATA_FILE, GRAPH_FILE, Manifest, load_manifest
+
+_DENORMAL = np.float32(1e-40)
 
 CACHE_TYPES = {"float32": np.float32, "float16": np.float16}
 """Cache precisions that ONNX Runtime's CPU kernels compute in; it has no bfloat16 product."""
@@ -40,11 +44,29 @@ class BundleSession:
         for layer in range(manifest.num_hidden_layers):
             feeds[f"past_key_values.{layer}.key"] = feeds[f"past_key_values.{layer}.value"] = empty
         try:
-            logits: NDArray[np.float32] = self.session.run(["logits"], feeds)[0]
+            with denormals_flushed():
+                logits: NDArray[np.float32] = self.session.run(["logits"], feeds)[0]
         except Exception as error:  # ONNX Runtime's exceptions have no common type
             reason = str(error).splitlines()[0]
             raise EngineError(f"ONNX Runtime fails on {tokens.shape[1]} tokens: {reason}") from error
         return logits[:, -content.shape[1] :]
+
+
+@contextmanager
+def denormals_flushed() -> Iterator[None]:
+    """Flush denormals to zero on this thread within the block, and only there.
+
+    A session with `session.set_denormal_as_zero` flushes them on its own threads, but also, from its creation on and
+    for good, on the thread that made it: other computations of that thread would silently change.
+    """
+    import torch
+
+    before = bool(_DENORMAL * np.float32(1) == 0)
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(before)
 
 
 def session_options(threads: int = 0) -> Any:
@@ -88,7 +110,8 @@ def open_bundle(bundle: Path, threads: int = 0) -> BundleSession:
             raise EngineError(f"{bundle / name}: this file is missing; export the bundle again")
     options = session_options(threads)
     try:
-        session = ort.InferenceSession(bundle / GRAPH_FILE, options, providers=["CPUExecutionProvider"])
+        with denormals_flushed():
+            session = ort.InferenceSession(bundle / GRAPH_FILE, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's exceptions have no common type
         raise EngineError(f"{bundle}: ONNX Runtime refuses the graph: {str(error).splitlines()[0]}") from error
     return BundleSession(manifest, session)

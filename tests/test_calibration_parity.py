@@ -175,7 +175,7 @@ def test_statistics_are_the_inputs_maxima() -> None:
 
 
 def test_batches_hold_every_window_once() -> None:
-    ids = tokens(rows=10, length=1000)
+    ids = tokens(rows=10, length=500)
     assert [len(batch) for batch in batches(ids)] == [2, 2, 2, 2, 2]
     np.testing.assert_array_equal(np.concatenate(batches(ids)), ids)
     assert [len(batch) for batch in batches(tokens(rows=2, length=5000))] == [1, 1]  # never empty

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from spike_export.calibration.errors import ArtifactError, EngineError
-from spike_export.engines.onnx_session import BundleSession, open_bundle
+from spike_export.engines.onnx_session import BundleSession, denormals_flushed, open_bundle
 from spike_export.export.bundle import ExportOptions, export_bundle
 from tests.tiny_cli_models import one_thread
 from tests.tiny_models import TinyModel, tiny_llama, tiny_recipe
@@ -130,3 +130,14 @@ def test_truncated_weights_are_refused(model: TinyModel, tmp_path: Path) -> None
     data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
     with pytest.raises(EngineError, match="refuses the graph"):
         open_bundle(tmp_path / "b")
+
+
+def test_a_session_leaves_the_thread_as_it_was(model: TinyModel, content: NDArray[np.int64], tmp_path: Path) -> None:
+    """Denormals are flushed for the session alone: other computations of the thread must not change."""
+    denormal = np.float32(1e-40)
+    session = exported(model, tmp_path / "b", bos=1)
+    assert denormal * np.float32(1) != 0
+    with denormals_flushed():
+        assert denormal * np.float32(1) == 0
+    session.prefill(content)
+    assert denormal * np.float32(1) != 0
