@@ -68,10 +68,7 @@ class Table:
     def automatic(self, name: str, max_linears: int | None, rule: ActivationRange) -> None:
         """Add a row in which prefix and modules are chosen."""
         options = replace(self.calibration.options, max_fp16_modules=max_linears, activation_range=rule)
-        calibration = replace(self.calibration, options=options)
-        # The weights are the same: share the model that is in memory.
-        calibration.__dict__.update(model=self.calibration.model, quantized_weights=self.calibration.quantized_weights)
-        recipe = self._chosen(calibration)
+        recipe = self._chosen(self.calibration.with_options(options))
         text = recipe.prefix.text if recipe.prefix else ""
         print(f"{name}: {len(recipe.kept())} kept, prefix {list(recipe.prefix_ids)} {text!r}", flush=True)
         self.rows.append(Variant(name, recipe))

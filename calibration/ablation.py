@@ -24,7 +24,7 @@ def ablations(
         plain: Statistics without a prefix.
         behind: Statistics behind the recipe's prefix; `plain` again when it has none.
     """
-    paper = replace(calibration, options=replace(calibration.options, activation_range="max"))
+    paper = calibration.with_options(replace(calibration.options, activation_range="max"))
     kept = len(recipe.kept())
     recipes = {"w8a8": build_recipe(paper, corpus, plain, _NOTHING_KEPT)}
     if kept:

@@ -3,7 +3,7 @@
 Each step is a function from values to a value, so that a caller may store what a step returned and go on from there.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -130,6 +130,15 @@ class Calibration:
         """Return what the model is fed behind a prefix: the content, with BOS before it unless the prefix has it."""
         bos = self.checkpoint.bos_token_id
         return content if bos in prefix else with_bos(content, bos)
+
+    def with_options(self, options: CalibrationOptions) -> "Calibration":
+        """Return the same model and windows with other options; what is in memory is shared, not read again."""
+        changed = replace(self, options=options)
+        if "model" in self.__dict__:
+            changed.__dict__["model"] = self.model
+        if "quantized_weights" in self.__dict__ and options.weights == self.options.weights:
+            changed.__dict__["quantized_weights"] = self.quantized_weights
+        return changed
 
     @property
     def search_windows(self) -> NDArray[np.int64]:

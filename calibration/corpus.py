@@ -59,6 +59,15 @@ def default_corpus() -> Corpus:
     return Corpus(DEFAULT_CORPUS, DOCUMENT_SEPARATOR.join(topics.values()))
 
 
+def load_corpus(path: Path | None, text_field: str = "text") -> Corpus:
+    """Return the user's text, or the default corpus without one.
+
+    Raises:
+        CorpusError: As `read_corpus`.
+    """
+    return default_corpus() if path is None else read_corpus(path, text_field)
+
+
 def read_corpus(path: Path, text_field: str = "text") -> Corpus:
     """Read a `.txt` file, or a `.jsonl` file with one document per line under `text_field`.
 

@@ -3,14 +3,14 @@
 from pathlib import Path
 
 from spike_export.calibration.checkpoint import open_checkpoint
-from spike_export.calibration.corpus import default_corpus, read_corpus, token_windows
+from spike_export.calibration.corpus import load_corpus, token_windows
 from spike_export.calibration.errors import ArtifactError
 from spike_export.calibration.progress import Progress
 from spike_export.calibration.reference_model import load_reference_model
 from spike_export.cli.arguments import CorpusArguments
 from spike_export.cli.job import require_length
 from spike_export.engines.check_document import Check
-from spike_export.engines.onnx_session import open_bundle
+from spike_export.engines.onnx_session import runnable_manifest
 from spike_export.engines.variants import Variant, check_variants
 from spike_export.export.bundle import ExportOptions
 
@@ -23,12 +23,12 @@ def check_bundle(bundle: Path, reference: str, arguments: CorpusArguments, progr
         RecipeError: The windows are longer than the model's sequences.
         EngineError: ONNX Runtime cannot run the bundle.
     """
-    manifest = open_bundle(bundle).manifest
+    manifest = runnable_manifest(bundle)
     checkpoint = open_checkpoint(reference)
     if manifest.model.checkpoint_sha256 != checkpoint.tensors.sha256():
         raise ArtifactError(f"{bundle}: was made of {manifest.model.source}, and {reference} has other weights")
     require_length(arguments.length, checkpoint)
-    corpus = default_corpus() if arguments.corpus is None else read_corpus(arguments.corpus, arguments.text_field)
+    corpus = load_corpus(arguments.corpus, arguments.text_field)
     windows = token_windows(corpus, checkpoint.tokenizer, arguments.samples, arguments.length - 1, arguments.seed)
     name = "shipped" if manifest.model.recipe_sha256 else "unquantized"
     return check_variants(

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spike_export.calibration.calibrate import CalibrationOptions
-from spike_export.calibration.corpus import Corpus, default_corpus, read_corpus
+from spike_export.calibration.corpus import Corpus, load_corpus
 from spike_export.calibration.errors import ArtifactError, RecipeError
 from spike_export.engines.build_options import BuildOptions
 
@@ -51,7 +51,7 @@ class Job:
 
     def read_corpus(self) -> Corpus:
         """Return the text to calibrate on."""
-        return default_corpus() if self.corpus is None else read_corpus(self.corpus, self.text_field)
+        return load_corpus(self.corpus, self.text_field)
 
 
 def require_limit(max_ppl_increase: float | None) -> None:

@@ -87,6 +87,24 @@ def session_options(threads: int = 0) -> Any:
     return options
 
 
+def runnable_manifest(bundle: Path) -> Manifest:
+    """Return the manifest of a bundle that ONNX Runtime can run on the CPU, as far as can be told without loading it.
+
+    Raises:
+        ArtifactError: The manifest cannot be read.
+        EngineError: The bundle is incomplete, or of a precision that the CPU lacks.
+    """
+    manifest = load_manifest(bundle)
+    if manifest.dtype not in CACHE_TYPES:
+        raise EngineError(
+            f"{bundle}: ONNX Runtime's CPU kernels have no {manifest.dtype}; export with --dtype float16 or float32"
+        )
+    for name in (GRAPH_FILE, DATA_FILE):
+        if not (bundle / name).is_file():
+            raise EngineError(f"{bundle / name}: this file is missing; export the bundle again")
+    return manifest
+
+
 def open_bundle(bundle: Path, threads: int = 0) -> BundleSession:
     """Load a bundle into ONNX Runtime on the CPU.
 
@@ -100,14 +118,7 @@ def open_bundle(bundle: Path, threads: int = 0) -> BundleSession:
     """
     import onnxruntime as ort
 
-    manifest = load_manifest(bundle)
-    if manifest.dtype not in CACHE_TYPES:
-        raise EngineError(
-            f"{bundle}: ONNX Runtime's CPU kernels have no {manifest.dtype}; export with --dtype float16 or float32"
-        )
-    for name in (GRAPH_FILE, DATA_FILE):
-        if not (bundle / name).is_file():
-            raise EngineError(f"{bundle / name}: this file is missing; export the bundle again")
+    manifest = runnable_manifest(bundle)
     options = session_options(threads)
     try:
         with denormals_flushed():

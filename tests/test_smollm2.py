@@ -48,8 +48,7 @@ def plain(calibration: Calibration) -> SpikeStatistics:
 def recipes(calibration: Calibration, plain: SpikeStatistics) -> dict[str, Recipe]:
     """W8A8 as it is, and with prefix and modules chosen for 4 and for 10 linears in 16 bit."""
     corpus = default_corpus()
-    budget = replace(calibration, options=replace(calibration.options, max_fp16_modules=4))
-    budget.__dict__.update(model=calibration.model, quantized_weights=calibration.quantized_weights)
+    budget = calibration.with_options(replace(calibration.options, max_fp16_modules=4))
     prefix = choose_prefix(budget, plain).token_ids
     behind = calibration.measure(prefix)
     ratios = behind.ratios()
