@@ -20,6 +20,9 @@ ActivationRange = Literal["max", "sample-mean"]
 """What a static activation scale covers: the largest magnitude of all samples, or the mean over the samples of each
 sample's largest (averaged min-max), which clips the rare spike that only a few samples have."""
 
+WindowKind = Literal["packed", "documents"]
+"""`packed`: cut from the stream of all documents, one after another; `documents`: each inside one document."""
+
 QMAX = 127
 """Largest quantized magnitude; symmetric, so that a scale is amax / 127."""
 
@@ -46,6 +49,7 @@ class CorpusSource(_Document):
     samples: int
     length: int
     seed: int
+    windows: WindowKind = "packed"
 
 
 class Scheme(_Document):
