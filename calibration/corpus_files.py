@@ -112,7 +112,10 @@ def _source(source: str, options: CorpusOptions) -> _Source:
         return _folder(folder, config, source, options)
     if looks_like_hub_dataset(source):
         split = options.split or DEFAULT_SPLIT
-        return _Source(f"{source} ({split})", _all_records(hub_files(source, split), options))
+        found = hub_files(source, split)
+        # Said in every report: shards may be missing, of a download that was interrupted or was of other files.
+        known = split if found.complete else f"{split}, what was downloaded before"
+        return _Source(f"{source} ({known})", _all_records(found.files, options))
     raise CorpusError(
         f"{source}: no such file or folder; give a {', '.join(KINDS)} file, a dataset's folder, or org/name on the hub"
     )

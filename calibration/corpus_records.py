@@ -93,7 +93,17 @@ def _json_record(text: str, place: str, wanted: tuple[str, ...]) -> Record:
     if not isinstance(fields, dict):
         return Record(place, wanted[0], None)
     key = next((key for key in wanted if key in fields), wanted[0])
+    if "\\ud" in text.lower() and not _is_unicode(fields.get(key)):
+        raise CorpusError(f"{place}: half of a surrogate pair, which is no text; correct or remove it")
     return Record(place, key, fields.get(key), tuple(fields))
+
+
+def _is_unicode(value: object) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _parquet_rows(file: DataFile, wanted: tuple[str, ...]) -> Iterator[Record]:

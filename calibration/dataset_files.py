@@ -9,6 +9,7 @@ import logging
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -53,10 +54,23 @@ def folder_files(folder: Path, config: str | None, split: str, label: str) -> li
     return [DataFile(Path(file), file) for file in _split_files(str(folder.resolve()), config, split, label)]
 
 
-def hub_files(source: str, split: str) -> list[DataFile]:
+@dataclass(frozen=True)
+class HubFiles:
+    """The data files of a hub dataset's split, on the disk.
+
+    Attributes:
+        files: In the split's order.
+        complete: False where the hub could not be asked, so that files of the split may be missing.
+    """
+
+    files: Sequence[DataFile]
+    complete: bool
+
+
+def hub_files(source: str, split: str) -> HubFiles:
     """List the data files of a hub dataset's split, downloading those that are not in huggingface_hub's cache.
 
-    Where the hub cannot be reached, what an earlier run downloaded is used.
+    Where the hub cannot be reached, what was downloaded before is used.
 
     Args:
         source: `organization/name`, or `organization/name:config`.
@@ -74,7 +88,8 @@ def hub_files(source: str, split: str) -> list[DataFile]:
     datasets_package(source)  # before anything is downloaded
     unreachable = _reach(repository, source)
     if unreachable is not None:
-        return folder_files(_downloaded_before(repository, source, unreachable), config, split, source)
+        folder = _downloaded_before(repository, source, unreachable)
+        return HubFiles(folder_files(folder, config, split, source), complete=False)
     files = []
     for address in _split_files(repository, config, split, source):
         file = _HUB_FILE.fullmatch(address)
@@ -89,7 +104,7 @@ def hub_files(source: str, split: str) -> list[DataFile]:
                 f"{source}: cannot download {file['file']} ({one_line(error)}); is it gated, or the network down?"
             ) from error
         files.append(DataFile(Path(path), f"{repository}/{file['file']}"))
-    return files
+    return HubFiles(files, complete=True)
 
 
 def _reach(repository: str, source: str) -> Exception | None:
@@ -140,7 +155,8 @@ def _split_files(place: str, config: str | None, split: str, label: str) -> Sequ
         try:
             builder: Any = datasets.load_dataset_builder(place, config, cache_dir=scratch)
         except Exception as error:  # no data files, no such configuration, a README that is no YAML, ...
-            raise CorpusError(f"{label}: no dataset that can be read ({one_line(error)})") from error
+            hint = "" if config else f"; where it has configurations, name one: {label}:CONFIG"
+            raise CorpusError(f"{label}: no dataset that can be read ({one_line(error)}){hint}") from error
     splits: Mapping[Any, Sequence[str]] = builder.config.data_files or {}
     for name, files in splits.items():
         if str(name) == split:
