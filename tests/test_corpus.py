@@ -94,6 +94,11 @@ def test_jsonl_with_windows_line_ends_is_read(tmp_path: Path) -> None:
     assert read(tmp_path / "mine.jsonl").text == "a\n\nb"
 
 
+def test_a_whole_surrogate_pair_is_one_character(tmp_path: Path) -> None:
+    (tmp_path / "mine.jsonl").write_text(r'{"text": "\uD83D\uDE00", "other": "\uD83D"}')
+    assert read(tmp_path / "mine.jsonl").text == "\U0001f600"
+
+
 def test_another_field_can_be_named(tmp_path: Path) -> None:
     (tmp_path / "mine.jsonl").write_text('{"text": "no", "content": "yes"}')
     assert read(tmp_path / "mine.jsonl", "content").text == "yes"
@@ -268,6 +273,7 @@ def test_a_parquet_file_without_the_column_says_which_there_are(tmp_path: Path) 
         ('{"body": "x"}', "line 3: no text under the key 'text'; name the right one with --text-field"),
         ('{"text": 5}', "line 3: no text under the key 'text'"),
         ('["text"]', "line 3: no text under the key 'text'"),
+        (r'{"text": "a \uD83D b"}', "line 3: half of a surrogate pair"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
