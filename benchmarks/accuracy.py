@@ -22,10 +22,11 @@ from spike_export.calibration.calibrate import (
     choose_prefix,
 )
 from spike_export.calibration.checkpoint import Checkpoint, open_checkpoint
-from spike_export.calibration.corpus import TokenWindows, default_corpus, token_windows, windows_at
+from spike_export.calibration.corpus import default_corpus
 from spike_export.calibration.qfem import ModuleChoice
 from spike_export.calibration.recipe import ActivationRange, Recipe
 from spike_export.calibration.spikes import SpikeStatistics
+from spike_export.calibration.token_windows import TokenWindows, token_windows, windows_at
 from spike_export.engines.check_document import Check
 from spike_export.engines.variants import Variant, check_variants
 from spike_export.export.bundle import ExportOptions

@@ -127,8 +127,9 @@ def build_bundles(arguments: argparse.Namespace, folder: Path) -> dict[Variant, 
 def _recipe(checkpoint: "Checkpoint", arguments: argparse.Namespace) -> "Recipe":
     """Return the recipe given, or a quick one: the prefix [BOS] where there is a BOS, static per-tensor scales."""
     from spike_export.calibration.calibrate import Calibration, CalibrationOptions, build_recipe, choose_kept
-    from spike_export.calibration.corpus import default_corpus, token_windows
+    from spike_export.calibration.corpus import default_corpus
     from spike_export.calibration.recipe import load_recipe
+    from spike_export.calibration.token_windows import token_windows
 
     if arguments.recipe is not None:
         return load_recipe(arguments.recipe)

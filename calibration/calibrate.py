@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from spike_export.calibration import qfem, qfep
 from spike_export.calibration.checkpoint import Checkpoint
-from spike_export.calibration.corpus import Corpus, TokenWindows
+from spike_export.calibration.corpus import Corpus
 from spike_export.calibration.errors import RecipeError
 from spike_export.calibration.measure import measure_spikes
 from spike_export.calibration.modules import linears, siblings
@@ -31,11 +31,13 @@ from spike_export.calibration.recipe import (
     Scheme,
     Search,
     WeightScheme,
+    WindowKind,
     activation_scale,
 )
 from spike_export.calibration.reference_model import ReferenceModel, load_reference_model
 from spike_export.calibration.simulate import QuantizedWeights, simulated
 from spike_export.calibration.spikes import SpikeStatistics
+from spike_export.calibration.token_windows import TokenWindows
 
 SEARCH_WINDOWS = 8
 """Calibration windows on which candidates are compared; the final statistics use all."""
@@ -49,6 +51,7 @@ class CalibrationOptions:
         samples: Calibration windows.
         length: Tokens per window, BOS included.
         seed: Places the windows.
+        windows: From where they are cut.
         weights: Scales of INT8 weights.
         activation_range: What the static activation scales cover.
         dtype: Precision of what is not quantized.
@@ -62,6 +65,7 @@ class CalibrationOptions:
     samples: int = 32
     length: int = 512
     seed: int = 0
+    windows: WindowKind = "packed"
     weights: WeightScheme = "int8-per-channel"
     activation_range: ActivationRange = "sample-mean"
     dtype: Dtype = "float16"
@@ -287,7 +291,12 @@ def build_recipe(
             sha256=checkpoint.tensors.sha256(),
         ),
         corpus=CorpusSource(
-            name=corpus.name, sha256=corpus.sha256, samples=options.samples, length=options.length, seed=options.seed
+            name=corpus.name,
+            sha256=corpus.sha256,
+            samples=options.samples,
+            length=options.length,
+            seed=options.seed,
+            windows=options.windows,
         ),
         scheme=Scheme(weights=options.weights, activation_range=options.activation_range, unquantized=options.dtype),
         alpha=choice.alpha if options.qfem else None,

@@ -31,6 +31,9 @@ sample's largest (averaged min-max), which clips the rare spike that only a few 
 
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
+WindowKind = Literal["packed", "documents"]
+"""`packed`: cut from the stream of all documents, one after another; `documents`: each inside one document."""
+
 QMAX = 127
 """Largest quantized magnitude; symmetric, so that a scale is amax / 127."""
 
@@ -57,6 +60,7 @@ class CorpusSource(_Document):
     samples: int
     length: int
     seed: int
+    windows: WindowKind = "packed"
 
 
 class Scheme(_Document):

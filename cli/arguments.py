@@ -20,11 +20,21 @@ _RUN = Group("Run", sort_key=5)
 class CorpusArguments:
     """Text to calibrate and evaluate on."""
 
-    corpus: Path | None = None
-    "Text of your own domain, .txt or .jsonl (default: help topics of Python's standard library, offline)."
+    corpus: str | None = None
+    """Text of your own domain: a .txt, .jsonl or .parquet file, a dataset's folder, or org/name[:config] on the hub
+    (default: help topics of Python's standard library, offline)."""
 
-    text_field: str = "text"
-    "Key of the text in a .jsonl corpus."
+    text_field: str | None = None
+    "Key of the text in the corpus's records (default: text), or of the messages (messages or conversations)."
+
+    corpus_split: str | None = None
+    "Split of a dataset (default: train)."
+
+    chat_template: Annotated[bool, Parameter(negative="")] = False
+    "The corpus's records are conversations: render them with the model's chat template."
+
+    windows: Literal["packed", "documents"] = "packed"
+    "Cut windows from the stream of all documents, or each inside one document that is long enough."
 
     samples: int = 32
     "Calibration windows."

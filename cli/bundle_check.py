@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+from spike_export.calibration.chat import rendered
 from spike_export.calibration.checkpoint import open_checkpoint
-from spike_export.calibration.corpus import load_corpus, token_windows
+from spike_export.calibration.corpus_files import CorpusOptions, load_corpus
 from spike_export.calibration.errors import ArtifactError
 from spike_export.calibration.progress import Progress
 from spike_export.calibration.reference_model import load_reference_model
+from spike_export.calibration.token_windows import token_windows
 from spike_export.cli.arguments import CorpusArguments
 from spike_export.cli.job import require_length
 from spike_export.engines.check_document import Check
@@ -20,6 +22,7 @@ def check_bundle(bundle: Path, reference: str, arguments: CorpusArguments, progr
 
     Raises:
         ArtifactError: The bundle was made of another checkpoint.
+        CorpusError: The corpus cannot be used.
         RecipeError: The windows are longer than the model's sequences.
         EngineError: ONNX Runtime cannot run the bundle.
     """
@@ -28,8 +31,17 @@ def check_bundle(bundle: Path, reference: str, arguments: CorpusArguments, progr
     if manifest.model.checkpoint_sha256 != checkpoint.tensors.sha256():
         raise ArtifactError(f"{bundle}: was made of {manifest.model.source}, and {reference} has other weights")
     require_length(arguments.length, checkpoint)
-    corpus = load_corpus(arguments.corpus, arguments.text_field)
-    windows = token_windows(corpus, checkpoint.tokenizer, arguments.samples, arguments.length - 1, arguments.seed)
+    options = CorpusOptions(arguments.corpus, arguments.text_field, arguments.corpus_split, arguments.chat_template)
+    corpus = rendered(load_corpus(options), checkpoint.tokenizer)
+    windows = token_windows(
+        corpus,
+        checkpoint.tokenizer,
+        arguments.samples,
+        arguments.length - 1,
+        arguments.seed,
+        arguments.windows,
+        checkpoint.bos_token_id,
+    )
     name = "shipped" if manifest.model.recipe_sha256 else "unquantized"
     return check_variants(
         checkpoint,

@@ -258,12 +258,13 @@ def _facts(loaded: Loaded) -> list[tuple[str, str]]:
     if recipe is None:
         return []
     corpus = recipe.corpus
+    inside = ", each inside one document" if corpus.windows == "documents" else ""
     return [
         ("Architecture", visible(recipe.model.architecture)),
         ("Weights", recipe.scheme.weights),
         ("Activations", f"{recipe.scheme.activations}, range: {recipe.scheme.activation_range}"),
         ("Not quantized", recipe.scheme.unquantized),
-        ("Calibrated on", f"{visible(corpus.name)}: {corpus.samples} samples of {corpus.length} tokens"),
+        ("Calibrated on", f"{visible(corpus.name)}: {corpus.samples} samples of {corpus.length} tokens{inside}"),
         ("Alpha", number(recipe.alpha) if recipe.alpha is not None else "none: no module is kept by its ratio"),
         ("Model SHA-256", visible(recipe.model.sha256)),
     ]

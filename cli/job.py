@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spike_export.calibration.calibrate import CalibrationOptions
-from spike_export.calibration.corpus import Corpus, load_corpus
+from spike_export.calibration.chat import Chats
+from spike_export.calibration.corpus import Corpus
+from spike_export.calibration.corpus_files import CorpusOptions, load_corpus
 from spike_export.calibration.errors import ArtifactError, RecipeError
 from spike_export.engines.build_options import BuildOptions
 
@@ -23,8 +25,10 @@ class Job:
         plan: The engine plan to write; None ends the run before the build.
         calibration: How to calibrate and choose.
         quantize: False exports the model as it is.
-        corpus: Text file of the user's; None for the default corpus.
-        text_field: Key of a `.jsonl` corpus.
+        corpus: File, folder or hub name of the user's corpus; None for the default one.
+        text_field: Key of the text, or of the messages, in its records; None for the usual keys.
+        corpus_split: Split of a dataset; None for `train`.
+        chat_template: Render the corpus's conversations with the model's chat template.
         max_ppl_increase: Largest relative perplexity increase of the shipped bundle; None for no limit.
         build: How to build the plan.
         allow_fallback: Accept a plan in which a module planned as INT8 runs in 16 bit.
@@ -35,8 +39,10 @@ class Job:
     plan: Path | None = None
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     quantize: bool = True
-    corpus: Path | None = None
-    text_field: str = "text"
+    corpus: str | Path | None = None
+    text_field: str | None = None
+    corpus_split: str | None = None
+    chat_template: bool = False
     max_ppl_increase: float | None = None
     build: BuildOptions = field(default_factory=BuildOptions)
     allow_fallback: bool = False
@@ -49,9 +55,10 @@ class Job:
         if self.plan is not None and self.plan.suffix == ".json":
             raise ArtifactError(f"{self.plan}: the plan's description has this name; choose another ending, as .plan")
 
-    def read_corpus(self) -> Corpus:
-        """Return the text to calibrate on."""
-        return load_corpus(self.corpus, self.text_field)
+    def read_corpus(self) -> Corpus | Chats:
+        """Return what to calibrate on; conversations are not rendered yet."""
+        source = None if self.corpus is None else str(self.corpus)
+        return load_corpus(CorpusOptions(source, self.text_field, self.corpus_split, self.chat_template))
 
 
 def require_limit(max_ppl_increase: float | None) -> None:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import cyclopts
 from cyclopts import App, Parameter
@@ -126,8 +126,7 @@ def job(
         plan=out,
         calibration=_calibration_options(corpus, quantization, dtype),
         quantize=quantize,
-        corpus=corpus.corpus,
-        text_field=corpus.text_field,
+        **_corpus_fields(corpus),
         max_ppl_increase=gate.max_ppl_increase,
         build=_build_options(build),
         allow_fallback=build.allow_fallback,
@@ -176,17 +175,18 @@ def _open(work: "Job", options: RunArguments, stages: Sequence[str], console: Co
         require_buildable(work.build)
         require_writable(work.plan.parent)
     require_writable(work.work_dir)
+    from spike_export.calibration.chat import rendered
     from spike_export.calibration.checkpoint import open_checkpoint
     from spike_export.cli.pipeline import Pipeline
     from spike_export.cli.progress_display import ProgressDisplay
     from spike_export.cli.run_directory import RunDirectory
 
-    if work.corpus:
-        work.read_corpus()  # a bad corpus is reported before the model is opened
+    read = work.read_corpus()  # a bad corpus is reported before the model is opened
     checkpoint = open_checkpoint(work.model)
     require_length(work.calibration.length, checkpoint)
+    corpus = rendered(read, checkpoint.tokenizer)
     display = ProgressDisplay(console, stages, quiet=options.quiet)
-    return Pipeline(work, checkpoint, RunDirectory(work.work_dir, options.force), display)
+    return Pipeline(work, checkpoint, RunDirectory(work.work_dir, options.force), display, corpus)
 
 
 def _calibration_options(
@@ -195,8 +195,19 @@ def _calibration_options(
     from spike_export.calibration.calibrate import CalibrationOptions
 
     return CalibrationOptions(
-        samples=corpus.samples, length=corpus.length, seed=corpus.seed, dtype=dtype.dtype, **values(quantization)
+        samples=corpus.samples,
+        length=corpus.length,
+        seed=corpus.seed,
+        windows=corpus.windows,
+        dtype=dtype.dtype,
+        **values(quantization),
     )
+
+
+def _corpus_fields(corpus: CorpusArguments) -> dict[str, Any]:
+    """Return what a job knows of its corpus."""
+    names = ("corpus", "text_field", "corpus_split", "chat_template")
+    return {name: getattr(corpus, name) for name in names}
 
 
 def _build_options(build: BuildArguments) -> "BuildOptions":
@@ -229,7 +240,7 @@ def calibrate(
     from spike_export.cli.pipeline import BUNDLE, stages_of
 
     options = _calibration_options(corpus, quantization, dtype)
-    work = Job(model, work_dir, calibration=options, corpus=corpus.corpus, text_field=corpus.text_field)
+    work = Job(model, work_dir, calibration=options, **_corpus_fields(corpus))
     console = Console()
     stages = stages_of(work)
     pipeline = _open(work, run_options, stages[: stages.index(BUNDLE)], console)

@@ -17,14 +17,16 @@ from spike_export.calibration.calibrate import (
     choose_kept,
     choose_prefix,
 )
+from spike_export.calibration.chat import rendered
 from spike_export.calibration.checkpoint import Checkpoint
-from spike_export.calibration.corpus import Corpus, TokenWindows, token_windows
+from spike_export.calibration.corpus import Corpus
 from spike_export.calibration.errors import ArtifactError
 from spike_export.calibration.heap import collect_and_return_memory
 from spike_export.calibration.progress import Progress
 from spike_export.calibration.recipe import Recipe, Search, load_recipe, save_recipe
 from spike_export.calibration.reference_model import ReferenceModel, load_reference_model
 from spike_export.calibration.spikes import SpikeStatistics, load_spikes, save_spikes
+from spike_export.calibration.token_windows import TokenWindows, token_windows
 from spike_export.cli.job import Job, require_bundle_or_nothing
 from spike_export.cli.progress_display import ProgressDisplay
 from spike_export.cli.run_directory import RunDirectory, stage_key
@@ -58,23 +60,36 @@ def stages_of(job: Job) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A job with its checkpoint, its work directory and the display that follows it."""
+    """A job with its checkpoint, its work directory and the display that follows it.
+
+    Attributes:
+        read: The job's corpus, where it was read before; None to read it when it is needed.
+    """
 
     job: Job
     checkpoint: Checkpoint
     run: RunDirectory
     display: ProgressDisplay
+    read: Corpus | None = None
 
     @cached_property
     def corpus(self) -> Corpus:
         """The text of calibration and check."""
-        return self.job.read_corpus()
+        return self.read or rendered(self.job.read_corpus(), self.checkpoint.tokenizer)
 
     @cached_property
     def windows(self) -> TokenWindows:
         """Calibration and evaluation windows; one token of the length is BOS."""
         options = self.job.calibration
-        return token_windows(self.corpus, self.checkpoint.tokenizer, options.samples, options.length - 1, options.seed)
+        return token_windows(
+            self.corpus,
+            self.checkpoint.tokenizer,
+            options.samples,
+            options.length - 1,
+            options.seed,
+            options.windows,
+            self.checkpoint.bos_token_id,
+        )
 
     @cached_property
     def calibration(self) -> Calibration:
@@ -102,6 +117,9 @@ class Pipeline:
             samples=options.samples,
             length=options.length,
             seed=options.seed,
+            windows=options.windows,
+            # Packed windows come from the text, wherever its documents end. How a chat was rendered is in the text.
+            documents=self.corpus.boundaries_sha256 if options.windows == "documents" else None,
         )
 
     def calibrate(self) -> Recipe:

@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 from spike_export.calibration.ablation import ablations
 from spike_export.calibration.calibrate import Calibration, CalibrationOptions, build_recipe
 from spike_export.calibration.checkpoint import Checkpoint
-from spike_export.calibration.corpus import Corpus, TokenWindows
+from spike_export.calibration.corpus import Corpus
 from spike_export.calibration.errors import ArtifactError, EngineError
 from spike_export.calibration.qfem import keep_highest
 from spike_export.calibration.recipe import ActivationRange
 from spike_export.calibration.reference_model import ReferenceModel, load_reference_model
 from spike_export.calibration.spikes import SpikeStatistics
+from spike_export.calibration.token_windows import TokenWindows
 from spike_export.cli.job import Job
 from spike_export.cli.pipeline import Pipeline
 from spike_export.cli.run_directory import RunDirectory
@@ -32,7 +33,7 @@ from tests.tiny_cli_models import one_thread
 from tests.tiny_models import TinyModel, input_scales, tiny_llama, tiny_recipe
 
 BOS = 1
-CORPUS = Corpus("test", "text")
+CORPUS = Corpus("test", ("text",))
 
 
 @pytest.fixture(scope="module", autouse=True)

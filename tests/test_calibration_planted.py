@@ -21,13 +21,14 @@ from spike_export.calibration.calibrate import (
     choose_prefix,
 )
 from spike_export.calibration.checkpoint import Checkpoint, open_checkpoint
-from spike_export.calibration.corpus import Corpus, TokenWindows
+from spike_export.calibration.corpus import Corpus
 from spike_export.calibration.errors import RecipeError
 from spike_export.calibration.measure import measure_spikes
 from spike_export.calibration.modules import linears, representatives, siblings
 from spike_export.calibration.qfep import propose_prefixes, spiking_tokens, worst_ratio
 from spike_export.calibration.recipe import Recipe, Search, activation_scale, load_recipe, save_recipe
 from spike_export.calibration.spikes import SpikeStatistics
+from spike_export.calibration.token_windows import TokenWindows
 from tests.tiny_checkpoints import (
     BOS,
     PLANTED_CHANNEL,
@@ -215,7 +216,7 @@ def test_without_bos_or_eos_there_is_no_prefix(calibration: Calibration, plain: 
 
 
 def corpus(windows: TokenWindows) -> Corpus:
-    return Corpus("sampled", as_text(windows.calibration))
+    return Corpus("sampled", (as_text(windows.calibration),))
 
 
 @pytest.fixture(scope="module")

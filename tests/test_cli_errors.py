@@ -11,8 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import gguf
+import pyarrow
 import pytest
 import torch
+from pyarrow import parquet
 
 from spike_export.calibration.errors import EngineError
 from spike_export.engines import onnx_session, plan_backend
@@ -98,9 +100,12 @@ def test_a_tensor_of_another_shape(calibrated: Callable[..., str], tmp_path: Pat
         ("empty.txt", b" \n", ("empty.txt", "the corpus is empty")),
         ("short.txt", b"forty tokens are less than two windows..", ("short.txt", "40 tokens", "--length")),
         ("latin.txt", b"caf\xe9", ("latin.txt", "not UTF-8", "convert")),
-        ("table.csv", b"a,b", ("table.csv", "give a .txt or a .jsonl")),
+        ("table.csv", b"a,b", ("table.csv", "give a .txt, .jsonl or .parquet")),
         ("bad.jsonl", b'{"text": "a"}\n{', ("bad.jsonl, line 2", "not JSON")),
         ("other.jsonl", b'{"prose": "a"}', ("other.jsonl, line 1", "'text'", "--text-field")),
+        ("bad.parquet", b"PAR1 and no more", ("bad.parquet", "damaged parquet file", "make it again")),
+        ("nowhere", None, ("nowhere", "no such file or folder", "org/name on the hub")),
+        ("same.txt", b"a" * 4000, ("same.txt", "one token, repeated", "'a'", "ordinary text")),
     ],
 )
 def test_a_corpus_that_cannot_be_used(
@@ -109,6 +114,45 @@ def test_a_corpus_that_cannot_be_used(
     if content is not None:
         (tmp_path / name).write_bytes(content)
     assert_says(calibrated(None, "--corpus", tmp_path / name, *SMALL), *parts)
+
+
+PROGRAM = [sys.executable, "-c", "from spike_export.cli.main import main; main()"]
+
+
+@pytest.mark.parametrize(
+    ("corpus", "options", "parts"),
+    [
+        ("same.txt", (), ("same.txt", "one token, repeated", "ordinary text")),
+        ("text.parquet", (), ("text.parquet", "no column 'text' (there: 'body')", "--text-field")),
+        ("prose", ("--corpus-split", "dev"), ("prose", "no split 'dev'", "train")),
+        ("nobody/nothing", (), ("nobody/nothing", "the hub cannot be reached", "give a local file, or download it")),
+        ("chats.jsonl", ("--chat-template",), ("no chat template", "leave --chat-template out")),
+        ("chats.jsonl", (), ("chats.jsonl, line 1", "'text'", "--chat-template")),
+        ("corpus.txt", ("--windows", "documents"), ("corpus.txt", "1 of 1 documents", "--windows packed")),
+        ("corpus.txt", ("--windows", "paragraphs"), ("--windows", "paragraphs", "packed")),
+        (None, ("--chat-template",), ("--chat-template", "add --corpus")),
+    ],
+)
+def test_a_process_says_in_one_line_why_a_corpus_cannot_be_used(
+    folder: Path, tmp_path: Path, corpus: str | None, options: tuple[str, ...], parts: tuple[str, ...]
+) -> None:
+    (tmp_path / "same.txt").write_text("a" * 4000)
+    write_corpus(tmp_path / "corpus.txt")
+    chat = [{"role": "user", "content": "Hello"}]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": chat}))
+    (tmp_path / "prose").mkdir()
+    (tmp_path / "prose" / "train.jsonl").write_text('{"text": "a"}')
+    parquet.write_table(pyarrow.table({"body": ["a"]}), tmp_path / "text.parquet")
+    command = [*PROGRAM, "calibrate", folder / "model", "--work-dir", "w", *SMALL, "--quiet", *options]
+    given = ["--corpus", corpus] if corpus else []
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *given], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("spike-export: error: ")
+    assert done.stderr.count("\n") == 1
+    assert_says(done.stderr, *parts)
 
 
 @pytest.mark.parametrize(
@@ -362,7 +406,6 @@ exec "$@"
 def test_a_full_disk(folder: Path, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
-    program = [sys.executable, "-c", "from spike_export.cli.main import main; main()"]
     command = ["calibrate", folder / "model", "--work-dir", disk, "--corpus", folder / "corpus.txt"]
     unshared = ["unshare", "--mount", "--map-root-user", "sh", "-c", _ON_A_FULL_DISK, "sh", disk]
     if shutil.which("unshare") is None:
@@ -371,7 +414,7 @@ def test_a_full_disk(folder: Path, tmp_path: Path) -> None:
     if probe.returncode != 0:
         pytest.skip("this machine lets nobody mount a small disk")
     options = ["--samples", "64", "--length", "32", "--quiet"]
-    done = subprocess.run([*unshared, *program, *command, *options], capture_output=True, text=True, check=False)
+    done = subprocess.run([*unshared, *PROGRAM, *command, *options], capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
     assert_says(done.stderr, disk / "spikes.safetensors", "cannot write", "the disk is full")
     assert done.stderr.count("\n") == 1

@@ -22,7 +22,7 @@ PYPROJECT: Mapping[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text
 FOLDERS: Mapping[str, str] = PYPROJECT["tool"]["setuptools"]["package-dir"]
 
 NOT_INSTALLED = {"tests", "benchmarks", "docs", "build", "dist"}
-PINNED_EXTRAS = ("rtx", "dev")
+PINNED_EXTRAS = ("rtx", "corpora", "dev")
 
 # A part may import itself and the parts before it.
 LAYERS = ("calibration", "export", "engines", "cli")
@@ -106,6 +106,11 @@ def direct_requirements() -> list[Requirement]:
     project = PYPROJECT["project"]
     extras = [line for extra in PINNED_EXTRAS for line in project["optional-dependencies"][extra]]
     return [Requirement(line) for line in [*project["dependencies"], *extras]]
+
+
+def test_dev_brings_what_the_tests_of_corpora_need() -> None:
+    extras = PYPROJECT["project"]["optional-dependencies"]
+    assert set(extras["corpora"]) <= set(extras["dev"])
 
 
 def test_constraints_satisfy_the_declared_ranges() -> None:

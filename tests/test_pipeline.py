@@ -1,5 +1,6 @@
 """The pipeline's stages: run when their inputs changed, not otherwise, and resumed after a kill."""
 
+import hashlib
 import io
 import json
 import shutil
@@ -22,7 +23,7 @@ from spike_export.engines.check_document import Check, CheckReference, CheckVari
 from spike_export.export.manifest import load_manifest
 from tests.killed_runs import job, pipeline_of, run_to_the_report
 from tests.tiny_checkpoints import BOS, PLANTED_MODULE
-from tests.tiny_cli_models import artifacts, one_thread, write_corpus, write_model
+from tests.tiny_cli_models import artifacts, corpus_text, one_thread, write_corpus, write_model
 
 BEHIND = "spikes behind the prefix"
 
@@ -148,6 +149,42 @@ def test_another_configuration_of_the_same_weights_runs_everything(copied: Path)
     path = copied / "model" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"rms_norm_eps": 1e-3}))
     assert again(copied) >= {SPIKES, PREFIX, RECIPE, BUNDLE, CHECK, REPORT}
+
+
+def jsonl(path: Path, records: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_windows_inside_documents_depend_on_where_documents_end(copied: Path) -> None:
+    first, second, third = (corpus_text(seed)[:600] for seed in range(3))
+    corpus = jsonl(copied / "mine.jsonl", [{"text": first}, {"text": second}, {"text": third}])
+    packed, inside = (job(copied / "model", corpus, copied / "whole", windows=kind) for kind in ("packed", "documents"))
+    assert SPIKES in stages_run(packed)
+    jsonl(corpus, [{"text": f"{first}\n\n{second}"}, {"text": third}])
+    assert stages_run(packed) == {REPORT}
+    assert SPIKES in stages_run(inside)
+    assert load_recipe(copied / "whole" / "recipe.json").corpus.windows == "documents"
+    assert stages_run(inside) == {REPORT}
+    jsonl(corpus, [{"text": first}, {"text": f"{second}\n\n{third}"}])
+    assert SPIKES in stages_run(inside)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_another_chat_template_is_another_corpus(copied: Path) -> None:
+    corpus = jsonl(copied / "chats.jsonl", [{"messages": [{"role": "user", "content": corpus_text()}]}])
+    work = Job(**{**vars(job(copied / "model", corpus, copied / "whole")), "chat_template": True})
+    template = copied / "model" / "chat_template.jinja"
+    template.write_text("{{ bos_token }}Q: {{ messages[0].content }}")
+    assert SPIKES in stages_run(work)
+    recipe = load_recipe(copied / "whole" / "recipe.json")
+    assert recipe.corpus.name == "chats.jsonl (chat template)"
+    # The template's own BOS is gone: every window gets one anyway.
+    assert recipe.corpus.sha256 == hashlib.sha256(f"Q: {corpus_text()}".encode()).hexdigest()
+    assert stages_run(work) == {REPORT}
+    template.write_text("{{ bos_token }}User: {{ messages[0].content }}")
+    assert SPIKES in stages_run(work)
 
 
 @pytest.mark.usefixtures("unchecked")
