@@ -5,26 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from spike_export.calibration.errors import CheckpointError, one_line
+from spike_export.calibration.families import FAMILIES, Family
 
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """How a model family differs from plain LLaMA.
-
-    Attributes:
-        model_type: HF's `model_type`.
-        sliding_window: Whether the family's attention obeys `config.sliding_window`.
-    """
-
-    model_type: str
-    sliding_window: bool
-
-
-# LLaMA-2/3, SOLAR and SmolLM2 all call themselves "llama" in their config.json.
-FAMILIES: Mapping[str, Family] = {
-    "llama": Family("llama", sliding_window=False),
-    "mistral": Family("mistral", sliding_window=True),
-}
 
 ROPE_TYPES = ("default", "linear", "llama3")
 """Rope kinds that a position alone determines, so that one constant table serves every length."""
@@ -60,6 +42,10 @@ class DecoderConfig:
         num_key_value_heads: Key/value heads; query heads are a multiple of it (GQA).
         head_dim: Channels per head.
         sliding_window: Number of positions a token sees, itself included, or None for all.
+        num_experts: Experts of the feed-forward block; 0 without a mixture of experts.
+        experts_per_token: Experts that the router picks for a token.
+        final_softcap: Bound of the logits, c * tanh(logits / c), or None.
+        biased: Linears of a layer that have a bias.
         bos_token_id: Beginning-of-sequence id, or None when the model has none.
     """
 
@@ -76,8 +62,10 @@ class DecoderConfig:
     max_position_embeddings: int
     sliding_window: int | None
     tie_word_embeddings: bool
-    attention_bias: bool
-    mlp_bias: bool
+    num_experts: int
+    experts_per_token: int
+    final_softcap: float | None
+    biased: frozenset[str]
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
 
@@ -96,9 +84,7 @@ def decoder_config(raw: Mapping[str, Any], place: str) -> DecoderConfig:
     missing = [key for key in _REQUIRED if raw.get(key) is None]
     if missing:
         raise CheckpointError(f"{place}: missing {', '.join(missing)}; is this the model's own config.json?")
-    activation = raw.get("hidden_act", "silu")
-    if activation not in ("silu", "swish"):
-        raise CheckpointError(f"{place}: hidden_act is {activation!r}; supported for {family.model_type}: silu")
+    _check_activation(family, raw, place)
     _check_sizes(raw, place)
     # Imported here: transformers takes a second, and `--help` must not.
     from transformers import AutoConfig
@@ -108,9 +94,10 @@ def decoder_config(raw: Mapping[str, Any], place: str) -> DecoderConfig:
         hf = AutoConfig.for_model(family.model_type, **settings)
     except Exception as error:  # whatever a damaged file makes transformers raise
         raise CheckpointError(f"{place}: transformers refuses this configuration: {one_line(error)}") from error
-    rope_type = (hf.rope_parameters or {}).get("rope_type", "default")
-    if rope_type not in ROPE_TYPES:
-        raise CheckpointError(f"{place}: rope type {rope_type!r} is not supported (supported: {', '.join(ROPE_TYPES)})")
+    for rope_type in _rope_types(hf.rope_parameters or {}):
+        if rope_type not in ROPE_TYPES:
+            supported = ", ".join(ROPE_TYPES)
+            raise CheckpointError(f"{place}: rope type {rope_type!r} is not supported (supported: {supported})")
     eos = hf.eos_token_id
     return DecoderConfig(
         family=family,
@@ -121,16 +108,42 @@ def decoder_config(raw: Mapping[str, Any], place: str) -> DecoderConfig:
         num_hidden_layers=hf.num_hidden_layers,
         num_attention_heads=hf.num_attention_heads,
         num_key_value_heads=hf.num_key_value_heads,
-        head_dim=hf.head_dim or hf.hidden_size // hf.num_attention_heads,
+        head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
         rms_norm_eps=hf.rms_norm_eps,
         max_position_embeddings=hf.max_position_embeddings,
         sliding_window=hf.sliding_window if family.sliding_window else None,
         tie_word_embeddings=hf.tie_word_embeddings,
-        attention_bias=bool(getattr(hf, "attention_bias", False)),
-        mlp_bias=bool(getattr(hf, "mlp_bias", False)),
+        num_experts=hf.num_local_experts if family.experts else 0,
+        experts_per_token=hf.num_experts_per_tok if family.experts else 0,
+        final_softcap=getattr(hf, "final_logit_softcapping", None),
+        biased=_biased(family, hf),
         bos_token_id=hf.bos_token_id,
         eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
     )
+
+
+def _check_activation(family: Family, raw: Mapping[str, Any], place: str) -> None:
+    key = "hidden_activation" if raw.get("hidden_activation") else "hidden_act"
+    known = {"silu": ("silu", "swish"), "gelu_pytorch_tanh": ("gelu_pytorch_tanh",)}[family.activation]
+    # Gemma's first configurations say "gelu" and mean the tanh form, as transformers reads them.
+    accepted = (*known, "gelu") if family.model_type == "gemma" else known
+    activation = raw.get(key) or family.activation
+    if activation not in accepted:
+        raise CheckpointError(
+            f"{place}: {key} is {activation!r}; supported for {family.model_type}: {family.activation}"
+        )
+
+
+def _rope_types(parameters: Mapping[str, Any]) -> list[str]:
+    """Return the rope kinds in use: one, or one per kind of layer (Gemma 3)."""
+    nested = [value for value in parameters.values() if isinstance(value, Mapping)]
+    return [str(each.get("rope_type", "default")) for each in nested or [parameters]]
+
+
+def _biased(family: Family, hf: Any) -> frozenset[str]:
+    attention = [f"self_attn.{name}_proj" for name in "qkvo"] if getattr(hf, "attention_bias", False) else []
+    mlp = [f"mlp.{name}_proj" for name in ("gate", "up", "down")] if getattr(hf, "mlp_bias", False) else []
+    return frozenset((*family.biased, *attention, *mlp))
 
 
 def _check_sizes(raw: Mapping[str, Any], place: str) -> None:
@@ -161,36 +174,57 @@ def _family(raw: Mapping[str, Any], place: str) -> Family:
     )
 
 
+def linear_shapes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
+    """Return the linears of one decoder layer with their [out_features, in_features]; the layout of its family."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    heads, key_value = (count * config.head_dim for count in (config.num_attention_heads, config.num_key_value_heads))
+    shapes: dict[str, tuple[int, int]] = {}
+    if config.family.fused_projections:
+        shapes["self_attn.qkv_proj"] = (heads + 2 * key_value, hidden)
+    else:
+        rows = {"q": heads, "k": key_value, "v": key_value}
+        shapes |= {f"self_attn.{name}_proj": (count, hidden) for name, count in rows.items()}
+    shapes["self_attn.o_proj"] = (hidden, heads)
+    if config.family.experts:
+        shapes["block_sparse_moe.gate"] = (config.num_experts, hidden)
+        for expert in range(config.num_experts):
+            stem = f"block_sparse_moe.experts.{expert}"
+            shapes |= {f"{stem}.w1": (inner, hidden), f"{stem}.w2": (hidden, inner), f"{stem}.w3": (inner, hidden)}
+        return shapes
+    if config.family.fused_projections:
+        shapes["mlp.gate_up_proj"] = (2 * inner, hidden)
+    else:
+        shapes |= {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden)}
+    shapes["mlp.down_proj"] = (hidden, inner)
+    return shapes
+
+
+def layer_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Return every tensor of one decoder layer, by its name inside the layer, with its shape."""
+    family, hidden = config.family, (config.hidden_size,)
+    norms = dict.fromkeys(("input_layernorm", "post_attention_layernorm", family.mlp_norm, *family.post_norms))
+    shapes: dict[str, tuple[int, ...]] = {f"{norm}.weight": hidden for norm in norms}
+    if family.qk_norm:
+        shapes |= {f"self_attn.{name}_norm.weight": (config.head_dim,) for name in "qk"}
+    for linear, shape in linear_shapes(config).items():
+        shapes[f"{linear}.weight"] = shape
+        if linear in config.biased:
+            shapes[f"{linear}.bias"] = (shape[0],)
+    return shapes
+
+
 def tensor_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """Return every tensor the decoder needs, by HF name, with its shape.
 
     Linear weights are [out_features, in_features]. `lm_head.weight` is absent when tied to the embedding.
     """
-    hidden, heads = config.hidden_size, config.num_attention_heads * config.head_dim
-    key_value = config.num_key_value_heads * config.head_dim
     shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (config.vocab_size, hidden),
-        "model.norm.weight": (hidden,),
+        "model.embed_tokens.weight": (config.vocab_size, config.hidden_size),
+        "model.norm.weight": (config.hidden_size,),
     }
     if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, hidden)
-    attention = {"q_proj": (heads, hidden), "k_proj": (key_value, hidden), "v_proj": (key_value, hidden)}
-    attention["o_proj"] = (hidden, heads)
-    mlp = {
-        "gate_proj": (config.intermediate_size, hidden),
-        "up_proj": (config.intermediate_size, hidden),
-        "down_proj": (hidden, config.intermediate_size),
-    }
+        shapes["lm_head.weight"] = (config.vocab_size, config.hidden_size)
+    layer = layer_shapes(config)
     for index in range(config.num_hidden_layers):
-        layer = f"model.layers.{index}"
-        shapes[f"{layer}.input_layernorm.weight"] = (hidden,)
-        shapes[f"{layer}.post_attention_layernorm.weight"] = (hidden,)
-        for block, linears, bias in (
-            ("self_attn", attention, config.attention_bias),
-            ("mlp", mlp, config.mlp_bias),
-        ):
-            for linear, shape in linears.items():
-                shapes[f"{layer}.{block}.{linear}.weight"] = shape
-                if bias:
-                    shapes[f"{layer}.{block}.{linear}.bias"] = (shape[0],)
+        shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
     return shapes

@@ -18,6 +18,10 @@ class CorpusError(SpikeExportError):
     """The calibration or evaluation text cannot be used."""
 
 
+class CalibrationError(SpikeExportError):
+    """The calibration cannot go on: a value is not finite, or a module was never reached."""
+
+
 class RecipeError(SpikeExportError):
     """A recipe is malformed or does not belong to the model."""
 

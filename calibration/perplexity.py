@@ -1,14 +1,15 @@
 """Perplexity of token windows. The first content token is never scored, so that every prefix scores the same tokens."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from spike_export.calibration.layerwise import Decoder, Head, Visit, batches
 from spike_export.calibration.progress import Progress, silent
-from spike_export.calibration.reference_model import ReferenceModel, batches
 
 if TYPE_CHECKING:
     import torch
@@ -44,35 +45,40 @@ def with_bos(content: NDArray[np.int64], bos_token_id: int | None) -> NDArray[np
 
 
 def model_perplexity(
-    model: ReferenceModel, windows: NDArray[np.int64], content_length: int, progress: Progress = silent
+    decoder: Decoder,
+    windows: NDArray[np.int64],
+    content_length: int,
+    prefix: Sequence[int] = (),
+    visits: Sequence[Visit] = (),
+    progress: Progress = silent,
 ) -> float:
     """Return the perplexity of the last `content_length` tokens of each window, the first of them not scored.
 
     Args:
-        model: With its prefix, if any, in place.
+        decoder: The model.
         windows: [samples, length] what the model is fed: content, with BOS before it unless the prefix holds it.
         content_length: Trailing tokens of a window that are content.
-        progress: Told after each batch.
+        prefix: Token ids whose key/values stand before every window.
+        visits: What to do around each layer, e.g. simulate quantization.
+        progress: Told after each layer.
     """
+    states = decoder.run(windows, prefix, visits=visits, progress=progress)
+    head = decoder.head()
     total = Likelihood(0.0, 0)
-    done = 0
-    for batch in batches(windows):
-        states = model.hidden_states(batch)
-        for row, tokens in zip(states, batch, strict=True):
-            total += _row_likelihood(model, row[-content_length:], tokens[-content_length:])
-        done += len(batch)
-        progress("windows", done, len(windows))
+    for index, batch in enumerate(batches(windows)):
+        for row, tokens in zip(states.get(index), batch, strict=True):
+            total += _row_likelihood(head, row[-content_length:], tokens[-content_length:])
     return total.perplexity
 
 
-def _row_likelihood(model: ReferenceModel, states: "torch.Tensor", tokens: NDArray[np.int64]) -> Likelihood:
+def _row_likelihood(head: Head, states: "torch.Tensor", tokens: NDArray[np.int64]) -> Likelihood:
     import torch
 
     targets = torch.from_numpy(tokens[1:])
     negative = 0.0
     for start in range(0, len(targets), _HEAD_TOKENS):
         stop = min(start + _HEAD_TOKENS, len(targets))
-        logits = model.logits(states[start:stop])
+        logits = head.logits(states[start:stop]).float().cpu()
         loss = torch.nn.functional.cross_entropy(logits, targets[start:stop], reduction="sum")
         negative += float(loss)
     return Likelihood(negative, len(targets))

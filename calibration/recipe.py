@@ -16,9 +16,20 @@ Dtype = Literal["float32", "float16", "bfloat16"]
 
 WeightScheme = Literal["int8-per-channel", "int8-per-tensor"]
 
+ActivationScheme = Literal["int8-per-tensor-static", "int8-per-token-dynamic"]
+"""How an INT8 linear's input is scaled: by a constant, or at run time by each token's own largest magnitude."""
+
+ExcludedWeights = Literal["unquantized", "int8"]
+"""How the modules that QFeM excludes hold their weights: in the unquantized precision, or in INT8 (W8A16)."""
+
+AttentionProducts = Literal["unquantized", "int8-per-tensor-static"]
+"""Operands of attention's two matrix products (Q, K and V after rope)."""
+
 ActivationRange = Literal["max", "sample-mean"]
 """What a static activation scale covers: the largest magnitude of all samples, or the mean over the samples of each
 sample's largest (averaged min-max), which clips the rare spike that only a few samples have."""
+
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 QMAX = 127
 """Largest quantized magnitude; symmetric, so that a scale is amax / 127."""
@@ -52,8 +63,10 @@ class Scheme(_Document):
     """Number formats of the quantized linears and of all else."""
 
     weights: WeightScheme = "int8-per-channel"
-    activations: Literal["int8-per-tensor-static"] = "int8-per-tensor-static"
+    activations: ActivationScheme = "int8-per-tensor-static"
     activation_range: ActivationRange = "max"
+    excluded_weights: ExcludedWeights = "unquantized"
+    attention: AttentionProducts = "unquantized"
     unquantized: Dtype = "float16"
 
 
@@ -74,21 +87,52 @@ class ModulePlan(_Document):
 
     Attributes:
         precision: `int8`, or the format that is kept.
-        activation_scale: Step of the input's per-tensor quantization (range / 127); required for int8.
+        activation_scale: Step of the input's per-tensor quantization (range / 127); for int8, None quantizes each
+            token by its own largest magnitude.
+        weights: `int8` where a module that is kept holds its weight in INT8 (W8A16); None otherwise.
         ratio: Max-median ratio of the input.
         reason: Why a module is not quantized.
     """
 
     precision: Literal["int8", "float16", "bfloat16", "float32"]
-    activation_scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    activation_scale: PositiveFloat | None = None
+    weights: Literal["int8"] | None = None
     ratio: float | None = None
     reason: str | None = None
 
-    @model_validator(mode="after")
-    def _int8_needs_a_scale(self) -> "ModulePlan":
-        if self.precision == "int8" and self.activation_scale is None:
-            raise ValueError("precision int8 needs an activation_scale")
-        return self
+
+class AttentionPlan(_Document):
+    """Steps of one attention's quantized operands (range / 127), each [batch, heads, tokens, head_dim]."""
+
+    query: PositiveFloat
+    key: PositiveFloat
+    value: PositiveFloat
+
+
+class RotationPlan(_Document):
+    """An orthogonal rotation of the residual stream, made anew from its seed.
+
+    Attributes:
+        kind: `hadamard` (a Hadamard matrix with random signs), or `orthogonal` where the width has none.
+    """
+
+    kind: Literal["hadamard", "orthogonal"]
+    seed: int
+
+
+class SmoothingPlan(_Document):
+    """Scales by which the channels of one input are divided, and its readers' columns multiplied.
+
+    Attributes:
+        form: Formula: SmoothQuant's, or the threshold of Outlier Suppression+.
+        parameter: Its strength (SmoothQuant), or its threshold as a share of the input's range.
+        exponents: Base64 of one signed byte k per channel: the scale is 2 ** (k / 8). For `o_proj` one per channel of
+            the key/value heads, which the query heads of a group share.
+    """
+
+    form: Literal["smoothquant", "outlier-suppression"]
+    parameter: float
+    exponents: str
 
 
 class CurvePoint(_Document):
@@ -134,7 +178,9 @@ class Recipe(_Document):
     """A complete plan: for every decoder linear its precision, scale and why, and which prefix.
 
     `modules` is keyed by HF module name. Modules that share an input share its scale bit for bit, because
-    TensorRT merges their products only then.
+    TensorRT merges their products only then. `attention` is keyed by HF name of the attention block, `smoothing` by
+    the representative module of the input. Rotation and smoothing leave the unquantized model's function as it is;
+    ratios and scales are those of the rotated and smoothed model.
     """
 
     format: Literal[1] = 1
@@ -144,7 +190,18 @@ class Recipe(_Document):
     alpha: float | None
     prefix: Prefix | None
     modules: Mapping[str, ModulePlan]
+    attention: Mapping[str, AttentionPlan] = Field(default_factory=dict)
+    rotation: RotationPlan | None = None
+    smoothing: Mapping[str, SmoothingPlan] = Field(default_factory=dict)
     search: Search = Search()
+
+    @model_validator(mode="after")
+    def _static_int8_needs_a_scale(self) -> "Recipe":
+        if self.scheme.activations == "int8-per-tensor-static":
+            for name, plan in self.modules.items():
+                if plan.precision == "int8" and plan.activation_scale is None:
+                    raise ValueError(f"{name}: precision int8 needs an activation_scale")
+        return self
 
     @property
     def prefix_ids(self) -> tuple[int, ...]:
@@ -169,14 +226,22 @@ def activation_scale(amax: float) -> float:
     return float(np.float32(max(amax, 1e-5) / QMAX))
 
 
+_BY_LINE = ("modules", "attention", "smoothing")
+"""Parts of the document that are written one entry a line."""
+
+
 def recipe_text(recipe: Recipe) -> str:
     """Return the recipe as its file holds it: indented JSON, a line per module, so that it can be read and edited."""
     document = recipe.model_dump(mode="json")
-    plans = {name: plan.model_dump(mode="json", exclude_none=True) for name, plan in recipe.modules.items()}
-    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(plan, ensure_ascii=False)}" for name, plan in plans.items())
-    # The empty object is the only one of the document: all other parts have fields.
-    text = json.dumps({**document, "modules": {}}, indent=1, ensure_ascii=False)
-    return text.replace('"modules": {}', f'"modules": {{\n{lines}\n }}', 1) + "\n"
+    parts = {key: recipe.model_dump(mode="json", include={key}, exclude_none=True)[key] for key in _BY_LINE}
+    for key in _BY_LINE:
+        if parts[key]:
+            document[key] = f"<{key}>"
+    text = json.dumps(document, indent=1, ensure_ascii=False)
+    for key, entries in parts.items():
+        lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(plan)}" for name, plan in entries.items())
+        text = text.replace(f'"{key}": "<{key}>"', f'"{key}": {{\n{lines}\n }}', 1)
+    return text + "\n"
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:

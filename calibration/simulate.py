@@ -1,39 +1,57 @@
 """The quantized model simulated in torch, computing what the exported graph computes.
 
-A quantized linear sees round(x / s) * s with a static per-tensor scale, saturated like ONNX QuantizeLinear, and a
-weight that went through `quantize_weight`; the product is float32, as in the graph.
+An INT8 linear sees its input rounded to the steps of a static scale, or of each token's own, saturated like ONNX
+QuantizeLinear, and a weight that went through `quantize_weight`; the product is float32, as in the graph.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from spike_export.calibration.recipe import WeightScheme
-from spike_export.calibration.reference_model import ReferenceModel
+from spike_export.calibration.modules import split_name
+from spike_export.calibration.recipe import QMAX, AttentionPlan, ModulePlan, WeightScheme
 from spike_export.calibration.weight_quantization import quantize_weight
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
+
+SMALLEST_TOKEN_AMAX = 1e-5
+"""Floor of a token's largest magnitude, so that a token of zeros has a scale to divide by."""
 
 
+@dataclass(frozen=True)
 class QuantizedWeights:
-    """INT8 weights of a model's linears, made on first use and kept, so that many simulations share them."""
+    """INT8 weights of one model's linears, made on first use and kept, so that many simulations share them.
 
-    def __init__(self, model: ReferenceModel, scheme: WeightScheme) -> None:
-        self._model = model
-        self._scheme = scheme
-        self._known: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    Attributes:
+        scheme: How the weights are scaled.
+        keep: Whether to keep them; a model that is not resident is quantized anew in each pass.
+    """
 
-    def dequantized(self, module: str) -> "torch.Tensor":
-        """Return the weight [out_features, in_features] float32 after its round trip through INT8."""
+    scheme: WeightScheme
+    keep: bool = True
+    _known: "dict[str, tuple[torch.Tensor, torch.Tensor]]" = field(default_factory=dict, repr=False)
+
+    def dequantized(self, module: str, weight: "torch.Tensor") -> "torch.Tensor":
+        """Return `weight` [out_features, in_features] after its round trip through INT8, float32."""
         import torch
 
         if module not in self._known:
-            quantized, scale = quantize_weight(self._model.linear(module).weight.detach().numpy(), self._scheme)
+            quantized, scale = quantize_weight(weight.detach().float().cpu().numpy(), self.scheme)
             # Stored [in_features, out_features]; the transposed view is torch's layout.
-            self._known[module] = (torch.from_numpy(quantized).T, torch.from_numpy(scale.reshape(-1, 1)))
-        quantized_weight, weight_scale = self._known[module]
-        return quantized_weight.to(torch.float32).mul_(weight_scale)
+            entry = (torch.from_numpy(quantized).T, torch.from_numpy(scale.reshape(-1, 1)))
+            if not self.keep:
+                return _product(*entry).to(weight.device)
+            self._known[module] = entry
+        return _product(*self._known[module]).to(weight.device)
+
+
+def _product(quantized: "torch.Tensor", scale: "torch.Tensor") -> "torch.Tensor":
+    import torch
+
+    return quantized.to(torch.float32).mul_(scale)
 
 
 def fake_quantize(values: "torch.Tensor", scale: float) -> "torch.Tensor":
@@ -41,28 +59,82 @@ def fake_quantize(values: "torch.Tensor", scale: float) -> "torch.Tensor":
     return (values / scale).round_().clamp_(-128, 127).mul_(scale)
 
 
-@contextmanager
-def simulated(model: ReferenceModel, scales: Mapping[str, float], weights: QuantizedWeights) -> Iterator[None]:
-    """Within the block, the linears named in `scales` run as INT8 with that activation scale; others are untouched."""
-    with ExitStack() as stack:
-        for name, scale in scales.items():
-            stack.enter_context(_quantized_forward(model, name, scale, weights))
-        yield
+def fake_quantize_tokens(values: "torch.Tensor") -> "torch.Tensor":
+    """Return `values` [..., channels] after a round trip through INT8 with a scale per token, its abs-max / 127."""
+    scale = values.abs().amax(-1, keepdim=True).clamp_(min=SMALLEST_TOKEN_AMAX) / QMAX
+    return (values / scale).round_().clamp_(-128, 127).mul_(scale)
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """What to quantize, for `Decoder.run` to visit.
+
+    Attributes:
+        modules: Linear → its plan; linears that are not named stay as they are.
+        weights: INT8 weights of the same model.
+        attention: Attention block → steps of its operands; blocks that are not named stay as they are.
+    """
+
+    modules: Mapping[str, ModulePlan]
+    weights: QuantizedWeights
+    attention: Mapping[str, AttentionPlan] = field(default_factory=dict)
+
+    @contextmanager
+    def visit(self, index: int, layer: "nn.Module") -> "Iterator[None]":
+        """Within the block, the layer computes as the graph does."""
+        with ExitStack() as stack:
+            for name, plan in self.modules.items():
+                number, inner = split_name(name)
+                if number == index and (plan.precision == "int8" or plan.weights == "int8"):
+                    linear: Any = layer.get_submodule(inner)
+                    stack.enter_context(_forward(linear, self._linear(name, linear, plan)))
+            attention = self.attention.get(f"model.layers.{index}.self_attn")
+            if attention is not None:
+                stack.enter_context(_operands(layer.get_submodule("self_attn"), attention))
+            yield
+
+    def _linear(self, name: str, linear: Any, plan: ModulePlan) -> "Callable[[torch.Tensor], torch.Tensor]":
+        import torch
+
+        weight = self.weights.dequantized(name, linear.weight)
+        bias = None if linear.bias is None else linear.bias.float()
+
+        def forward(inputs: torch.Tensor) -> torch.Tensor:
+            values = inputs.float()
+            if plan.precision == "int8":
+                scale = plan.activation_scale
+                values = fake_quantize_tokens(values) if scale is None else fake_quantize(values, scale)
+            return torch.nn.functional.linear(values, weight, bias).to(inputs.dtype)
+
+        return forward
 
 
 @contextmanager
-def _quantized_forward(model: ReferenceModel, name: str, scale: float, weights: QuantizedWeights) -> Iterator[None]:
-    import torch
-
-    linear = model.linear(name)
-
-    def forward(inputs: "torch.Tensor") -> "torch.Tensor":
-        return torch.nn.functional.linear(fake_quantize(inputs, scale), weights.dequantized(name), linear.bias)
-
-    replaced: Any = linear
-    replaced.forward = forward
+def _forward(linear: Any, forward: "Callable[[torch.Tensor], torch.Tensor]") -> Iterator[None]:
+    linear.forward = forward
     try:
         yield
     finally:
         # The instance attribute shadowed the class's forward; removing it restores that.
-        del replaced.forward
+        del linear.forward
+
+
+@contextmanager
+def _operands(attention: Any, plan: AttentionPlan) -> Iterator[None]:
+    import torch
+
+    def quantized(query: "torch.Tensor", key: "torch.Tensor", value: "torch.Tensor") -> "tuple[torch.Tensor, ...]":
+        before = key.shape[2] - query.shape[2]
+        cached = ((key, plan.key), (value, plan.value))
+        # The prefix's keys and values are cached in full precision and never meet a quantizer.
+        joined = [
+            torch.cat([states[:, :, :before], fake_quantize(states[:, :, before:], scale)], dim=2)
+            for states, scale in cached
+        ]
+        return (fake_quantize(query, plan.query), *joined)
+
+    attention.operands = quantized
+    try:
+        yield
+    finally:
+        attention.operands = None

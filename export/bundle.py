@@ -16,8 +16,9 @@ from spike_export.calibration.atomic_write import atomic_path
 from spike_export.calibration.checkpoint import Checkpoint
 from spike_export.calibration.decoder_config import tensor_shapes
 from spike_export.calibration.errors import ArtifactError, RecipeError
+from spike_export.calibration.equivalent_weights import equivalent_checkpoint
+from spike_export.calibration.layerwise import Decoder, Execution
 from spike_export.calibration.modules import linears
-from spike_export.calibration.prefix_cache import prefix_key_values
 from spike_export.calibration.progress import Progress, silent
 from spike_export.calibration.recipe import Dtype, ModulePlan, Recipe, recipe_text
 from spike_export.export.decoder_graph import GraphPlan, build_decoder
@@ -81,6 +82,7 @@ def export_bundle(
     checkpoint_sha256 = checkpoint.tensors.sha256()
     if recipe is not None:
         verify_recipe(recipe, checkpoint, checkpoint_sha256)
+        checkpoint = equivalent_checkpoint(checkpoint, recipe.rotation, recipe.smoothing)
     plan = _graph_plan(checkpoint, recipe, options)
     model = build_decoder(checkpoint, plan)
     manifest = _manifest(checkpoint, checkpoint_sha256, recipe, plan, model)
@@ -104,7 +106,7 @@ def verify_recipe(recipe: Recipe, checkpoint: Checkpoint, checkpoint_sha256: str
             f"the recipe was made for {recipe.model.source} (sha256 {recipe.model.sha256[:12]}), not for "
             f"{checkpoint.name} (sha256 {checkpoint_sha256[:12]}); calibrate this model, or export the recipe's own"
         )
-    expected = linears(checkpoint.config.num_hidden_layers)
+    expected = linears(checkpoint.config)
     missing = [name for name in expected if name not in recipe.modules]
     if missing:
         raise RecipeError(
@@ -130,9 +132,10 @@ def _more(names: list[str]) -> str:
 def _graph_plan(checkpoint: Checkpoint, recipe: Recipe | None, options: ExportOptions) -> GraphPlan:
     if recipe is None:
         kept = ModulePlan(precision=options.dtype)
-        names = linears(checkpoint.config.num_hidden_layers)
+        names = linears(checkpoint.config)
         return GraphPlan(dict.fromkeys(names, kept), "int8-per-channel", options.dtype)
-    prefix = prefix_key_values(checkpoint, recipe.prefix_ids) if recipe.prefix_ids else ()
+    ids = recipe.prefix_ids
+    prefix = Decoder(checkpoint, Execution(resident=False)).prefix_key_values(ids) if ids else ()
     return GraphPlan(recipe.modules, recipe.scheme.weights, options.dtype, prefix)
 
 

@@ -123,7 +123,7 @@ def tiny_recipe(
         name: ModulePlan(precision=kept[name], ratio=900.5, reason="test")
         if kept and name in kept
         else ModulePlan(precision="int8", activation_scale=scales[name], ratio=3.25)
-        for name in linears(checkpoint.config.num_hidden_layers)
+        for name in linears(checkpoint.config)
     }
     return Recipe(
         model=ModelSource(source="tiny", architecture="llama", sha256=checkpoint.tensors.sha256()),
@@ -139,7 +139,7 @@ def input_scales(model: TinyModel, tokens: NDArray[np.int64]) -> dict[str, float
     """Per linear, amax / 127 of its input over `tokens`, as a float32 value."""
     scales: dict[str, float] = {}
     handles = []
-    for name in linears(model.checkpoint.config.num_hidden_layers):
+    for name in linears(model.checkpoint.config):
 
         def record(_: Any, inputs: tuple[torch.Tensor], name: str = name) -> None:
             scales[name] = float(np.float32(inputs[0].abs().max().item() / 127))

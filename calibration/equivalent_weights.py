@@ -1,0 +1,219 @@
+"""The checkpoint of an equivalent model: rotated and smoothed weights, made from the stored ones as they are read.
+
+The unquantized function is unchanged. With x a row of the residual stream, g a norm's gain, R the rotation and s the
+scales of an input:
+    embedding E -> E R;   o_proj, down_proj (write the stream): W -> R^T W, b -> R^T b
+    readers of a norm: W -> W diag(g) R, and the norm's gain -> 1   (with a rotation)
+    readers of a smoothed input: W -> W diag(s);   its norm: g -> g / s;   its producing rows: W -> diag(1 / s) W
+    head H -> H diag(g of the final norm) R, no longer tied to the embedding
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spike_export.calibration.checkpoint import EMBEDDING, LM_HEAD, Checkpoint
+from spike_export.calibration.decoder_config import DecoderConfig, tensor_shapes
+from spike_export.calibration.errors import RecipeError
+from spike_export.calibration.modules import InputSite, input_sites, split_name
+from spike_export.calibration.recipe import RotationPlan, SmoothingPlan
+from spike_export.calibration.rotation import rotation_matrix
+from spike_export.calibration.smoothing import is_per_value_head, plan_scales, repeated_for_group
+
+Floats = NDArray[np.float32]
+
+FINAL_NORM = "model.norm"
+
+
+def rotation_obstacle(config: DecoderConfig) -> str | None:
+    """Return why the residual stream of this family cannot be rotated, or None where it can."""
+    if config.family.post_norms:
+        return "norms behind attention and the feed-forward block have gains that no linear can absorb"
+    return None
+
+
+def equivalent_checkpoint(
+    checkpoint: Checkpoint, rotation: RotationPlan | None, smoothing: Mapping[str, SmoothingPlan]
+) -> Checkpoint:
+    """Return the rotated and smoothed model; the checkpoint itself where there is nothing to do.
+
+    Its tensors' hash stays the stored files', to which recipes refer.
+
+    Raises:
+        RecipeError: The family cannot be rotated, or a smoothing plan does not fit the model.
+    """
+    if rotation is None and not smoothing:
+        return checkpoint
+    config = checkpoint.config
+    obstacle = rotation_obstacle(config) if rotation else None
+    if obstacle:
+        raise RecipeError(f"rotation: {config.family.model_type} cannot be rotated: {obstacle}; remove it")
+    matrix = _matrix(rotation, config.hidden_size) if rotation else None
+    tensors = EquivalentTensors(checkpoint, matrix, _channel_scales(config, smoothing))
+    if rotation and config.tie_word_embeddings:
+        config = replace(config, tie_word_embeddings=False, hf={**config.hf, "tie_word_embeddings": False})
+    return replace(checkpoint, config=config, tensors=tensors)
+
+
+def _matrix(rotation: RotationPlan, width: int) -> Floats:
+    try:
+        return rotation_matrix(rotation, width).astype(np.float32)
+    except ValueError as error:
+        raise RecipeError(f"rotation: {error}; use kind orthogonal") from error
+
+
+def _channel_scales(config: DecoderConfig, smoothing: Mapping[str, SmoothingPlan]) -> dict[str, Floats]:
+    """Return the scales of every smoothed input by representative module, one per stored channel."""
+    sites = {site.representative: site for site in input_sites(config)}
+    found = {}
+    for name, plan in smoothing.items():
+        try:
+            layer, inner = split_name(name)
+            scales = plan_scales(plan)
+        except ValueError as error:
+            raise RecipeError(f"smoothing of {name}: {error}; calibrate again") from error
+        site = sites.get(inner)
+        if site is None or not 0 <= layer < config.num_hidden_layers:
+            raise RecipeError(f"smoothing of {name}: no input of this decoder has that name; remove it")
+        expected = _width(config, site)
+        if len(scales) != expected:
+            raise RecipeError(f"smoothing of {name}: {len(scales)} scales for {expected} channels; calibrate again")
+        found[name] = scales
+    return found
+
+
+def _width(config: DecoderConfig, site: InputSite) -> int:
+    """Return the number of scales of a site: its channels, or the value heads' for attention's output."""
+    if is_per_value_head(site):
+        return config.num_key_value_heads * config.head_dim
+    shape = tensor_shapes(config)[f"model.layers.0.{site.representative}.weight"]
+    return int(shape[1])
+
+
+@dataclass(frozen=True)
+class EquivalentTensors:
+    """A `TensorSource` that folds rotation and scales into what it reads.
+
+    Attributes:
+        original: Where the stored tensors come from.
+        rotation: [hidden, hidden] float32, or None.
+        scales: Representative module → scales [channels] (for `o_proj`: of the value heads).
+    """
+
+    original: Checkpoint
+    rotation: Floats | None
+    scales: Mapping[str, Floats]
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """HF tensor name → shape."""
+        shapes = dict(self.original.tensors.shapes)
+        if self.rotation is not None:
+            shapes.setdefault(LM_HEAD, shapes.get(EMBEDDING, ()))
+            shapes.setdefault(EMBEDDING, shapes[LM_HEAD])
+        return shapes
+
+    def sha256(self) -> str:
+        """Hash of the stored weight files."""
+        return self.original.tensors.sha256()
+
+    def read(self, name: str) -> Floats:
+        """Read one tensor and fold into it what concerns it."""
+        tensor = self.original.tensor(name)
+        if not name.startswith("model.layers."):
+            return self._outer(name, tensor)
+        layer, rest = split_name(name)
+        module, _, kind = rest.rpartition(".")
+        if module in self._norms:
+            return self._norm(layer, module, tensor)
+        if module in self._readers:
+            return self._linear(layer, module, kind, tensor)
+        return tensor
+
+    def _outer(self, name: str, tensor: Floats) -> Floats:
+        if self.rotation is None:
+            return tensor
+        if name == EMBEDDING:
+            return _product(tensor, self.rotation)
+        if name == LM_HEAD:
+            return _product(tensor * self._gain(FINAL_NORM), self.rotation)
+        return np.full_like(tensor, 1.0 - self._offset)  # the final norm: its gain went into the head
+
+    @property
+    def _offset(self) -> float:
+        return self.original.config.family.norm_offset
+
+    def _gain(self, norm: str) -> Floats:
+        return np.asarray(self.original.tensor(f"{norm}.weight") + np.float32(self._offset), np.float32)
+
+    @cached_property
+    def _readers(self) -> Mapping[str, InputSite]:
+        return {reader: site for site in input_sites(self.original.config) for reader in site.readers}
+
+    @cached_property
+    def _norms(self) -> frozenset[str]:
+        return frozenset(site.producer for site in input_sites(self.original.config) if "." not in site.producer)
+
+    @cached_property
+    def _producers(self) -> Mapping[str, InputSite]:
+        return {site.producer: site for site in input_sites(self.original.config) if "." in site.producer}
+
+    def _norm_scales(self, layer: int, norm: str) -> Floats | None:
+        """Return the scales of a norm's output, given under any of the sites that read it."""
+        for site in input_sites(self.original.config):
+            if site.producer == norm:
+                scales = self.scales.get(f"model.layers.{layer}.{site.representative}")
+                if scales is not None:
+                    return scales
+        return None
+
+    def _norm(self, layer: int, norm: str, tensor: Floats) -> Floats:
+        scales = self._norm_scales(layer, norm)
+        gain = np.ones_like(tensor) if self.rotation is not None else tensor + np.float32(self._offset)
+        if scales is None and self.rotation is None:
+            return tensor
+        return np.asarray((gain if scales is None else gain / scales) - np.float32(self._offset), np.float32)
+
+    def _linear(self, layer: int, module: str, kind: str, tensor: Floats) -> Floats:
+        place = f"model.layers.{layer}"
+        if kind == "weight":
+            tensor = self._columns(layer, place, self._readers.get(module), tensor)
+        produced = self._producers.get(module)
+        if produced is not None:
+            scales = self.scales.get(f"{place}.{produced.representative}")
+            if scales is not None:
+                # Fused projections produce with their last rows: v of q, k, v, and up of gate, up.
+                tensor = tensor.copy()
+                tensor[-len(scales) :] /= scales.reshape(-1, *[1] * (tensor.ndim - 1))
+        if self.rotation is not None and _writes_stream(module):
+            tensor = _product(self.rotation.T, tensor)
+        return tensor
+
+    def _columns(self, layer: int, place: str, site: InputSite | None, weight: Floats) -> Floats:
+        if site is None:
+            return weight
+        reads_norm = "." not in site.producer
+        if self.rotation is not None and reads_norm:
+            weight = _product(weight * self._gain(f"{place}.{site.producer}"), self.rotation)
+        if reads_norm:
+            scales = self._norm_scales(layer, site.producer)
+        else:
+            scales = self.scales.get(f"{place}.{site.representative}")
+            if scales is not None and is_per_value_head(site):
+                scales = repeated_for_group(scales, self.original.config)
+        return weight if scales is None else weight * scales
+
+
+_WRITERS = ("self_attn.o_proj", "mlp.down_proj")
+
+
+def _writes_stream(module: str) -> bool:
+    return module in _WRITERS or module.endswith(".w2")
+
+
+def _product(left: Any, right: Any) -> Floats:
+    return np.asarray(np.matmul(left, right), np.float32)

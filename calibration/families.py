@@ -1,0 +1,75 @@
+"""The model families: what each differs in from plain LLaMA, one table row a family.
+
+A row says how a decoder layer is built; sizes come from the checkpoint's own configuration.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """The structure of a family's decoder layer.
+
+    Attributes:
+        model_type: HF's `model_type`.
+        sliding_window: Whether attention obeys `config.sliding_window` (in the layers that `layer_types` names, where
+            there is such a list).
+        activation: The gate's function, as HF names it.
+        norm_offset: What an RMSNorm adds to its stored weight before it multiplies: 1 for Gemma's (1 + w).
+        mlp_norm: The norm in front of the feed-forward block.
+        post_norms: Norms behind attention and behind the feed-forward block, inside the residual branch (sandwich
+            norms); empty for most families.
+        qk_norm: Whether queries and keys are normalized per head.
+        fused_projections: Whether q, k, v are one linear, and gate and up another.
+        biased: Linears that always have a bias. LLaMA's `attention_bias` and `mlp_bias` add to them.
+        experts: Whether the feed-forward block is a mixture of experts.
+    """
+
+    model_type: str
+    sliding_window: bool = False
+    activation: Literal["silu", "gelu_pytorch_tanh"] = "silu"
+    norm_offset: float = 0.0
+    mlp_norm: str = "post_attention_layernorm"
+    post_norms: tuple[str, ...] = ()
+    qk_norm: bool = False
+    fused_projections: bool = False
+    biased: tuple[str, ...] = ()
+    experts: bool = False
+
+
+_GEMMA_SANDWICH = ("post_attention_layernorm", "post_feedforward_layernorm")
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+
+_ROWS = (
+    # LLaMA-2/3, SOLAR and SmolLM2 all call themselves "llama" in their config.json.
+    Family("llama"),
+    Family("mistral", sliding_window=True),
+    Family("mixtral", sliding_window=True, experts=True),
+    Family("gemma", activation="gelu_pytorch_tanh", norm_offset=1.0),
+    Family(
+        "gemma2",
+        sliding_window=True,
+        activation="gelu_pytorch_tanh",
+        norm_offset=1.0,
+        mlp_norm="pre_feedforward_layernorm",
+        post_norms=_GEMMA_SANDWICH,
+    ),
+    Family(
+        "gemma3_text",
+        sliding_window=True,
+        activation="gelu_pytorch_tanh",
+        norm_offset=1.0,
+        mlp_norm="pre_feedforward_layernorm",
+        post_norms=_GEMMA_SANDWICH,
+        qk_norm=True,
+    ),
+    Family("phi3", sliding_window=True, fused_projections=True),
+    # Qwen2 and Qwen2.5.
+    Family("qwen2", sliding_window=True, biased=_QKV),
+    Family("qwen3", sliding_window=True, qk_norm=True),
+)
+
+FAMILIES: Mapping[str, Family] = {family.model_type: family for family in _ROWS}
+"""HF's `model_type` → its row."""

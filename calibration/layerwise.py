@@ -1,0 +1,413 @@
+"""The unquantized decoder in torch, forwarded one layer at a time over all windows.
+
+A layer is read, applied to every window, and (unless it is to stay) dropped: memory holds the embedding or the head,
+one layer, and the windows' activations, which go to a file when they are many. Each layer is transformers' own, called
+with the arguments that transformers' decoder passes it, so that the result is that of a whole-model pass, bit for bit.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spike_export.calibration.activations import Activations
+from spike_export.calibration.attention_products import registered_attention
+from spike_export.calibration.checkpoint import EMBEDDING, LM_HEAD, Checkpoint
+from spike_export.calibration.decoder_config import DecoderConfig, layer_shapes
+from spike_export.calibration.heap import return_freed_memory
+from spike_export.calibration.progress import Progress, silent
+from spike_export.calibration.recipe import Dtype
+from spike_export.calibration.sparse_moe import sparse_moe
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+BATCH_TOKENS = 1024
+"""Tokens per forward call: large enough for fast matrix products, small enough for some hundred MB of activations."""
+
+FINAL_NORM = "model.norm.weight"
+
+KeyValues = list[tuple[NDArray[np.float32], NDArray[np.float32]]]
+"""Per layer (key, value), each [kv_heads, prefix tokens, head_dim] float32; keys already rotated (positions 0..)."""
+
+Visit = Callable[[int, "nn.Module"], AbstractContextManager[None]]
+"""Entered around a layer's forwards with (layer index, module); observes or replaces what is inside."""
+
+
+@dataclass(frozen=True)
+class Execution:
+    """Where and how the decoder runs; the statistics of two executions of one device and dtype are equal.
+
+    Attributes:
+        devices: torch devices; with several, each takes its share of the windows.
+        dtype: Precision of weights and activations.
+        resident: Whether layers stay in memory once read. A model that does not fit is read anew in every pass.
+        activation_bytes: Largest size of the windows' activations that stays in memory; beyond, they go to a file.
+        scratch: Folder for that file; the system's temporary folder by default.
+    """
+
+    devices: tuple[str, ...] = ("cpu",)
+    dtype: Dtype = "float32"
+    resident: bool = True
+    activation_bytes: int = 1 << 30
+    scratch: Path | None = None
+
+
+def hf_config(config: DecoderConfig) -> Any:
+    """Return transformers' configuration object."""
+    from transformers import AutoConfig
+
+    settings = {key: value for key, value in config.hf.items() if key != "model_type"}
+    return AutoConfig.for_model(config.family.model_type, **settings)
+
+
+def empty_decoder(config: DecoderConfig, dtype: Dtype = "float32") -> Any:
+    """Return transformers' decoder on the meta device (no memory), its rope tables on the CPU."""
+    import torch
+    from transformers import AutoModel
+
+    settings = hf_config(config)
+    with torch.device("meta"):
+        attention = registered_attention()
+        decoder = AutoModel.from_config(settings, attn_implementation=attention, dtype=getattr(torch, dtype))
+        if config.family.experts:
+            for layer in decoder.layers:
+                # One module under both names: the checkpoint's, and the one that the layer's forward calls.
+                layer.mlp = layer.block_sparse_moe = sparse_moe(config).to(getattr(torch, dtype))
+    # What no checkpoint holds, rope frequencies and the embedding's factor (Gemma), is made outside the meta device.
+    decoder.rotary_emb = type(decoder.rotary_emb)(settings)
+    scale = getattr(decoder.embed_tokens, "scalar_embed_scale", None)
+    if scale is not None:
+        decoder.embed_tokens.embed_scale = torch.tensor(scale)
+    return decoder.eval().requires_grad_(False)
+
+
+def batches(windows: NDArray[np.int64], tokens: int = BATCH_TOKENS) -> list[NDArray[np.int64]]:
+    """Split [samples, length] windows into forward batches of about `tokens` tokens."""
+    size = max(1, tokens // max(1, windows.shape[1]))
+    return [windows[start : start + size] for start in range(0, len(windows), size)]
+
+
+class _Stub:
+    """Stands in for a decoder layer: passes the states through and keeps the arguments that it was called with."""
+
+    def __new__(cls, sink: list[dict[str, Any]]) -> Any:
+        from torch import nn
+
+        class Stub(nn.Module):
+            def forward(self, states: "torch.Tensor", **arguments: Any) -> "torch.Tensor":
+                sink.append(arguments)
+                return states
+
+        return Stub()
+
+
+class _AfterPrefix:
+    """The one thing a layer asks of a cache: new keys and values behind those of the prefix."""
+
+    def __init__(self, key: "torch.Tensor", value: "torch.Tensor") -> None:
+        self.key, self.value = key, value
+
+    def update(self, key: "torch.Tensor", value: "torch.Tensor", *_: Any) -> "tuple[torch.Tensor, torch.Tensor]":
+        import torch
+
+        before = (states.expand(len(key), -1, -1, -1) for states in (self.key, self.value))
+        return tuple(torch.cat([old, new], dim=2) for old, new in zip(before, (key, value), strict=True))  # type: ignore[return-value]
+
+
+class _Capture:
+    """A cache that is empty and keeps what it is given."""
+
+    key: "torch.Tensor"
+    value: "torch.Tensor"
+
+    def update(self, key: "torch.Tensor", value: "torch.Tensor", *_: Any) -> "tuple[torch.Tensor, torch.Tensor]":
+        self.key, self.value = key, value
+        return key, value
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A checkpoint's decoder, ready to run.
+
+    Attributes:
+        checkpoint: The weights.
+        execution: Devices, precision, and what stays in memory.
+    """
+
+    checkpoint: Checkpoint
+    execution: Execution = Execution()
+    _skeleton: list[Any] = field(default_factory=list, repr=False)
+    _resident: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def config(self) -> DecoderConfig:
+        """The decoder's configuration."""
+        return self.checkpoint.config
+
+    @property
+    def skeleton(self) -> Any:
+        """transformers' decoder; its layers are empty unless they are resident or in use."""
+        if not self._skeleton:
+            self._skeleton.append(empty_decoder(self.config, self.execution.dtype))
+        return self._skeleton[0]
+
+    def _read(self, name: str) -> "torch.Tensor":
+        import torch
+
+        tensor = torch.from_numpy(self.checkpoint.tensor(name))
+        return tensor.to(self.execution.devices[0], getattr(torch, self.execution.dtype))
+
+    def _kept(self, name: str) -> "torch.Tensor":
+        """Read a tensor, and keep it where tensors are resident; the tied head and embedding are one."""
+        if not self.execution.resident:
+            return self._read(name)
+        key = EMBEDDING if name == LM_HEAD and self.config.tie_word_embeddings else name
+        if key not in self._resident:
+            self._resident[key] = self._read(name)
+        tensor: torch.Tensor = self._resident[key]
+        return tensor
+
+    @contextmanager
+    def layer(self, index: int) -> "Iterator[nn.Module]":
+        """Within the block, the layer has its weights, on the first device."""
+        layer: nn.Module = self.skeleton.layers[index]
+        if index not in self._resident.get("layers", ()):
+            for name in layer_shapes(self.config):
+                self._assign(layer, name, self._read(f"model.layers.{index}.{name}"))
+            if self.execution.resident:
+                self._resident.setdefault("layers", set()).add(index)
+        try:
+            yield layer
+        finally:
+            if not self.execution.resident:
+                _drop(layer)
+                return_freed_memory()
+
+    @staticmethod
+    def _assign(layer: "nn.Module", name: str, tensor: "torch.Tensor") -> None:
+        from torch import nn
+
+        module, _, leaf = name.rpartition(".")
+        setattr(layer.get_submodule(module), leaf, nn.Parameter(tensor, requires_grad=False))
+
+    def run(
+        self,
+        windows: NDArray[np.int64],
+        prefix: Sequence[int] = (),
+        *,
+        layers: int | None = None,
+        visits: Sequence[Visit] = (),
+        batch_tokens: int = BATCH_TOKENS,
+        progress: Progress = silent,
+    ) -> Activations:
+        """Forward token windows [samples, length] and return the last layer's output, batch by batch.
+
+        Args:
+            windows: Tokens; those of the prefix are not among them.
+            prefix: Token ids whose keys and values stand before every window. They pass each layer before the
+                visits are entered, so that they are neither observed nor quantized.
+            layers: Number of layers to pass; all by default.
+            visits: What to do around each layer.
+            batch_tokens: Tokens per forward call, 1 for one window at a time.
+            progress: Told after each layer.
+        """
+        import torch
+
+        count = self.config.num_hidden_layers if layers is None else layers
+        parts = batches(windows, batch_tokens)
+        with torch.inference_mode():
+            calls = {part.shape: self._arguments(part.shape, len(prefix)) for part in parts}
+            shapes = [(*part.shape, self.config.hidden_size) for part in parts]
+            setting = self.execution
+            states = Activations.allocate(shapes, setting.dtype, setting.activation_bytes, setting.scratch)
+            self._embed(parts, states)
+            run_prefix = _PrefixStream(self, prefix)
+            for index in range(count):
+                with self.layer(index) as layer:
+                    past = run_prefix.through(index, layer)
+                    self._apply(index, layer, states, [calls[part.shape][index] for part in parts], past, visits)
+                progress("layers", index + 1, count)
+        return states
+
+    def prefix_key_values(self, prefix: Sequence[int]) -> KeyValues:
+        """Return what the attention of every layer caches of a prefix, in full precision.
+
+        Source: arXiv 2405.14428, "quantization-free prefix": the prefix never meets a quantizer.
+        """
+        import torch
+
+        cached: KeyValues = []
+        with torch.inference_mode():
+            stream = _PrefixStream(self, prefix)
+            for index in range(self.config.num_hidden_layers):
+                with self.layer(index) as layer:
+                    past = stream.through(index, layer)
+                    assert past is not None
+                    key, value = (states[0].float().cpu().numpy().copy() for states in (past.key, past.value))
+                    cached.append((key, value))
+        return cached
+
+    def _embed(self, parts: Sequence[NDArray[np.int64]], states: Activations) -> None:
+        import torch
+
+        embedding = self.skeleton.embed_tokens
+        self._assign(self.skeleton, "embed_tokens.weight", self._kept(EMBEDDING))
+        for index, part in enumerate(parts):
+            states.put(index, embedding(torch.from_numpy(part).to(self.execution.devices[0])))
+        if not self.execution.resident:
+            _drop(embedding)
+
+    def _arguments(self, shape: tuple[int, ...], past: int) -> list[dict[str, Any]]:
+        """Return what transformers' decoder would pass to each layer for tokens [batch, length] behind a past."""
+        import torch
+        from torch import nn
+        from transformers import DynamicCache
+
+        calls: list[dict[str, Any]] = []
+        decoder, config = self.skeleton, self.config
+        cache = None
+        if past:
+            cache = DynamicCache()
+            empty = torch.zeros(shape[0], config.num_key_value_heads, past, config.head_dim)
+            for index in range(config.num_hidden_layers):
+                cache.update(empty, empty, index)
+        layers, norm = decoder.layers, decoder.norm
+        decoder.layers = nn.ModuleList(_Stub(calls) for _ in layers)
+        decoder.norm = nn.Identity()
+        try:
+            states = torch.zeros(*shape, config.hidden_size, dtype=getattr(torch, self.execution.dtype))
+            decoder(inputs_embeds=states, past_key_values=cache, use_cache=cache is not None)
+        finally:
+            decoder.layers, decoder.norm = layers, norm
+        return [_prefix_visible(arguments, past) for arguments in calls]
+
+    def _apply(
+        self,
+        index: int,
+        layer: "nn.Module",
+        states: Activations,
+        calls: Sequence[dict[str, Any]],
+        past: "_AfterPrefix | None",
+        visits: Sequence[Visit],
+    ) -> None:
+        devices = self.execution.devices
+        copies = [layer, *(copy.deepcopy(layer).to(device) for device in devices[1:])]
+
+        def share(place: int) -> None:
+            import torch
+
+            device, module = devices[place], copies[place]
+            with torch.inference_mode(), ExitStack() as stack:
+                for visit in visits:
+                    stack.enter_context(visit(index, module))
+                cache = past and _AfterPrefix(past.key.to(device), past.value.to(device))
+                for part in range(place, len(calls), len(devices)):
+                    _note(module, part, states.shapes[part])
+                    arguments = {**_on_device(calls[part], device), "past_key_values": cache}
+                    output = module(states.get(part, device), **arguments)
+                    states.put(part, output[0] if isinstance(output, tuple) else output)
+
+        if len(devices) == 1:
+            share(0)
+            return
+        with ThreadPoolExecutor(len(devices)) as pool:
+            list(pool.map(share, range(len(devices))))
+
+    def head(self) -> "Head":
+        """Return what turns the last layer's output into logits."""
+        return Head(self)
+
+
+class _PrefixStream:
+    """A prefix on its way through the layers, in full precision."""
+
+    def __init__(self, decoder: Decoder, prefix: Sequence[int]) -> None:
+        self.states: Any = None
+        if prefix:
+            tokens = np.array([list(prefix)], np.int64)
+            self.calls = decoder._arguments(tokens.shape, 0)
+            self.device = decoder.execution.devices[0]
+            shape = (*tokens.shape, decoder.config.hidden_size)
+            held = Activations.allocate([shape], decoder.execution.dtype, decoder.execution.activation_bytes, None)
+            decoder._embed([tokens], held)
+            self.states = held.get(0, self.device)
+
+    def through(self, index: int, layer: "nn.Module") -> _AfterPrefix | None:
+        """Pass one layer; return its keys and values [1, kv_heads, prefix, head_dim], or None without a prefix."""
+        if self.states is None:
+            return None
+        cache = _Capture()
+        arguments = {**_on_device(self.calls[index], self.device), "past_key_values": cache}
+        output = layer(self.states, **arguments)
+        self.states = output[0] if isinstance(output, tuple) else output
+        return _AfterPrefix(cache.key, cache.value)
+
+
+class Head:
+    """Final norm, language-model head and soft cap; the weights stay while the object lives."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._norm = decoder.skeleton.norm
+        decoder._assign(decoder.skeleton, "norm.weight", decoder._kept(FINAL_NORM))
+        self._weight = decoder._kept(LM_HEAD)
+        self._softcap = decoder.config.final_softcap
+        self._device = decoder.execution.devices[0]
+
+    def logits(self, states: "torch.Tensor") -> "torch.Tensor":
+        """Return [..., vocab] for the last layer's output [..., hidden]."""
+        import torch
+
+        with torch.inference_mode():
+            logits = torch.nn.functional.linear(self._norm(states.to(self._device)), self._weight)
+            return logits if self._softcap is None else self._softcap * torch.tanh(logits / self._softcap)
+
+
+def _note(layer: Any, batch: int, shape: tuple[int, ...]) -> None:
+    """Tell the visits which batch [samples, length] is under way."""
+    layer.batch, layer.shape = batch, shape[:2]
+
+
+def _drop(module: "nn.Module") -> None:
+    """Give the parameters' memory back; buffers (Gemma's embedding factor) stay, because no checkpoint holds them."""
+    import torch
+    from torch import nn
+
+    for name, parameter in list(module.named_parameters()):
+        empty = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+        owner, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(owner), leaf, empty)
+
+
+def _on_device(value: Any, device: str) -> Any:
+    """Move the tensors inside a layer's arguments."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, tuple):
+        return tuple(_on_device(part, device) for part in value)
+    if isinstance(value, dict):
+        return {key: _on_device(part, device) for key, part in value.items()}
+    return value
+
+
+def _prefix_visible(arguments: dict[str, Any], past: int) -> dict[str, Any]:
+    """Let every token see the prefix, also where a sliding window would have left it behind, as the graph does."""
+    import torch
+
+    mask = arguments.get("attention_mask")
+    if past and isinstance(mask, torch.Tensor):
+        mask = mask.clone()
+        mask[..., :past] = True if mask.dtype == torch.bool else 0.0
+        return {**arguments, "attention_mask": mask}
+    return arguments
+
+
