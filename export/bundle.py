@@ -15,12 +15,13 @@ import onnx_ir as ir
 from spike_export.calibration.atomic_write import atomic_path
 from spike_export.calibration.checkpoint import Checkpoint
 from spike_export.calibration.decoder_config import tensor_shapes
-from spike_export.calibration.errors import ArtifactError, RecipeError
 from spike_export.calibration.equivalent_weights import equivalent_checkpoint
+from spike_export.calibration.errors import ArtifactError, RecipeError
 from spike_export.calibration.layerwise import Decoder, Execution
 from spike_export.calibration.modules import linears
 from spike_export.calibration.progress import Progress, silent
 from spike_export.calibration.recipe import Dtype, ModulePlan, Recipe, recipe_text
+from spike_export.export.architectures import require_exportable
 from spike_export.export.decoder_graph import GraphPlan, build_decoder
 from spike_export.export.manifest import (
     DATA_FILE,
@@ -76,9 +77,10 @@ def export_bundle(
 
     Raises:
         RecipeError: The recipe was made for another checkpoint, or its modules are not this decoder's.
-        CheckpointError: A weight cannot be read.
+        CheckpointError: Export does not know the architecture, or a weight cannot be read.
         ArtifactError: The place cannot be written to, or has too little room.
     """
+    require_exportable(checkpoint.config)
     checkpoint_sha256 = checkpoint.tensors.sha256()
     if recipe is not None:
         verify_recipe(recipe, checkpoint, checkpoint_sha256)
