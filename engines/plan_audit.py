@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spike_export.calibration.errors import EngineError
+from spike_export.export.manifest import INT8_WEIGHTS
 
 NOT_FOUND = "not found"
 WEIGHT_ONLY = "int8 weights only"
@@ -26,6 +27,8 @@ _TENSOR_NAME = re.compile(r' name="([^"]*)"')
 _TENSOR_TYPE = re.compile(r" type=(\w+)")
 _PAYLOAD = re.compile(r"\bconst_payload_size=(\d+)")
 _PRODUCT = re.compile(r'^  fully_connected=\{ name="([^"]*)" .*? input=\{([^}]*)\}', re.MULTILINE)
+_RESTORING = re.compile(r'^  (?:cast|mul)=\{ name="[^"]*" output=\{"([^"]*)"[^}]*\} input=\{([^}]*)\}', re.MULTILINE)
+"""Operations by which an INT8 weight becomes a floating-point operand."""
 _KERNEL = re.compile(r'^  (?:runtime_fusion|function)=\{.*? input_args=\{([^}]*)\}.* layers="([^"]*)"', re.MULTILINE)
 _LAYER = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
 _QUOTED = re.compile(r'"([^"]*)"')
@@ -44,7 +47,7 @@ class ModuleAudit:
     """What became of one module.
 
     Attributes:
-        planned: `int8` or a floating-point format.
+        planned: `int8`, a floating-point format, or such a format with `+int8-weights` (W8A16).
         found: Every precision its product has in some profile, sorted; `not found` where a profile lacks it.
     """
 
@@ -54,9 +57,11 @@ class ModuleAudit:
 
     @property
     def as_planned(self) -> bool:
-        """An INT8 module runs in INT8 in every profile; any other was found in every profile, never in INT8."""
+        """Whether it holds in every profile: INT8 operands, INT8 weights only, or no INT8 at all."""
         if self.planned == "int8":
             return self.found == ("int8",)
+        if self.planned.endswith(INT8_WEIGHTS):
+            return self.found == (WEIGHT_ONLY,)
         return not {"int8", WEIGHT_ONLY, NOT_FOUND} & set(self.found)
 
 
@@ -92,8 +97,8 @@ def audit_plan(plan_path: Path, planned: Mapping[str, str]) -> PlanAudit:
     """Compare a plan with what was asked for.
 
     Args:
-        planned: HF module name → `int8`, `float16`, `bfloat16` or `float32`. The module's product is the ONNX node
-            `<module>.MatMul`.
+        planned: HF module name → `int8`, `float16`, `bfloat16` or `float32`, or one of the latter with
+            `+int8-weights`. The module's product is the ONNX node `<module>.MatMul`.
 
     Raises:
         EngineError: The plan cannot be read.
@@ -166,8 +171,9 @@ def _parse(header: str, text: str) -> _Program:
     targets = accelerators.group(1).split() if accelerators else []
     profile = _PROFILE.search(text)
     tensors = dict(_tensors(text))
+    restored = {match.group(1): _QUOTED.findall(match.group(2)) for match in _RESTORING.finditer(text)}
     products = {
-        match.group(1): _product_precision(_QUOTED.findall(match.group(2)), tensors)
+        match.group(1): _product_precision(_QUOTED.findall(match.group(2)), tensors, restored)
         for match in _PRODUCT.finditer(text)
     }
     kernels = tuple(
@@ -191,11 +197,33 @@ def _tensors(text: str) -> Iterator[tuple[str, tuple[str, int]]]:
             yield name.group(1), (kind.group(1), int(payload.group(1)) if payload else 0)
 
 
-def _product_precision(operands: Sequence[str], tensors: Mapping[str, tuple[str, int]]) -> str:
-    types = [tensors[name][0] if name in tensors else "unknown" for name in operands[:2]]
+def _product_precision(
+    operands: Sequence[str], tensors: Mapping[str, tuple[str, int]], restored: Mapping[str, Sequence[str]]
+) -> str:
+    types = [_type(name, tensors) for name in operands[:2]]
     wider = [kind for kind in types if kind != "int8"]
-    kind = wider[0] if wider else "int8"
-    return _PRECISIONS.get(kind, kind)
+    if not wider:
+        return "int8"
+    if len(operands) > 1 and _from_int8(operands[1], tensors, restored):
+        return WEIGHT_ONLY
+    return _PRECISIONS.get(wider[0], wider[0])
+
+
+def _type(name: str, tensors: Mapping[str, tuple[str, int]]) -> str:
+    return tensors[name][0] if name in tensors else "unknown"
+
+
+def _from_int8(weight: str, tensors: Mapping[str, tuple[str, int]], restored: Mapping[str, Sequence[str]]) -> bool:
+    """Return whether an operand is an INT8 tensor, or made of one by casts and multiplications."""
+    pending, seen = [weight], set()
+    while pending:
+        name = pending.pop()
+        if _type(name, tensors) == "int8":
+            return True
+        if name not in seen:
+            seen.add(name)
+            pending += restored.get(name, ())
+    return False
 
 
 def _kernel_precision(operands: Sequence[str], tensors: Mapping[str, tuple[str, int]]) -> str:
