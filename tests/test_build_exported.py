@@ -7,14 +7,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from spike_export.calibration.checkpoint import Checkpoint
+from spike_export.calibration.decoder_config import decoder_config
+from spike_export.calibration.modules import linears
 from spike_export.calibration.recipe import AttentionPlan, Dtype, ModulePlan, Recipe, Scheme, WeightScheme
 from spike_export.engines.build_options import BatchRange, BuildOptions
 from spike_export.engines.plan_audit import WEIGHT_ONLY, audit_plan
 from spike_export.engines.plan_backend import TENSORRT_RTX, Machine
 from spike_export.engines.plan_builder import BuildEnvironment, BuildResult, build_plan
 from spike_export.export.bundle import ExportOptions, export_bundle
-from tests.tiny_models import LLAMA3_ROPE, input_scales, tiny_llama, tiny_recipe
+from tests.tiny_models import LLAMA3_ROPE, MemoryTensors, input_scales, tiny_llama, tiny_recipe
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec(TENSORRT_RTX.module) is None,
@@ -102,3 +107,33 @@ def test_int8_weights_alone_are_told_from_int8_and_from_floating_point(tmp_path:
     wrong = {KEPT: dtype, "lm_head": f"{dtype}+int8-weights", "model.layers.0.mlp.down_proj": f"{dtype}+int8-weights"}
     assert {module.module for module in audit_plan(result.plan, wrong).deviations} == set(wrong)
     assert not audit_plan(result.plan, {KEPT: "int8"}).modules[0].as_planned
+
+
+def wide_llama() -> Checkpoint:
+    """Wide enough for the compiler to dequantize a decode profile's weights in kernels of their own."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=96,
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=1,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+    )
+    tensors = {name: tensor.detach().numpy() for name, tensor in LlamaForCausalLM(config).state_dict().items()}
+    return Checkpoint("wide", decoder_config(config.to_dict(), "wide"), MemoryTensors(tensors), None, {})
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_weights_dequantized_by_a_kernel_of_their_own_are_still_int8(tmp_path: Path, dtype: Dtype) -> None:
+    checkpoint = wide_llama()
+    kept = "model.layers.0.mlp.down_proj"
+    plans = dict.fromkeys(linears(checkpoint.config), ModulePlan(precision=dtype, weights="int8"))
+    plans[kept] = ModulePlan(precision=dtype)
+    recipe = tiny_recipe(checkpoint, dict.fromkeys(plans, 1.0)).model_copy(update={"modules": plans})
+    export_bundle(checkpoint, recipe, ExportOptions(dtype=dtype), tmp_path / "bundle")
+    result = build_plan(tmp_path / "bundle", tmp_path / "engine.plan", BuildOptions(targets=("SM86",)), environment=CPU)
+    assert result.deviations == ()
+    found = {module.module: module.found for module in result.audit.modules}
+    assert found.pop(kept) == found.pop("lm_head") == (dtype,)
+    assert set(found.values()) == {(WEIGHT_ONLY,)}
