@@ -26,8 +26,8 @@ def require_exportable(config: DecoderConfig) -> None:
             f"calibrate works for it"
         )
     kinds = set(config.hf.get("layer_types") or ())
-    if config.sliding_window is not None and len(kinds) > 1:
+    if config.sliding_window is not None and kinds - {"sliding_attention"}:
         raise CheckpointError(
-            f"{family}: a sliding window in some layers only ({', '.join(sorted(kinds))}) cannot be exported yet; "
-            f"calibrate works for it"
+            f"{family}: a sliding window that not all layers obey (layer_types: {', '.join(sorted(kinds))}) cannot be "
+            f"exported yet; calibrate works for it"
         )
