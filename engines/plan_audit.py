@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spike_export.calibration.errors import EngineError
+from spike_export.export.manifest import INT8_WEIGHTS
 
 NOT_FOUND = "not found"
 WEIGHT_ONLY = "int8 weights only"
-"""The weight is stored in INT8 and dequantized before a floating-point product."""
+"""The weight is stored in INT8 and dequantized before a floating-point product: within it, or by a kernel in front."""
 
 _PROGRAM = b"descriptors {"
 _NAME_SUFFIX = re.compile(r"(_U\d+)?( \[profile \d+\])?$")
@@ -26,6 +27,11 @@ _TENSOR_NAME = re.compile(r' name="([^"]*)"')
 _TENSOR_TYPE = re.compile(r" type=(\w+)")
 _PAYLOAD = re.compile(r"\bconst_payload_size=(\d+)")
 _PRODUCT = re.compile(r'^  fully_connected=\{ name="([^"]*)" .*? input=\{([^}]*)\}', re.MULTILINE)
+_RESTORING = re.compile(r'^  (?:cast|mul)=\{ name="[^"]*" output=\{"([^"]*)"[^}]*\} input=\{([^}]*)\}', re.MULTILINE)
+"""Operations by which an INT8 weight becomes a floating-point operand."""
+_PRECOMPUTING = re.compile(
+    r"^  (?:runtime_fusion|function)=\{.*? input_args=\{([^}]*)\}.*? output_args=\{([^}]*)\}", re.MULTILINE
+)
 _KERNEL = re.compile(r'^  (?:runtime_fusion|function)=\{.*? input_args=\{([^}]*)\}.* layers="([^"]*)"', re.MULTILINE)
 _LAYER = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
 _QUOTED = re.compile(r'"([^"]*)"')
@@ -44,7 +50,7 @@ class ModuleAudit:
     """What became of one module.
 
     Attributes:
-        planned: `int8` or a floating-point format.
+        planned: `int8`, a floating-point format, or such a format with `+int8-weights` (W8A16).
         found: Every precision its product has in some profile, sorted; `not found` where a profile lacks it.
     """
 
@@ -54,9 +60,11 @@ class ModuleAudit:
 
     @property
     def as_planned(self) -> bool:
-        """An INT8 module runs in INT8 in every profile; any other was found in every profile, never in INT8."""
+        """Whether it holds in every profile: INT8 operands, INT8 weights only, or no INT8 at all."""
         if self.planned == "int8":
             return self.found == ("int8",)
+        if self.planned.endswith(INT8_WEIGHTS):
+            return self.found == (WEIGHT_ONLY,)
         return not {"int8", WEIGHT_ONLY, NOT_FOUND} & set(self.found)
 
 
@@ -92,8 +100,8 @@ def audit_plan(plan_path: Path, planned: Mapping[str, str]) -> PlanAudit:
     """Compare a plan with what was asked for.
 
     Args:
-        planned: HF module name → `int8`, `float16`, `bfloat16` or `float32`. The module's product is the ONNX node
-            `<module>.MatMul`.
+        planned: HF module name → `int8`, `float16`, `bfloat16` or `float32`, or one of the latter with
+            `+int8-weights`. The module's product is the ONNX node `<module>.MatMul`.
 
     Raises:
         EngineError: The plan cannot be read.
@@ -115,10 +123,46 @@ def audit_plan(plan_path: Path, planned: Mapping[str, str]) -> PlanAudit:
 
 @dataclass(frozen=True, slots=True)
 class _Kernel:
-    """A generated kernel: the precision of its largest constant, and the modules whose products it mentions."""
+    """A generated kernel.
+
+    Attributes:
+        precision: That of its largest constant.
+        restored_weight: An operand is an INT8 weight that another kernel has dequantized.
+        modules: Those whose products it mentions.
+    """
 
     precision: str
+    restored_weight: bool
     modules: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensors:
+    """The tensors of one program.
+
+    Attributes:
+        declared: Name → (type, bytes when constant, else 0).
+        made_of: Name → what it is computed from, where that may be the restoring of a weight.
+    """
+
+    declared: Mapping[str, tuple[str, int]]
+    made_of: Mapping[str, Sequence[str]]
+
+    def kind(self, name: str) -> str:
+        """Return a tensor's type; `unknown` where it is not declared."""
+        return self.declared.get(name, ("unknown", 0))[0]
+
+    def restored(self, name: str) -> bool:
+        """Return whether a tensor is made of an INT8 one."""
+        pending, seen = list(self.made_of.get(name, ())), set()
+        while pending:
+            source = pending.pop()
+            if self.kind(source) == "int8":
+                return True
+            if source not in seen:
+                seen.add(source)
+                pending += self.made_of.get(source, ())
+        return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,13 +209,13 @@ def _parse(header: str, text: str) -> _Program:
     accelerators = _ACCELERATORS.search(header)
     targets = accelerators.group(1).split() if accelerators else []
     profile = _PROFILE.search(text)
-    tensors = dict(_tensors(text))
+    tensors = _tensors(text)
     products = {
         match.group(1): _product_precision(_QUOTED.findall(match.group(2)), tensors)
         for match in _PRODUCT.finditer(text)
     }
     kernels = tuple(
-        _Kernel(_kernel_precision(_QUOTED.findall(match.group(1)), tensors), _modules(_LAYER.findall(match.group(2))))
+        _kernel(_QUOTED.findall(match.group(1)), _modules(_LAYER.findall(match.group(2))), tensors)
         for match in _KERNEL.finditer(text)
     )
     return _Program(
@@ -182,7 +226,18 @@ def _parse(header: str, text: str) -> _Program:
     )
 
 
-def _tensors(text: str) -> Iterator[tuple[str, tuple[str, int]]]:
+def _tensors(text: str) -> _Tensors:
+    declared = dict(_declarations(text))
+    made_of = {match.group(1): _QUOTED.findall(match.group(2)) for match in _RESTORING.finditer(text)}
+    for match in _PRECOMPUTING.finditer(text):
+        inputs = _QUOTED.findall(match.group(1))
+        # A kernel of constants alone: a weight that is dequantized in front of its product.
+        if inputs and all(declared.get(name, ("", 0))[1] for name in inputs):
+            made_of.update(dict.fromkeys(_QUOTED.findall(match.group(2)), inputs))
+    return _Tensors(declared, made_of)
+
+
+def _declarations(text: str) -> Iterator[tuple[str, tuple[str, int]]]:
     """Yield name → (type, bytes when constant, else 0)."""
     for match in _TENSOR.finditer(text):
         name, kind = _TENSOR_NAME.search(match.group(1)), _TENSOR_TYPE.search(match.group(1))
@@ -191,17 +246,24 @@ def _tensors(text: str) -> Iterator[tuple[str, tuple[str, int]]]:
             yield name.group(1), (kind.group(1), int(payload.group(1)) if payload else 0)
 
 
-def _product_precision(operands: Sequence[str], tensors: Mapping[str, tuple[str, int]]) -> str:
-    types = [tensors[name][0] if name in tensors else "unknown" for name in operands[:2]]
+def _product_precision(operands: Sequence[str], tensors: _Tensors) -> str:
+    types = [tensors.kind(name) for name in operands[:2]]
     wider = [kind for kind in types if kind != "int8"]
-    kind = wider[0] if wider else "int8"
-    return _PRECISIONS.get(kind, kind)
+    if not wider:
+        return "int8"
+    weight = operands[1] if len(operands) > 1 else ""
+    if tensors.kind(weight) == "int8" or tensors.restored(weight):
+        return WEIGHT_ONLY
+    return _PRECISIONS.get(wider[0], wider[0])
 
 
-def _kernel_precision(operands: Sequence[str], tensors: Mapping[str, tuple[str, int]]) -> str:
+def _kernel(operands: Sequence[str], modules: tuple[str, ...], tensors: _Tensors) -> _Kernel:
     """A product inside a kernel is never one of INT8 operands; its weight is the largest constant."""
-    kind, _ = max((tensors[name] for name in operands if name in tensors), key=lambda t: t[1], default=("unknown", 0))
-    return WEIGHT_ONLY if kind == "int8" else _PRECISIONS.get(kind, kind)
+    declared = (tensors.declared[name] for name in operands if name in tensors.declared)
+    kind, _ = max(declared, key=lambda tensor: tensor[1], default=("unknown", 0))
+    restored = any(tensors.restored(name) for name in operands)
+    precision = WEIGHT_ONLY if restored or kind == "int8" else _PRECISIONS.get(kind, kind)
+    return _Kernel(precision, restored, modules)
 
 
 def _modules(nodes: Sequence[str]) -> tuple[str, ...]:
@@ -223,5 +285,8 @@ def _findings(programs: Sequence[_Program]) -> dict[str, _Finding]:
     for program in programs:
         for kernel in program.kernels:
             for module in kernel.modules:
-                found.setdefault(module, _Finding(kernel.precision, in_kernel=True))
+                known = found.setdefault(module, _Finding(kernel.precision, in_kernel=True))
+                # The inner program of a fused kernel sees only its operand, not the INT8 that another made it of.
+                if kernel.restored_weight and known.precision != "int8":
+                    found[module] = _Finding(WEIGHT_ONLY, known.in_kernel)
     return found

@@ -8,6 +8,7 @@ from onnx import TensorProto
 
 from spike_export.calibration.errors import EngineError
 from spike_export.engines.build_profiles import GraphInput
+from spike_export.export.manifest import INT8_WEIGHTS
 
 _PRECISIONS: Mapping[int, str] = {
     TensorProto.FLOAT: "float32",
@@ -15,7 +16,7 @@ _PRECISIONS: Mapping[int, str] = {
     TensorProto.BFLOAT16: "bfloat16",
 }
 
-_PASSED_THROUGH = ("Transpose", "Cast")
+_PASSED_THROUGH = ("Transpose", "Cast", "Unsqueeze")
 """Operators that may stand between a stored weight and its product."""
 
 
@@ -75,9 +76,10 @@ def allow_unfused_attention(model: onnx.ModelProto) -> None:
 
 
 def planned_precisions(model: onnx.ModelProto) -> dict[str, str]:
-    """Return HF module name → `int8`, `float16`, `bfloat16` or `float32`, for every product with a stored weight.
+    """Return the number format of every product with a stored weight, by HF module name.
 
-    What the exporter wrote into the node's metadata counts; without it, the quantizers around the product do.
+    It is `int8`, `float16`, `bfloat16` or `float32`; or one of the latter with `+int8-weights` (W8A16). What the
+    exporter wrote into the node's metadata counts; without it, the quantizers around the product do.
     """
     types = {tensor.name: int(tensor.data_type) for tensor in model.graph.initializer}
     producers = {output: node for node in model.graph.node for output in node.output}
@@ -85,21 +87,33 @@ def planned_precisions(model: onnx.ModelProto) -> dict[str, str]:
     for node in model.graph.node:
         if node.op_type != "MatMul" or not node.name.endswith(".MatMul"):
             continue
-        precision = _weight_precision(node.input[1], types, producers)
+        precision = _precision(node, types, producers)
         if precision is not None:
             noted = {entry.key: entry.value for entry in node.metadata_props}.get("precision")
             planned[node.name.removesuffix(".MatMul")] = noted or precision
     return planned
 
 
-def _weight_precision(name: str, types: Mapping[str, int], producers: Mapping[str, onnx.NodeProto]) -> str | None:
+def _precision(
+    product: onnx.NodeProto, types: Mapping[str, int], producers: Mapping[str, onnx.NodeProto]
+) -> str | None:
+    """Return the number format of one product, or None where its second operand is no stored weight."""
+    name, cast_to = product.input[1], None
     while name not in types:
         node = producers.get(name)
         if node is None:
             return None
         if node.op_type == "DequantizeLinear":
-            return "int8"
+            first = producers.get(product.input[0])
+            if first is not None and first.op_type == "DequantizeLinear":
+                return "int8"
+            # A weight is restored in the type of its scale.
+            kept = _PRECISIONS.get(cast_to or types.get(node.input[1], TensorProto.UNDEFINED))
+            return kept and kept + INT8_WEIGHTS
         if node.op_type not in _PASSED_THROUGH:
             return None
+        if node.op_type == "Cast":
+            # Walking upwards, the first Cast met is the last one applied.
+            cast_to = cast_to or next(attribute.i for attribute in node.attribute if attribute.name == "to")
         name = node.input[0]
-    return _PRECISIONS.get(types[name])
+    return _PRECISIONS.get(cast_to or types[name])

@@ -15,13 +15,15 @@ import onnx_ir as ir
 from spike_export.calibration.atomic_write import atomic_path
 from spike_export.calibration.checkpoint import Checkpoint
 from spike_export.calibration.decoder_config import tensor_shapes
-from spike_export.calibration.errors import ArtifactError, RecipeError
 from spike_export.calibration.equivalent_weights import equivalent_checkpoint
+from spike_export.calibration.errors import ArtifactError, RecipeError
 from spike_export.calibration.layerwise import Decoder, Execution
 from spike_export.calibration.modules import linears
 from spike_export.calibration.progress import Progress, silent
 from spike_export.calibration.recipe import Dtype, ModulePlan, Recipe, recipe_text
+from spike_export.export.architectures import require_exportable
 from spike_export.export.decoder_graph import GraphPlan, build_decoder
+from spike_export.export.linear import number_format
 from spike_export.export.manifest import (
     DATA_FILE,
     GRAPH_FILE,
@@ -76,9 +78,10 @@ def export_bundle(
 
     Raises:
         RecipeError: The recipe was made for another checkpoint, or its modules are not this decoder's.
-        CheckpointError: A weight cannot be read.
+        CheckpointError: Export does not know the architecture, or a weight cannot be read.
         ArtifactError: The place cannot be written to, or has too little room.
     """
+    require_exportable(checkpoint.config)
     checkpoint_sha256 = checkpoint.tensors.sha256()
     if recipe is not None:
         verify_recipe(recipe, checkpoint, checkpoint_sha256)
@@ -117,6 +120,13 @@ def verify_recipe(recipe: Recipe, checkpoint: Checkpoint, checkpoint_sha256: str
         raise RecipeError(
             f"the recipe names module {unknown[0]}{_more(unknown)}, which is no linear of this decoder; remove it"
         )
+    blocks = {f"model.layers.{index}.self_attn" for index in range(checkpoint.config.num_hidden_layers)}
+    unknown = sorted(set(recipe.attention) - blocks)
+    if unknown:
+        raise RecipeError(
+            f"the recipe's attention names {unknown[0]}{_more(unknown)}, which is no attention block of this decoder; "
+            f"remove it"
+        )
     strange = [token for token in recipe.prefix_ids if not 0 <= token < checkpoint.config.vocab_size]
     if strange:
         raise RecipeError(
@@ -136,7 +146,7 @@ def _graph_plan(checkpoint: Checkpoint, recipe: Recipe | None, options: ExportOp
         return GraphPlan(dict.fromkeys(names, kept), "int8-per-channel", options.dtype)
     ids = recipe.prefix_ids
     prefix = Decoder(checkpoint, Execution(resident=False)).prefix_key_values(ids) if ids else ()
-    return GraphPlan(recipe.modules, recipe.scheme.weights, options.dtype, prefix)
+    return GraphPlan(recipe.modules, recipe.scheme.weights, options.dtype, prefix, recipe.attention)
 
 
 def _require_space(destination: Path, model: ir.Model) -> None:
@@ -229,8 +239,8 @@ def _linear_shares(checkpoint: Checkpoint, plan: GraphPlan) -> dict[str, LinearS
     macs: Counter[str] = Counter()
     for name, module in plan.modules.items():
         columns, rows = shapes[f"{name}.weight"]
-        modules[module.precision] += 1
-        macs[module.precision] += columns * rows
+        modules[number_format(module)] += 1
+        macs[number_format(module)] += columns * rows
     total = macs.total()
     return {kind: LinearShare(modules=modules[kind], mac_share=macs[kind] / total) for kind in sorted(modules)}
 

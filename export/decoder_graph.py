@@ -7,7 +7,7 @@ and from then on `past` is longer by P than the caller's own past.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from spike_export.calibration.checkpoint import EMBEDDING, LM_HEAD, Checkpoint
 from spike_export.calibration.decoder_config import DecoderConfig, tensor_shapes
-from spike_export.calibration.recipe import Dtype, ModulePlan, WeightScheme
+from spike_export.calibration.recipe import AttentionPlan, Dtype, ModulePlan, WeightScheme
 from spike_export.export.attention_context import AttentionContext, ContextEmitter
 from spike_export.export.graph_builder import ELEMENT_TYPES, GraphBuilder, element_type
-from spike_export.export.linear import NUMPY_TYPES, LinearEmitter
+from spike_export.export.linear import NUMPY_TYPES, LinearEmitter, quantize_dequantize
 from spike_export.export.rope import rope_tables
 
 PRODUCER = "spike-export"
@@ -40,12 +40,14 @@ class GraphPlan:
         weights: How INT8 weights are scaled.
         dtype: Precision of embeddings, residual stream, attention, cache and head.
         prefix: Key/values that stand before every sequence.
+        attention: Attention block → steps of its products' operands; blocks that are not named stay as they are.
     """
 
     modules: Mapping[str, ModulePlan]
     weights: WeightScheme
     dtype: Dtype
     prefix: PrefixCache = ()
+    attention: Mapping[str, AttentionPlan] = field(default_factory=dict)
 
     @property
     def prefix_length(self) -> int:
@@ -156,6 +158,7 @@ class _Decoder:
             self.b.op("RotaryEmbedding", [x, *tables, context.positions], module, label=f"{name}_rotary")
             for name, x in (("q", query), ("k", key))
         )
+        query, key, value = self._operands(module, query, key, value)
         present = [
             self._present(index, kind, new, past[slot], context)
             for slot, (kind, new) in enumerate((("key", key), ("value", value)))
@@ -165,6 +168,20 @@ class _Decoder:
         shape = self.b.integers(0, 0, config.num_attention_heads * config.head_dim)
         merged = self.b.op("Reshape", [mixed, shape], module, label="o_merged")
         return self.linears.emit(f"{module}.o_proj", merged), present
+
+    def _operands(self, module: str, query: ir.Value, key: ir.Value, value: ir.Value) -> tuple[ir.Value, ...]:
+        """Append the round trips of query, key and value through INT8, where the block's plan asks for them.
+
+        Keys and values pass theirs once, on the way into the cache, whose prefix never meets a quantizer.
+        """
+        plan = self.plan.attention.get(module)
+        if plan is None:
+            return query, key, value
+        operands = (("query", query, plan.query), ("key", key, plan.key), ("value", value, plan.value))
+        return tuple(
+            self.b.cast(quantize_dequantize(self.b, module, self.b.cast(states, FLOAT), scale, stem=name), self.dtype)
+            for name, states, scale in operands
+        )
 
     def _present(self, index: int, kind: str, new: ir.Value, past: ir.Value, context: AttentionContext) -> ir.Value:
         """Append the cache after this call: the prefix when the sequence is fresh, the past, the new tokens."""

@@ -74,6 +74,11 @@ class GraphBuilder:
         name = f"integer.{value}"
         return self._initializers.get(name) or self.initializer(name, np.array(value, np.int64))
 
+    def float32(self, value: float) -> ir.Value:
+        """Return the 0-D float32 constant of this value."""
+        name = f"float32.{float(value)!r}"
+        return self._initializers.get(name) or self.initializer(name, np.array(value, np.float32))
+
     def op(
         self,
         kind: str,

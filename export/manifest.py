@@ -15,6 +15,9 @@ MANIFEST_FILE = "manifest.json"
 GRAPH_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
 
+INT8_WEIGHTS = "+int8-weights"
+"""Behind a floating-point format: the product is in that format, the weight is stored in INT8 (W8A16)."""
+
 
 class _Document(BaseModel):
     """A part of the manifest: immutable, and unknown keys are refused."""
@@ -51,7 +54,7 @@ class BundlePrefix(_Document):
 
 
 class LinearShare(_Document):
-    """The decoder linears of one precision.
+    """The decoder linears of one number format.
 
     Attributes:
         modules: How many there are.
@@ -76,7 +79,8 @@ class Manifest(_Document):
     Attributes:
         tools: Package → version that wrote the bundle.
         dtype: Precision of the embeddings, residual stream, attention, cache and head.
-        linears: Precision → the decoder linears that have it.
+        linears: Number format → the decoder linears that have it: `int8` (weights and inputs), a floating-point
+            format such as `float16` (neither), or that format with `+int8-weights` (W8A16).
         max_position_embeddings: Tokens of its own a caller may use; the prefix is not counted.
         sliding_window: Slots a token sees, or None for all.
     """

@@ -1,20 +1,18 @@
 """The bundle's JSON files that other tools read: `config.json`, `generation_config.json`, `genai_config.json`."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from spike_export.calibration.checkpoint import Checkpoint
 from spike_export.calibration.recipe import Dtype
+from spike_export.export.architectures import ARCHITECTURES
 from spike_export.export.manifest import GRAPH_FILE
-
-_ARCHITECTURES: Mapping[str, str] = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
 
 
 def hf_config(checkpoint: Checkpoint, dtype: Dtype) -> dict[str, Any]:
     """Return the content of `config.json`: HF's configuration with `architectures`, and no trace of local paths."""
     config = {key: value for key, value in checkpoint.config.hf.items() if key not in ("_name_or_path", "torch_dtype")}
     if not config.get("architectures"):
-        config["architectures"] = [_ARCHITECTURES[checkpoint.config.family.model_type]]
+        config["architectures"] = [ARCHITECTURES[checkpoint.config.family.model_type]]
     return {**config, "dtype": dtype}
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 from pathlib import Path
 
+import onnx
 import pytest
 
 from spike_export.calibration.errors import EngineError
@@ -73,6 +74,11 @@ def test_every_linear_may_be_kept(tmp_path: Path) -> None:
         ("float16", ("int8",), False),
         ("float16", (WEIGHT_ONLY,), False),
         ("float16", (NOT_FOUND,), False),
+        ("float16+int8-weights", (WEIGHT_ONLY,), True),
+        ("float16+int8-weights", ("float16",), False),
+        ("float16+int8-weights", ("float16", WEIGHT_ONLY), False),
+        ("float16+int8-weights", ("int8",), False),
+        ("float16+int8-weights", (NOT_FOUND, WEIGHT_ONLY), False),
     ],
 )
 def test_the_verdict_is_about_every_profile(planned: str, found: tuple[str, ...], verdict: bool) -> None:
@@ -106,3 +112,23 @@ def test_what_the_exporter_noted_counts_more_than_the_quantizers() -> None:
     node = next(node for node in graph.graph.node if node.name == f"{LAYER}.mlp.up_proj.MatMul")
     node.metadata_props.add(key="precision", value="bfloat16")
     assert planned_precisions(graph)[f"{LAYER}.mlp.up_proj"] == "bfloat16"
+
+
+@pytest.mark.parametrize("cast", [True, False])
+def test_int8_weights_under_a_floating_point_product_are_read_from_the_quantizers(cast: bool) -> None:
+    """By the type that the weight is restored in, last of all by a Cast."""
+    graph = tiny_graph(TinyModel())
+    name = f"{LAYER}.mlp.up_proj"
+    nodes = {node.name: node for node in graph.graph.node}
+    nodes[f"{name}.MatMul"].input[0] = nodes[f"{name}.Cast_in"].input[0]
+    if cast:
+        half = onnx.helper.make_node(
+            "Cast", [f"{name}.DequantizeWeight:0"], [f"{name}.half"], name=f"{name}.half", to=onnx.TensorProto.FLOAT16
+        )
+        graph.graph.node.append(half)
+        nodes[f"{name}.MatMul"].input[1] = f"{name}.half"
+    precision = "float16" if cast else "float32"
+    assert planned_precisions(graph) == TinyModel().planned | {
+        name: f"{precision}+int8-weights",
+        "lm_head": "float16",
+    }

@@ -1,18 +1,25 @@
 """What the exporter writes, the compiler takes: every variant of the graph, each linear in its planned precision."""
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from spike_export.calibration.recipe import Dtype, Scheme, WeightScheme
+from spike_export.calibration.checkpoint import Checkpoint
+from spike_export.calibration.decoder_config import decoder_config
+from spike_export.calibration.modules import linears
+from spike_export.calibration.recipe import AttentionPlan, Dtype, ModulePlan, Recipe, Scheme, WeightScheme
 from spike_export.engines.build_options import BatchRange, BuildOptions
+from spike_export.engines.plan_audit import WEIGHT_ONLY, audit_plan
 from spike_export.engines.plan_backend import TENSORRT_RTX, Machine
-from spike_export.engines.plan_builder import BuildEnvironment, build_plan
+from spike_export.engines.plan_builder import BuildEnvironment, BuildResult, build_plan
 from spike_export.export.bundle import ExportOptions, export_bundle
-from tests.tiny_models import LLAMA3_ROPE, input_scales, tiny_llama, tiny_recipe
+from tests.tiny_models import LLAMA3_ROPE, MemoryTensors, input_scales, tiny_llama, tiny_recipe
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec(TENSORRT_RTX.module) is None,
@@ -50,3 +57,83 @@ def test_an_exported_bundle_runs_as_planned(
     assert planned == {name: plan.precision for name, plan in recipe.modules.items()} | {"lm_head": dtype}
     assert planned[KEPT] == dtype
     assert result.sidecar.prefix == len(prefix)
+
+
+def build(folder: Path, dtype: Dtype, change: Callable[[Recipe], dict[str, Any]]) -> BuildResult:
+    model = tiny_llama()
+    scales = input_scales(model, np.random.default_rng(0).integers(3, 99, (2, 24)))
+    recipe = tiny_recipe(model.checkpoint, scales)
+    recipe = recipe.model_copy(update=change(recipe))
+    export_bundle(model.checkpoint, recipe, ExportOptions(dtype=dtype), folder / "bundle")
+    return build_plan(folder / "bundle", folder / "engine.plan", BuildOptions(targets=("SM86",)), environment=CPU)
+
+
+def per_token(recipe: Recipe) -> dict[str, Any]:
+    return {"modules": dict.fromkeys(recipe.modules, ModulePlan(precision="int8"))}
+
+
+def int8_attention(_: Recipe) -> dict[str, Any]:
+    plan = AttentionPlan(query=0.05, key=0.04, value=0.03)
+    return {"attention": {f"model.layers.{layer}.self_attn": plan for layer in range(2)}}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("change", [per_token, int8_attention])
+def test_per_token_scales_and_int8_attention_leave_every_linear_in_int8(
+    tmp_path: Path, change: Callable[[Recipe], dict[str, Any]], dtype: Dtype
+) -> None:
+    result = build(tmp_path, dtype, change)
+    assert result.deviations == ()
+    found = {module.module: module.found for module in result.audit.modules}
+    assert found.pop("lm_head") == (dtype,)
+    assert set(found.values()) == {("int8",)}
+    # q+k+v, o, gate+up, down of two layers in two profiles: the siblings are still merged.
+    assert result.audit.int8_products == 2 * 2 * 4
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_int8_weights_alone_are_told_from_int8_and_from_floating_point(tmp_path: Path, dtype: Dtype) -> None:
+    def weights(recipe: Recipe) -> dict[str, Any]:
+        layer = [name for name in recipe.modules if name.startswith("model.layers.1.")]
+        return {"modules": {**recipe.modules, **dict.fromkeys(layer, ModulePlan(precision=dtype, weights="int8"))}}
+
+    result = build(tmp_path, dtype, weights)
+    assert result.deviations == ()
+    found = {module.module: module.found for module in result.audit.modules}
+    assert {module.planned for module in result.audit.modules} == {"int8", dtype, f"{dtype}+int8-weights"}
+    assert found[KEPT] == (WEIGHT_ONLY,)
+    assert found["model.layers.0.mlp.down_proj"] == ("int8",)
+    # Had anything else been planned, the audit would object.
+    wrong = {KEPT: dtype, "lm_head": f"{dtype}+int8-weights", "model.layers.0.mlp.down_proj": f"{dtype}+int8-weights"}
+    assert {module.module for module in audit_plan(result.plan, wrong).deviations} == set(wrong)
+    assert not audit_plan(result.plan, {KEPT: "int8"}).modules[0].as_planned
+
+
+def wide_llama() -> Checkpoint:
+    """Wide enough for the compiler to dequantize a decode profile's weights in kernels of their own."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=96,
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=1,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+    )
+    tensors = {name: tensor.detach().numpy() for name, tensor in LlamaForCausalLM(config).state_dict().items()}
+    return Checkpoint("wide", decoder_config(config.to_dict(), "wide"), MemoryTensors(tensors), None, {})
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_weights_dequantized_by_a_kernel_of_their_own_are_still_int8(tmp_path: Path, dtype: Dtype) -> None:
+    checkpoint = wide_llama()
+    kept = "model.layers.0.mlp.down_proj"
+    plans = dict.fromkeys(linears(checkpoint.config), ModulePlan(precision=dtype, weights="int8"))
+    plans[kept] = ModulePlan(precision=dtype)
+    recipe = tiny_recipe(checkpoint, dict.fromkeys(plans, 1.0)).model_copy(update={"modules": plans})
+    export_bundle(checkpoint, recipe, ExportOptions(dtype=dtype), tmp_path / "bundle")
+    result = build_plan(tmp_path / "bundle", tmp_path / "engine.plan", BuildOptions(targets=("SM86",)), environment=CPU)
+    assert result.deviations == ()
+    found = {module.module: module.found for module in result.audit.modules}
+    assert found.pop(kept) == found.pop("lm_head") == (dtype,)
+    assert set(found.values()) == {(WEIGHT_ONLY,)}

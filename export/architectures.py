@@ -1,0 +1,33 @@
+"""The architectures whose decoder this package writes as a graph: some of those that it calibrates."""
+
+from collections.abc import Mapping
+
+from spike_export.calibration.decoder_config import DecoderConfig
+from spike_export.calibration.errors import CheckpointError
+
+ARCHITECTURES: Mapping[str, str] = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+}
+"""HF's `model_type` → the class that `config.json` names under `architectures`."""
+
+
+def require_exportable(config: DecoderConfig) -> None:
+    """Refuse a decoder that the graph cannot express.
+
+    Raises:
+        CheckpointError: Names what export lacks; the model can be calibrated all the same.
+    """
+    family = config.family.model_type
+    if family not in ARCHITECTURES:
+        raise CheckpointError(
+            f"architecture {family!r} cannot be exported yet (export supports: {', '.join(sorted(ARCHITECTURES))}); "
+            f"calibrate works for it"
+        )
+    kinds = set(config.hf.get("layer_types") or ())
+    if config.sliding_window is not None and kinds - {"sliding_attention"}:
+        raise CheckpointError(
+            f"{family}: a sliding window that not all layers obey (layer_types: {', '.join(sorted(kinds))}) cannot be "
+            f"exported yet; calibrate works for it"
+        )
