@@ -2,14 +2,13 @@
 
 from dataclasses import replace
 
-from spike_export.calibration import qfem
-from spike_export.calibration.calibrate import Calibration, build_recipe
+from spike_export.calibration.calibrate import Calibration
 from spike_export.calibration.corpus import Corpus
-from spike_export.calibration.qfem import ModuleChoice
+from spike_export.calibration.module_choice import NOTHING_KEPT
+from spike_export.calibration.qfem import ModuleChoice, Scores
 from spike_export.calibration.recipe import Recipe
+from spike_export.calibration.recipe_writer import build_recipe
 from spike_export.calibration.spikes import SpikeStatistics
-
-_NOTHING_KEPT = ModuleChoice(alpha=float("inf"), kept=())
 
 
 def ablations(
@@ -25,12 +24,17 @@ def ablations(
         behind: Statistics behind the recipe's prefix; `plain` again when it has none.
     """
     paper = calibration.with_options(replace(calibration.options, activation_range="max"))
-    kept = len(recipe.kept())
-    recipes = {"w8a8": build_recipe(paper, corpus, plain, _NOTHING_KEPT)}
+    config = calibration.checkpoint.config
+    kept = len(recipe.kept_linears())
+
+    def highest(statistics: SpikeStatistics) -> ModuleChoice:
+        return Scores.sorted("ratio", statistics.ratios(), config).keep_highest(kept)
+
+    recipes = {"w8a8": build_recipe(paper, corpus, plain, NOTHING_KEPT)}
     if kept:
-        recipes["w8a8+qfem"] = build_recipe(paper, corpus, plain, qfem.keep_highest(plain.ratios(), kept))
+        recipes["w8a8+qfem"] = build_recipe(paper, corpus, plain, highest(plain))
     if recipe.prefix:
-        recipes["w8a8+qfep"] = build_recipe(paper, corpus, behind, _NOTHING_KEPT)
+        recipes["w8a8+qfep"] = build_recipe(paper, corpus, behind, NOTHING_KEPT)
     if kept and recipe.prefix:
-        recipes["w8a8+qfem+qfep"] = build_recipe(paper, corpus, behind, qfem.keep_highest(behind.ratios(), kept))
+        recipes["w8a8+qfem+qfep"] = build_recipe(paper, corpus, behind, highest(behind))
     return recipes

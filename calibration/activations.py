@@ -35,7 +35,7 @@ class Activations:
         """Make room for batches of these shapes: in memory up to `memory_limit` bytes, else in a temporary file."""
         spilled = cls._size(dtype) * sum(int(np.prod(shape)) for shape in shapes) > memory_limit
         # Unlinked at once: the file goes with the object, also after a kill.
-        file = tempfile.TemporaryFile(dir=scratch) if spilled else None
+        file = tempfile.TemporaryFile(dir=scratch) if spilled else None  # noqa: SIM115 - lives as long as the states
         return cls(shapes, dtype, [None] * len(shapes), file)
 
     @staticmethod

@@ -1,320 +1,254 @@
-"""The steps of a calibration: statistics, prefix, statistics behind the prefix, modules, recipe.
+"""The context of a calibration: a checkpoint, its windows, and the measurements that every choice is made by."""
 
-Each step is a function from values to a value, so that a caller may store what a step returned and go on from there.
-"""
-
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from spike_export.calibration import qfem, qfep
 from spike_export.calibration.checkpoint import Checkpoint
-from spike_export.calibration.corpus import Corpus
-from spike_export.calibration.errors import RecipeError
+from spike_export.calibration.decoder_config import DecoderConfig
+from spike_export.calibration.equivalent_weights import equivalent_checkpoint
+from spike_export.calibration.heap import collect_and_return_memory
+from spike_export.calibration.layerwise import Decoder, Execution, Meter
 from spike_export.calibration.measure import measure_spikes
-from spike_export.calibration.modules import linears, siblings
-from spike_export.calibration.perplexity import model_perplexity, with_bos
-from spike_export.calibration.prefix_cache import prefix_key_values
+from spike_export.calibration.modules import input_sites, is_router, siblings, split_name
+from spike_export.calibration.options import CalibrationOptions
+from spike_export.calibration.overflow_guard import module_dtype
+from spike_export.calibration.perplexity import ReferenceStates, Score, reference_states, score, with_bos
 from spike_export.calibration.progress import Progress, silent
-from spike_export.calibration.qfem import ModuleChoice
 from spike_export.calibration.recipe import (
-    ActivationRange,
-    CorpusSource,
-    Dtype,
-    ModelSource,
+    AttentionPlan,
     ModulePlan,
-    Prefix,
-    PrefixCandidate,
-    Recipe,
-    Scheme,
-    Search,
-    WeightScheme,
-    WindowKind,
+    RotationPlan,
+    SmoothingPlan,
     activation_scale,
 )
-from spike_export.calibration.reference_model import ReferenceModel, load_reference_model
-from spike_export.calibration.simulate import QuantizedWeights, simulated
-from spike_export.calibration.spikes import SpikeStatistics
+from spike_export.calibration.simulate import QuantizedWeights, Simulation
+from spike_export.calibration.smoothing import is_per_value_head, plan_scales, repeated_for_group
+from spike_export.calibration.spikes import SpikeStatistics, covered_range
 from spike_export.calibration.token_windows import TokenWindows
 
 SEARCH_WINDOWS = 8
-"""Calibration windows on which candidates are compared; the final statistics use all."""
+"""Most windows on which candidates are compared."""
+
+_SEARCH_EVERY = 4
+"""Every how many windows one is held out for comparing candidates, whose scales come from the other windows."""
 
 
 @dataclass(frozen=True)
-class CalibrationOptions:
-    """What to measure and how to choose.
+class Transform:
+    """What is done to the weights before they are quantized; the unquantized function stays.
 
     Attributes:
-        samples: Calibration windows.
-        length: Tokens per window, BOS included.
-        seed: Places the windows.
-        windows: From where they are cut.
-        weights: Scales of INT8 weights.
-        activation_range: What the static activation scales cover.
-        dtype: Precision of what is not quantized.
-        qfem: Whether modules may stay in 16 bit.
-        qfep: Whether a prefix may be used.
-        alpha: Threshold given by the user; None to choose.
-        max_fp16_modules: Number of linears to keep at most, and exactly as many as fit; None to choose.
-        tolerance: Relative perplexity increase that the automatic choice accepts over its goal.
+        rotation: Of the residual stream.
+        smoothing: Representative module → scales of its input's channels.
+        clips: Representative module → share of the calibrated range that its static scale covers; 1 by default.
+        noise: Representative module → estimated noise of its quantization; empty where nothing was searched.
     """
 
-    samples: int = 32
-    length: int = 512
-    seed: int = 0
-    windows: WindowKind = "packed"
-    weights: WeightScheme = "int8-per-channel"
-    activation_range: ActivationRange = "sample-mean"
-    dtype: Dtype = "float16"
-    qfem: bool = True
-    qfep: bool = True
-    alpha: float | None = None
-    max_fp16_modules: int | None = None
-    tolerance: float = 0.005
+    rotation: RotationPlan | None = None
+    smoothing: Mapping[str, SmoothingPlan] = field(default_factory=dict)
+    clips: Mapping[str, float] = field(default_factory=dict)
+    noise: Mapping[str, float] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        """Refuse what cannot be meant."""
-        if self.samples < 1:
-            raise RecipeError(f"--samples is {self.samples}; at least one window is needed")
-        if self.length < 8:
-            raise RecipeError(f"--length is {self.length}; a window needs at least 8 tokens")
-        if self.alpha is not None and self.max_fp16_modules is not None:
-            raise RecipeError("--alpha and --max-fp16-modules both say which modules stay in 16 bit; give one")
-        if self.max_fp16_modules is not None and self.max_fp16_modules < 0:
-            raise RecipeError(f"--max-fp16-modules is {self.max_fp16_modules}; expected 0 or more")
-        if not 0 <= self.tolerance < 1:
-            raise RecipeError(f"--tolerance is {self.tolerance}; expected a fraction such as 0.005")
+    @property
+    def changes_weights(self) -> bool:
+        """Whether the weights are others than the checkpoint's."""
+        return self.rotation is not None or bool(self.smoothing)
+
+
+NO_TRANSFORM = Transform()
 
 
 @dataclass(frozen=True)
-class PrefixChoice:
-    """The outcome of the competition.
+class Model:
+    """One set of weights, ready to run: the checkpoint's, or transformed ones.
 
     Attributes:
-        token_ids: The winner; empty for no prefix.
-        candidates: Every competitor with its verdict, the empty prefix first.
+        decoder: The weights in torch.
+        quantized: Their INT8 form, made where needed.
     """
 
-    token_ids: tuple[int, ...] = ()
-    candidates: tuple[PrefixCandidate, ...] = ()
+    decoder: Decoder
+    quantized: QuantizedWeights
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """A checkpoint with the windows it is calibrated on; the model is read into memory on first use."""
+    """A checkpoint with the windows it is calibrated on; weights are read into memory on first use."""
 
     checkpoint: Checkpoint
     windows: TokenWindows
     options: CalibrationOptions
-    _models: dict[tuple[int, ...], ReferenceModel] = field(default_factory=dict, repr=False)
-    _perplexities: dict[tuple[int, ...], float] = field(default_factory=dict, repr=False)
+    execution: Execution = Execution()
+    meter: Meter = field(default_factory=Meter, repr=False)
+    _references: dict[tuple[int, ...], ReferenceStates] = field(default_factory=dict, repr=False)
+    _transformed: list[tuple[Transform, Model]] = field(default_factory=list, repr=False)
 
     @cached_property
-    def model(self) -> ReferenceModel:
-        """The unquantized model without a prefix."""
-        return load_reference_model(self.checkpoint)
+    def model(self) -> Model:
+        """The checkpoint's own weights."""
+        return self._ready(self.checkpoint)
 
-    @cached_property
-    def quantized_weights(self) -> QuantizedWeights:
-        """INT8 weights, shared by all simulations."""
-        return QuantizedWeights(self.model, self.options.weights)
+    def _ready(self, checkpoint: Checkpoint) -> Model:
+        quantized = QuantizedWeights(self.options.weights, keep=self.execution.resident)
+        return Model(Decoder(checkpoint, self.execution, self.meter), quantized)
 
-    def model_behind(self, prefix: tuple[int, ...]) -> ReferenceModel:
-        """Return the model with a prefix's key/values in place."""
-        if not prefix:
+    def transformed(self, transform: Transform) -> Model:
+        """Return a transform's model; the last one is kept."""
+        if not transform.changes_weights:
             return self.model
-        if prefix not in self._models:
-            self._models[prefix] = self.model.with_prefix(prefix_key_values(self.checkpoint, prefix))
-        return self._models[prefix]
+        if not self._transformed or self._transformed[0][0] != transform:
+            self._transformed.clear()
+            collect_and_return_memory()
+            changed = equivalent_checkpoint(self.checkpoint, transform.rotation, transform.smoothing)
+            self._transformed.append((transform, self._ready(changed)))
+        return self._transformed[0][1]
+
+    def with_options(self, options: CalibrationOptions) -> "Calibration":
+        """Return the same model and windows with other options; what is in memory is shared, not read again."""
+        changed = replace(self, options=options, _transformed=[])
+        if "model" in self.__dict__ and options.weights == self.options.weights:
+            changed.__dict__["model"] = self.model
+        return changed
 
     def fed(self, content: NDArray[np.int64], prefix: tuple[int, ...]) -> NDArray[np.int64]:
         """Return what the model is fed behind a prefix: the content, with BOS before it unless the prefix has it."""
         bos = self.checkpoint.bos_token_id
         return content if bos in prefix else with_bos(content, bos)
 
-    def with_options(self, options: CalibrationOptions) -> "Calibration":
-        """Return the same model and windows with other options; what is in memory is shared, not read again."""
-        changed = replace(self, options=options)
-        if "model" in self.__dict__:
-            changed.__dict__["model"] = self.model
-        if "quantized_weights" in self.__dict__ and options.weights == self.options.weights:
-            changed.__dict__["quantized_weights"] = self.quantized_weights
-        return changed
+    @property
+    def search_rows(self) -> NDArray[np.int64]:
+        """Indices of the calibration windows that candidates are compared on."""
+        count = len(self.windows.calibration)
+        rows = np.arange(count)[:: _SEARCH_EVERY if count >= 2 * _SEARCH_EVERY else 1]
+        return rows[np.unique(np.linspace(0, len(rows) - 1, min(SEARCH_WINDOWS, len(rows))).astype(np.int64))]
 
     @property
     def search_windows(self) -> NDArray[np.int64]:
-        """A few of the calibration windows, evenly spaced."""
-        content = self.windows.calibration
-        chosen = np.linspace(0, len(content) - 1, min(SEARCH_WINDOWS, len(content))).astype(np.int64)
-        return content[np.unique(chosen)]
+        """[windows, tokens] The windows that candidates are compared on."""
+        return self.windows.calibration[self.search_rows]
 
-    def measure(self, prefix: tuple[int, ...], progress: Progress = silent) -> SpikeStatistics:
+    def held_out(self, statistics: SpikeStatistics) -> SpikeStatistics:
+        """Return the statistics without the search windows, so that no candidate is judged on what it was made of."""
+        rest = np.setdiff1d(np.arange(len(statistics.sample_ids)), self.search_rows)
+        return statistics.select(rest) if len(rest) else statistics
+
+    def measure(
+        self, prefix: tuple[int, ...], transform: Transform = NO_TRANSFORM, progress: Progress = silent
+    ) -> SpikeStatistics:
         """Record the statistics of all calibration windows behind a prefix."""
-        fed = self.fed(self.windows.calibration, prefix)
-        return measure_spikes(self.model_behind(prefix), fed, prefix, progress=progress)
+        content = self.windows.calibration
+        return self.measure_windows(content, np.arange(len(content)), prefix, transform, progress)
 
-    def reference_perplexity(self, prefix: tuple[int, ...]) -> float:
-        """Return the unquantized model's perplexity on the search windows behind a prefix."""
-        if prefix not in self._perplexities:
-            self._perplexities[prefix] = self._perplexity(prefix)
-        return self._perplexities[prefix]
+    def measure_windows(
+        self,
+        content: NDArray[np.int64],
+        sample_ids: NDArray[np.int64],
+        prefix: tuple[int, ...],
+        transform: Transform = NO_TRANSFORM,
+        progress: Progress = silent,
+    ) -> SpikeStatistics:
+        """Record the statistics of some windows [samples, tokens] behind a prefix."""
+        decoder = self.transformed(transform).decoder
+        return measure_spikes(decoder, self.fed(content, prefix), prefix, sample_ids=sample_ids, progress=progress)
 
-    def simulated_perplexity(self, statistics: SpikeStatistics, kept: tuple[str, ...]) -> float:
-        """Return the perplexity on the search windows with all but `kept` (representatives) quantized."""
-        rule = self.options.activation_range
-        scales = {
-            linear: activation_scale(spikes.range(rule))
-            for name, spikes in statistics.modules.items()
-            if name not in kept
-            for linear in siblings(name)
-        }
-        with simulated(self.model, scales, self.quantized_weights):
-            return self._perplexity(statistics.prefix_ids)
+    def reference(self, prefix: tuple[int, ...]) -> ReferenceStates:
+        """Return the unquantized model's perplexity and states on the search windows behind a prefix."""
+        if prefix not in self._references:
+            content = self.search_windows
+            fed = self.fed(content, prefix)
+            self._references[prefix] = reference_states(self.model.decoder, fed, content.shape[1], prefix)
+        return self._references[prefix]
 
-    def _perplexity(self, prefix: tuple[int, ...]) -> float:
-        content = self.search_windows
-        return model_perplexity(self.model_behind(prefix), self.fed(content, prefix), content.shape[1])
+    def predicted(
+        self, statistics: SpikeStatistics, kept: tuple[str, ...], transform: Transform, *, measured: bool = False
+    ) -> Score:
+        """Return perplexity and divergence on the search windows with all but `kept` (representatives) quantized.
+
+        Args:
+            statistics: Behind the prefix that they name. Of the model before smoothing (with a rotation: of the rotated
+                one), or, if `measured`, of the transformed model.
+            kept: Representatives that are not quantized.
+            transform: What is done to the weights.
+            measured: Of which of the two models the statistics are.
+        """
+        model = self.transformed(transform)
+        smoothed = None if measured else channel_scales(transform, self.checkpoint.config)
+        plans = module_plans(statistics, kept, transform, self.options, smoothed)
+        simulation = Simulation(plans, model.quantized, attention_plans(statistics, self.options))
+        content, prefix = self.search_windows, statistics.prefix_ids
+        fed = self.fed(content, prefix)
+        return score(
+            model.decoder, fed, content.shape[1], prefix, (simulation.visit,), reference=self.reference(prefix)
+        )
 
 
-def max_kept_linears(calibration: Calibration) -> int:
-    """Return how many linears may stay in 16 bit: what the user allows, else a tenth."""
-    if not calibration.options.qfem:
-        return 0
-    if calibration.options.max_fp16_modules is not None:
-        return calibration.options.max_fp16_modules
-    return int(qfem.AUTOMATIC_SHARE * len(linears(calibration.checkpoint.config.num_hidden_layers)))
+def channel_scales(transform: Transform, config: DecoderConfig) -> dict[str, NDArray[np.float32]]:
+    """Return representative module → scales of its input channels, for all inputs that a transform smooths."""
+    found: dict[str, NDArray[np.float32]] = {}
+    sites = input_sites(config)
+    for name, plan in transform.smoothing.items():
+        layer, inner = split_name(name)
+        site = next(each for each in sites if each.representative == inner)
+        scales = plan_scales(plan)
+        if is_per_value_head(site):
+            scales = repeated_for_group(scales, config)
+        # Inputs behind one norm share its scales.
+        sharing = [each for each in sites if each.producer == site.producer]
+        found |= {f"model.layers.{layer}.{each.representative}": scales for each in sharing}
+    return found
 
 
-def choose_prefix(calibration: Calibration, plain: SpikeStatistics, progress: Progress = silent) -> PrefixChoice:
-    """Let no prefix, `[BOS]` and the found prefixes compete.
-
-    A prefix is accepted when it lowers the worst max-median ratio; of the accepted ones the one with the lowest
-    simulated perplexity wins, quantized as the final model will be: with the highest ratios kept in 16 bit.
+def module_plans(
+    statistics: SpikeStatistics,
+    kept: tuple[str, ...],
+    transform: Transform,
+    options: CalibrationOptions,
+    smoothed: Mapping[str, NDArray[np.float32]] | None = None,
+) -> dict[str, ModulePlan]:
+    """Return every linear's plan: precision, scale, and what calibration saw.
 
     Args:
-        calibration: The model and its windows.
-        plain: Statistics without a prefix, of all calibration windows.
-        progress: Told after each step.
+        statistics: Of the transformed model, or of the model before smoothing.
+        kept: Representatives that are not quantized.
+        transform: Clips and noise.
+        options: Scheme, range rule and precision of what is kept.
+        smoothed: `channel_scales` of the transform, by which the statistics' ranges still have to be divided; None
+            where the statistics are of the transformed model.
     """
-    bos = calibration.checkpoint.bos_token_id
-    if bos is None:
-        return PrefixChoice()
-    proposed = qfep.propose_prefixes(calibration.model, plain, bos, progress)
-    prefixes = qfep.distinct([(), (bos,), *(prefix.token_ids for prefix in proposed)])
-    candidates: list[PrefixCandidate] = []
-    for done, prefix in enumerate(prefixes, start=1):
-        candidates.append(_candidate(calibration, prefix, candidates[0].ratio if candidates else None))
-        progress("prefixes", done, len(prefixes))
-    return _winner(tuple(candidates))
-
-
-def _candidate(calibration: Calibration, prefix: tuple[int, ...], without: float | None) -> PrefixCandidate:
-    fed = calibration.fed(calibration.search_windows, prefix)
-    statistics = measure_spikes(calibration.model_behind(prefix), fed, prefix)
-    module, ratio = qfep.worst_ratio(statistics)
-    accepted = without is None or qfep.lowers_worst_ratio(ratio, without)
-    perplexity = None
-    if accepted:
-        kept = _keep(calibration, statistics).kept
-        perplexity = calibration.simulated_perplexity(statistics, kept)
-    return PrefixCandidate(
-        token_ids=prefix,
-        text=prefix_text(calibration.checkpoint, prefix),
-        worst_module=module,
-        ratio=ratio,
-        perplexity=perplexity,
-        verdict="accepted" if accepted else "turned down: does not lower the worst ratio",
-    )
-
-
-def _keep(calibration: Calibration, statistics: SpikeStatistics) -> ModuleChoice:
-    alpha = calibration.options.alpha
-    if alpha is not None and calibration.options.qfem:
-        return qfem.keep_above(statistics.ratios(), alpha)
-    return qfem.keep_highest(statistics.ratios(), max_kept_linears(calibration))
-
-
-def _winner(candidates: tuple[PrefixCandidate, ...]) -> PrefixChoice:
-    best = min(candidates, key=lambda c: float("inf") if c.perplexity is None else c.perplexity)
-    judged = tuple(
-        candidate
-        if candidate.perplexity is None
-        else candidate.model_copy(update={"verdict": "chosen" if candidate is best else "higher perplexity"})
-        for candidate in candidates
-    )
-    return PrefixChoice(best.token_ids, judged)
-
-
-def prefix_text(checkpoint: Checkpoint, token_ids: tuple[int, ...]) -> str:
-    """Return the tokens as text; empty without a tokenizer."""
-    return str(checkpoint.tokenizer.decode(list(token_ids))) if checkpoint.tokenizer and token_ids else ""
-
-
-def choose_kept(calibration: Calibration, statistics: SpikeStatistics, progress: Progress = silent) -> ModuleChoice:
-    """Choose the modules that stay in 16 bit, as the options say; evaluate the curve unless they fix the answer."""
-    options = calibration.options
-    if not options.qfem or options.alpha is not None or options.max_fp16_modules is not None:
-        return _keep(calibration, statistics)
-    evaluated = 0
-
-    def evaluate(kept: tuple[str, ...]) -> float:
-        nonlocal evaluated
-        evaluated += 1
-        progress("module sets", evaluated, 0)
-        return calibration.simulated_perplexity(statistics, kept)
-
-    reference = calibration.reference_perplexity(statistics.prefix_ids)
-    most = max_kept_linears(calibration)
-    return qfem.choose_modules(statistics.ratios(), evaluate, reference, options.tolerance, most)
-
-
-def build_recipe(
-    calibration: Calibration,
-    corpus: Corpus,
-    statistics: SpikeStatistics,
-    choice: ModuleChoice,
-    search: Search = Search(),
-) -> Recipe:
-    """Write the plan down: precision, scale, ratio and reason of every linear, and the prefix of `statistics`."""
-    checkpoint, options = calibration.checkpoint, calibration.options
-    ids = statistics.prefix_ids
-    prefix = None
-    if ids:
-        prefix = Prefix(token_ids=ids, text=prefix_text(checkpoint, ids), ratio=qfep.worst_ratio(statistics)[1])
-    return Recipe(
-        model=ModelSource(
-            source=checkpoint.name,
-            architecture=checkpoint.config.family.model_type,
-            sha256=checkpoint.tensors.sha256(),
-        ),
-        corpus=CorpusSource(
-            name=corpus.name,
-            sha256=corpus.sha256,
-            samples=options.samples,
-            length=options.length,
-            seed=options.seed,
-            windows=options.windows,
-        ),
-        scheme=Scheme(weights=options.weights, activation_range=options.activation_range, unquantized=options.dtype),
-        alpha=choice.alpha if options.qfem else None,
-        prefix=prefix,
-        modules=_module_plans(statistics, choice.kept, options),
-        search=search,
-    )
-
-
-def _module_plans(
-    statistics: SpikeStatistics, kept: tuple[str, ...], options: CalibrationOptions
-) -> dict[str, ModulePlan]:
-    plans = {}
+    plans: dict[str, ModulePlan] = {}
     for name, spikes in statistics.modules.items():
-        if name in kept:
-            plan = ModulePlan(precision=options.dtype, ratio=spikes.ratio, reason="ratio > alpha")
+        clip = transform.clips.get(name, 1.0)
+        if is_router(name):
+            plan = ModulePlan(precision="float32", ratio=spikes.ratio, reason="router")
+        elif name in kept:
+            dtype, guard = module_dtype(options.dtype, spikes.peak)
+            reason = "score > alpha" if guard is None else f"score > alpha; {guard}"
+            weights = "int8" if options.excluded_weights == "int8" else None
+            plan = ModulePlan(precision=dtype, weights=weights, ratio=spikes.ratio, reason=reason)
+        elif options.activations == "int8-per-token-dynamic":
+            plan = ModulePlan(precision="int8", ratio=spikes.ratio)
         else:
-            scale = activation_scale(spikes.range(options.activation_range))
+            scales = (smoothed or {}).get(name)
+            rule = options.activation_range
+            covered = spikes.range(rule) if scales is None else spikes.smoothed_range(scales, rule)
+            scale = activation_scale(clip * covered)
             plan = ModulePlan(precision="int8", activation_scale=scale, ratio=spikes.ratio)
-        plans.update(dict.fromkeys(siblings(name), plan))
+        seen = {"noise": transform.noise.get(name), "clip": clip if clip != 1 and plan.activation_scale else None}
+        plans.update(dict.fromkeys(siblings(name), plan.model_copy(update=seen)))
+    return plans
+
+
+def attention_plans(statistics: SpikeStatistics, options: CalibrationOptions) -> dict[str, AttentionPlan]:
+    """Return every attention block's steps; empty where attention's products are not quantized."""
+    if options.attention == "unquantized":
+        return {}
+    rule = options.activation_range
+    plans = {}
+    for name, amax in statistics.operand_amax.items():
+        query, key, value = (activation_scale(covered_range(amax[:, column], rule)) for column in range(3))
+        plans[name] = AttentionPlan(query=query, key=key, value=value)
     return plans

@@ -7,7 +7,6 @@ from typing import Any
 from spike_export.calibration.errors import CheckpointError, one_line
 from spike_export.calibration.families import FAMILIES, Family
 
-
 ROPE_TYPES = ("default", "linear", "llama3")
 """Rope kinds that a position alone determines, so that one constant table serves every length."""
 

@@ -133,6 +133,19 @@ class _Capture:
         return key, value
 
 
+@dataclass
+class Meter:
+    """Counts what was computed: tokens through the whole decoder, those through some of its layers in proportion."""
+
+    token_layers: int = 0
+    layers: int = 1
+
+    @property
+    def tokens(self) -> int:
+        """Tokens through the whole decoder, rounded."""
+        return round(self.token_layers / self.layers)
+
+
 @dataclass(frozen=True)
 class Decoder:
     """A checkpoint's decoder, ready to run.
@@ -140,10 +153,12 @@ class Decoder:
     Attributes:
         checkpoint: The weights.
         execution: Devices, precision, and what stays in memory.
+        meter: Counts the tokens that `run` forwards.
     """
 
     checkpoint: Checkpoint
     execution: Execution = Execution()
+    meter: Meter = field(default_factory=Meter, repr=False)
     _skeleton: list[Any] = field(default_factory=list, repr=False)
     _resident: dict[str, Any] = field(default_factory=dict, repr=False)
 
@@ -223,6 +238,8 @@ class Decoder:
 
         count = self.config.num_hidden_layers if layers is None else layers
         parts = batches(windows, batch_tokens)
+        self.meter.layers = self.config.num_hidden_layers
+        self.meter.token_layers += windows.size * count
         with torch.inference_mode():
             calls = {part.shape: self._arguments(part.shape, len(prefix)) for part in parts}
             shapes = [(*part.shape, self.config.hidden_size) for part in parts]
@@ -409,5 +426,3 @@ def _prefix_visible(arguments: dict[str, Any], past: int) -> dict[str, Any]:
         mask[..., :past] = True if mask.dtype == torch.bool else 0.0
         return {**arguments, "attention_mask": mask}
     return arguments
-
-

@@ -45,6 +45,7 @@ class Recorder:
     def visit(self, index: int, layer: "nn.Module") -> "Iterator[None]":
         """Within the block, the layer's forwards are recorded."""
         handles = []
+        attention: Any = layer.get_submodule("self_attn")
         for site in input_sites(self._config):
             name = f"model.layers.{index}.{site.representative}"
             if self._only is not None and name not in self._only:
@@ -59,7 +60,6 @@ class Recorder:
                 ]
         if self._only is None:
             handles.append(layer.register_forward_hook(self._hidden_hook(layer, index)))
-            attention: Any = layer.get_submodule("self_attn")
             attention.operands = self._operands_hook(layer, f"model.layers.{index}.self_attn")
         try:
             yield
@@ -232,8 +232,6 @@ def measure_spikes(
         progress: Told after each layer.
     """
     recorder = Recorder(decoder, modules)
-    decoder.run(
-        windows, prefix, layers=layers, visits=(recorder.visit,), batch_tokens=batch_tokens, progress=progress
-    )
+    decoder.run(windows, prefix, layers=layers, visits=(recorder.visit,), batch_tokens=batch_tokens, progress=progress)
     ids = np.arange(len(windows), dtype=np.int64) if sample_ids is None else sample_ids
     return recorder.statistics(batches(windows, batch_tokens), prefix, ids)

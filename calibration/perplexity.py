@@ -1,7 +1,7 @@
 """Perplexity of token windows. The first content token is never scored, so that every prefix scores the same tokens."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -44,6 +44,38 @@ def with_bos(content: NDArray[np.int64], bos_token_id: int | None) -> NDArray[np
     return np.concatenate([np.full((len(content), 1), bos_token_id, np.int64), content], axis=1)
 
 
+@dataclass(frozen=True)
+class ReferenceStates:
+    """What the unquantized model yields on some windows behind a prefix.
+
+    Attributes:
+        perplexity: Of its predictions.
+        states: Per window, the last layer's output at every `_DIVERGENCE_EVERY`-th content token.
+        head: Turns them into logits.
+    """
+
+    perplexity: float
+    states: "Sequence[torch.Tensor]"
+    head: Head
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A model's predictions on some windows.
+
+    Attributes:
+        perplexity: Of the content.
+        divergence: KL(reference || model), mean over tokens, in nats; less noisy than a difference of perplexities.
+    """
+
+    perplexity: float
+    divergence: float = 0.0
+
+
+_DIVERGENCE_EVERY = 4
+"""Every how many tokens one is compared with the reference: two rows of the vocabulary are costly."""
+
+
 def model_perplexity(
     decoder: Decoder,
     windows: NDArray[np.int64],
@@ -62,16 +94,58 @@ def model_perplexity(
         visits: What to do around each layer, e.g. simulate quantization.
         progress: Told after each layer.
     """
-    states = decoder.run(windows, prefix, visits=visits, progress=progress)
+    return score(decoder, windows, content_length, prefix, visits, progress=progress).perplexity
+
+
+def reference_states(
+    decoder: Decoder, windows: NDArray[np.int64], content_length: int, prefix: Sequence[int]
+) -> ReferenceStates:
+    """Run the unquantized model and keep what `score` compares with; arguments as in `model_perplexity`."""
+    total, kept, head = Likelihood(0.0, 0), [], decoder.head()
+    for tokens, states in _content(decoder, windows, content_length, prefix, ()):
+        total += _likelihood(head, states, tokens)
+        kept.append(states[::_DIVERGENCE_EVERY].clone())
+    return ReferenceStates(total.perplexity, kept, head)
+
+
+def score(
+    decoder: Decoder,
+    windows: NDArray[np.int64],
+    content_length: int,
+    prefix: Sequence[int] = (),
+    visits: Sequence[Visit] = (),
+    *,
+    reference: ReferenceStates | None = None,
+    progress: Progress = silent,
+) -> Score:
+    """Return perplexity and, with a reference, divergence; arguments as in `model_perplexity`."""
     head = decoder.head()
-    total = Likelihood(0.0, 0)
+    total, divergence, compared = Likelihood(0.0, 0), 0.0, 0
+    content = _content(decoder, windows, content_length, prefix, visits, progress)
+    for index, (tokens, states) in enumerate(content):
+        total += _likelihood(head, states, tokens)
+        if reference is not None:
+            divergence += _divergence(reference, index, head, states[::_DIVERGENCE_EVERY])
+            compared += len(reference.states[index])
+    return Score(total.perplexity, divergence / max(1, compared))
+
+
+def _content(
+    decoder: Decoder,
+    windows: NDArray[np.int64],
+    length: int,
+    prefix: Sequence[int],
+    visits: Sequence[Visit],
+    progress: Progress = silent,
+) -> "Iterator[tuple[NDArray[np.int64], torch.Tensor]]":
+    """Yield each window's content tokens [length] and the last layer's output there [length, hidden]."""
+    states = decoder.run(windows, prefix, visits=visits, progress=progress)
     for index, batch in enumerate(batches(windows)):
         for row, tokens in zip(states.get(index), batch, strict=True):
-            total += _row_likelihood(head, row[-content_length:], tokens[-content_length:])
-    return total.perplexity
+            yield tokens[-length:], row[-length:]
 
 
-def _row_likelihood(head: Head, states: "torch.Tensor", tokens: NDArray[np.int64]) -> Likelihood:
+def _likelihood(head: Head, states: "torch.Tensor", tokens: NDArray[np.int64]) -> Likelihood:
     import torch
 
     targets = torch.from_numpy(tokens[1:])
@@ -82,3 +156,12 @@ def _row_likelihood(head: Head, states: "torch.Tensor", tokens: NDArray[np.int64
         loss = torch.nn.functional.cross_entropy(logits, targets[start:stop], reduction="sum")
         negative += float(loss)
     return Likelihood(negative, len(targets))
+
+
+def _divergence(reference: ReferenceStates, index: int, head: Head, states: "torch.Tensor") -> float:
+    """Return the sum over tokens of KL(reference || model), in nats."""
+    import torch
+
+    expected = torch.log_softmax(reference.head.logits(reference.states[index]).float(), -1)
+    actual = torch.log_softmax(head.logits(states).float(), -1)
+    return float(torch.nn.functional.kl_div(actual, expected, reduction="sum", log_target=True))

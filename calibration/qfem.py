@@ -1,18 +1,16 @@
-"""QFeM: which modules stay in 16 bit because their max-median ratio exceeds the threshold alpha.
+"""QFeM: which modules stay in 16 bit because their score exceeds the threshold alpha.
 
-Source: arXiv 2405.14428, "quantization-free module". The reference code publishes its thresholds but not their
-search; the automatic choice here bisects over the sorted ratios.
+Source: arXiv 2405.14428, "quantization-free module", whose score is the max-median ratio. The reference code publishes
+its thresholds but not their search; the automatic choice here bisects over the sorted scores.
 """
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from spike_export.calibration.modules import siblings
-from spike_export.calibration.recipe import CurvePoint
-
-AUTOMATIC_SHARE = 0.1
-"""Largest share of the linears that the automatic choice keeps in 16 bit; the curve's plateau is read off there."""
+from spike_export.calibration.decoder_config import DecoderConfig, linear_shapes
+from spike_export.calibration.modules import is_router, siblings, split_name
+from spike_export.calibration.recipe import Criterion, CurvePoint
 
 
 @dataclass(frozen=True)
@@ -20,13 +18,15 @@ class ModuleChoice:
     """Which representatives stay in 16 bit.
 
     Attributes:
-        alpha: The threshold that says the same: ratio > alpha. It is the largest ratio that is quantized.
-        kept: Representatives with the highest ratios, highest first.
+        alpha: The threshold that says the same: score > alpha. It is the largest score that is quantized.
+        kept: Representatives with the highest scores, highest first.
+        criterion: The score.
         curve: Perplexities that were evaluated on the way, by number of kept linears.
     """
 
     alpha: float
     kept: tuple[str, ...]
+    criterion: Criterion = "ratio"
     curve: tuple[CurvePoint, ...] = ()
 
     @property
@@ -40,51 +40,98 @@ def linear_count(representatives: tuple[str, ...]) -> int:
     return sum(len(siblings(name)) for name in representatives)
 
 
-def keep_above(ratios: Mapping[str, float], alpha: float) -> ModuleChoice:
-    """Keep the modules whose ratio exceeds `alpha`. `ratios` are sorted, highest first."""
-    return ModuleChoice(alpha, tuple(name for name, ratio in ratios.items() if ratio > alpha))
+@dataclass(frozen=True)
+class Scores:
+    """The modules in the order in which a criterion keeps them.
 
-
-def keep_highest(ratios: Mapping[str, float], max_linears: int) -> ModuleChoice:
-    """Keep the modules with the highest ratios, as many as fit into `max_linears` linears.
-
-    The choice stays a threshold: it ends at the first module whose siblings no longer fit.
+    Attributes:
+        criterion: What the scores are.
+        values: Representative → score, highest first; routers, which are never quantized, left out.
+        macs: Representative → multiply-accumulates per token of the linears it stands for, as a share of all.
     """
-    kept: tuple[str, ...] = ()
-    for name in ratios:
-        if linear_count((*kept, name)) > max_linears:
-            break
-        kept = (*kept, name)
-    return _choice(ratios, len(kept))
+
+    criterion: Criterion
+    values: Mapping[str, float]
+    macs: Mapping[str, float]
+
+    @classmethod
+    def sorted(cls, criterion: Criterion, scores: Mapping[str, float], config: DecoderConfig) -> "Scores":
+        """Sort scores, highest first; ties keep their order."""
+        ordered = sorted(((name, score) for name, score in scores.items() if not is_router(name)), key=lambda x: -x[1])
+        return cls(criterion, dict(ordered), mac_shares(config, tuple(scores)))
+
+    def keep_above(self, alpha: float) -> ModuleChoice:
+        """Keep the modules whose score exceeds `alpha`."""
+        return ModuleChoice(alpha, tuple(name for name, score in self.values.items() if score > alpha), self.criterion)
+
+    def keep_highest(self, max_linears: int) -> ModuleChoice:
+        """Keep the modules with the highest scores, as many as fit into `max_linears` linears.
+
+        The choice stays a threshold: it ends at the first module whose siblings no longer fit.
+        """
+        return self._while_fitting(lambda kept: linear_count(kept) <= max_linears)
+
+    def keep_share(self, max_share: float) -> ModuleChoice:
+        """Keep the modules with the highest scores, as many as fit into a share of the multiply-accumulates."""
+        return self._while_fitting(lambda kept: self.share(kept) <= max_share)
+
+    def share(self, kept: tuple[str, ...]) -> float:
+        """Return the share of the multiply-accumulates that modules have."""
+        return math.fsum(self.macs[name] for name in kept)
+
+    def first(self, count: int) -> ModuleChoice:
+        """Keep the first `count` representatives."""
+        names = tuple(self.values)
+        # The largest quantized score; 0, below which there is none, when nothing is quantized.
+        alpha = self.values[names[count]] if count < len(names) else 0.0
+        return ModuleChoice(alpha, names[:count], self.criterion)
+
+    def _while_fitting(self, fits: Callable[[tuple[str, ...]], bool]) -> ModuleChoice:
+        kept: tuple[str, ...] = ()
+        for name in self.values:
+            if not fits((*kept, name)):
+                break
+            kept = (*kept, name)
+        return self.first(len(kept))
 
 
-def _choice(ratios: Mapping[str, float], count: int) -> ModuleChoice:
-    names = tuple(ratios)
-    # The largest quantized ratio; below 1, the smallest ratio there can be, when nothing is quantized.
-    alpha = ratios[names[count]] if count < len(names) else 0.0
-    return ModuleChoice(alpha, names[:count])
+def mac_shares(config: DecoderConfig, representatives: tuple[str, ...]) -> dict[str, float]:
+    """Return each representative's share of the quantizable linears' multiply-accumulates.
+
+    Of a mixture of experts a token passes only some, so that an expert counts in proportion.
+    """
+    shapes = linear_shapes(config)
+    routed = config.experts_per_token / config.num_experts if config.num_experts else 1.0
+    macs = {}
+    for name in representatives:
+        if is_router(name):
+            continue
+        size = sum(math.prod(shapes[split_name(linear)[1]]) for linear in siblings(name))
+        macs[name] = size * (routed if ".experts." in name else 1.0)
+    total = math.fsum(macs.values())
+    return {name: size / total for name, size in macs.items()}
 
 
 def choose_modules(
-    ratios: Mapping[str, float],
+    scores: Scores,
     evaluate: Callable[[tuple[str, ...]], float],
     reference: float,
     tolerance: float,
-    max_linears: int,
+    largest: ModuleChoice,
 ) -> ModuleChoice:
-    """Return the smallest set of the highest ratios whose perplexity is within a tolerance of the goal.
+    """Return the smallest set of the highest scores whose perplexity is within a tolerance of the goal.
 
     The goal is the 16-bit model's perplexity, or, where that is out of reach, the plateau: what the largest allowed
     set attains. The set is found by bisection, which presumes that keeping more modules does not hurt.
 
     Args:
-        ratios: Representative → ratio, highest first.
+        scores: The modules' order.
         evaluate: Perplexity with the given representatives kept and all others quantized.
         reference: Perplexity with nothing quantized.
         tolerance: Allowed relative increase over the goal, e.g. 0.005.
-        max_linears: Largest number of linears to keep.
+        largest: The largest set to keep.
     """
-    names = tuple(ratios)
+    names = tuple(scores.values)
     evaluated: dict[int, float] = {}
 
     def perplexity(count: int) -> float:
@@ -92,9 +139,11 @@ def choose_modules(
             evaluated[count] = evaluate(names[:count])
         return evaluated[count]
 
-    most = len(keep_highest(ratios, max_linears).kept)
-    goal = (1 + tolerance) * max(reference, perplexity(most))
+    most = len(largest.kept)
+    goal = (1 + tolerance) * max(reference, min(perplexity(most), perplexity(0)))
     low, high = -1, most  # `high` is good enough; `low` is not (or is no count at all)
+    if math.isfinite(perplexity(0)) and perplexity(0) <= goal:
+        low, high = -1, 0
     while high - low > 1:
         middle = max(0, (low + high) // 2)
         # An overflowed perplexity is never good enough, not even where the plateau overflowed too.
@@ -102,14 +151,32 @@ def choose_modules(
             high = middle
         else:
             low = middle
-    perplexity(0)  # the curve always shows what QFeM gains
-    chosen = _choice(ratios, high)
-    return ModuleChoice(chosen.alpha, chosen.kept, _curve(ratios, evaluated))
+    return replace(scores.first(high), curve=_curve(scores, evaluated))
 
 
-def _curve(ratios: Mapping[str, float], evaluated: Mapping[int, float]) -> tuple[CurvePoint, ...]:
-    choices = {count: _choice(ratios, count) for count in sorted(evaluated)}
+def _curve(scores: Scores, evaluated: Mapping[int, float]) -> tuple[CurvePoint, ...]:
+    choices = {count: scores.first(count) for count in sorted(evaluated)}
     return tuple(
-        CurvePoint(fp16_modules=choice.linears, alpha=choice.alpha, perplexity=evaluated[count])
+        CurvePoint(
+            criterion=scores.criterion,
+            fp16_modules=choice.linears,
+            fp16_share=scores.share(choice.kept),
+            alpha=choice.alpha,
+            perplexity=evaluated[count],
+        )
         for count, choice in choices.items()
     )
+
+
+def with_pareto(points: tuple[CurvePoint, ...]) -> tuple[CurvePoint, ...]:
+    """Mark the points that no other point beats in both share and perplexity."""
+
+    def beaten(point: CurvePoint) -> bool:
+        return any(
+            (other.fp16_share, other.perplexity) != (point.fp16_share, point.perplexity)
+            and other.fp16_share <= point.fp16_share
+            and other.perplexity <= point.perplexity
+            for other in points
+        )
+
+    return tuple(point.model_copy(update={"pareto": not beaten(point)}) for point in points)

@@ -1,8 +1,7 @@
 """QFeP: find a short prefix that takes the activation spikes once, so that no later token spikes.
 
 Source: arXiv 2405.14428, "quantization-free prefix". The search proposes `[b, x, c]`: BOS, a context token and the
-token that spikes; `accept` (ours: the paper takes what it finds) turns down a prefix that does not lower the worst
-ratio, and lets a plain `[b]` compete.
+token that spikes. The paper takes what it finds; here the proposals compete (prefix_choice).
 """
 
 from collections.abc import Iterable
@@ -11,15 +10,21 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from spike_export.calibration.layerwise import BATCH_TOKENS, Decoder
 from spike_export.calibration.measure import measure_spikes
-from spike_export.calibration.modules import split_name
+from spike_export.calibration.modules import expert_of, is_router, split_name
 from spike_export.calibration.progress import Progress, silent
-from spike_export.calibration.reference_model import ReferenceModel
 from spike_export.calibration.spikes import SpikeStatistics
 
 TOKENS_PER_SAMPLE = 3
 CANDIDATES = 3
 CONTEXTS = 200
+
+MODULES = 2
+"""Modules that propose prefixes; the paper's search looks at the worst one only."""
+
+SPIKE_RATIO = 50.0
+"""Max-median ratio from which on a further module proposes prefixes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,38 +69,62 @@ def frequent_tokens(windows: NDArray[np.int64], count: int = CONTEXTS) -> NDArra
     return ids[np.lexsort((ids, -frequency))][:count].astype(np.int64)
 
 
-def propose_prefixes(
-    model: ReferenceModel, statistics: SpikeStatistics, bos: int, progress: Progress = silent
-) -> list[ProposedPrefix]:
-    """Search the best context for each of the worst module's spiking tokens; best rate first.
+def search_modules(statistics: SpikeStatistics, count: int = MODULES) -> tuple[str, ...]:
+    """Return the modules whose spikes a prefix is searched for: the highest ratios, of different layers."""
+    chosen: dict[int, str] = {}
+    for module, ratio in statistics.ratios().items():
+        if ratio > SPIKE_RATIO and not is_router(module):
+            chosen.setdefault(split_name(module)[0], module)
+    return tuple(chosen.values())[:count] or tuple(statistics.ratios())[:1]
 
-    Every candidate costs one batch of 200 sequences of 5 tokens through the layers up to the worst module's.
+
+def propose_prefixes(
+    decoder: Decoder, statistics: SpikeStatistics, bos: int, progress: Progress = silent
+) -> list[ProposedPrefix]:
+    """Search the best context for each of the worst modules' spiking tokens; best rate first.
+
+    Every candidate costs one batch of 200 sequences of 5 tokens through the layers up to its module's.
 
     Args:
-        model: Unquantized, without a prefix.
+        decoder: The model.
         statistics: Of the same model without a prefix.
         bos: Beginning-of-sequence id.
         progress: Told after each candidate.
     """
-    module = next(iter(statistics.ratios()))
     contexts = frequent_tokens(statistics.token_ids)
-    candidates = spiking_tokens(statistics, module, bos)
+    pairs = [
+        (module, token)
+        for module in search_modules(statistics)
+        for token in spiking_tokens(statistics, module, bos, CANDIDATES)
+    ]
     found = []
-    with model.only_layers(split_name(module)[0] + 1):
-        for done, token in enumerate(candidates, start=1):
-            found.append(_best_context(model, module, bos, token, contexts))
-            progress("candidate tokens", done, len(candidates))
+    for done, (module, token) in enumerate(pairs, start=1):
+        found.append(_best_context(decoder, module, bos, token, contexts))
+        progress("candidate tokens", done, len(pairs))
     return sorted(found, key=lambda prefix: -prefix.rate)
 
 
-def _best_context(
-    model: ReferenceModel, module: str, bos: int, token: int, contexts: NDArray[np.int64]
-) -> ProposedPrefix:
+def _best_context(decoder: Decoder, module: str, bos: int, token: int, contexts: NDArray[np.int64]) -> ProposedPrefix:
     columns = [np.full_like(contexts, bos), contexts, np.full_like(contexts, token)]
     sequences = np.stack([*columns, *columns[1:]], axis=1)  # [contexts, 5]: b x c x c
-    scales = measure_spikes(model, sequences, modules=(module,)).modules[module].token_amax
+    scales = _token_scales(decoder, module, sequences)
     best = int(np.argmax(scales[:, 2] / np.maximum(scales[:, 4], np.finfo(np.float32).tiny)))
     return ProposedPrefix((bos, int(contexts[best]), token), float(scales[best, 2]), float(scales[best, 4]))
+
+
+def _token_scales(decoder: Decoder, module: str, sequences: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Return each token's abs-max [sequences, tokens] at a module's input.
+
+    An expert sees only the tokens that are routed to it: there the layer's output is looked at instead, to which a
+    spike is added (as in the reference code).
+    """
+    layers = split_name(module)[0] + 1
+    if expert_of(module) is None:
+        measured = measure_spikes(decoder, sequences, (), (module,), layers=layers, batch_tokens=BATCH_TOKENS)
+        return measured.modules[module].token_amax
+    states = decoder.run(sequences, layers=layers, batch_tokens=BATCH_TOKENS)
+    parts = [states.get(index).abs().amax(-1).float().cpu().numpy() for index in range(len(states))]
+    return np.concatenate(parts)
 
 
 def worst_ratio(statistics: SpikeStatistics) -> tuple[str, float]:

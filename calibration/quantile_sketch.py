@@ -57,9 +57,8 @@ class QuantileSketch:
         left = math.floor(share * (self.count - 1)) - self.zeros
         if left < 0:
             return 0.0
-        for bucket, count in sorted(self.counts.items()):
-            left -= count
-            if left < 0:
-                break
+        buckets = sorted(self.counts)
+        cumulative = np.cumsum([self.counts[bucket] for bucket in buckets])
+        bucket = buckets[int(np.searchsorted(cumulative, left, side="right"))]
         # The middle, relatively, of the bucket's bounds.
         return float(2 * _GAMMA**bucket / (_GAMMA + 1))

@@ -25,11 +25,15 @@ ExcludedWeights = Literal["unquantized", "int8"]
 AttentionProducts = Literal["unquantized", "int8-per-tensor-static"]
 """Operands of attention's two matrix products (Q, K and V after rope)."""
 
-ActivationRange = Literal["max", "sample-mean"]
-"""What a static activation scale covers: the largest magnitude of all samples, or the mean over the samples of each
-sample's largest (averaged min-max), which clips the rare spike that only a few samples have."""
+ActivationRange = Literal["max", "sample-mean", "percentile", "mse"]
+"""What a static activation scale covers: the largest magnitude of all samples; the mean over the samples of each
+sample's largest (averaged min-max), which clips the rare spike that only a few samples have; the 99.9th percentile of
+the tokens' largest; or the share of the largest that makes the least error on held-out windows."""
 
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+Criterion = Literal["ratio", "noise"]
+"""What decides which modules stay in 16 bit: the max-median ratio, as in the paper, or the estimated noise."""
 
 WindowKind = Literal["packed", "documents"]
 """`packed`: cut from the stream of all documents, one after another; `documents`: each inside one document."""
@@ -72,6 +76,7 @@ class Scheme(_Document):
     excluded_weights: ExcludedWeights = "unquantized"
     attention: AttentionProducts = "unquantized"
     unquantized: Dtype = "float16"
+    unquantized_reason: str | None = None
 
 
 class Prefix(_Document):
@@ -79,11 +84,13 @@ class Prefix(_Document):
 
     Attributes:
         ratio: The worst max-median ratio of any module once the prefix is in place.
+        notes: What a caller of the model has to know, e.g. that a chat template emits BOS a second time.
     """
 
     token_ids: tuple[int, ...] = Field(min_length=1)
     text: str
     ratio: float
+    notes: tuple[str, ...] = ()
 
 
 class ModulePlan(_Document):
@@ -95,13 +102,17 @@ class ModulePlan(_Document):
             token by its own largest magnitude.
         weights: `int8` where a module that is kept holds its weight in INT8 (W8A16); None otherwise.
         ratio: Max-median ratio of the input.
-        reason: Why a module is not quantized.
+        clip: Share of the calibrated range that the scale covers, where it was searched.
+        noise: Squared error that INT8 here adds to the residual stream, relative to the stream; estimated.
+        reason: Why a module is not quantized, or not in the precision asked for.
     """
 
     precision: Literal["int8", "float16", "bfloat16", "float32"]
     activation_scale: PositiveFloat | None = None
     weights: Literal["int8"] | None = None
     ratio: float | None = None
+    clip: float | None = None
+    noise: float | None = None
     reason: str | None = None
 
 
@@ -140,17 +151,38 @@ class SmoothingPlan(_Document):
 
 
 class CurvePoint(_Document):
-    """One evaluated set: the modules with the highest ratios kept, the rest quantized.
+    """One evaluated set: the modules with the highest scores kept, the rest quantized.
 
     Attributes:
+        criterion: The score: the max-median ratio, or the estimated noise.
         fp16_modules: Linears kept in 16 bit (siblings counted).
-        alpha: Threshold that yields this set; modules with ratio > alpha are kept.
-        perplexity: On the calibration windows, with the scheme simulated.
+        fp16_share: Their share of the linears' multiply-accumulates.
+        alpha: Threshold that yields this set; modules with score > alpha are kept.
+        perplexity: On the search windows, with the scheme simulated.
+        pareto: Whether no other evaluated set is both smaller and better.
     """
 
+    criterion: Criterion = "ratio"
     fp16_modules: int
+    fp16_share: float = 0.0
     alpha: float
     perplexity: float
+    pareto: bool = True
+
+
+class TransformCandidate(_Document):
+    """One way to transform the weights that competed.
+
+    Attributes:
+        name: `none`, `smoothing`, or the rotation's kind and seed.
+        perplexity: On the search windows, with every linear quantized.
+        divergence: KL divergence from the unquantized model there, per token in nats; what the choice goes by.
+    """
+
+    name: str
+    perplexity: float
+    divergence: float
+    verdict: str
 
 
 class PrefixCandidate(_Document):
@@ -158,22 +190,35 @@ class PrefixCandidate(_Document):
 
     Attributes:
         worst_module: The module with the highest ratio, which is `ratio`.
-        perplexity: With every linear quantized and this prefix in place, on the calibration windows; None
-            when the candidate was turned down before.
+        reference_perplexity: Of the unquantized model behind this prefix, on the search windows.
+        perplexity: With every linear smoothed and quantized there; None when the candidate was turned down before.
     """
 
     token_ids: tuple[int, ...]
     text: str
     worst_module: str
     ratio: float
+    reference_perplexity: float | None = None
     perplexity: float | None = None
     verdict: str
 
 
 class Search(_Document):
-    """How the choices were made, kept so that they can be questioned."""
+    """How the choices were made, kept so that they can be questioned.
+
+    Attributes:
+        reference_perplexity: Of the unquantized model on the search windows, behind the prefix.
+        plain_reference_perplexity: The same without a prefix: a neutral prefix leaves it as it is.
+        forward_tokens: What the search of the prefix cost, in tokens through the whole model.
+        transforms: Rotations and smoothings that competed.
+        curve: Sets of modules that were evaluated.
+        prefixes: Prefixes that competed.
+    """
 
     reference_perplexity: float | None = None
+    plain_reference_perplexity: float | None = None
+    forward_tokens: int | None = None
+    transforms: tuple[TransformCandidate, ...] = ()
     curve: tuple[CurvePoint, ...] = ()
     prefixes: tuple[PrefixCandidate, ...] = ()
 
@@ -192,6 +237,7 @@ class Recipe(_Document):
     corpus: CorpusSource
     scheme: Scheme
     alpha: float | None
+    criterion: Criterion = "ratio"
     prefix: Prefix | None
     modules: Mapping[str, ModulePlan]
     attention: Mapping[str, AttentionPlan] = Field(default_factory=dict)
@@ -213,8 +259,18 @@ class Recipe(_Document):
         return self.prefix.token_ids if self.prefix else ()
 
     def kept(self) -> tuple[str, ...]:
-        """Names of the linears that are not quantized."""
+        """Names of the linears that are not quantized, routers included."""
         return tuple(name for name, plan in self.modules.items() if plan.precision != "int8")
+
+    def notes(self) -> tuple[str, ...]:
+        """What a user has to know: of the prefix, and of a precision that is another than asked for."""
+        reason = self.scheme.unquantized_reason
+        changed = (f"what is not quantized is {self.scheme.unquantized}: {reason}",) if reason else ()
+        return (*changed, *(self.prefix.notes if self.prefix else ()))
+
+    def kept_linears(self) -> tuple[str, ...]:
+        """Names of the linears that are not quantized although they might be: routers left out."""
+        return tuple(name for name in self.kept() if self.modules[name].reason != "router")
 
 
 def activation_scale(amax: float) -> float:

@@ -60,7 +60,7 @@ def smoothing_scales(form: Form, parameter: float, inputs: Floats, weights: Floa
 
 
 def smoothing_plan(form: Form, parameter: float, scales: Floats) -> SmoothingPlan:
-    """Return the plan of scales [channels], each rounded to the nearest 2 ** (k / 8); any scale is exact in function."""
+    """Return the plan of scales [channels], each rounded to the nearest 2 ** (k / 8); the model stays the same."""
     steps = np.rint(_STEPS_PER_OCTAVE * np.log2(scales.astype(np.float64)))
     exponents = np.clip(steps, -_LARGEST_EXPONENT, _LARGEST_EXPONENT).astype(np.int8)
     text = base64.b64encode(exponents.tobytes()).decode("ascii")

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from spike_export.calibration.decoder_config import DecoderConfig
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
 

@@ -22,6 +22,9 @@ SPIKES_FORMAT = 2
 
 Floats = NDArray[np.float32]
 
+PERCENTILE = 0.999
+"""Share of the tokens whose largest magnitude the rule `percentile` covers."""
+
 
 @dataclass(frozen=True)
 class ModuleSpikes:
@@ -62,7 +65,9 @@ class ModuleSpikes:
         return max(self.amax, float(self.output_amax.max()))
 
     def range(self, rule: ActivationRange) -> float:
-        """Return the magnitude that a static scale covers under a rule."""
+        """Return the magnitude that a static scale covers under a rule; for `mse`, what its clips are shares of."""
+        if rule == "percentile":
+            return float(np.quantile(self.token_amax[~np.isnan(self.token_amax)], PERCENTILE))
         return covered_range(self.sample_amax, rule)
 
     def smoothed_range(self, scales: Floats, rule: ActivationRange) -> float:
@@ -101,7 +106,7 @@ def covered_range(sample_amax: Floats, rule: ActivationRange) -> float:
     seen = sample_amax[sample_amax > 0]
     if not len(seen):
         return 0.0
-    return float(seen.max()) if rule == "max" else float(seen.mean(dtype=np.float64))
+    return float(seen.mean(dtype=np.float64)) if rule == "sample-mean" else float(seen.max())
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +151,16 @@ class SpikeStatistics:
     def ratios(self) -> dict[str, float]:
         """Max-median ratio per representative module, highest first; ties keep execution order."""
         return dict(sorted(((name, spikes.ratio) for name, spikes in self.modules.items()), key=lambda item: -item[1]))
+
+    def select(self, rows: NDArray[np.int64]) -> "SpikeStatistics":
+        """Return the record of some samples; `rows` are indices into this record, ascending."""
+        modules = {
+            name: ModuleSpikes(spikes.token_amax[rows], spikes.sample_channel_amax[rows], spikes.output_amax[rows])
+            for name, spikes in self.modules.items()
+        }
+        operands = {name: amax[rows] for name, amax in self.operand_amax.items()}
+        ids, hidden = self.sample_ids[rows], self.hidden_amax[rows]
+        return SpikeStatistics(modules, self.token_ids[rows], self.prefix_ids, ids, hidden, operands)
 
     def top_tokens(self, module: str, count: int) -> list[TopToken]:
         """Return the tokens with the largest scales at a module, largest first, ties by sample and position."""
@@ -232,7 +247,7 @@ def save_spikes(
         "format": SPIKES_FORMAT,
         **description,
         "prefix_ids": list(statistics.prefix_ids),
-        "hidden_amax": [float(value) for value in statistics.hidden_amax.max(axis=0)] if statistics.hidden_amax.size else [],
+        "hidden_amax": statistics.hidden_amax.max(axis=0).tolist() if statistics.hidden_amax.size else [],
         "attentions": list(statistics.operand_amax),
         "modules": {name: _summary(statistics, name, decode) for name in statistics.modules},
     }
@@ -257,6 +272,22 @@ def _summary(statistics: SpikeStatistics, name: str, decode: Callable[[int], str
     }
 
 
+def load_description(stem: Path) -> dict[str, Any]:
+    """Read the JSON file that `save_spikes` wrote.
+
+    Raises:
+        ArtifactError: The file is missing or damaged.
+    """
+    path = stem.with_name(stem.name + ".json")
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path}: cannot read the spike statistics ({error}); calibrate again") from error
+    if not isinstance(document, dict):
+        raise ArtifactError(f"{path}: holds no spike statistics; calibrate again")
+    return document
+
+
 def load_spikes(stem: Path) -> SpikeStatistics:
     """Read what `save_spikes` wrote.
 
@@ -265,8 +296,8 @@ def load_spikes(stem: Path) -> SpikeStatistics:
     """
     from safetensors.numpy import load_file
 
+    document = load_description(stem)
     try:
-        document = json.loads(stem.with_name(stem.name + ".json").read_text(encoding="utf-8"))
         tensors = load_file(stem.with_name(stem.name + ".safetensors"))
         modules = {
             name: ModuleSpikes(*(tensors[f"{name}.{array}"] for array in _ARRAYS)) for name in document["modules"]

@@ -10,6 +10,7 @@ Dtype = Literal["float16", "bfloat16", "float32"]
 
 _CALIBRATION = Group("Calibration", sort_key=1)
 _QUANTIZATION = Group("Quantization", sort_key=2)
+_EXECUTION = Group("Execution", sort_key=3)
 _CHECK = Group("Check", sort_key=3)
 _BUILD = Group("Engine", sort_key=4)
 _RUN = Group("Run", sort_key=5)
@@ -63,14 +64,52 @@ class QuantizationArguments:
     max_fp16_modules: Annotated[int | None, Parameter(name="--max-fp16-modules")] = None
     "Keep as many of the linears with the highest ratios as fit into this number."
 
+    max_fp16_share: Annotated[float, Parameter(name="--max-fp16-share")] = 0.05
+    "Largest share of the linears' multiply-accumulates that the automatic choice keeps in 16 bit."
+
     tolerance: float = 0.005
     "Relative perplexity increase over its goal that the automatic choice accepts."
+
+    prefix_length: int = 5
+    "Most tokens of a prefix."
+
+    smoothing: bool = True
+    "Move scales from activations to weights, searched for every input."
+
+    rotation: Literal["auto", "always", "never"] = "never"
+    """Rotate the residual stream: tried beside smoothing alone, always or never. In a model whose head is tied to the
+    embedding the bundle grows by the head."""
 
     weights: Literal["int8-per-channel", "int8-per-tensor"] = "int8-per-channel"
     "Scales of INT8 weights."
 
-    activation_range: Literal["sample-mean", "max"] = "sample-mean"
-    "What a static activation scale covers: the mean of the samples' maxima, or the largest value of all."
+    activations: Literal["int8-per-tensor-static", "int8-per-token-dynamic"] = "int8-per-tensor-static"
+    "Scales of INT8 activations: constants (fastest), or each token's own at run time (most accurate)."
+
+    activation_range: Literal["mse", "sample-mean", "percentile", "max"] = "mse"
+    """What a static activation scale covers: the range with the least error, the mean of the samples' maxima, the
+    99.9th percentile of the tokens' maxima, or the largest value of all."""
+
+    excluded_weights: Literal["unquantized", "int8"] = "unquantized"
+    "Weights of the modules that QFeM keeps: in 16 bit, or in INT8 with 16-bit products (W8A16)."
+
+    attention: Literal["unquantized", "int8-per-tensor-static"] = "unquantized"
+    "Operands of attention's matrix products."
+
+
+@Parameter(name="*", group=_EXECUTION)
+@dataclass(frozen=True, kw_only=True)
+class ExecutionArguments:
+    """Where and how calibration runs the model."""
+
+    device: Annotated[tuple[str, ...], Parameter(negative="")] = ()
+    "torch device, such as cuda or cuda:1; repeat for several, which share the windows (default: cpu)."
+
+    compute_dtype: Dtype = "float32"
+    "Precision of the calibration's forward passes."
+
+    layers: Literal["auto", "resident", "streamed"] = "auto"
+    "Whether layers stay in memory or are read anew in every pass (default: as the memory allows)."
 
 
 @Parameter(name="*", group=_QUANTIZATION)

@@ -6,8 +6,8 @@ from spike_export.calibration.chat import rendered
 from spike_export.calibration.checkpoint import open_checkpoint
 from spike_export.calibration.corpus_files import CorpusOptions, load_corpus
 from spike_export.calibration.errors import ArtifactError
+from spike_export.calibration.layerwise import Decoder
 from spike_export.calibration.progress import Progress
-from spike_export.calibration.reference_model import load_reference_model
 from spike_export.calibration.token_windows import token_windows
 from spike_export.cli.arguments import CorpusArguments
 from spike_export.cli.job import require_length
@@ -45,7 +45,7 @@ def check_bundle(bundle: Path, reference: str, arguments: CorpusArguments, progr
     name = "shipped" if manifest.model.recipe_sha256 else "unquantized"
     return check_variants(
         checkpoint,
-        lambda: load_reference_model(checkpoint),
+        lambda: Decoder(checkpoint),
         corpus,
         windows.evaluation,
         [Variant(name, None, bundle)],

@@ -4,11 +4,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spike_export.calibration.calibrate import CalibrationOptions
 from spike_export.calibration.chat import Chats
 from spike_export.calibration.corpus import Corpus
 from spike_export.calibration.corpus_files import CorpusOptions, load_corpus
 from spike_export.calibration.errors import ArtifactError, RecipeError
+from spike_export.calibration.options import CalibrationOptions
+from spike_export.calibration.recipe import Dtype
+from spike_export.cli.execution import Residency
 from spike_export.engines.build_options import BuildOptions
 
 if TYPE_CHECKING:
@@ -32,6 +34,10 @@ class Job:
         max_ppl_increase: Largest relative perplexity increase of the shipped bundle; None for no limit.
         build: How to build the plan.
         allow_fallback: Accept a plan in which a module planned as INT8 runs in 16 bit.
+        devices: torch devices that calibrate; empty for the CPU.
+        compute_dtype: Precision of the calibration's forward passes.
+        residency: Whether layers stay in memory.
+        shard: (i, n): measure only the i-th of n parts of the windows, and stop.
     """
 
     model: str
@@ -46,6 +52,10 @@ class Job:
     max_ppl_increase: float | None = None
     build: BuildOptions = field(default_factory=BuildOptions)
     allow_fallback: bool = False
+    devices: tuple[str, ...] = ()
+    compute_dtype: Dtype = "float32"
+    residency: Residency = "auto"
+    shard: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""

@@ -19,6 +19,7 @@ from spike_export.cli.arguments import (
     BuildArguments,
     CorpusArguments,
     DtypeArguments,
+    ExecutionArguments,
     GateArguments,
     QuantizationArguments,
     RunArguments,
@@ -27,7 +28,7 @@ from spike_export.cli.arguments import (
 from spike_export.cli.visible_text import visible
 
 if TYPE_CHECKING:
-    from spike_export.calibration.calibrate import CalibrationOptions
+    from spike_export.calibration.options import CalibrationOptions
     from spike_export.cli.job import Job
     from spike_export.cli.pipeline import Pipeline
     from spike_export.engines.build_options import BuildOptions
@@ -113,6 +114,7 @@ def job(
     corpus: CorpusArguments = CorpusArguments(),
     quantization: QuantizationArguments = QuantizationArguments(),
     dtype: DtypeArguments = DtypeArguments(),
+    execution: ExecutionArguments = ExecutionArguments(),
     gate: GateArguments = GateArguments(),
     build: BuildArguments = BuildArguments(),
     run_options: RunArguments = RunArguments(),
@@ -130,6 +132,7 @@ def job(
         max_ppl_increase=gate.max_ppl_increase,
         build=_build_options(build),
         allow_fallback=build.allow_fallback,
+        **_execution_fields(execution),
     )
     return _run_job(work, run_options)
 
@@ -177,12 +180,15 @@ def _open(work: "Job", options: RunArguments, stages: Sequence[str], console: Co
     require_writable(work.work_dir)
     from spike_export.calibration.chat import rendered
     from spike_export.calibration.checkpoint import open_checkpoint
-    from spike_export.cli.pipeline import Pipeline
+    from spike_export.cli.pipeline import BUNDLE, Pipeline
     from spike_export.cli.progress_display import ProgressDisplay
     from spike_export.cli.run_directory import RunDirectory
+    from spike_export.export.architectures import require_exportable
 
     read = work.read_corpus()  # a bad corpus is reported before the model is opened
     checkpoint = open_checkpoint(work.model)
+    if BUNDLE in stages:
+        require_exportable(checkpoint.config)
     require_length(work.calibration.length, checkpoint)
     corpus = rendered(read, checkpoint.tokenizer)
     display = ProgressDisplay(console, stages, quiet=options.quiet)
@@ -192,7 +198,7 @@ def _open(work: "Job", options: RunArguments, stages: Sequence[str], console: Co
 def _calibration_options(
     corpus: CorpusArguments, quantization: QuantizationArguments, dtype: DtypeArguments
 ) -> "CalibrationOptions":
-    from spike_export.calibration.calibrate import CalibrationOptions
+    from spike_export.calibration.options import CalibrationOptions
 
     return CalibrationOptions(
         samples=corpus.samples,
@@ -208,6 +214,14 @@ def _corpus_fields(corpus: CorpusArguments) -> dict[str, Any]:
     """Return what a job knows of its corpus."""
     names = ("corpus", "text_field", "corpus_split", "chat_template")
     return {name: getattr(corpus, name) for name in names}
+
+
+def _execution_fields(execution: ExecutionArguments) -> dict[str, Any]:
+    return {
+        "devices": execution.device,
+        "compute_dtype": execution.compute_dtype,
+        "residency": execution.layers,
+    }
 
 
 def _build_options(build: BuildArguments) -> "BuildOptions":
@@ -233,23 +247,80 @@ def calibrate(
     corpus: CorpusArguments = CorpusArguments(),
     quantization: QuantizationArguments = QuantizationArguments(),
     dtype: DtypeArguments = DtypeArguments(),
+    execution: ExecutionArguments = ExecutionArguments(),
+    shard: Annotated[
+        str | None, Parameter(help="i/n: measure only the i-th of n parts of the windows, for `merge`.")
+    ] = None,
     run_options: RunArguments = RunArguments(),
 ) -> int:
-    """Measure activation spikes, choose modules and prefix, write the recipe."""
+    """Measure activation spikes, choose prefix, smoothing and modules, write the recipe."""
+    from spike_export.calibration.partial_statistics import parse_shard, shard_samples
     from spike_export.cli.job import Job
     from spike_export.cli.pipeline import BUNDLE, stages_of
 
     options = _calibration_options(corpus, quantization, dtype)
-    work = Job(model, work_dir, calibration=options, **_corpus_fields(corpus))
+    part = parse_shard(shard) if shard else None
+    if part:
+        shard_samples(options.samples, part)  # an empty shard is refused before the model is opened
+    work = Job(
+        model, work_dir, calibration=options, shard=part, **_corpus_fields(corpus), **_execution_fields(execution)
+    )
     console = Console()
     stages = stages_of(work)
     pipeline = _open(work, run_options, stages[: stages.index(BUNDLE)], console)
+    if part:
+        with pipeline.display:
+            pipeline.measure()
+        if not run_options.quiet:
+            console.print(Text(f"statistics of shard {shard}: {work_dir / 'spikes.json'}"), soft_wrap=True)
+        return DONE
     with pipeline.display:
         recipe = pipeline.calibrate()
     if not run_options.quiet:
         prefix = f"prefix {list(recipe.prefix_ids)} {recipe.prefix.text!r}" if recipe.prefix else "no prefix"
-        kept = f"{len(recipe.kept())} of {len(recipe.modules)} linears in {recipe.scheme.unquantized}"
+        kept = f"{len(recipe.kept_linears())} of {len(recipe.modules)} linears in {recipe.scheme.unquantized}"
         console.print(Text(f"{kept}, {prefix}\nrecipe: {work_dir / 'recipe.json'}"), soft_wrap=True)
+        for note in recipe.notes():
+            console.print(Text(f"note: {note}"), soft_wrap=True)
+    return DONE
+
+
+@app.command
+def merge(
+    shards: Annotated[tuple[Path, ...], Parameter(help="Work directories of the shards, all of them, in any order.")],
+    /,
+    *,
+    work_dir: Annotated[Path, Parameter(help="Where calibrate is to go on from the merged statistics.")],
+    run_options: RunArguments = RunArguments(),
+) -> int:
+    """Merge the statistics that `calibrate --shard` measured; `calibrate` without it goes on from there."""
+    from spike_export.cli.shard_merge import merge_into
+
+    samples = merge_into(work_dir, shards)
+    if not run_options.quiet:
+        Console().print(Text(f"{samples} windows of {len(shards)} shards: {work_dir / 'spikes.json'}"), soft_wrap=True)
+    return DONE
+
+
+@app.command
+def inspect(
+    run_directory: Annotated[Path, Parameter(help="Work directory of a run.")],
+    /,
+    *,
+    explain: Annotated[
+        tuple[str, ...], Parameter(help="Module, e.g. model.layers.11.mlp.down_proj or 11.mlp.down_proj; repeatable.")
+    ] = (),
+    as_json: Annotated[bool, Parameter(name="--json", negative="", help="Print JSON instead of tables.")] = False,
+    run_options: RunArguments = RunArguments(),
+) -> int:
+    """Show what a run decided, what it compared, and why a module has its precision."""
+    from spike_export.cli.recipe_explanation import explain_modules, summarize_recipe
+
+    console = Console()
+    if explain:
+        explain_modules(run_directory, explain, as_json, console)
+    else:
+        summarize_recipe(run_directory, as_json, console)
     return DONE
 
 

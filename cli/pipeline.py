@@ -10,23 +10,28 @@ from pydantic import TypeAdapter, ValidationError
 
 from spike_export.calibration.ablation import ablations
 from spike_export.calibration.atomic_write import write_text
-from spike_export.calibration.calibrate import (
-    Calibration,
-    PrefixChoice,
-    build_recipe,
-    choose_kept,
-    choose_prefix,
-)
+from spike_export.calibration.calibrate import Calibration, Transform
 from spike_export.calibration.chat import rendered
 from spike_export.calibration.checkpoint import Checkpoint
 from spike_export.calibration.corpus import Corpus
 from spike_export.calibration.errors import ArtifactError
 from spike_export.calibration.heap import collect_and_return_memory
+from spike_export.calibration.layerwise import Decoder, Execution
+from spike_export.calibration.module_choice import choose_kept
+from spike_export.calibration.partial_statistics import (
+    Samples,
+    discard_parts,
+    measure_in_parts,
+    shard_samples,
+)
+from spike_export.calibration.prefix_choice import PrefixChoice, choose_prefix
 from spike_export.calibration.progress import Progress
 from spike_export.calibration.recipe import Recipe, Search, load_recipe, save_recipe
-from spike_export.calibration.reference_model import ReferenceModel, load_reference_model
+from spike_export.calibration.recipe_writer import build_recipe
 from spike_export.calibration.spikes import SpikeStatistics, load_spikes, save_spikes
 from spike_export.calibration.token_windows import TokenWindows, token_windows
+from spike_export.calibration.transform_choice import TransformChoice, choose_transform
+from spike_export.cli.execution import execution_of
 from spike_export.cli.job import Job, require_bundle_or_nothing
 from spike_export.cli.progress_display import ProgressDisplay
 from spike_export.cli.run_directory import RunDirectory, stage_key
@@ -40,20 +45,29 @@ from spike_export.export.manifest import DATA_FILE, GRAPH_FILE, MANIFEST_FILE
 SPIKES = "spikes"
 PREFIX = "prefix"
 BEHIND = "spikes behind the prefix"
+SMOOTHING = "smoothing"
+AFTER = "spikes after smoothing"
 RECIPE = "recipe"
 BUNDLE = "bundle"
 CHECK = "check"
 PLAN = "plan"
 REPORT = "report"
 
-CALIBRATION_STAGES = (SPIKES, PREFIX, BEHIND, RECIPE)
-
 _PREFIX_CHOICE = TypeAdapter(PrefixChoice)
+_TRANSFORM_CHOICE = TypeAdapter(TransformChoice)
+
+_PART_SIZE = 4
+"""Windows whose statistics a kill may cost."""
+
+_STREAMED_PART_SIZE = 32
+"""The same where all weights are read anew for every part."""
 
 
 def stages_of(job: Job) -> tuple[str, ...]:
     """Return the names of the stages a job runs, in order."""
-    calibration = CALIBRATION_STAGES if job.calibration.qfep else (SPIKES, RECIPE)
+    prefix = (PREFIX, BEHIND) if job.calibration.qfep else ()
+    smoothing = (SMOOTHING, AFTER) if job.calibration.searches_smoothing else ()
+    calibration = (SPIKES,) if job.shard else (SPIKES, *prefix, *smoothing, RECIPE)
     plan = (PLAN,) if job.plan else ()
     return (*(calibration if job.quantize else ()), BUNDLE, CHECK, *plan, REPORT)
 
@@ -94,7 +108,12 @@ class Pipeline:
     @cached_property
     def calibration(self) -> Calibration:
         """Model and windows; the weights are read when a stage first needs them."""
-        return Calibration(self.checkpoint, self.windows, self.job.calibration)
+        return Calibration(self.checkpoint, self.windows, self.job.calibration, self.execution)
+
+    @cached_property
+    def execution(self) -> Execution:
+        """Where and how the model runs."""
+        return execution_of(self.job, self.checkpoint, self.run.path)
 
     @cached_property
     def _model_key(self) -> str:
@@ -116,6 +135,7 @@ class Pipeline:
             corpus=self.corpus.sha256,
             samples=options.samples,
             length=options.length,
+            compute=[self.execution.dtype, self.execution.devices[0].partition(":")[0]],
             seed=options.seed,
             windows=options.windows,
             # Packed windows come from the text, wherever its documents end. How a chat was rendered is in the text.
@@ -124,34 +144,88 @@ class Pipeline:
 
     def calibrate(self) -> Recipe:
         """Run the calibration's stages and return the recipe as it now lies in the work directory."""
-        plain = self._spikes(SPIKES, "spikes", ())
+        plain = self.measure()
         prefixes = self._prefix(plain) if self.job.calibration.qfep else PrefixChoice()
         behind = self._behind(plain, prefixes)
-        options = {**asdict(self.job.calibration), "prefix": prefixes.token_ids}
+        transforms = self._transform(behind) if self.job.calibration.searches_smoothing else TransformChoice()
+        after = self._after(behind, transforms.transform)
+        options = {**asdict(self.job.calibration), "prefix": prefixes.token_ids, "transform": transforms.transform}
         path = self.run.path / "recipe.json"
 
         def work(progress: Progress) -> None:
-            choice = choose_kept(self.calibration, behind, progress)
-            reference = self.calibration.reference_perplexity(prefixes.token_ids)
-            search = Search(reference_perplexity=reference, curve=choice.curve, prefixes=prefixes.candidates)
-            save_recipe(build_recipe(self.calibration, self.corpus, behind, choice, search), path)
+            choice = choose_kept(self.calibration, after, transforms.transform, progress)
+            search = Search(
+                reference_perplexity=self.calibration.reference(prefixes.token_ids).perplexity,
+                plain_reference_perplexity=self.calibration.reference(()).perplexity,
+                forward_tokens=prefixes.forward_tokens or None,
+                transforms=transforms.candidates,
+                curve=choice.curve,
+                prefixes=prefixes.candidates,
+            )
+            recipe = build_recipe(self.calibration, self.corpus, after, choice, transforms.transform, search)
+            save_recipe(recipe, path)
 
         self._stage(RECIPE, stage_key(spikes=self._spikes_key, options=options), [path], work)
         return load_recipe(path)
 
-    def _spikes(self, stage: str, stem: str, prefix: tuple[int, ...]) -> SpikeStatistics:
+    def measure(self) -> SpikeStatistics:
+        """Run the first stage and return the statistics without a prefix: of all windows, or of the job's shard."""
+        return self._spikes(SPIKES, "spikes", ())
+
+    def _spikes(
+        self, stage: str, stem: str, prefix: tuple[int, ...], transform: Transform = Transform()
+    ) -> SpikeStatistics:
         place = self.run.path / stem
+        samples, shard = self.job.calibration.samples, self.job.shard
+        chosen = shard_samples(samples, shard if shard else (1, 1))
+        whole = stage_key(spikes=self._spikes_key, prefix=prefix, transform=transform)
         description = {
+            "key": whole,
+            "samples": samples,
             "model": {"source": self.checkpoint.name, "sha256": self.checkpoint.tensors.sha256()},
             "corpus": {"name": self.corpus.name, "sha256": self.corpus.sha256},
         }
+        parts = place.with_name(f".{stem}.parts")
+        part_size = _PART_SIZE if self.execution.resident else _STREAMED_PART_SIZE
+
+        def measure(rows: Samples) -> SpikeStatistics:
+            return self.calibration.measure_windows(self.windows.calibration[rows], rows, prefix, transform)
 
         def work(progress: Progress) -> None:
-            save_spikes(self.calibration.measure(prefix, progress), place, description)
+            statistics = measure_in_parts(measure, chosen, part_size, parts, whole, progress)
+            save_spikes(statistics, place, description, self._decode)
+            discard_parts(parts)
 
         files = [place.with_name(f"{stem}.safetensors"), place.with_name(f"{stem}.json")]
-        self._stage(stage, stage_key(spikes=self._spikes_key, prefix=prefix), files, work)
+        self._stage(stage, stage_key(whole=whole, shard=shard) if shard else whole, files, work)
         return load_spikes(place)
+
+    def _decode(self, token: int) -> str:
+        tokenizer = self.checkpoint.tokenizer
+        return str(tokenizer.decode([token])) if tokenizer else ""
+
+    def _transform(self, behind: SpikeStatistics) -> TransformChoice:
+        path = self.run.path / "smoothing.json"
+        options = asdict(replace(self.job.calibration, dtype="float32", tolerance=0.0, alpha=None))
+
+        def work(progress: Progress) -> None:
+            choice = choose_transform(self.calibration, behind, progress)
+            write_text(path, _TRANSFORM_CHOICE.dump_json(choice, indent=1).decode())
+
+        key = stage_key(spikes=self._spikes_key, options=options, prefix=behind.prefix_ids)
+        self._stage(SMOOTHING, key, [path], work)
+        try:
+            return _TRANSFORM_CHOICE.validate_json(path.read_bytes())
+        except (OSError, ValidationError) as error:
+            raise ArtifactError(f"{path}: cannot read the smoothing; run again with --force") from error
+
+    def _after(self, behind: SpikeStatistics, transform: Transform) -> SpikeStatistics:
+        if not self.job.calibration.searches_smoothing:
+            return behind
+        if not transform.changes_weights:
+            self.display.skip(AFTER, "the weights are as they were")
+            return behind
+        return self._spikes(AFTER, "spikes_smoothed", behind.prefix_ids, transform)
 
     def _prefix(self, plain: SpikeStatistics) -> PrefixChoice:
         path = self.run.path / "prefix.json"
@@ -224,10 +298,10 @@ class Pipeline:
         save_check(check, path)
         return check
 
-    def _take_model(self) -> ReferenceModel:
+    def _take_model(self) -> Decoder:
         """Return the model that calibration read, or a new one; the pipeline forgets it, so that it can be freed."""
         calibration: Calibration | None = self.__dict__.pop("calibration", None)
-        return calibration.model if calibration else load_reference_model(self.checkpoint)
+        return calibration.model.decoder if calibration else Decoder(self.checkpoint, self.execution)
 
     def _variants(self, recipe: Recipe | None, bundle: Path) -> list[Variant]:
         if recipe is None:
@@ -236,17 +310,27 @@ class Pipeline:
         behind = self._behind_recipe(recipe, plain)
         recipes = ablations(self.calibration, self.corpus, plain, behind, recipe)
         variants = [Variant("unquantized", None), *(Variant(name, each) for name, each in recipes.items())]
-        if recipe.scheme.activation_range == "max":
+        more = [
+            name
+            for name, used in (
+                ("rotation", recipe.rotation),
+                ("smoothing", recipe.smoothing),
+                (recipe.scheme.activation_range, recipe.scheme.activation_range != "max"),
+            )
+            if used
+        ]
+        if not more:
             # The last ablation is the shipped recipe itself, unless it was edited.
             return [*variants[:-1], Variant(variants[-1].name, recipe, bundle)]
-        return [*variants, Variant(f"{variants[-1].name}+{recipe.scheme.activation_range}", recipe, bundle)]
+        return [*variants, Variant("+".join((variants[-1].name, *more)), recipe, bundle)]
 
     def _behind_recipe(self, recipe: Recipe, plain: SpikeStatistics) -> SpikeStatistics:
         """Return the statistics behind the recipe's prefix, measured here when it was put in by hand."""
         if not recipe.prefix:
             return plain
         place = self.run.path / "spikes_prefixed"
-        if self.run.is_stamped(BEHIND, stage_key(spikes=self._spikes_key, prefix=recipe.prefix_ids)):
+        key = stage_key(spikes=self._spikes_key, prefix=recipe.prefix_ids, transform=Transform())
+        if self.run.is_stamped(BEHIND, key):
             return load_spikes(place)
         return self.calibration.measure(recipe.prefix_ids)
 

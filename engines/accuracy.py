@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from spike_export.calibration.atomic_write import describe_os_error
 from spike_export.calibration.errors import ArtifactError, EngineError
 from spike_export.calibration.heap import collect_and_return_memory
+from spike_export.calibration.layerwise import Decoder
 from spike_export.calibration.perplexity import Likelihood, with_bos
 from spike_export.calibration.progress import Progress, silent
-from spike_export.calibration.reference_model import ReferenceModel
 from spike_export.engines.onnx_session import BundleSession
 
 Logits = NDArray[np.float32]
 
-LoadModel = Callable[[], ReferenceModel]
+LoadModel = Callable[[], Decoder]
 """Gives the reference model; whoever calls it may drop it when done."""
 
 _ROWS = 64
@@ -84,16 +84,17 @@ def reference_logits(
 
 
 def _write_logits(
-    model: ReferenceModel, content: NDArray[np.int64], bos: int | None, folder: Path, progress: Progress
+    model: Decoder, content: NDArray[np.int64], bos: int | None, folder: Path, progress: Progress
 ) -> Likelihood:
-    needed = content.shape[0] * (content.shape[1] - 1) * model.causal_lm.config.vocab_size * 4
+    needed = content.shape[0] * (content.shape[1] - 1) * model.config.vocab_size * 4
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ArtifactError(f"{folder}: {needed:,} bytes are needed and {free:,} are free; free space there")
     total = Likelihood(0.0, 0)
+    states = model.run(with_bos(content, bos), batch_tokens=1)
+    head = model.head()
     for index, tokens in enumerate(content):
-        states = model.hidden_states(with_bos(tokens[None], bos))[0, -len(tokens) : -1]
-        logits = model.logits(states).numpy()
+        logits = head.logits(states.get(index)[0, -len(tokens) : -1]).float().cpu().numpy()
         try:
             np.save(folder / f"{index}.npy", logits)
         except OSError as error:

@@ -1,0 +1,181 @@
+"""Which prefix: found candidates compete, by the perplexity of the model that is quantized behind each of them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from spike_export.calibration import qfep
+from spike_export.calibration.calibrate import NO_TRANSFORM, Calibration, Transform
+from spike_export.calibration.checkpoint import Checkpoint
+from spike_export.calibration.progress import Progress, silent
+from spike_export.calibration.recipe import PrefixCandidate
+from spike_export.calibration.smoothing_search import default_smoothing
+from spike_export.calibration.spikes import SpikeStatistics
+
+NEUTRALITY = 0.005
+"""Largest relative increase of the unquantized model's perplexity that a prefix may cost."""
+
+_WORTH = 0.002
+"""Smallest relative decrease of perplexity for which a prefix is made a token longer."""
+
+
+@dataclass(frozen=True)
+class PrefixChoice:
+    """The outcome of the competition.
+
+    Attributes:
+        token_ids: The winner; empty for no prefix.
+        candidates: Every competitor with its verdict, the empty prefix first.
+        forward_tokens: What the competition cost: tokens through the whole model, parts of it in proportion.
+    """
+
+    token_ids: tuple[int, ...] = ()
+    candidates: tuple[PrefixCandidate, ...] = ()
+    forward_tokens: int = 0
+
+
+def choose_prefix(calibration: Calibration, plain: SpikeStatistics, progress: Progress = silent) -> PrefixChoice:
+    """Let no prefix, `[BOS]`, the found prefixes and longer forms of the best compete.
+
+    A prefix is accepted when it lowers the worst max-median ratio and leaves the unquantized model's perplexity as it
+    is; of the accepted ones the one with the lowest simulated perplexity wins, smoothed and quantized.
+
+    Args:
+        calibration: The model and its windows.
+        plain: Statistics without a prefix, of all calibration windows.
+        progress: Told after each candidate.
+    """
+    bos = calibration.checkpoint.bos_token_id
+    if bos is None:
+        return PrefixChoice()
+    competition = _Competition(calibration, progress)
+    competition.enter((), None)
+    for prefix in _proposals(calibration, plain, bos, progress):
+        if len(prefix) <= calibration.options.prefix_length:
+            competition.enter(prefix, competition.candidates[0])
+    competition.lengthen(calibration.options.prefix_length, bos)
+    return competition.outcome()
+
+
+def _proposals(calibration: Calibration, plain: SpikeStatistics, bos: int, progress: Progress) -> list[tuple[int, ...]]:
+    found = qfep.propose_prefixes(calibration.model.decoder, plain, bos, progress)
+    return qfep.distinct([(bos,), *(prefix.token_ids for prefix in found)])
+
+
+class _Competition:
+    """The candidates so far, with what was measured of each."""
+
+    def __init__(self, calibration: Calibration, progress: Progress) -> None:
+        self._calibration, self._progress = calibration, progress
+        self._statistics: dict[tuple[int, ...], SpikeStatistics] = {}
+        self._started = calibration.meter.tokens
+        self.candidates: list[PrefixCandidate] = []
+
+    def enter(self, prefix: tuple[int, ...], without: PrefixCandidate | None) -> PrefixCandidate:
+        """Measure one candidate; `without` is the empty prefix, or None while that itself enters."""
+        calibration = self._calibration
+        windows, rows = calibration.search_windows, calibration.search_rows
+        statistics = calibration.measure_windows(windows, rows, prefix)
+        self._statistics[prefix] = statistics
+        module, ratio = qfep.worst_ratio(statistics)
+        reference = calibration.reference(prefix).perplexity
+        verdict, perplexity = "accepted", None
+        if without is not None and not qfep.lowers_worst_ratio(ratio, without.ratio):
+            verdict = "turned down: does not lower the worst ratio"
+        elif without is not None and reference > (1 + NEUTRALITY) * (without.reference_perplexity or reference):
+            verdict = "turned down: changes the unquantized model"
+        else:
+            transform = _default_transform(calibration, statistics)
+            perplexity = calibration.predicted(statistics, (), transform).perplexity
+        candidate = PrefixCandidate(
+            token_ids=prefix,
+            text=prefix_text(calibration.checkpoint, prefix),
+            worst_module=module,
+            ratio=ratio,
+            reference_perplexity=reference,
+            perplexity=perplexity,
+            verdict=verdict,
+        )
+        self.candidates.append(candidate)
+        self._progress("prefixes", len(self.candidates), 0)
+        return candidate
+
+    @property
+    def best(self) -> PrefixCandidate:
+        """The accepted candidate with the lowest perplexity; the shortest of equals."""
+        return min(self.candidates, key=lambda c: float("inf") if c.perplexity is None else c.perplexity)
+
+    def lengthen(self, most: int, bos: int) -> None:
+        """Append to the best, one at a time, the token that still spikes most behind it, as long as that pays."""
+        best = self.best
+        while best.token_ids and len(best.token_ids) < most:
+            statistics = self._statistics[best.token_ids]
+            entered = [
+                self.enter((*best.token_ids, token), self.candidates[0]) for token in self._next_tokens(statistics, bos)
+            ]
+            better = [each for each in entered if each.perplexity is not None]
+            winner = min(better, key=lambda c: c.perplexity or 0.0, default=None)
+            if winner is None or winner.perplexity > (1 - _WORTH) * best.perplexity:  # type: ignore[operator]
+                return
+            best = winner
+
+    def _next_tokens(self, statistics: SpikeStatistics, bos: int) -> Iterator[int]:
+        """Yield the token that spikes most at the worst module that has one the prefix lacks."""
+        tried = {candidate.token_ids for candidate in self.candidates}
+        for module in statistics.ratios():
+            for token in qfep.spiking_tokens(statistics, module, bos, 1):
+                if token not in statistics.prefix_ids and (*statistics.prefix_ids, token) not in tried:
+                    yield token
+                    return
+
+    def outcome(self) -> PrefixChoice:
+        """Return the winner and everybody's verdict."""
+        best = self.best
+        judged = tuple(
+            candidate
+            if candidate.perplexity is None
+            else candidate.model_copy(update={"verdict": "chosen" if candidate is best else "higher perplexity"})
+            for candidate in self.candidates
+        )
+        return PrefixChoice(best.token_ids, judged, self._calibration.meter.tokens - self._started)
+
+
+def _default_transform(calibration: Calibration, statistics: SpikeStatistics) -> Transform:
+    """Return a smoothing without a search: every candidate is judged with the same."""
+    if not calibration.options.smoothing:
+        return NO_TRANSFORM
+    checkpoint = calibration.checkpoint
+    return replace(
+        NO_TRANSFORM,
+        smoothing=default_smoothing(
+            statistics,
+            checkpoint.config,
+            lambda linear: np.abs(checkpoint.tensor(f"{linear}.weight")).max(axis=0),
+            rotated=False,
+        ),
+    )
+
+
+def prefix_text(checkpoint: Checkpoint, token_ids: tuple[int, ...]) -> str:
+    """Return the tokens as text; empty without a tokenizer."""
+    return str(checkpoint.tokenizer.decode(list(token_ids))) if checkpoint.tokenizer and token_ids else ""
+
+
+def prefix_notes(checkpoint: Checkpoint, token_ids: tuple[int, ...]) -> tuple[str, ...]:
+    """Return what a caller of a model with this prefix has to know: where a second BOS would come from."""
+    tokenizer, bos = checkpoint.tokenizer, checkpoint.bos_token_id
+    if tokenizer is None or bos not in token_ids:
+        return ()
+    notes = []
+    if bos in tokenizer.encode("a")[:1]:
+        notes.append("the prefix holds BOS: the model's own tokenizer would add a second one; use the bundle's")
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": "a"}]
+        try:
+            text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        except Exception:  # a template may demand what these messages lack; then nothing can be said
+            return tuple(notes)
+        if tokenizer.encode(text, add_special_tokens=False)[:1] == [bos]:
+            notes.append("the chat template begins with BOS, which the prefix holds already: drop its first token")
+    return tuple(notes)

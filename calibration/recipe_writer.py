@@ -1,0 +1,76 @@
+"""Puts the choices into a recipe."""
+
+from dataclasses import replace
+
+from spike_export.calibration import qfep
+from spike_export.calibration.calibrate import Calibration, Transform, attention_plans, module_plans
+from spike_export.calibration.corpus import Corpus
+from spike_export.calibration.overflow_guard import stream_dtype
+from spike_export.calibration.prefix_choice import prefix_notes, prefix_text
+from spike_export.calibration.qfem import ModuleChoice
+from spike_export.calibration.recipe import CorpusSource, ModelSource, Prefix, Recipe, Scheme, Search
+from spike_export.calibration.spikes import SpikeStatistics
+
+
+def build_recipe(
+    calibration: Calibration,
+    corpus: Corpus,
+    statistics: SpikeStatistics,
+    choice: ModuleChoice,
+    transform: Transform = Transform(),
+    search: Search = Search(),
+) -> Recipe:
+    """Write the plan down: precision, scale, ratio and reason of every linear, and the prefix of `statistics`.
+
+    Args:
+        calibration: The model and the options.
+        corpus: What it was calibrated on.
+        statistics: Of the transformed model behind the prefix.
+        choice: The modules that stay in 16 bit.
+        transform: What is done to the weights.
+        search: How the choices were made.
+    """
+    checkpoint = calibration.checkpoint
+    dtype, guard = stream_dtype(calibration.options.dtype, statistics)
+    options = replace(calibration.options, dtype=dtype)
+    ids = statistics.prefix_ids
+    prefix = None
+    if ids:
+        prefix = Prefix(
+            token_ids=ids,
+            text=prefix_text(checkpoint, ids),
+            ratio=qfep.worst_ratio(statistics)[1],
+            notes=prefix_notes(checkpoint, ids),
+        )
+    return Recipe(
+        model=ModelSource(
+            source=checkpoint.name,
+            architecture=checkpoint.config.family.model_type,
+            sha256=checkpoint.tensors.sha256(),
+        ),
+        corpus=CorpusSource(
+            name=corpus.name,
+            sha256=corpus.sha256,
+            samples=options.samples,
+            length=options.length,
+            seed=options.seed,
+            windows=options.windows,
+        ),
+        scheme=Scheme(
+            weights=options.weights,
+            activations=options.activations,
+            activation_range=options.activation_range,
+            excluded_weights=options.excluded_weights,
+            attention=options.attention,
+            unquantized=dtype,
+            unquantized_reason=guard,
+        ),
+        alpha=choice.alpha if options.qfem else None,
+        criterion=choice.criterion,
+        prefix=prefix,
+        modules=module_plans(statistics, choice.kept, transform, options),
+        attention=attention_plans(statistics, options),
+        rotation=transform.rotation,
+        smoothing=transform.smoothing,
+        search=search,
+    )

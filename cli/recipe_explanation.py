@@ -1,0 +1,208 @@
+"""What a run decided and why, in words: of the whole recipe, and of single modules."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from spike_export.calibration.errors import ArtifactError, RecipeError
+from spike_export.calibration.modules import SIBLINGS, split_name
+from spike_export.calibration.recipe import ModulePlan, Recipe, load_recipe
+from spike_export.calibration.spikes import load_description
+from spike_export.cli.visible_text import visible
+
+_LIKELY = 5
+"""Names that a message about an unknown module offers."""
+
+
+def _recipe(run: Path) -> Recipe:
+    path = run / "recipe.json"
+    if not path.exists():
+        raise ArtifactError(f"{run}: holds no recipe.json; give the work directory of a run that calibrated")
+    return load_recipe(path)
+
+
+def summarize_recipe(run: Path, as_json: bool, console: Console) -> None:
+    """Print the recipe's scheme, its prefix, what competed, and the modules that are not quantized."""
+    recipe = _recipe(run)
+    if as_json:
+        console.print_json(json.dumps(_summary(recipe)))
+        return
+    for label, value in _headlines(recipe):
+        console.print(Text(f"{label}: {value}"), soft_wrap=True)
+    for title, columns, rows in _tables(recipe):
+        if rows:
+            console.print(_table(title, columns, rows))
+
+
+_Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]
+
+
+def _tables(recipe: Recipe) -> list[_Table]:
+    search = recipe.search
+    prefixes = [
+        (
+            " ".join(str(token) for token in each.token_ids) or "(none)",
+            visible(repr(each.text)),
+            f"{each.ratio:.0f}",
+            _number(each.reference_perplexity),
+            _number(each.perplexity),
+            each.verdict,
+        )
+        for each in search.prefixes
+    ]
+    transforms = [
+        (each.name, _number(each.perplexity), f"{each.divergence:.4f}", each.verdict) for each in search.transforms
+    ]
+    curve = [
+        (
+            point.criterion,
+            str(point.fp16_modules),
+            f"{point.fp16_share:.1%}",
+            _number(point.perplexity),
+            "yes" if point.pareto else "",
+        )
+        for point in search.curve
+    ]
+    kept = [(name, plan.precision, plan.reason or "") for name, plan in _kept(recipe).items()]
+    return [
+        ("prefixes", ("tokens", "text", "worst ratio", "16-bit ppl", "INT8 ppl", "verdict"), prefixes),
+        ("transforms, all in INT8", ("transform", "ppl", "divergence", "verdict"), transforms),
+        ("sets of kept modules", ("by", "linears", "MACs", "ppl", "Pareto"), curve),
+        ("not quantized", ("module", "precision", "reason"), kept),
+    ]
+
+
+def _headlines(recipe: Recipe) -> list[tuple[str, str]]:
+    scheme = recipe.scheme
+    counts = Counter(plan.precision for plan in recipe.modules.values())
+    lines = [
+        ("model", f"{recipe.model.source} ({recipe.model.architecture})"),
+        ("scheme", f"weights {scheme.weights}, activations {scheme.activations}, range {scheme.activation_range}"),
+        ("linears", ", ".join(f"{count} {precision}" for precision, count in sorted(counts.items()))),
+        ("prefix", f"{list(recipe.prefix.token_ids)} {recipe.prefix.text!r}" if recipe.prefix else "none"),
+        ("rotation", f"{recipe.rotation.kind}, seed {recipe.rotation.seed}" if recipe.rotation else "none"),
+        ("smoothing", f"{len(recipe.smoothing)} inputs"),
+    ]
+    if recipe.search.reference_perplexity is not None:
+        plain = _number(recipe.search.plain_reference_perplexity)
+        behind = _number(recipe.search.reference_perplexity)
+        lines.append(("unquantized perplexity on the search windows", f"{plain}, behind the prefix {behind}"))
+    return [*lines, *(("note", note) for note in recipe.notes())]
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    return table
+
+
+def _kept(recipe: Recipe) -> dict[str, ModulePlan]:
+    return {name: plan for name, plan in recipe.modules.items() if plan.precision != "int8"}
+
+
+def _summary(recipe: Recipe) -> dict[str, Any]:
+    return {
+        **dict(_headlines(recipe)),
+        "search": recipe.search.model_dump(mode="json"),
+        "not quantized": {name: plan.model_dump(mode="json") for name, plan in _kept(recipe).items()},
+    }
+
+
+def explain_modules(run: Path, names: Sequence[str], as_json: bool, console: Console) -> None:
+    """Print for each module its precision and the figures that decided it.
+
+    Raises:
+        RecipeError: A name is none of the recipe's modules.
+    """
+    recipe = _recipe(run)
+    explained = {name: _explanation(recipe, run, name) for name in (_resolve(recipe, each) for each in names)}
+    if as_json:
+        console.print_json(json.dumps(explained))
+        return
+    for name, lines in explained.items():
+        console.print(Text(name, style="bold"), soft_wrap=True)
+        for label, value in lines.items():
+            console.print(Text(f"  {label}: {value}"), soft_wrap=True)
+
+
+def _resolve(recipe: Recipe, name: str) -> str:
+    for candidate in (name, f"model.layers.{name}", f"model.{name}"):
+        if candidate in recipe.modules:
+            return candidate
+    likely = [known for known in recipe.modules if name.rpartition(".")[2] in known][:_LIKELY]
+    offered = ", ".join(likely or list(recipe.modules)[:_LIKELY])
+    raise RecipeError(f"{name}: the recipe has no such module; it has {offered} ...")
+
+
+def _explanation(recipe: Recipe, run: Path, name: str) -> dict[str, str]:
+    plan = recipe.modules[name]
+    lines = {"precision": plan.precision + (" products of INT8 weights" if plan.weights else "")}
+    lines["why"] = _why(recipe, plan)
+    if plan.ratio is not None:
+        rank = _rank(recipe, "ratio", plan.ratio)
+        lines["max-median ratio"] = f"{plan.ratio:.1f} (rank {rank} of {len(recipe.modules)} linears)"
+    if plan.noise is not None:
+        rank = _rank(recipe, "noise", plan.noise)
+        lines["estimated noise of INT8"] = f"{plan.noise:.2e} of the residual stream (rank {rank})"
+    if plan.activation_scale is not None:
+        covers = f"magnitudes up to {127 * plan.activation_scale:.4g}"
+        clip = f", {plan.clip:.0%} of what calibration saw; the rest saturates" if plan.clip else ""
+        lines["activation scale"] = f"{plan.activation_scale:.4g}: {covers}{clip}"
+    representative = _representative(name)
+    smoothing = recipe.smoothing.get(representative)
+    if smoothing is not None:
+        lines["smoothing"] = f"{smoothing.form} {smoothing.parameter} on the input of {representative}"
+    for stem, label in (("spikes", "without a prefix"), ("spikes_prefixed", "behind the prefix")):
+        seen = _seen(run / stem, representative)
+        if seen:
+            lines[f"largest tokens {label}"] = seen
+    return lines
+
+
+def _why(recipe: Recipe, plan: ModulePlan) -> str:
+    alpha = recipe.alpha
+    score = plan.ratio if recipe.criterion == "ratio" else plan.noise
+    if plan.reason == "router":
+        return "a router decides which experts run; it is never quantized"
+    if alpha is None or score is None:
+        return plan.reason or "QFeM was not used: everything is quantized"
+    if plan.precision == "int8":
+        return f"its {recipe.criterion} {score:.4g} does not exceed alpha = {alpha:.4g}"
+    return f"its {recipe.criterion} {score:.4g} exceeds alpha = {alpha:.4g}" + (
+        f" ({plan.reason.partition('; ')[2]})" if plan.reason and "; " in plan.reason else ""
+    )
+
+
+def _rank(recipe: Recipe, field: str, value: float) -> int:
+    return 1 + sum(bool((getattr(plan, field) or 0.0) > value) for plan in recipe.modules.values())
+
+
+def _representative(name: str) -> str:
+    layer, inner = split_name(name)
+    owner = next((key for key, readers in SIBLINGS.items() if inner in readers), inner.replace(".w1", ".w3"))
+    return f"model.layers.{layer}.{owner}"
+
+
+def _seen(stem: Path, module: str) -> str:
+    """Return the largest tokens of a module's statistics; empty where there are none."""
+    try:
+        tokens = load_description(stem)["modules"][module]["top_tokens"]
+    except (ArtifactError, KeyError):
+        return ""
+    return ", ".join(
+        f"{token['amax']:.4g} at {visible(repr(token['text']))} (window {token['sample']}, token {token['position']})"
+        for token in tokens[:3]
+    )
