@@ -140,10 +140,8 @@ def choose_modules(
         return evaluated[count]
 
     most = len(largest.kept)
-    goal = (1 + tolerance) * max(reference, min(perplexity(most), perplexity(0)))
+    goal = (1 + tolerance) * max(reference, perplexity(most))
     low, high = -1, most  # `high` is good enough; `low` is not (or is no count at all)
-    if math.isfinite(perplexity(0)) and perplexity(0) <= goal:
-        low, high = -1, 0
     while high - low > 1:
         middle = max(0, (low + high) // 2)
         # An overflowed perplexity is never good enough, not even where the plateau overflowed too.
@@ -151,6 +149,7 @@ def choose_modules(
             high = middle
         else:
             low = middle
+    perplexity(0)  # the curve always shows what QFeM gains
     return replace(scores.first(high), curve=_curve(scores, evaluated))
 
 
