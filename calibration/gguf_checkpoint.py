@@ -29,7 +29,6 @@ _CONFIG_KEYS: Mapping[str, str] = {
     "attention.head_count_kv": "num_key_value_heads",
     "attention.key_length": "head_dim",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-    "vocab_size": "vocab_size",
 }
 _REQUIRED = (
     "block_count",
@@ -43,6 +42,7 @@ _TOKEN_KEYS: Mapping[str, str] = {
     "tokenizer.ggml.eos_token_id": "eos_token_id",
     "tokenizer.ggml.padding_token_id": "pad_token_id",
 }
+_EMBEDDING = "token_embd.weight"
 _VOCABULARY = tuple(f"tokenizer.ggml.{name}" for name in ("tokens", "merges", "scores", "token_type"))
 """Metadata that only the tokenizer needs, and that take seconds to decode."""
 
@@ -88,12 +88,14 @@ class _Architecture:
         causal_lm: HF's class.
         settings: What the family's HF configuration holds besides `_CONFIG_KEYS`; rope always.
         interleaved_rope: Whether rows of query and key weights are stored in the order of ggml's own rope.
+        tokenizer: transformers' class that reads the tokenizer.
     """
 
     model_type: str
     causal_lm: str
     settings: Callable[[_File], Settings]
     interleaved_rope: bool = False
+    tokenizer: str = "AutoTokenizer"
 
 
 @dataclass(frozen=True)
@@ -199,6 +201,8 @@ def _contents(reader: Any, path: Path) -> tuple[_Architecture, _File]:
         raise CheckpointError(f"{path}: one of {parts} parts of a model; join them with llama-gguf-split --merge")
     file = _File(path, name, fields, {tensor.name: tensor for tensor in reader.tensors})
     missing = [f"{name}.{key}" for key in _REQUIRED if file.get(key) is None]
+    if _EMBEDDING not in file.records:
+        missing.append(f"tensor {_EMBEDDING}")
     if missing:
         raise CheckpointError(f"{path}: missing {', '.join(missing)}; the file is not a whole model")
     return ARCHITECTURES[name], file
@@ -207,13 +211,9 @@ def _contents(reader: Any, path: Path) -> tuple[_Architecture, _File]:
 def _hf_config(architecture: _Architecture, file: _File) -> DecoderConfig:
     raw: Settings = {"model_type": architecture.model_type, "architectures": [architecture.causal_lm]}
     raw |= {name: file.get(key) for key, name in _CONFIG_KEYS.items() if file.get(key) is not None}
-    if "token_embd.weight" in file.records:
-        raw["vocab_size"] = int(file.records["token_embd.weight"].shape[1])
-    # As llama.cpp, leave out an id beyond the vocabulary: some files name padding that the model has no row for.
-    for key, name in _TOKEN_KEYS.items():
-        token = file.fields.get(key)
-        if token is not None and token < raw.get("vocab_size", np.inf):
-            raw[name] = token
+    raw |= {name: file.fields[key] for key, name in _TOKEN_KEYS.items() if key in file.fields}
+    # Not the key `vocab_size`, which many files lack.
+    raw["vocab_size"] = int(file.records[_EMBEDDING].shape[1])
     raw["tie_word_embeddings"] = "output.weight" not in file.records
     # Where a family always has them, `attention_bias` would mean the output projection's too.
     if not FAMILIES[architecture.model_type].biased:
@@ -283,13 +283,16 @@ def _gemma3(file: _File) -> Settings:
     return rope | _sliding(file, 6) | _query_scale(file, 62) | ({"final_logit_softcapping": float(cap)} if cap else {})
 
 
+# AutoTokenizer has the class reread the whole file for a configuration first, which it cannot for the first Gemma.
+_GEMMA_TOKENIZER = "GemmaTokenizer"
+
 ARCHITECTURES: Mapping[str, _Architecture] = {
     "llama": _Architecture("llama", "LlamaForCausalLM", _plain, interleaved_rope=True),
     "qwen2": _Architecture("qwen2", "Qwen2ForCausalLM", _plain),
     "qwen3": _Architecture("qwen3", "Qwen3ForCausalLM", _plain),
-    "gemma": _Architecture("gemma", "GemmaForCausalLM", _plain),
-    "gemma2": _Architecture("gemma2", "Gemma2ForCausalLM", _gemma2),
-    "gemma3": _Architecture("gemma3_text", "Gemma3ForCausalLM", _gemma3),
+    "gemma": _Architecture("gemma", "GemmaForCausalLM", _plain, tokenizer=_GEMMA_TOKENIZER),
+    "gemma2": _Architecture("gemma2", "Gemma2ForCausalLM", _gemma2, tokenizer=_GEMMA_TOKENIZER),
+    "gemma3": _Architecture("gemma3_text", "Gemma3ForCausalLM", _gemma3, tokenizer=_GEMMA_TOKENIZER),
 }
 """GGUF's `general.architecture` → how it is read."""
 
@@ -341,13 +344,13 @@ def _hf_tensors(config: DecoderConfig, file: _File) -> dict[str, Any]:
     return tensors
 
 
-def _tokenizer(path: Path) -> "PreTrainedTokenizerBase":
-    from transformers import AutoTokenizer
+def _tokenizer(architecture: _Architecture, path: Path) -> "PreTrainedTokenizerBase":
+    import transformers
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        tokenizer: PreTrainedTokenizerBase = getattr(transformers, architecture.tokenizer).from_pretrained(
             path.parent, gguf_file=path.name, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # whatever a damaged vocabulary makes transformers raise
@@ -371,4 +374,4 @@ def open_gguf(path: Path) -> Checkpoint:
         heads = {name: counts[linear] for name in tensors if (linear := name.split(".")[-2]) in counts}
     source = GgufSource(path, tensors, heads, config.family.norm_offset)
     validate_shapes(config, source, str(path))
-    return Checkpoint(path.stem, config, source, _tokenizer(path), generation_config={})
+    return Checkpoint(path.stem, config, source, _tokenizer(architecture, path), generation_config={})
