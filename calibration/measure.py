@@ -92,7 +92,7 @@ class Recorder:
             if expert is None:
                 amax = _sample_amax(output.reshape(layer.shape[0], -1))
             else:
-                _, channels = _routed_maxima(output, layer.get_submodule(MOE).routed[expert], layer.shape)
+                channels = _routed_maxima(output, layer.get_submodule(MOE).routed[expert], layer.shape)[1]
                 amax = channels.max(axis=1)
             known = self._outputs.setdefault(name, {})
             known[layer.batch] = np.maximum(known.get(layer.batch, amax), amax)
