@@ -7,7 +7,6 @@ from typing import Any
 from spike_export.calibration.errors import CheckpointError, one_line
 from spike_export.calibration.families import FAMILIES, Family
 
-
 ROPE_TYPES = ("default", "linear", "llama3")
 """Rope kinds that a position alone determines, so that one constant table serves every length."""
 
@@ -98,6 +97,10 @@ def decoder_config(raw: Mapping[str, Any], place: str) -> DecoderConfig:
         if rope_type not in ROPE_TYPES:
             supported = ", ".join(ROPE_TYPES)
             raise CheckpointError(f"{place}: rope type {rope_type!r} is not supported (supported: {supported})")
+    if getattr(hf, "use_bidirectional_attention", False):
+        raise CheckpointError(
+            f"{place}: its attention looks ahead (an embedding model); only text generators are supported"
+        )
     eos = hf.eos_token_id
     return DecoderConfig(
         family=family,

@@ -145,6 +145,15 @@ def test_every_token_sees_the_prefix_and_else_its_window(name: str) -> None:
     assert (largest_difference(ordinary, expected) > 1e-3) == (name not in PLAIN_CAUSAL)
 
 
+@pytest.mark.parametrize("length", [1, 2])
+@pytest.mark.parametrize("name", NAMES)
+def test_windows_of_a_token_or_two_see_the_prefix_and_themselves(name: str, length: int) -> None:
+    # For a single token transformers makes no mask at all.
+    model, ids = tiny_family(name, attention="eager"), tokens(length=length)
+    expected = whole_logits(model.reference, behind(ids))[:, len(PREFIX) :]
+    assert largest_difference(logits(Decoder(model.checkpoint), ids, PREFIX), expected) < 1e-5
+
+
 @pytest.mark.parametrize("name", PLAIN_CAUSAL)
 def test_a_prefix_equals_the_same_tokens_before_the_window(name: str) -> None:
     model, ids = tiny_family(name), tokens()
@@ -301,7 +310,8 @@ def test_a_resident_model_is_read_once() -> None:
 
 
 def test_a_tied_head_is_held_once() -> None:
-    decoder = Decoder(tiny_family("llama", tie_word_embeddings=True).checkpoint)
+    # In another precision than the file's, so that each reading would make a tensor of its own.
+    decoder = Decoder(tiny_family("llama", tie_word_embeddings=True).checkpoint, Execution(dtype="bfloat16"))
     logits(decoder, tokens())
     assert decoder.head()._weight.data_ptr() == decoder.skeleton.embed_tokens.weight.data_ptr()
 

@@ -296,6 +296,18 @@ def test_an_expert_is_measured_on_the_tokens_it_was_sent(batch_tokens: int) -> N
         assert not np.isnan(found.modules[f"{stem}.gate"].token_amax).any()
 
 
+def test_what_was_routed_is_the_last_forwards() -> None:
+    with torch.inference_mode(), Decoder(tiny_family("mixtral").checkpoint).layer(0) as layer:
+        block: Any = layer.get_submodule(MOE)
+        states = torch.randn(1, 50, 48, generator=torch.Generator().manual_seed(0))
+        block(states)
+        before = {expert: positions.tolist() for expert, positions in block.routed.items()}
+        assert set(before) == {0, 1, 2, 3}
+        block(states[:, 7:8])
+        assert block.routed.keys() == {expert for expert, positions in before.items() if 7 in positions}
+        assert [positions.tolist() for positions in block.routed.values()] == [[0], [0]]
+
+
 def test_a_sample_that_an_expert_never_saw_has_no_say_in_it() -> None:
     amax = np.array([[np.nan, np.nan, np.nan], [np.nan, 2, 8], [6, 2, 2]], np.float32)
     spikes = ModuleSpikes(amax, np.zeros((3, 1), np.float32), np.zeros(3, np.float32))

@@ -296,10 +296,14 @@ def test_attention_multiplies_rounded_operands_and_leaves_the_prefix(name: str, 
     assert key.shape[2] == past + 14
 
     def attended(start: int) -> Doubles:
-        operands = (step_rounded(query, plan.query, 0), *(step_rounded(*each, start) for each in pairs))
-        return plain_attention(*operands, checkpoint.config.sliding_window, past)
+        return plain_attention(
+            step_rounded(query, plan.query, 0),
+            step_rounded(key, plan.key, start),
+            step_rounded(value, plan.value, start),
+            checkpoint.config.sliding_window,
+            past,
+        )
 
-    pairs = ((key, plan.key), (value, plan.value))
     actual = mixed[0].double().numpy()
     # Rounding of float32 products of size below 10.
     assert np.abs(actual - attended(past)).max() < 1e-5
@@ -334,7 +338,7 @@ def test_a_quantized_expert_computes_in_integers() -> None:
                 product = (gate / (1 + np.exp(-gate)) * up).astype(np.float32)
                 output = integer_linear(product, weight(f"{stem}.w2"), PER_TOKEN)
             else:
-                gate, up = row @ weight(f"{stem}.w1").T, row @ weight(f"{stem}.w3").T
+                gate, up = (np.asarray(row @ weight(f"{stem}.{each}").T, np.float64) for each in ("w1", "w3"))
                 output = gate / (1 + np.exp(-gate)) * up @ weight(f"{stem}.w2").T
             expected[token] += share * output[0]
     assert 5 < chosen_by < 40
