@@ -167,26 +167,28 @@ def test_two_maxima_of_one_input_agree_and_the_prefix_is_not_recorded() -> None:
     assert found.prefix_ids == PREFIX
 
 
-@pytest.mark.parametrize("prefix", [(), PREFIX])
+@pytest.mark.parametrize("prefix", [(), tuple(range(50, 62))])
 def test_operands_are_what_attention_multiplies(prefix: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     import transformers.integrations.sdpa_attention as fused
 
-    windows = tokens()
+    windows, length = tokens(length=6), 6
     decoder = Decoder(tiny_family("qwen3").checkpoint)
-    seen: list[NDArray[np.float32]] = []
+    seen: list[list[float]] = []
+    whole: list[list[float]] = []
     original = fused.sdpa_attention_forward
 
     def spy(module: Any, *operands: torch.Tensor, **options: Any) -> Any:
-        own = [each[:, :, -windows.shape[1] :] if operands[0].shape[2] > 2 else None for each in operands[:3]]
-        if own[0] is not None:
-            seen.append(np.array([float(each.abs().max()) for each in own if each is not None], np.float32))
+        if operands[0].shape[2] == length:  # not the prefix on its own way
+            seen.append([float(each[:, :, -length:].abs().max()) for each in operands[:3]])
+            whole.append([float(each.abs().max()) for each in operands[:3]])
         return original(module, *operands, **options)
 
     monkeypatch.setattr(fused, "sdpa_attention_forward", spy)
     found = measure_spikes(decoder, windows, prefix)
-    expected = np.stack(seen).reshape(4, len(windows), 3)
+    expected = np.array(seen, np.float32).reshape(4, len(windows), 3)
     for layer in range(4):
         np.testing.assert_array_equal(found.operand_amax[f"model.layers.{layer}.self_attn"], expected[layer])
+    assert (seen != whole) == bool(prefix)  # the prefix has larger ones, which do not count
 
 
 def damaged(name: str, index: Any, value: float) -> Checkpoint:
