@@ -250,47 +250,52 @@ def block_inputs_and_choices(
     return inputs, choices
 
 
-def routed_by_transformers(
-    model: TinyModel, windows: NDArray[np.int64]
-) -> tuple[dict[str, NDArray[np.float32]], dict[str, NDArray[np.float32]]]:
-    """Return (token maxima, channel maxima) of every expert's inputs, by a loop over tokens.
+def routed_by_transformers(model: TinyModel, windows: NDArray[np.int64]) -> dict[str, ModuleSpikes]:
+    """Return the record of every expert's inputs and outputs, by a loop over tokens.
 
     The router's choice and the block's input are taken from transformers' own model, window by window.
     """
-    token_amax: dict[str, NDArray[np.float32]] = {}
-    channel_amax: dict[str, NDArray[np.float32]] = {}
+    found: dict[str, ModuleSpikes] = {}
     for layer, decoder_layer in enumerate(model.reference.model.layers):
         inputs, choices = block_inputs_and_choices(model, decoder_layer.mlp, windows)
         for expert in range(4):
             stem = f"model.layers.{layer}.{MOE}.experts.{expert}"
-            w1, w3 = (torch.from_numpy(model.checkpoint.tensor(f"{stem}.{name}.weight")) for name in ("w1", "w3"))
-            for name, width in (("w3", 48), ("w2", 80)):
-                tokens_seen = np.full(windows.shape, np.nan, np.float32)
-                channels_seen = np.zeros((len(windows), width), np.float32)
-                for sample, (states, chosen) in enumerate(zip(inputs, choices, strict=True)):
-                    for position in range(windows.shape[1]):
-                        if expert in chosen[position].tolist():
-                            value = states[position]
-                            if name == "w2":
-                                value = torch.nn.functional.silu(w1 @ value) * (w3 @ value)
-                            magnitude = value.abs().numpy()
-                            tokens_seen[sample, position] = magnitude.max()
-                            channels_seen[sample] = np.maximum(channels_seen[sample], magnitude)
-                token_amax[f"{stem}.{name}"], channel_amax[f"{stem}.{name}"] = tokens_seen, channels_seen
-    return token_amax, channel_amax
+            w1, w2, w3 = (torch.from_numpy(model.checkpoint.tensor(f"{stem}.w{number}.weight")) for number in (1, 2, 3))
+            records = {
+                name: ModuleSpikes(
+                    np.full(windows.shape, np.nan, np.float32),
+                    np.zeros((len(windows), width), np.float32),
+                    np.zeros(len(windows), np.float32),
+                )
+                for name, width in (("w3", 48), ("w2", 80))
+            }
+            for sample, position in np.ndindex(windows.shape):
+                if expert in choices[sample][position].tolist():
+                    value = inputs[sample][position]
+                    gate, up = w1 @ value, w3 @ value
+                    product = torch.nn.functional.silu(gate) * up
+                    for name, seen, output in (("w3", value, torch.cat([gate, up])), ("w2", product, w2 @ product)):
+                        record, magnitudes = records[name], seen.abs().numpy()
+                        record.token_amax[sample, position] = magnitudes.max()
+                        channels = record.sample_channel_amax[sample]
+                        np.maximum(channels, magnitudes, out=channels)
+                        record.output_amax[sample] = max(record.output_amax[sample], float(output.abs().max()))
+            found |= {f"{stem}.{name}": record for name, record in records.items()}
+    return found
 
 
 @pytest.mark.parametrize("batch_tokens", [1, BATCH_TOKENS])
 def test_an_expert_is_measured_on_the_tokens_it_was_sent(batch_tokens: int) -> None:
     model, windows = tiny_family("mixtral"), tokens(rows=4, length=12)
-    token_amax, channel_amax = routed_by_transformers(model, windows)
+    routed = routed_by_transformers(model, windows)
     found = measure_spikes(Decoder(model.checkpoint), windows, batch_tokens=batch_tokens)
-    assert set(token_amax) == {name for name in found.modules if ".experts." in name}
-    for name, expected in token_amax.items():
+    assert set(routed) == {name for name in found.modules if ".experts." in name}
+    for name, expected in routed.items():
         spikes = found.modules[name]
-        np.testing.assert_array_equal(np.isnan(spikes.token_amax), np.isnan(expected))
-        np.testing.assert_allclose(spikes.token_amax, expected, rtol=1e-4)
-        np.testing.assert_allclose(spikes.sample_channel_amax, channel_amax[name], rtol=1e-4, atol=1e-6)
+        np.testing.assert_array_equal(np.isnan(spikes.token_amax), np.isnan(expected.token_amax))
+        np.testing.assert_allclose(spikes.token_amax, expected.token_amax, rtol=1e-4)
+        np.testing.assert_allclose(spikes.sample_channel_amax, expected.sample_channel_amax, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(spikes.output_amax, expected.output_amax, rtol=1e-4)
     for layer in range(4):
         stem = f"model.layers.{layer}.{MOE}"
         seen = [~np.isnan(found.modules[f"{stem}.experts.{expert}.w2"].token_amax) for expert in range(4)]
