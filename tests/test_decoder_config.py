@@ -32,7 +32,7 @@ def test_the_tensors_are_those_that_transformers_stores(name: str, tie: bool) ->
 @pytest.mark.parametrize("attention_bias", [False, True])
 @pytest.mark.parametrize("name", ["llama", "gemma", "gemma2", "gemma3_text", "qwen3"])
 def test_biases_are_where_transformers_has_them(name: str, attention_bias: bool) -> None:
-    mlp = {"mlp_bias": True} if name == "llama" else {}
+    mlp: dict[str, Any] = {"mlp_bias": True} if name == "llama" else {}
     checkpoint = tiny_family(name, attention_bias=attention_bias, **mlp).checkpoint
     assert dict(checkpoint.tensors.shapes) == tensor_shapes(checkpoint.config)
     assert any("q_proj.bias" in tensor for tensor in checkpoint.tensors.shapes) == attention_bias

@@ -279,7 +279,7 @@ def routed_by_transformers(model: TinyModel, windows: NDArray[np.int64]) -> dict
                         record.token_amax[sample, position] = magnitudes.max()
                         channels = record.sample_channel_amax[sample]
                         np.maximum(channels, magnitudes, out=channels)
-                        record.output_amax[sample] = max(record.output_amax[sample], float(output.abs().max()))
+                        record.output_amax[sample] = max(float(record.output_amax[sample]), float(output.abs().max()))
             found |= {f"{stem}.{name}": record for name, record in records.items()}
     return found
 
