@@ -67,6 +67,11 @@ def test_a_window_that_is_switched_off_is_none() -> None:
     assert decoder_config(raw("qwen2", use_sliding_window=False), "x").sliding_window is None
 
 
+def test_qwen3_has_a_window_where_it_is_switched_on() -> None:
+    switched: dict[str, Any] = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}
+    assert tiny_family("qwen3", **switched).checkpoint.config.sliding_window == WINDOW
+
+
 @pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh"])
 def test_gemmas_first_configurations_mean_the_tanh_form(activation: str) -> None:
     config = decoder_config(raw("gemma", hidden_act=activation), "x")
