@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -9,8 +10,9 @@ from hypothesis import strategies as st
 
 from spike_export.calibration.modules import representatives
 from spike_export.calibration.qfem import ModuleChoice, choose_modules, keep_highest, linear_count
+from tests.tiny_families import tiny_family
 
-NAMES = representatives(12)
+NAMES = representatives(replace(tiny_family("llama").checkpoint.config, num_hidden_layers=12))
 TOLERANCE = 0.01
 
 
