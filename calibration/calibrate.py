@@ -27,7 +27,7 @@ from spike_export.calibration.recipe import (
 )
 from spike_export.calibration.simulate import QuantizedWeights, Simulation
 from spike_export.calibration.smoothing import is_per_value_head, plan_scales, repeated_for_group
-from spike_export.calibration.spikes import SpikeStatistics, covered_range
+from spike_export.calibration.spikes import SpikeStatistics, covered_range, require_reached
 from spike_export.calibration.token_windows import TokenWindows
 
 SEARCH_WINDOWS = 8
@@ -150,7 +150,9 @@ class Calibration:
     ) -> SpikeStatistics:
         """Record the statistics of all calibration windows behind a prefix."""
         content = self.windows.calibration
-        return self.measure_windows(content, np.arange(len(content)), prefix, transform, progress)
+        statistics = self.measure_windows(content, np.arange(len(content)), prefix, transform, progress)
+        require_reached(statistics)
+        return statistics
 
     def measure_windows(
         self,
@@ -160,9 +162,14 @@ class Calibration:
         transform: Transform = NO_TRANSFORM,
         progress: Progress = silent,
     ) -> SpikeStatistics:
-        """Record the statistics of some windows [samples, tokens] behind a prefix."""
+        """Record the statistics of some windows [samples, tokens] behind a prefix.
+
+        An expert that none of their tokens reached is no fault here: other windows may reach it.
+        """
         decoder = self.transformed(transform).decoder
-        return measure_spikes(decoder, self.fed(content, prefix), prefix, sample_ids=sample_ids, progress=progress)
+        return measure_spikes(
+            decoder, self.fed(content, prefix), prefix, sample_ids=sample_ids, shard=True, progress=progress
+        )
 
     def reference(self, prefix: tuple[int, ...]) -> ReferenceStates:
         """Return the unquantized model's perplexity and states on the search windows behind a prefix."""

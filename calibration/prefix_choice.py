@@ -14,6 +14,9 @@ from spike_export.calibration.spikes import SpikeStatistics
 NEUTRALITY = 0.005
 """Largest relative increase of the unquantized model's perplexity that a prefix may cost."""
 
+_PROPOSALS = 4
+"""Proposals with the best rates that compete; each costs two passes over the search windows."""
+
 _WORTH = 0.002
 """Smallest relative decrease of perplexity for which a prefix is made a token longer."""
 
@@ -58,7 +61,7 @@ def choose_prefix(calibration: Calibration, plain: SpikeStatistics, progress: Pr
 
 def _proposals(calibration: Calibration, plain: SpikeStatistics, bos: int, progress: Progress) -> list[tuple[int, ...]]:
     found = qfep.propose_prefixes(calibration.model.decoder, plain, bos, progress)
-    return qfep.distinct([(bos,), *(prefix.token_ids for prefix in found)])
+    return qfep.distinct([(bos,), *(prefix.token_ids for prefix in found[:_PROPOSALS])])
 
 
 class _Competition:

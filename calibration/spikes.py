@@ -66,8 +66,9 @@ class ModuleSpikes:
 
     def range(self, rule: ActivationRange) -> float:
         """Return the magnitude that a static scale covers under a rule; for `mse`, what its clips are shares of."""
-        if rule == "percentile":
-            return float(np.quantile(self.token_amax[~np.isnan(self.token_amax)], PERCENTILE))
+        seen = self.token_amax[~np.isnan(self.token_amax)]
+        if rule == "percentile" and seen.size:
+            return float(np.quantile(seen, PERCENTILE))
         return covered_range(self.sample_amax, rule)
 
     def smoothed_range(self, scales: Floats, rule: ActivationRange) -> float:
