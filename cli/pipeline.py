@@ -310,15 +310,10 @@ class Pipeline:
         behind = self._behind_recipe(recipe, plain)
         recipes = ablations(self.calibration, self.corpus, plain, behind, recipe)
         variants = [Variant("unquantized", None), *(Variant(name, each) for name, each in recipes.items())]
-        more = [
-            name
-            for name, used in (
-                ("rotation", recipe.rotation),
-                ("smoothing", recipe.smoothing),
-                (recipe.scheme.activation_range, recipe.scheme.activation_range != "max"),
-            )
-            if used
-        ]
+        scheme = recipe.scheme
+        ranged = scheme.activations == "int8-per-tensor-static" and scheme.activation_range != "max"
+        parts = (("rotation", recipe.rotation), ("smoothing", recipe.smoothing), (scheme.activation_range, ranged))
+        more = [name for name, used in parts if used]
         if not more:
             # The last ablation is the shipped recipe itself, unless it was edited.
             return [*variants[:-1], Variant(variants[-1].name, recipe, bundle)]

@@ -19,7 +19,7 @@ from transformers import GPT2Config
 from spike_export.calibration.checkpoint import EMBEDDING, LM_HEAD, Checkpoint, open_checkpoint
 from spike_export.calibration.errors import CheckpointError
 from spike_export.calibration.hf_checkpoint import looks_like_hub_id
-from spike_export.calibration.reference_model import load_reference_model
+from spike_export.calibration.layerwise import Decoder
 from tests.tiny_checkpoints import (
     BOS,
     EOS,
@@ -111,9 +111,9 @@ def test_a_tied_head_is_found_under_either_name(tmp_path: Path, stored: list[str
     np.testing.assert_array_equal(checkpoint.tensor(EMBEDDING), embedding.numpy())
     np.testing.assert_array_equal(checkpoint.tensor(LM_HEAD), embedding.numpy())
     ids = np.arange(40).reshape(2, 20) + 3
-    ours = load_reference_model(checkpoint)
+    ours = Decoder(checkpoint)
     expected = model(torch.from_numpy(ids)).logits
-    torch.testing.assert_close(ours.logits(ours.hidden_states(ids)), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(ours.head().logits(ours.run(ids).get(0)), expected, atol=1e-4, rtol=0)
 
 
 def test_an_untied_head_never_stands_in(folder: Path) -> None:
@@ -218,7 +218,7 @@ def test_an_empty_folder(tmp_path: Path) -> None:
 def test_another_architecture_is_named_with_what_it_lacks(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(GPT2Config().to_dict()))
     message = refusal(tmp_path)
-    assert "architecture 'gpt2' is not supported (supported: llama, mistral)" in message
+    assert "architecture 'gpt2' is not supported (supported: gemma, gemma2, gemma3_text, llama, mistral, mix" in message
     assert "it lacks hidden_size, intermediate_size" in message
     assert "rms_norm_eps" in message
 
@@ -404,7 +404,7 @@ def test_code_in_the_model_folder_does_not_run(folder: Path, tmp_path: Path) -> 
     settings["auto_map"] = {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     checkpoint = open_checkpoint(str(folder))
-    load_reference_model(checkpoint)
+    Decoder(checkpoint).run(np.zeros((1, 4), np.int64))
     assert not mark.exists()
 
 

@@ -17,7 +17,7 @@ from spike_export.calibration.recipe import load_recipe
 from spike_export.cli import html_report
 from spike_export.cli import pipeline as pipeline_module
 from spike_export.cli.job import Job
-from spike_export.cli.pipeline import BUNDLE, CHECK, PREFIX, RECIPE, REPORT, SPIKES
+from spike_export.cli.pipeline import AFTER, BEHIND, BUNDLE, CHECK, PREFIX, RECIPE, REPORT, SMOOTHING, SPIKES
 from spike_export.cli.run_directory import RunDirectory, stage_key
 from spike_export.engines.check_document import Check, CheckReference, CheckVariant, load_check
 from spike_export.export.manifest import load_manifest
@@ -25,7 +25,7 @@ from tests.killed_runs import job, pipeline_of, run_to_the_report
 from tests.tiny_checkpoints import BOS, PLANTED_MODULE
 from tests.tiny_cli_models import artifacts, corpus_text, one_thread, write_corpus, write_model
 
-BEHIND = "spikes behind the prefix"
+CALIBRATION = {SPIKES, PREFIX, BEHIND, SMOOTHING, AFTER, RECIPE}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -86,6 +86,8 @@ def test_the_planted_spike_gives_every_stage_work(place: Path) -> None:
         "spikes.json",
         "prefix.json",
         "spikes-behind-the-prefix.json",
+        "smoothing.json",
+        "spikes-after-smoothing.json",
         "recipe.json",
         "bundle.json",
         "check.json",
