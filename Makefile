@@ -26,7 +26,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 # The command's last lines say where plan, bundle and report lie.
 demo: $(INSTALLED)
 	@mkdir -p $(DEMO)
-	@model=$$($(BIN)/python benchmarks/fetch_smollm2.py) && \
+	@model=$$($(BIN)/python benchmarks/fetch_models.py) && \
 		echo "spike-export $$model --out $(DEMO)/engine.plan" && \
 		$(BIN)/spike-export "$$model" --out $(DEMO)/engine.plan
 

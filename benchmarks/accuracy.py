@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.fetch_smollm2 import smollm2_path
+from benchmarks.fetch_models import smollm2_path
 from spike_export.calibration import qfem
 from spike_export.calibration.calibrate import (
     Calibration,

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from benchmarks.fetch_smollm2 import smollm2_path
+from benchmarks.fetch_models import smollm2_path
 
 START_UP = "(start-up)"
 BETWEEN = "(between stages)"

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.fetch_smollm2 import smollm2_path
+from benchmarks.fetch_models import smollm2_path
 
 if TYPE_CHECKING:
     import onnxruntime as ort

@@ -86,6 +86,8 @@ class Calibration:
     meter: Meter = field(default_factory=Meter, repr=False)
     _references: dict[tuple[int, ...], ReferenceStates] = field(default_factory=dict, repr=False)
     _transformed: list[tuple[Transform, Model]] = field(default_factory=list, repr=False)
+    _smoothed: list[tuple[Transform, QuantizedWeights]] = field(default_factory=list, repr=False)
+    _column_amax: dict[str, NDArray[np.float32]] = field(default_factory=dict, repr=False)
 
     @cached_property
     def model(self) -> Model:
@@ -109,7 +111,7 @@ class Calibration:
 
     def with_options(self, options: CalibrationOptions) -> "Calibration":
         """Return the same model and windows with other options; what is in memory is shared, not read again."""
-        changed = replace(self, options=options, _transformed=[])
+        changed = replace(self, options=options, _transformed=[], _smoothed=[])
         if "model" in self.__dict__ and options.weights == self.options.weights:
             changed.__dict__["model"] = self.model
         return changed
@@ -118,6 +120,13 @@ class Calibration:
         """Return what the model is fed behind a prefix: the content, with BOS before it unless the prefix has it."""
         bos = self.checkpoint.bos_token_id
         return content if bos in prefix else with_bos(content, bos)
+
+    def column_amax(self, linear: str) -> NDArray[np.float32]:
+        """Return the abs-max of each column [in_features] of a linear's weight."""
+        if linear not in self._column_amax:
+            weight = self.checkpoint.tensor(f"{linear}.weight")
+            self._column_amax[linear] = np.maximum(weight.max(axis=0), -weight.min(axis=0))
+        return self._column_amax[linear]
 
     @property
     def search_rows(self) -> NDArray[np.int64]:
@@ -164,7 +173,13 @@ class Calibration:
         return self._references[prefix]
 
     def predicted(
-        self, statistics: SpikeStatistics, kept: tuple[str, ...], transform: Transform, *, measured: bool = False
+        self,
+        statistics: SpikeStatistics,
+        kept: tuple[str, ...],
+        transform: Transform,
+        *,
+        measured: bool = False,
+        compare: bool = True,
     ) -> Score:
         """Return perplexity and divergence on the search windows with all but `kept` (representatives) quantized.
 
@@ -174,16 +189,29 @@ class Calibration:
             kept: Representatives that are not quantized.
             transform: What is done to the weights.
             measured: Of which of the two models the statistics are.
+            compare: Whether to measure the divergence too.
         """
-        model = self.transformed(transform)
-        smoothed = None if measured else channel_scales(transform, self.checkpoint.config)
-        plans = module_plans(statistics, kept, transform, self.options, smoothed)
-        simulation = Simulation(plans, model.quantized, attention_plans(statistics, self.options))
+        scales = channel_scales(transform, self.checkpoint.config)
+        plans = module_plans(statistics, kept, transform, self.options, None if measured else scales)
+        decoder, simulation = self._simulation(plans, transform, scales)
+        simulation = replace(simulation, attention=attention_plans(statistics, self.options))
         content, prefix = self.search_windows, statistics.prefix_ids
         fed = self.fed(content, prefix)
-        return score(
-            model.decoder, fed, content.shape[1], prefix, (simulation.visit,), reference=self.reference(prefix)
-        )
+        reference = self.reference(prefix) if compare else None
+        return score(decoder, fed, content.shape[1], prefix, (simulation.visit,), reference=reference)
+
+    def _simulation(
+        self, plans: Mapping[str, ModulePlan], transform: Transform, scales: Mapping[str, NDArray[np.float32]]
+    ) -> tuple[Decoder, Simulation]:
+        """Return the decoder to run and what to simulate in it: smoothing needs no weights of its own in memory."""
+        if not scales or self.options.weights == "int8-per-tensor":
+            model = self.transformed(transform)
+            return model.decoder, Simulation(plans, model.quantized)
+        if not self._smoothed or self._smoothed[0][0] != transform:
+            self._smoothed[:] = [(transform, QuantizedWeights(self.options.weights, keep=self.execution.resident))]
+        rotated = self.transformed(Transform(rotation=transform.rotation))
+        readers = {reader: factors for name, factors in scales.items() for reader in siblings(name)}
+        return rotated.decoder, Simulation(plans, self._smoothed[0][1], smoothing=readers)
 
 
 def channel_scales(transform: Transform, config: DecoderConfig) -> dict[str, NDArray[np.float32]]:

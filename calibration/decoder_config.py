@@ -97,6 +97,10 @@ def decoder_config(raw: Mapping[str, Any], place: str) -> DecoderConfig:
         if rope_type not in ROPE_TYPES:
             supported = ", ".join(ROPE_TYPES)
             raise CheckpointError(f"{place}: rope type {rope_type!r} is not supported (supported: {supported})")
+    if getattr(hf, "use_bidirectional_attention", False):
+        raise CheckpointError(
+            f"{place}: its attention looks ahead (an embedding model); only text generators are supported"
+        )
     eos = hf.eos_token_id
     return DecoderConfig(
         family=family,

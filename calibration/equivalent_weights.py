@@ -83,7 +83,19 @@ def _channel_scales(config: DecoderConfig, smoothing: Mapping[str, SmoothingPlan
         if len(scales) != expected:
             raise RecipeError(f"smoothing of {name}: {len(scales)} scales for {expected} channels; calibrate again")
         found[name] = scales
+    _require_one_scaling_per_producer(config, found)
     return found
+
+
+def _require_one_scaling_per_producer(config: DecoderConfig, scales: Mapping[str, Floats]) -> None:
+    """Refuse different scales of one norm's output, which a router and its experts read as inputs of their own."""
+    producers = {site.representative: site.producer for site in input_sites(config)}
+    first: dict[tuple[int, str], str] = {}
+    for name in scales:
+        layer, inner = split_name(name)
+        known = first.setdefault((layer, producers[inner]), name)
+        if not np.array_equal(scales[known], scales[name]):
+            raise RecipeError(f"smoothing of {name}: {known} reads the same tensor and has other scales; remove one")
 
 
 def _width(config: DecoderConfig, site: InputSite) -> int:

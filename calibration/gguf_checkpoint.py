@@ -1,7 +1,7 @@
-"""Checkpoints in GGUF files (LLaMA architecture): metadata become an HF configuration, tensors dequantize lazily."""
+"""Checkpoints in GGUF files: metadata become an HF configuration, tensors dequantize when they are asked for."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 from spike_export.calibration.checkpoint import Checkpoint, validate_shapes
 from spike_export.calibration.decoder_config import ROPE_TYPES, DecoderConfig, decoder_config, tensor_shapes
 from spike_export.calibration.errors import CheckpointError, one_line
+from spike_export.calibration.families import FAMILIES
 from spike_export.calibration.hf_checkpoint import hash_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# GGUF key (after "llama.") → HF key.
+# GGUF key (after the architecture's name) → HF key.
 _CONFIG_KEYS: Mapping[str, str] = {
     "block_count": "num_hidden_layers",
     "context_length": "max_position_embeddings",
@@ -28,16 +29,73 @@ _CONFIG_KEYS: Mapping[str, str] = {
     "attention.head_count_kv": "num_key_value_heads",
     "attention.key_length": "head_dim",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-    "rope.freq_base": "rope_theta",
-    "vocab_size": "vocab_size",
 }
+_REQUIRED = (
+    "block_count",
+    "embedding_length",
+    "feed_forward_length",
+    "attention.head_count",
+    "attention.layer_norm_rms_epsilon",
+)
 _TOKEN_KEYS: Mapping[str, str] = {
     "tokenizer.ggml.bos_token_id": "bos_token_id",
     "tokenizer.ggml.eos_token_id": "eos_token_id",
     "tokenizer.ggml.padding_token_id": "pad_token_id",
 }
+_EMBEDDING = "token_embd.weight"
+_VOCABULARY = tuple(f"tokenizer.ggml.{name}" for name in ("tokens", "merges", "scores", "token_type"))
+"""Metadata that only the tokenizer needs, and that take seconds to decode."""
+
+_THETA = 10000.0
+"""Rope base where a file names none; ggml's default, also for the sliding layers of Gemma 3."""
+
 # LLaMA 3's published rope parameters besides the factor; a GGUF file stores only their effect.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+_LLAMA3_DIVISORS = "rope_freqs.weight"
+
+
+@dataclass(frozen=True)
+class _File:
+    """What a file says.
+
+    Attributes:
+        path: For messages.
+        architecture: GGUF's name, with which the model's own keys begin.
+        fields: Metadata without the vocabulary.
+        records: GGUF name → gguf's tensor record (memory-mapped, in ggml's block format).
+    """
+
+    path: Path
+    architecture: str
+    fields: Mapping[str, Any]
+    records: Mapping[str, Any]
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return one of the model's own values."""
+        return self.fields.get(f"{self.architecture}.{key}", default)
+
+
+Settings = dict[str, Any]
+"""Part of an HF configuration."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Architecture:
+    """How llama.cpp's converter stores a family.
+
+    Attributes:
+        model_type: HF's `model_type`.
+        causal_lm: HF's class.
+        settings: What the family's HF configuration holds besides `_CONFIG_KEYS`; rope always.
+        interleaved_rope: Whether rows of query and key weights are stored in the order of ggml's own rope.
+        tokenizer: transformers' class that reads the tokenizer.
+    """
+
+    model_type: str
+    causal_lm: str
+    settings: Callable[[_File], Settings]
+    interleaved_rope: bool = False
+    tokenizer: str = "AutoTokenizer"
 
 
 @dataclass(frozen=True)
@@ -47,13 +105,15 @@ class GgufSource:
     Attributes:
         path: The file, for hashing and messages.
         tensors: HF name → gguf's tensor record (memory-mapped, in ggml's block format).
-        heads: HF name of a query or key weight → its number of heads. llama.cpp stores their rows interleaved for
-            its own rope; reading undoes that.
+        heads: HF name of a query or key weight whose rows are interleaved for ggml's rope → its number of heads;
+            reading undoes that.
+        norm_offset: What the converter has added to the weights of norms (1 for Gemma); reading takes it off.
     """
 
     path: Path
     tensors: Mapping[str, Any]
     heads: Mapping[str, int]
+    norm_offset: float = 0.0
 
     @cached_property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -61,19 +121,17 @@ class GgufSource:
         return {name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in self.tensors.items()}
 
     def read(self, name: str) -> NDArray[np.float32]:
-        """Read and dequantize one tensor."""
-        import gguf
+        """Read and dequantize one tensor.
 
+        Raises:
+            CheckpointError: The file has no such tensor, or gguf cannot dequantize its type.
+        """
         record = self.tensors.get(name)
         if record is None:
             raise CheckpointError(f"{self.path}: tensor {name} is not in the file")
-        try:
-            values = gguf.dequantize(record.data, record.tensor_type)
-        except NotImplementedError as error:
-            raise CheckpointError(
-                f"{self.path}: tensor {name}: type {record.tensor_type.name} cannot be dequantized"
-            ) from error
-        tensor = np.array(values, dtype=np.float32).reshape(self.shapes[name])
+        tensor = _dequantized(record, record.data, self.path).reshape(self.shapes[name])
+        if self.norm_offset and name.endswith("norm.weight"):
+            tensor -= np.float32(self.norm_offset)
         heads = self.heads.get(name)
         return tensor if heads is None else rope_halves_from_pairs(tensor, heads)
 
@@ -84,6 +142,17 @@ class GgufSource:
     @cached_property
     def _sha256(self) -> str:
         return hash_files((self.path,))
+
+
+def _dequantized(record: Any, data: NDArray[Any], path: Path) -> NDArray[np.float32]:
+    import gguf
+
+    try:
+        return np.array(gguf.dequantize(data, record.tensor_type), dtype=np.float32)
+    except NotImplementedError as error:
+        raise CheckpointError(
+            f"{path}: tensor {record.name}: type {record.tensor_type.name} cannot be dequantized"
+        ) from error
 
 
 def rope_halves_from_pairs(weight: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
@@ -119,47 +188,116 @@ def _read_file(path: Path) -> Any:
     return reader
 
 
-def _metadata(reader: Any, path: Path) -> dict[str, Any]:
-    large = ("tokenizer.ggml.tokens", "tokenizer.ggml.merges", "tokenizer.ggml.scores", "tokenizer.ggml.token_type")
-    fields = {name: field.contents() for name, field in reader.fields.items() if name not in large}
-    architecture = fields.get("general.architecture")
-    if architecture != "llama":
-        raise CheckpointError(f"{path}: GGUF architecture {architecture!r} is not supported (supported: llama)")
-    if any(key.startswith("llama.expert") and fields[key] for key in fields):
+def _contents(reader: Any, path: Path) -> tuple[_Architecture, _File]:
+    fields = {name: field.contents() for name, field in reader.fields.items() if name not in _VOCABULARY}
+    name = str(fields.get("general.architecture"))
+    if name not in ARCHITECTURES:
+        supported = ", ".join(ARCHITECTURES)
+        raise CheckpointError(f"{path}: GGUF architecture {name!r} is not supported (supported: {supported})")
+    if any(key.startswith(f"{name}.expert") and fields[key] for key in fields):
         raise CheckpointError(f"{path}: GGUF mixture-of-experts models are not supported")
-    return fields
+    parts = fields.get("split.count", 1)
+    if parts > 1:
+        raise CheckpointError(f"{path}: one of {parts} parts of a model; join them with llama-gguf-split --merge")
+    file = _File(path, name, fields, {tensor.name: tensor for tensor in reader.tensors})
+    missing = [f"{name}.{key}" for key in _REQUIRED if file.get(key) is None]
+    if _EMBEDDING not in file.records:
+        missing.append(f"tensor {_EMBEDDING}")
+    if missing:
+        raise CheckpointError(f"{path}: missing {', '.join(missing)}; the file is not a whole model")
+    return ARCHITECTURES[name], file
 
 
-def _hf_config(fields: Mapping[str, Any], records: Mapping[str, Any], path: Path) -> DecoderConfig:
-    raw: dict[str, Any] = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
-    for key, name in _CONFIG_KEYS.items():
-        if f"llama.{key}" in fields:
-            raw[name] = fields[f"llama.{key}"]
-    for key, name in _TOKEN_KEYS.items():
-        if key in fields:
-            raw[name] = fields[key]
-    if "token_embd.weight" in records:
-        raw["vocab_size"] = int(records["token_embd.weight"].shape[1])
-    raw["tie_word_embeddings"] = "output.weight" not in records
-    raw["attention_bias"] = "blk.0.attn_q.bias" in records
-    scaling = _rope_scaling(fields, records, path)
-    if scaling:
-        raw["rope_scaling"] = scaling
-    return decoder_config(raw, str(path))
+def _hf_config(architecture: _Architecture, file: _File) -> DecoderConfig:
+    raw: Settings = {"model_type": architecture.model_type, "architectures": [architecture.causal_lm]}
+    raw |= {name: file.get(key) for key, name in _CONFIG_KEYS.items() if file.get(key) is not None}
+    raw |= {name: file.fields[key] for key, name in _TOKEN_KEYS.items() if key in file.fields}
+    # Not the key `vocab_size`, which many files lack.
+    raw["vocab_size"] = int(file.records[_EMBEDDING].shape[1])
+    raw["tie_word_embeddings"] = "output.weight" not in file.records
+    # Where a family always has them, `attention_bias` would mean the output projection's too.
+    if not FAMILIES[architecture.model_type].biased:
+        raw["attention_bias"] = "blk.0.attn_q.bias" in file.records
+    return decoder_config(raw | architecture.settings(file), str(file.path))
 
 
-def _rope_scaling(fields: Mapping[str, Any], records: Mapping[str, Any], path: Path) -> dict[str, Any] | None:
-    kind = fields.get("llama.rope.scaling.type", "none")
+def _rope(file: _File) -> Settings:
+    """Return HF's rope parameters of the layers that see everything."""
+    rope: Settings = {"rope_type": "default", "rope_theta": float(file.get("rope.freq_base", _THETA))}
+    kind = file.get("rope.scaling.type", "none")
     if kind == "linear":
-        return {"rope_type": "linear", "factor": float(fields.get("llama.rope.scaling.factor", 1.0))}
+        return rope | {"rope_type": "linear", "factor": float(file.get("rope.scaling.factor", 1.0))}
     if kind != "none":
-        raise CheckpointError(f"{path}: rope type {kind!r} is not supported (supported: {', '.join(ROPE_TYPES)})")
-    if "rope_freqs.weight" not in records:
-        return None
-    return _llama3_scaling(np.asarray(records["rope_freqs.weight"].data, np.float64), fields, path)
+        raise CheckpointError(f"{file.path}: rope type {kind!r} is not supported (supported: {', '.join(ROPE_TYPES)})")
+    divisors = file.records.get(_LLAMA3_DIVISORS)
+    if divisors is None:
+        return rope
+    return rope | _llama3_scaling(np.asarray(divisors.data, np.float64), rope["rope_theta"], file.path)
 
 
-def _llama3_scaling(divisors: NDArray[np.float64], fields: Mapping[str, Any], path: Path) -> dict[str, Any]:
+def _plain(file: _File) -> Settings:
+    return {"rope_parameters": _rope(file)}
+
+
+def _sliding(file: _File, period: int) -> Settings:
+    """Return HF's window and which layers obey it: all but every `period`-th, unless the file says otherwise."""
+    layers = int(file.get("block_count"))
+    window = file.get("attention.sliding_window")
+    pattern = file.get("attention.sliding_window_pattern", period)
+    if not window:
+        slides = [False] * layers
+    elif isinstance(pattern, int) and pattern > 0:
+        slides = [(index + 1) % pattern != 0 for index in range(layers)]
+    elif isinstance(pattern, list) and len(pattern) == layers:
+        slides = [bool(slide) for slide in pattern]
+    else:
+        key = f"{file.architecture}.attention.sliding_window_pattern"
+        raise CheckpointError(f"{file.path}: {key} is {pattern!r}; expected a period, or one flag for each layer")
+    kinds = ["sliding_attention" if slide else "full_attention" for slide in slides]
+    return {"sliding_window": window or None, "layer_types": kinds}
+
+
+def _query_scale(file: _File, layers_of_27b: int) -> Settings:
+    """Return what queries are divided by the root of.
+
+    No key holds it. As llama.cpp, tell the one size (27B) that does not use the head's width by its layers.
+    """
+    heads, hidden = int(file.get("attention.head_count")), int(file.get("embedding_length"))
+    width = hidden // heads
+    if file.get("block_count") != layers_of_27b:
+        width = int(file.get("attention.key_length", width))
+    return {"query_pre_attn_scalar": width}
+
+
+def _gemma2(file: _File) -> Settings:
+    caps = ("attn_logit_softcapping", "final_logit_softcapping")
+    stated = {key: float(file.get(key)) for key in caps if file.get(key) is not None}
+    return _plain(file) | _sliding(file, 2) | _query_scale(file, 46) | stated
+
+
+def _gemma3(file: _File) -> Settings:
+    # Scaling, which stretches the context, is for the layers that see all of it.
+    local = {"rope_type": "default", "rope_theta": float(file.get("rope.freq_base_swa", _THETA))}
+    rope = {"rope_parameters": {"full_attention": _rope(file), "sliding_attention": local}}
+    cap = file.get("final_logit_softcapping")
+    return rope | _sliding(file, 6) | _query_scale(file, 62) | ({"final_logit_softcapping": float(cap)} if cap else {})
+
+
+# AutoTokenizer has the class reread the whole file for a configuration first, which it cannot for the first Gemma.
+_GEMMA_TOKENIZER = "GemmaTokenizer"
+
+ARCHITECTURES: Mapping[str, _Architecture] = {
+    "llama": _Architecture("llama", "LlamaForCausalLM", _plain, interleaved_rope=True),
+    "qwen2": _Architecture("qwen2", "Qwen2ForCausalLM", _plain),
+    "qwen3": _Architecture("qwen3", "Qwen3ForCausalLM", _plain),
+    "gemma": _Architecture("gemma", "GemmaForCausalLM", _plain, tokenizer=_GEMMA_TOKENIZER),
+    "gemma2": _Architecture("gemma2", "Gemma2ForCausalLM", _gemma2, tokenizer=_GEMMA_TOKENIZER),
+    "gemma3": _Architecture("gemma3_text", "Gemma3ForCausalLM", _gemma3, tokenizer=_GEMMA_TOKENIZER),
+}
+"""GGUF's `general.architecture` → how it is read."""
+
+
+def _llama3_scaling(divisors: NDArray[np.float64], theta: float, path: Path) -> Settings:
     """Recover LLaMA 3's rope factor from the per-frequency divisors that a GGUF file stores in its place.
 
     The divisors follow from (theta, factor) and the published constants; the factor is the largest of them. The
@@ -169,37 +307,50 @@ def _llama3_scaling(divisors: NDArray[np.float64], fields: Mapping[str, Any], pa
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    theta = float(fields.get("llama.rope.freq_base", 10000.0))
     settings = {"rope_type": "llama3", "rope_theta": theta, "factor": float(divisors.max()), **_LLAMA3}
     config = LlamaConfig(hidden_size=2 * len(divisors), num_attention_heads=1, rope_parameters=settings)
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     plain = theta ** (-np.arange(len(divisors)) / len(divisors))
     if not np.allclose(plain / scaled.double().numpy(), divisors, rtol=1e-3):
         raise CheckpointError(f"{path}: rope_freqs.weight is not LLaMA 3's scaling; this rope is not supported")
-    return {name: value for name, value in settings.items() if name != "rope_theta"}
+    return settings
 
 
-def _hf_tensors(config: DecoderConfig, records: Mapping[str, Any]) -> dict[str, Any]:
+def _hf_tensors(config: DecoderConfig, file: _File) -> dict[str, Any]:
+    """Return HF name → record.
+
+    Raises:
+        CheckpointError: The file holds a tensor that the model would be computed without, or one whose type gguf
+            cannot dequantize.
+    """
     import gguf
 
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == file.architecture)
+    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     tensors = {}
     for name in tensor_shapes(config):
         stem, suffix = name.rsplit(".", 1)
-        gguf_name = names.get_name(stem)
-        record = records.get(f"{gguf_name}.{suffix}")
+        record = file.records.get(f"{names.get_name(stem)}.{suffix}")
         if record is not None:
             tensors[name] = record
+    unused = file.records.keys() - {record.name for record in tensors.values()} - {_LLAMA3_DIVISORS}
+    if unused:
+        more = f" (and {len(unused) - 1} more)" if len(unused) > 1 else ""
+        raise CheckpointError(
+            f"{file.path}: tensor {min(unused)}{more} is not part of a {file.architecture} model as supported here"
+        )
+    for record in {record.tensor_type: record for record in tensors.values()}.values():
+        _dequantized(record, record.data[:1], file.path)
     return tensors
 
 
-def _tokenizer(path: Path) -> "PreTrainedTokenizerBase":
-    from transformers import AutoTokenizer
+def _tokenizer(architecture: _Architecture, path: Path) -> "PreTrainedTokenizerBase":
+    import transformers
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        tokenizer: PreTrainedTokenizerBase = getattr(transformers, architecture.tokenizer).from_pretrained(
             path.parent, gguf_file=path.name, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # whatever a damaged vocabulary makes transformers raise
@@ -208,22 +359,19 @@ def _tokenizer(path: Path) -> "PreTrainedTokenizerBase":
 
 
 def open_gguf(path: Path) -> Checkpoint:
-    """Open a GGUF file of the LLaMA architecture.
+    """Open a GGUF file of one of `ARCHITECTURES`.
 
     Raises:
-        CheckpointError: The file is damaged, of another architecture, or lacks a tensor.
+        CheckpointError: The file is damaged, one part of several, of another architecture, lacks a tensor, or holds
+            one that cannot be read.
     """
-    reader = _read_file(path)
-    fields = _metadata(reader, path)
-    records = {tensor.name: tensor for tensor in reader.tensors}
-    config = _hf_config(fields, records, path)
-    tensors = _hf_tensors(config, records)
+    architecture, file = _contents(_read_file(path), path)
+    config = _hf_config(architecture, file)
+    tensors = _hf_tensors(config, file)
     heads = {}
-    for name in tensors:
-        if ".q_proj." in name:
-            heads[name] = config.num_attention_heads
-        elif ".k_proj." in name:
-            heads[name] = config.num_key_value_heads
-    source = GgufSource(path, tensors, heads)
+    if architecture.interleaved_rope:
+        counts = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+        heads = {name: counts[linear] for name in tensors if (linear := name.split(".")[-2]) in counts}
+    source = GgufSource(path, tensors, heads, config.family.norm_offset)
     validate_shapes(config, source, str(path))
-    return Checkpoint(path.stem, config, source, _tokenizer(path), generation_config={})
+    return Checkpoint(path.stem, config, source, _tokenizer(architecture, path), generation_config={})

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from spike_export.calibration.decoder_config import linear_shapes
 from spike_export.calibration.errors import CalibrationError
 from spike_export.calibration.layerwise import Decoder, batches
-from spike_export.calibration.modules import MOE, expert_of, input_sites
+from spike_export.calibration.modules import MOE, expert_of, input_sites, split_name
 from spike_export.calibration.progress import Progress, silent
-from spike_export.calibration.spikes import Floats, ModuleSpikes, SpikeStatistics
+from spike_export.calibration.spikes import Floats, ModuleSpikes, SpikeStatistics, require_reached
 
 if TYPE_CHECKING:
     import torch
@@ -91,7 +92,7 @@ class Recorder:
             if expert is None:
                 amax = _sample_amax(output.reshape(layer.shape[0], -1))
             else:
-                _, channels = _routed_maxima(output, layer.get_submodule(MOE).routed[expert], layer.shape)
+                channels = _routed_maxima(output, layer.get_submodule(MOE).routed[expert], layer.shape)[1]
                 amax = channels.max(axis=1)
             known = self._outputs.setdefault(name, {})
             known[layer.batch] = np.maximum(known.get(layer.batch, amax), amax)
@@ -120,7 +121,7 @@ class Recorder:
         """Return what was recorded of forward batches [samples, length].
 
         Raises:
-            CalibrationError: An input was not finite, or an expert never got a token; names the place.
+            CalibrationError: An input was not finite; names the place.
         """
         modules = {name: self._module(name, parts, sample_ids) for name in self._names}
         hidden = [_joined(found, parts) for found in self._hidden.values()]
@@ -135,12 +136,7 @@ class Recorder:
 
     def _module(self, name: str, parts: Sequence[NDArray[np.int64]], sample_ids: NDArray[np.int64]) -> ModuleSpikes:
         tokens, channels = self._tokens.get(name, {}), self._channels.get(name, {})
-        if not tokens:
-            raise CalibrationError(
-                f"{name}: the router sent no token of {len(sample_ids)} windows to this expert, so that its scale is "
-                "unknown; calibrate on more samples, or on a corpus nearer to the model's use"
-            )
-        width = next(iter(channels.values())).shape[1]
+        _, width = linear_shapes(self._config)[split_name(name)[1]]
         outputs = self._outputs.get(name, {})
         for index, part in enumerate(parts):
             # An expert that got no token of a batch was not called.
@@ -213,6 +209,7 @@ def measure_spikes(
     sample_ids: NDArray[np.int64] | None = None,
     layers: int | None = None,
     batch_tokens: int = 1,
+    shard: bool = False,
     progress: Progress = silent,
 ) -> SpikeStatistics:
     """Record token and channel maxima over windows [samples, length].
@@ -229,9 +226,17 @@ def measure_spikes(
         sample_ids: [samples], ascending: which of the calibration's windows these are.
         layers: Number of layers to pass; all by default.
         batch_tokens: Tokens per forward call.
+        shard: Whether the record is to be merged with others: an expert that no token reached is no fault then, and
+            whoever merges calls `require_reached` at the end.
         progress: Told after each layer.
+
+    Raises:
+        CalibrationError: An input was not finite, or an expert never got a token; names the place.
     """
     recorder = Recorder(decoder, modules)
     decoder.run(windows, prefix, layers=layers, visits=(recorder.visit,), batch_tokens=batch_tokens, progress=progress)
     ids = np.arange(len(windows), dtype=np.int64) if sample_ids is None else sample_ids
-    return recorder.statistics(batches(windows, batch_tokens), prefix, ids)
+    statistics = recorder.statistics(batches(windows, batch_tokens), prefix, ids)
+    if not shard:
+        require_reached(statistics)
+    return statistics

@@ -1,9 +1,7 @@
 """Which prefix: found candidates compete, by the perplexity of the model that is quantized behind each of them."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-
-import numpy as np
+from dataclasses import dataclass
 
 from spike_export.calibration import qfep
 from spike_export.calibration.calibrate import NO_TRANSFORM, Calibration, Transform
@@ -75,25 +73,20 @@ class _Competition:
     def enter(self, prefix: tuple[int, ...], without: PrefixCandidate | None) -> PrefixCandidate:
         """Measure one candidate; `without` is the empty prefix, or None while that itself enters."""
         calibration = self._calibration
-        windows, rows = calibration.search_windows, calibration.search_rows
-        statistics = calibration.measure_windows(windows, rows, prefix)
+        statistics = calibration.measure_windows(calibration.search_windows, calibration.search_rows, prefix)
         self._statistics[prefix] = statistics
         module, ratio = qfep.worst_ratio(statistics)
-        reference = calibration.reference(prefix).perplexity
         verdict, perplexity = "accepted", None
         if without is not None and not qfep.lowers_worst_ratio(ratio, without.ratio):
             verdict = "turned down: does not lower the worst ratio"
-        elif without is not None and reference > (1 + NEUTRALITY) * (without.reference_perplexity or reference):
-            verdict = "turned down: changes the unquantized model"
         else:
             transform = _default_transform(calibration, statistics)
-            perplexity = calibration.predicted(statistics, (), transform).perplexity
+            perplexity = calibration.predicted(statistics, (), transform, compare=False).perplexity
         candidate = PrefixCandidate(
             token_ids=prefix,
             text=prefix_text(calibration.checkpoint, prefix),
             worst_module=module,
             ratio=ratio,
-            reference_perplexity=reference,
             perplexity=perplexity,
             verdict=verdict,
         )
@@ -130,31 +123,45 @@ class _Competition:
                     return
 
     def outcome(self) -> PrefixChoice:
-        """Return the winner and everybody's verdict."""
+        """Return the winner and everybody's verdict.
+
+        Only who would win is asked whether it leaves the unquantized model as it is; if not, the next one is.
+        """
+        plain = self._calibration.reference(()).perplexity
+        judged = [self.candidates[0].model_copy(update={"reference_perplexity": plain})]
         best = self.best
-        judged = tuple(
-            candidate
-            if candidate.perplexity is None
-            else candidate.model_copy(update={"verdict": "chosen" if candidate is best else "higher perplexity"})
-            for candidate in self.candidates
+        while best.token_ids:
+            reference = self._calibration.reference(best.token_ids).perplexity
+            neutral = reference <= (1 + NEUTRALITY) * plain
+            verdict = "chosen" if neutral else "turned down: changes the unquantized model"
+            update = {"reference_perplexity": reference, "verdict": verdict}
+            judged.append(best.model_copy(update=update if neutral else {**update, "perplexity": None}))
+            if neutral:
+                break
+            self.candidates = [each for each in self.candidates if each is not best]
+            best = self.best
+        known = {candidate.token_ids: candidate for candidate in judged}
+        everybody = [known.pop(candidate.token_ids, candidate) for candidate in self.candidates] + list(known.values())
+        return PrefixChoice(
+            best.token_ids,
+            tuple(
+                candidate.model_copy(
+                    update={"verdict": "chosen" if candidate.token_ids == best.token_ids else "higher perplexity"}
+                )
+                if candidate.perplexity is not None
+                else candidate
+                for candidate in everybody
+            ),
+            self._calibration.meter.tokens - self._started,
         )
-        return PrefixChoice(best.token_ids, judged, self._calibration.meter.tokens - self._started)
 
 
 def _default_transform(calibration: Calibration, statistics: SpikeStatistics) -> Transform:
     """Return a smoothing without a search: every candidate is judged with the same."""
     if not calibration.options.smoothing:
         return NO_TRANSFORM
-    checkpoint = calibration.checkpoint
-    return replace(
-        NO_TRANSFORM,
-        smoothing=default_smoothing(
-            statistics,
-            checkpoint.config,
-            lambda linear: np.abs(checkpoint.tensor(f"{linear}.weight")).max(axis=0),
-            rotated=False,
-        ),
-    )
+    config = calibration.checkpoint.config
+    return Transform(smoothing=default_smoothing(statistics, config, calibration.column_amax, rotated=False))
 
 
 def prefix_text(checkpoint: Checkpoint, token_ids: tuple[int, ...]) -> str:

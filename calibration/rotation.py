@@ -31,7 +31,10 @@ def rotation_matrix(plan: RotationPlan, width: int) -> Matrix:
     matrix = _hadamard(width)
     if matrix is None:
         raise ValueError(f"no Hadamard matrix of order {width} is known to this construction")
-    return np.asarray(generator.choice((-1.0, 1.0), width)[:, None] * matrix / np.sqrt(width))
+    # In place: at width 8192 each copy would take half a gigabyte.
+    matrix *= generator.choice((-1.0, 1.0), width)[:, None]
+    matrix /= np.sqrt(width)
+    return matrix
 
 
 def _hadamard(order: int) -> Matrix | None:
@@ -48,7 +51,7 @@ def _hadamard(order: int) -> Matrix | None:
     if half % 4 == 1 and _is_prime(half):
         return _paley_two(half)
     smaller = _hadamard(order // 2)
-    return None if smaller is None else np.kron(np.array([[1.0, 1.0], [1.0, -1.0]]), smaller)
+    return None if smaller is None else np.block([[smaller, smaller], [smaller, -smaller]])
 
 
 def _is_prime(number: int) -> bool:

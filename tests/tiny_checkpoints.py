@@ -1,8 +1,8 @@
-"""Small LLaMA checkpoints on disk: HF directories and GGUF files, and one with a planted activation spike."""
+"""Small checkpoints on disk: HF directories, GGUF files of several families, and one with a planted spike."""
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 BOS, EOS = 0, 1
 """Ids of `<s>` and `</s>` in the byte tokenizer; BOS is 0 on purpose, because 0 is falsy."""
@@ -73,7 +73,32 @@ def random_llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
     return model.eval().requires_grad_(False)
 
 
-def state(model: LlamaForCausalLM) -> dict[str, torch.Tensor]:
+def random_decoder(model_type: str, seed: int = 0, **changes: Any) -> Any:
+    """Return transformers' model of a family with random weights; sizes as `tiny_config`, a window of 8.
+
+    Seven layers, so that Gemma 3's sixth sees everything. Logits are large enough for Gemma 2's cap to matter.
+    """
+    torch.manual_seed(seed)
+    sizes = tiny_config().to_dict()
+    kept = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "initializer_range")
+    settings: dict[str, Any] = {name: sizes[name] for name in kept} | {
+        "vocab_size": len(PIECES) if "gemma" in model_type else VOCAB,
+        "num_hidden_layers": 7,
+        "head_dim": 32,  # not hidden / heads
+        "max_position_embeddings": 256,
+        "query_pre_attn_scalar": 32,
+        "sliding_window": 8,
+    }
+    settings |= {"head_dim": 16} if model_type in ("llama", "qwen2") else {}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **(settings | changes)))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or name.endswith("bias"):
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model.eval().requires_grad_(False)
+
+
+def state(model: Any) -> dict[str, torch.Tensor]:
     """Return the tensors a checkpoint holds: a tied head only once, under the embedding's name."""
     tied = model.config.tie_word_embeddings
     return {name: value for name, value in model.state_dict().items() if not (tied and name == "lm_head.weight")}
@@ -129,20 +154,79 @@ GGUF_NAMES = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
 """HF → GGUF, inside a layer or outside; from llama.cpp's documentation, not from the code under test."""
 
+SANDWICH_NAMES = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+"""What differs where norms stand on both sides of a block."""
 
-def gguf_name(name: str) -> str:
+
+@dataclass(frozen=True)
+class GgufLayout:
+    """What llama.cpp's converter does to a family."""
+
+    architecture: str
+    names: Mapping[str, str] = field(default_factory=lambda: GGUF_NAMES)
+    norm_offset: float = 0.0
+    permuted: bool = False
+
+
+GGUF_LAYOUTS = {
+    "llama": GgufLayout("llama", permuted=True),
+    "qwen2": GgufLayout("qwen2"),
+    "qwen3": GgufLayout("qwen3"),
+    "gemma": GgufLayout("gemma", norm_offset=1.0),
+    "gemma2": GgufLayout("gemma2", GGUF_NAMES | SANDWICH_NAMES, norm_offset=1.0),
+    "gemma3_text": GgufLayout("gemma3", GGUF_NAMES | SANDWICH_NAMES, norm_offset=1.0),
+}
+"""HF's model type → layout; from llama.cpp's converter."""
+
+
+def gguf_name(name: str, names: Mapping[str, str] = GGUF_NAMES) -> str:
     """Return GGUF's name of an HF tensor."""
     stem, suffix = name.rsplit(".", 1)
     if stem.startswith("model.layers."):
         _, _, layer, module = stem.split(".", 3)
-        return f"blk.{layer}.{GGUF_NAMES[module]}.{suffix}"
-    return f"{GGUF_NAMES[stem]}.{suffix}"
+        return f"blk.{layer}.{names[module]}.{suffix}"
+    return f"{names[stem]}.{suffix}"
+
+
+# A sentencepiece vocabulary in Gemma's order: control (type 3), user-defined (4), bytes (6), then pieces (1).
+_CONTROL, _USER_DEFINED = ("<pad>", "<eos>", "<bos>", "<unk>"), ("\n", "\n\n", "  ")
+_LEARNED = ("he", "ll", "llo", "hello", "\u2581", *"abcdefghijklmnopqrstuvwxyz")
+PIECES = (*_CONTROL, *_USER_DEFINED, *(f"<0x{byte:02X}>" for byte in range(256)), *_LEARNED)
+PIECE_TYPES = [3] * len(_CONTROL) + [4] * len(_USER_DEFINED) + [6] * 256 + [1] * len(_LEARNED)
+
+
+def _add_sentencepiece(writer: gguf.GGUFWriter) -> None:
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(list(PIECES))
+    writer.add_token_types(PIECE_TYPES)
+    learned = len(PIECES) - len(_LEARNED)
+    writer.add_token_scores([-1000.0] * learned + [-float(rank) for rank in range(len(_LEARNED))])
+    writer.add_pad_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.add_bos_token_id(2)
+    writer.add_unk_token_id(3)
+
+
+def _add_byte_level(writer: gguf.GGUFWriter) -> None:
+    writer.add_tokenizer_model("gpt2")
+    vocabulary = sorted(byte_tokenizer().get_vocab().items(), key=lambda item: item[1])
+    writer.add_token_list([token for token, _ in vocabulary])
+    writer.add_token_types([3 if token in ("<s>", "</s>") else 1 for token, _ in vocabulary])
+    writer.add_token_scores([0.0] * len(vocabulary))  # from which transformers finds the merges: none
+    writer.add_bos_token_id(BOS)
+    writer.add_eos_token_id(EOS)
 
 
 def llama_cpp_permuted(weight: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
@@ -162,34 +246,50 @@ class WrittenGguf:
 
 def write_gguf(
     path: Path,
-    model: LlamaForCausalLM,
+    model: Any,
     *,
-    architecture: str = "llama",
-    rope_freqs: NDArray[np.float32] | None = None,
-    extra: Mapping[str, int | str | float] | None = None,
+    architecture: str | None = None,
+    extra: Mapping[str, int | str | float | list[bool]] | None = None,
+    tensors: Mapping[str, NDArray[Any] | None] | None = None,
 ) -> WrittenGguf:
-    """Write a file as llama.cpp's converter would: matrices Q8_0 but the embedding F16, vectors F32."""
-    config = model.config
-    writer = gguf.GGUFWriter(path, architecture)
+    """Write a file as llama.cpp's converter would: matrices Q8_0 but the embedding F16, vectors F32.
+
+    Args:
+        path: Where to.
+        model: transformers' model of a family in `GGUF_LAYOUTS`.
+        architecture: Another name than the family's.
+        extra: Metadata to add.
+        tensors: By GGUF name: tensors to add or to put in the place of the model's; None leaves one out.
+    """
+    config, layout = model.config, GGUF_LAYOUTS[model.config.model_type]
+    writer = gguf.GGUFWriter(path, architecture or layout.architecture)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    rope = config.rope_parameters
+    writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
+    if config.model_type != "qwen2":  # whose heads always share the hidden size
+        writer.add_key_length(config.head_dim)
+    if config.model_type in ("gemma2", "gemma3_text"):
+        writer.add_sliding_window(config.sliding_window)
+    if config.model_type == "gemma2":
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
     for key, value in (extra or {}).items():
-        kind = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)]
-        kind(key, value)
-    writer.add_tokenizer_model("gpt2")
-    vocabulary = sorted(byte_tokenizer().get_vocab().items(), key=lambda item: item[1])
-    writer.add_token_list([token for token, _ in vocabulary])
-    writer.add_token_types([3 if token in ("<s>", "</s>") else 1 for token, _ in vocabulary])
-    writer.add_token_scores([0.0] * len(vocabulary))  # from which transformers finds the merges: none
-    writer.add_bos_token_id(BOS)
-    writer.add_eos_token_id(EOS)
+        kinds = {
+            str: writer.add_string,
+            int: writer.add_uint32,
+            float: writer.add_float32,
+            list: writer.add_array,
+        }
+        kinds[type(value)](key, value)
+    add_tokenizer = _add_sentencepiece if "gemma" in config.model_type else _add_byte_level
+    add_tokenizer(writer)
+    replaced = dict(tensors or {})
     expected = {}
     for name, tensor in state(model).items():
         values = tensor.numpy()
@@ -198,13 +298,18 @@ def write_gguf(
         if values.ndim == 2:
             q8, f16 = gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.F16
             kind = f16 if "embed" in name else q8
-        stored = llama_cpp_permuted(values, heads) if heads else values
-        data = stored if values.ndim == 1 else gguf.quantize(stored, kind)
-        writer.add_tensor(gguf_name(name), data, raw_dtype=kind)
+        stored = llama_cpp_permuted(values, heads) if heads and layout.permuted else values
         # A row's rounding does not depend on where the row stands, so the expectation needs no permutation.
         expected[name] = values if values.ndim == 1 else gguf.dequantize(gguf.quantize(values, kind), kind)
-    if rope_freqs is not None:
-        writer.add_tensor("rope_freqs.weight", rope_freqs.astype(np.float32))
+        if name.endswith("norm.weight"):
+            stored = values + np.float32(layout.norm_offset)
+            expected[name] = stored - np.float32(layout.norm_offset)
+        data = stored if values.ndim == 1 else gguf.quantize(stored, kind)
+        if gguf_name(name, layout.names) not in replaced:
+            writer.add_tensor(gguf_name(name, layout.names), data, raw_dtype=kind)
+    for name, values in replaced.items():
+        if values is not None:
+            writer.add_tensor(name, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
