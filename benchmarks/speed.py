@@ -5,7 +5,6 @@ All sessions take turns, call by call, so that whatever else the machine does hi
 
 import argparse
 import json
-import multiprocessing
 import os
 import statistics
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.fetch_models import smollm2_path
+from benchmarks.peak_memory import in_own_process, peak_rss
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -172,7 +172,7 @@ def measure(bundles: dict[Variant, Path], arguments: argparse.Namespace) -> list
                 prefill=prefill[variant],
                 decode=decode[variant],
                 bundle_bytes=(folder / DATA_FILE).stat().st_size,
-                peak_rss=_peak_rss(folder, arguments.threads),
+                peak_rss=in_own_process(_use_alone, folder, arguments.threads),
             )
         )
     return results
@@ -235,22 +235,14 @@ def _inputs(session: "ort.InferenceSession", manifest: "Manifest", tokens: int, 
     return {name: fed[name] for name in wanted}
 
 
-def _peak_rss(folder: Path, threads: int) -> int:
-    """Return the peak resident memory, in bytes, of a fresh process that uses the bundle alone."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_use_alone, (folder, threads))
-
-
 def _use_alone(folder: Path, threads: int) -> int:
+    """Return the peak resident memory of this process, which uses the bundle and nothing else."""
     from spike_export.export.manifest import load_manifest
 
     session, manifest = _session(folder, threads), load_manifest(folder)
     _bound_call(session, manifest, PREFILL_TOKENS, 0)()
     _bound_call(session, manifest, 1, PREFILL_TOKENS)()
-    # Not getrusage: its maximum is inherited from the parent. Not on Linux: unknown.
-    status = Path("/proc/self/status")
-    lines = status.read_text(encoding="ascii").splitlines() if status.exists() else []
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
+    return peak_rss()
 
 
 def table(results: Sequence[Result]) -> str:

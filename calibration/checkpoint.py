@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,14 @@ class TensorSource(Protocol):
         """Hash of the weight files' content, in hexadecimal."""
 
 
+@runtime_checkable
+class RowSource(Protocol):
+    """A `TensorSource` that can also read some rows of a tensor without the others."""
+
+    def read_rows(self, name: str, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Read these rows, in this order, as float32: the same values as in the whole tensor."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A model to calibrate and export.
@@ -52,10 +60,19 @@ class Checkpoint:
 
     def tensor(self, name: str) -> NDArray[np.float32]:
         """Read one tensor by HF name; the tied head and embedding stand in for each other."""
-        shapes = self.tensors.shapes
-        if name not in shapes and self.config.tie_word_embeddings and name in (LM_HEAD, EMBEDDING):
-            name = EMBEDDING if name == LM_HEAD else LM_HEAD
-        return self.tensors.read(name)
+        return self.tensors.read(self._stored_name(name))
+
+    def rows(self, name: str, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Read these rows of a tensor; where the source can, memory holds no others."""
+        name = self._stored_name(name)
+        if isinstance(self.tensors, RowSource):
+            return self.tensors.read_rows(name, rows)
+        return self.tensors.read(name)[rows]
+
+    def _stored_name(self, name: str) -> str:
+        if name not in self.tensors.shapes and self.config.tie_word_embeddings and name in (LM_HEAD, EMBEDDING):
+            return EMBEDDING if name == LM_HEAD else LM_HEAD
+        return name
 
     @property
     def bos_token_id(self) -> int | None:

@@ -17,6 +17,7 @@ from spike_export.calibration.decoder_config import decoder_config
 from spike_export.calibration.errors import CheckpointError, one_line
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
 _INDEX = "model.safetensors.index.json"
@@ -64,15 +65,21 @@ class SafetensorsSource:
 
     def read(self, name: str) -> NDArray[np.float32]:
         """Read one tensor as float32."""
+        with self._opened(name) as handle:
+            return _widened(handle.get_tensor(name))
+
+    def read_rows(self, name: str, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Read these rows as float32; the file is mapped, so that memory holds no others."""
         import torch
 
+        with self._opened(name) as handle:
+            return _widened(handle.get_tensor(name).index_select(0, torch.from_numpy(rows)))
+
+    def _opened(self, name: str) -> Any:
         file = self.files.get(name)
         if file is None:
             raise CheckpointError(f"tensor {name} is not in the checkpoint")
-        with _open_safetensors(file) as handle:
-            # Through torch, because numpy has no bfloat16; the widening to float32 is exact.
-            tensor: NDArray[np.float32] = handle.get_tensor(name).to(torch.float32).numpy()
-        return tensor
+        return _open_safetensors(file)
 
     def sha256(self) -> str:
         """Hash of the weight files in name order."""
@@ -81,6 +88,12 @@ class SafetensorsSource:
     @cached_property
     def _sha256(self) -> str:
         return hash_files(tuple(sorted(set(self.files.values()))))
+
+
+def _widened(tensor: "torch.Tensor") -> NDArray[np.float32]:
+    """Return float32 values, exactly; through torch, because numpy has no bfloat16."""
+    values: NDArray[np.float32] = tensor.float().numpy()
+    return values
 
 
 def _open_safetensors(file: Path) -> Any:

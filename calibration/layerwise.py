@@ -1,8 +1,8 @@
 """The unquantized decoder in torch, forwarded one layer at a time over all windows.
 
-A layer is read, applied to every window, and (unless it is to stay) dropped: memory holds the embedding or the head,
-one layer, and the windows' activations, which go to a file when they are many. Each layer is transformers' own, called
-with the arguments that transformers' decoder passes it, so that the result is that of a whole-model pass, bit for bit.
+A layer is read, applied to every window, and (unless it is to stay) dropped: memory holds one layer, or the head, and
+the windows' activations, which go to a file when they are many. Each layer is transformers' own, called with the
+arguments that transformers' decoder passes it, so that the result is that of a whole-model pass, bit for bit.
 """
 
 import copy
@@ -81,6 +81,8 @@ def empty_decoder(config: DecoderConfig, dtype: Dtype = "float32") -> Any:
             for layer in decoder.layers:
                 # One module under both names: the checkpoint's, and the one that the layer's forward calls.
                 layer.mlp = layer.block_sparse_moe = sparse_moe(config).to(getattr(torch, dtype))
+    # It matters in training only, and need not be among the rows that are read.
+    decoder.embed_tokens.padding_idx = None
     # What no checkpoint holds, rope frequencies and the embedding's factor (Gemma), is made outside the meta device.
     decoder.rotary_emb = type(decoder.rotary_emb)(settings)
     scale = getattr(decoder.embed_tokens, "scalar_embed_scale", None)
@@ -175,10 +177,12 @@ class Decoder:
         return self._skeleton[0]
 
     def _read(self, name: str) -> "torch.Tensor":
+        return self._placed(self.checkpoint.tensor(name))
+
+    def _placed(self, values: NDArray[np.float32]) -> "torch.Tensor":
         import torch
 
-        tensor = torch.from_numpy(self.checkpoint.tensor(name))
-        return tensor.to(self.execution.devices[0], getattr(torch, self.execution.dtype))
+        return torch.from_numpy(values).to(self.execution.devices[0], getattr(torch, self.execution.dtype))
 
     def _kept(self, name: str) -> "torch.Tensor":
         """Read a tensor, and keep it where tensors are resident; the tied head and embedding are one."""
@@ -276,8 +280,15 @@ class Decoder:
         import torch
 
         embedding = self.skeleton.embed_tokens
-        self._assign(self.skeleton, "embed_tokens.weight", self._kept(EMBEDDING))
-        for index, part in enumerate(parts):
+        if self.execution.resident:
+            weight, places = self._kept(EMBEDDING), list(parts)
+        else:
+            # Of a large vocabulary the whole embedding is several times a layer; the windows use a few rows.
+            used = np.unique(np.concatenate([part.ravel() for part in parts]))
+            weight = self._placed(self.checkpoint.rows(EMBEDDING, used))
+            places = [np.searchsorted(used, part) for part in parts]
+        self._assign(self.skeleton, "embed_tokens.weight", weight)
+        for index, part in enumerate(places):
             states.put(index, embedding(torch.from_numpy(part).to(self.execution.devices[0])))
         if not self.execution.resident:
             _drop(embedding)

@@ -102,14 +102,14 @@ class Recorder:
     def _hidden_hook(self, layer: Any, index: int) -> Any:
         def hook(_: "nn.Module", __: Any, output: Any) -> None:
             states = output[0] if isinstance(output, tuple) else output
-            self._hidden.setdefault(index, {})[layer.batch] = _sample_amax(states.reshape(len(states), -1))
+            self._hidden.setdefault(index, {})[layer.batch] = _sample_amax(states)
 
         return hook
 
     def _operands_hook(self, layer: Any, name: str) -> Any:
         def hook(*operands: "torch.Tensor") -> "tuple[torch.Tensor, ...]":
             tokens = operands[0].shape[2]  # keys and values of a prefix stand before these
-            amax = [_sample_amax(each[:, :, -tokens:].reshape(len(each), -1)) for each in operands]
+            amax = [_sample_amax(each[:, :, -tokens:]) for each in operands]
             self._operands.setdefault(name, {})[layer.batch] = np.stack(amax, axis=1)
             return operands
 
@@ -165,11 +165,12 @@ def _require_finite(name: str, channels: Floats, tokens: Floats, sample_ids: NDA
         )
 
 
-def _sample_amax(rows: "torch.Tensor") -> Floats:
-    """Return the abs-max of each row [samples, values]; two reductions make no copy as abs would."""
+def _sample_amax(states: "torch.Tensor") -> Floats:
+    """Return the abs-max of each sample [samples, ...]; two reductions make no copy, as abs or a reshape would."""
     import torch
 
-    amax: Floats = torch.maximum(rows.amax(1), -rows.amin(1)).float().cpu().numpy()
+    axes = tuple(range(1, states.dim()))
+    amax: Floats = torch.maximum(states.amax(axes), -states.amin(axes)).float().cpu().numpy()
     return amax
 
 

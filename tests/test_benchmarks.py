@@ -2,21 +2,28 @@
 
 import argparse
 import hashlib
+import json
+import shutil
 import sys
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from benchmarks import accuracy, fetch_models, job_resources, speed
+from benchmarks import accuracy, fetch_models, job_resources, large_model, speed, statistics_overhead
 from benchmarks.fetch_models import Download, FetchError, PackagedModel, fetch
 from benchmarks.job_resources import START_UP, StageLog, StageUse, descendants, run_measured
+from benchmarks.large_model import FolderError, Shape, write_model
+from benchmarks.peak_memory import in_own_process, peak_rss
+from benchmarks.statistics_overhead import Overhead, in_turns
 from spike_export.calibration.calibrate import Calibration
-from spike_export.calibration.checkpoint import Checkpoint
+from spike_export.calibration.checkpoint import Checkpoint, open_checkpoint
 from spike_export.calibration.corpus import Corpus
+from spike_export.calibration.decoder_config import tensor_shapes
 from spike_export.calibration.token_windows import TokenWindows
 from tests.tiny_models import tiny_llama
 
@@ -208,3 +215,102 @@ def test_the_quick_recipe_of_the_speed_table(monkeypatch: pytest.MonkeyPatch) ->
     assert recipe.prefix_ids == (1,)
     assert len(recipe.kept()) <= 3
     assert recipe.scheme.activations == "int8-per-tensor-static"
+
+
+TINY = Shape(hidden=32, intermediate=48, layers=4, heads=4, kv_heads=2, vocab=60)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_the_large_model_is_a_checkpoint_and_the_seed_decides_its_weights(tmp_path: Path) -> None:
+    for name, seed in (("first", 3), ("same", 3), ("other", 4)):
+        write_model(tmp_path / name, TINY, "bfloat16", seed)
+    checkpoint = open_checkpoint(str(tmp_path / "first"))
+    assert dict(checkpoint.tensors.shapes) == tensor_shapes(checkpoint.config)
+    weights = {path for path in content(tmp_path / "first") if path.endswith(".safetensors")}
+    assert len(weights) == TINY.layers + 2
+    stored = sum(len(content(tmp_path / "first")[file]) for file in weights)
+    assert 0 < stored - TINY.stored_bytes() < 2000 * len(weights)  # the headers
+    assert content(tmp_path / "first") == content(tmp_path / "same")
+    assert content(tmp_path / "first") != content(tmp_path / "other")
+
+
+def test_the_large_model_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_model(tmp_path, TINY, "float16", 0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=0))
+    write_model(tmp_path, TINY, "float16", 0)
+    with pytest.raises(FolderError, match="another model"):
+        write_model(tmp_path, TINY, "float16", 1)
+    with pytest.raises(FolderError, match="another model"):
+        write_model(tmp_path, TINY, "bfloat16", 0)
+
+
+def test_a_full_disk_is_told_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=12_000_000_000))
+    monkeypatch.setattr(sys, "argv", ["large_model", "--folder", str(tmp_path)])
+    assert large_model.main() == 2
+    said = capsys.readouterr()
+    assert "12.0 GB of disk free, 14.6 GB needed" in said.err
+    assert len(said.err.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_impossible_sizes_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["large_model", "--folder", str(tmp_path), "--kv-heads", "5"])
+    assert large_model.main() == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_tiny_large_model_is_measured_at_two_depths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = [f"--{name.replace('_', '-')}={getattr(TINY, name)}" for name in Shape.__dataclass_fields__]
+    options = ["--windows=2", "--length=8", "--threads=1", f"--json={tmp_path / 'figures.json'}"]
+    monkeypatch.setattr(sys, "argv", ["large_model", *sizes, *options])
+    assert large_model.main() == 0
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["checkpoint_bytes"] == TINY.stored_bytes()
+    assert [use["layers"] for use in figures["uses"]] == [4, 2]
+    for use in figures["uses"]:
+        assert use["peak_rss"] >= use["start_rss"] > 10 << 20
+        assert use["tokens_per_second"] == pytest.approx(16 / use["seconds"])
+        assert 0 < use["seconds_per_layer"] < use["seconds"]
+    assert "target" not in capsys.readouterr().out  # which is that of the real shape
+
+
+def test_a_process_of_its_own_does_not_inherit_memory() -> None:
+    held = bytearray(400 << 20)
+    held[:: 1 << 10] = b"x" * len(held[:: 1 << 10])
+    assert peak_rss() > 400 << 20
+    assert in_own_process(peak_rss) < 300 << 20
+
+
+def test_the_passes_take_turns() -> None:
+    order: list[str] = []
+    overhead = in_turns(lambda: order.append("bare"), lambda: order.append("recorded"), 3)
+    assert order[2:] == ["bare", "recorded", "recorded", "bare", "bare", "recorded"]
+    assert len(overhead.bare) == len(overhead.recorded) == 3
+
+
+def test_the_overhead_is_a_ratio_of_medians() -> None:
+    overhead = Overhead(bare=[1.0, 9.0, 2.0], recorded=[2.2, 1.5, 2.1])
+    assert overhead.of_medians == pytest.approx(1.05)
+    assert overhead.of_minima == pytest.approx(1.5)
+    assert "1.10 met" in statistics_overhead.table(overhead)
+    assert "1.10 missed" in statistics_overhead.table(Overhead(bare=[1.0], recorded=[1.11]))
+
+
+def test_the_overhead_of_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_model(tmp_path / "model", TINY, "float16", 0)
+    options = ["--windows=3", "--length=8", "--batch-tokens=16", "--rounds=2", f"--json={tmp_path / 'figures.json'}"]
+    monkeypatch.setattr(sys, "argv", ["statistics_overhead", str(tmp_path / "model"), *options])
+    assert statistics_overhead.main() == 0
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert len(figures["bare_seconds"]) == len(figures["recorded_seconds"]) == 2
+    assert figures["ratio_of_medians"] > 0

@@ -1,0 +1,63 @@
+"""Rows of a tensor, read without the others."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from spike_export.calibration.checkpoint import EMBEDDING, LM_HEAD, Checkpoint, open_checkpoint
+from spike_export.calibration.errors import CheckpointError
+from spike_export.calibration.layerwise import Decoder, Execution
+from tests.tiny_checkpoints import random_llama, write_hf
+from tests.tiny_models import tiny_llama
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_rows_are_those_of_the_whole_tensor(tmp_path: Path, dtype: torch.dtype) -> None:
+    checkpoint = open_checkpoint(str(write_hf(tmp_path, random_llama(tie_word_embeddings=True), dtype=dtype)))
+    rows = np.array([5, 0, 257, 5])
+    for name in (EMBEDDING, LM_HEAD):
+        found = checkpoint.rows(name, rows)
+        assert found.dtype == np.float32
+        assert np.array_equal(found, checkpoint.tensor(name)[rows])
+
+
+def test_a_source_of_whole_tensors_yields_rows_too() -> None:
+    checkpoint = tiny_llama().checkpoint
+    rows = np.array([3, 1])
+    assert np.array_equal(checkpoint.rows(EMBEDDING, rows), checkpoint.tensor(EMBEDDING)[rows])
+
+
+def test_rows_of_a_tensor_that_is_not_there(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(str(write_hf(tmp_path, random_llama())))
+    with pytest.raises(CheckpointError, match="tensor x is not in the checkpoint"):
+        checkpoint.rows("x", np.array([0]))
+
+
+@pytest.mark.parametrize("token", [-1, 258])
+def test_a_token_outside_the_vocabulary_is_never_another_one(tmp_path: Path, token: int) -> None:
+    checkpoint = open_checkpoint(str(write_hf(tmp_path, random_llama())))
+    for resident in (True, False):
+        with pytest.raises(IndexError):
+            Decoder(checkpoint, Execution(resident=resident)).run(np.array([[1, token]]))
+
+
+def test_the_whole_embedding_is_never_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The padding token is not among the windows'.
+    checkpoint = open_checkpoint(str(write_hf(tmp_path, random_llama(pad_token_id=200))))
+    windows = np.random.default_rng(0).integers(2, 100, (3, 7))
+    whole = Decoder(checkpoint).run(windows, (0, 9))
+    read: list[str] = []
+    tensor = Checkpoint.tensor
+
+    def noted(self: Checkpoint, name: str) -> np.ndarray:
+        read.append(name)
+        return tensor(self, name)
+
+    monkeypatch.setattr(Checkpoint, "tensor", noted)
+    rows = Decoder(checkpoint, Execution(resident=False)).run(windows, (0, 9))
+    assert read
+    assert EMBEDDING not in read
+    for index in range(len(whole)):
+        assert torch.equal(whole.get(index), rows.get(index))
