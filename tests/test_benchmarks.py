@@ -171,11 +171,8 @@ def test_the_accuracy_table_has_every_method(table: accuracy.Table) -> None:
         "automatic, dynamic per token",
         "automatic, --rotation always",
     ]
-    assert (rows["FP32"].kept_linears, rows["FP32"].mac_share, rows["FP32"].increase) == (
-        14,
-        0.0,
-        pytest.approx(0, abs=1e-4),
-    )
+    assert (rows["FP32"].kept_linears, rows["FP32"].mac_share) == (14, 0.0)
+    assert rows["FP32"].increase == pytest.approx(0, abs=1e-4)
     assert (rows["W8 only"].kept_linears, rows["W8 only"].mac_share) == (14, 0.0)
     assert rows["W8A8"].mac_share == pytest.approx(1)
     assert rows["W8A8"].kl_divergence > rows["W8 only"].kl_divergence > 1e-6  # type: ignore[operator]
