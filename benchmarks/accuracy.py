@@ -1,122 +1,328 @@
-"""Perplexity of SmolLM2-135M-Instruct under each method, in ONNX Runtime, on fixed windows.
+"""Perplexity of a real model under each method, on fixed windows of the default corpus.
 
-Calibration: 8 windows of 511 tokens of the default corpus at tokens 0, 4,500, 9,000, ...; evaluation: 8 windows at
-60,000, 63,000, ...; what is not quantized is float32. Run: python -m benchmarks.accuracy [--json FILE]
+The paper's rows calibrate on 8 windows of 511 tokens at tokens 0, 4,500, 9,000, ..., the automatic ones on the main
+job's 32; evaluation: 8 windows at 60,000, 63,000, ...; what is not quantized is float32. The bundles run in ONNX
+Runtime; of families that cannot be exported yet, the simulation in torch.
+Run: python -m benchmarks.accuracy [--model PATH|gemma3] [--windows N] [--json FILE]
 """
 
 import argparse
 import json
-from dataclasses import replace
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
-from benchmarks.fetch_models import smollm2_path
-from spike_export.calibration import qfem
-from spike_export.calibration.calibrate import (
-    Calibration,
-    CalibrationOptions,
-    PrefixChoice,
-    build_recipe,
-    choose_kept,
-    choose_prefix,
-)
+from benchmarks.fetch_models import MODELS, model_path
+from spike_export.calibration.calibrate import Calibration, Transform
 from spike_export.calibration.checkpoint import Checkpoint, open_checkpoint
-from spike_export.calibration.corpus import default_corpus
-from spike_export.calibration.qfem import ModuleChoice
-from spike_export.calibration.recipe import ActivationRange, Recipe
+from spike_export.calibration.corpus import Corpus, default_corpus
+from spike_export.calibration.errors import CheckpointError, RecipeError
+from spike_export.calibration.module_choice import NOTHING_KEPT, choose_kept
+from spike_export.calibration.modules import InputSite, input_sites, is_router, linears, representatives, split_name
+from spike_export.calibration.options import CalibrationOptions
+from spike_export.calibration.perplexity import model_perplexity
+from spike_export.calibration.prefix_choice import choose_prefix
+from spike_export.calibration.qfem import ModuleChoice, Scores, mac_shares
+from spike_export.calibration.recipe import Recipe, Search
+from spike_export.calibration.recipe_writer import build_recipe
+from spike_export.calibration.simulate import Simulation
+from spike_export.calibration.smoothing import is_per_value_head
+from spike_export.calibration.smoothing_search import default_smoothing
 from spike_export.calibration.spikes import SpikeStatistics
 from spike_export.calibration.token_windows import TokenWindows, token_windows, windows_at
-from spike_export.engines.check_document import Check
+from spike_export.calibration.transform_choice import TransformChoice, choose_transform
 from spike_export.engines.variants import Variant, check_variants
+from spike_export.export.architectures import require_exportable
 from spike_export.export.bundle import ExportOptions
 
 CONTENT = 511
 CALIBRATION_STARTS = np.arange(0, 36_000, 4_500)
-NOTHING_KEPT = ModuleChoice(alpha=float("inf"), kept=())
+PAPER = CalibrationOptions(
+    samples=len(CALIBRATION_STARTS), length=CONTENT + 1, dtype="float32", activation_range="max", smoothing=False
+)
+JOB = CalibrationOptions(length=CONTENT + 1, dtype="float32")
 
 
 def table_calibration(checkpoint: Checkpoint) -> Calibration:
-    """Return the model with the table's windows."""
+    """Return the model with the windows and options of the paper's rows."""
     corpus = default_corpus()
     assert checkpoint.tokenizer is not None
     encoded = checkpoint.tokenizer.backend_tokenizer.encode(corpus.text, add_special_tokens=False).ids
-    evaluation = token_windows(corpus, checkpoint.tokenizer, 8, CONTENT, 0).evaluation
     content = windows_at(np.asarray(encoded, np.int64), CALIBRATION_STARTS, CONTENT)
-    options = CalibrationOptions(samples=8, length=CONTENT + 1, dtype="float32", activation_range="max")
-    return Calibration(checkpoint, TokenWindows(content, evaluation), options)
+    windows = token_windows(corpus, checkpoint.tokenizer, len(content), CONTENT, 0)
+    return Calibration(checkpoint, TokenWindows(content, windows.evaluation), PAPER)
 
 
+def job_calibration(table: Calibration) -> Calibration:
+    """Return the same model with the windows and options of the main job; the evaluation's are the table's."""
+    windows = token_windows(default_corpus(), table.checkpoint.tokenizer, JOB.samples, CONTENT, JOB.seed)
+    calibration = Calibration(table.checkpoint, replace(windows, evaluation=table.windows.evaluation), JOB)
+    calibration.__dict__["model"] = table.model  # one copy of the weights serves both
+    return calibration
+
+
+def simulated_perplexity(calibration: Calibration, recipe: Recipe | None) -> float:
+    """Return the perplexity of a recipe on the evaluation windows, simulated in torch; None quantizes nothing."""
+    content = calibration.windows.evaluation
+    if recipe is None:
+        return unquantized_perplexity(calibration, ())
+    model = calibration.transformed(Transform(recipe.rotation, recipe.smoothing))
+    simulation = Simulation(recipe.modules, model.quantized, recipe.attention)
+    fed = calibration.fed(content, recipe.prefix_ids)
+    return model_perplexity(model.decoder, fed, content.shape[1], recipe.prefix_ids, (simulation.visit,))
+
+
+def unquantized_perplexity(calibration: Calibration, prefix: tuple[int, ...]) -> float:
+    """Return the perplexity of the model itself behind a prefix, on the evaluation windows."""
+    content = calibration.windows.evaluation
+    return model_perplexity(calibration.model.decoder, calibration.fed(content, prefix), content.shape[1], prefix)
+
+
+def automatic_recipe(calibration: Calibration, corpus: Corpus | None = None) -> Recipe:
+    """Return what the main job chooses."""
+    plain = calibration.measure(())
+    prefixes = choose_prefix(calibration, plain)
+    behind = calibration.measure(prefixes.token_ids) if prefixes.token_ids else plain
+    chosen = choose_transform(calibration, behind) if calibration.options.searches_smoothing else TransformChoice()
+    transform = chosen.transform
+    after = calibration.measure(behind.prefix_ids, transform) if transform.changes_weights else behind
+    choice = choose_kept(calibration, after, transform)
+    search = Search(
+        reference_perplexity=calibration.reference(prefixes.token_ids).perplexity,
+        plain_reference_perplexity=calibration.reference(()).perplexity,
+        transforms=chosen.candidates,
+        curve=choice.curve,
+        prefixes=prefixes.candidates,
+    )
+    return build_recipe(calibration, corpus or default_corpus(), after, choice, transform, search)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method's figures.
+
+    Attributes:
+        increase: Of the perplexity, as a fraction of the unquantized model's without a prefix.
+        top1_agreement: Share of positions with the unquantized model's most likely token; None where simulated.
+        kl_divergence: From the unquantized model, per token in nats; None where simulated.
+        kept_linears: Linears that are not quantized.
+        mac_share: Share of the linears' multiply-accumulates that are INT8.
+        prefix: Token ids.
+        behind_prefix: Perplexity of the unquantized model behind the same prefix; None without one.
+    """
+
+    name: str
+    perplexity: float
+    increase: float
+    top1_agreement: float | None
+    kl_divergence: float | None
+    kept_linears: int
+    mac_share: float
+    prefix: tuple[int, ...]
+    behind_prefix: float | None
+
+
+@dataclass
 class Table:
-    """Collects the rows; statistics behind a prefix are measured once."""
+    """Collects the recipes; statistics are measured once for each prefix."""
 
-    def __init__(self, calibration: Calibration) -> None:
-        self.calibration = calibration
-        self.statistics: dict[tuple[int, ...], SpikeStatistics] = {}
-        self.rows: list[Variant] = [Variant("FP32", None)]
+    calibration: Calibration
+    corpus: Corpus
+    recipes: dict[str, Recipe | None] = field(default_factory=lambda: {"FP32": None})
+    _statistics: dict[tuple[int, ...], SpikeStatistics] = field(default_factory=dict)
 
     def behind(self, prefix: tuple[int, ...]) -> SpikeStatistics:
-        if prefix not in self.statistics:
-            self.statistics[prefix] = self.calibration.measure(prefix)
-        return self.statistics[prefix]
+        if prefix not in self._statistics:
+            self._statistics[prefix] = self.calibration.measure(prefix)
+        return self._statistics[prefix]
+
+    def weights_only(self, name: str) -> None:
+        """Add a row in which the weights of all linears are INT8, and nothing else is."""
+        calibration = self._with(replace(PAPER, excluded_weights="int8"))
+        names = representatives(calibration.checkpoint.config)
+        everything = ModuleChoice(alpha=0.0, kept=tuple(each for each in names if not is_router(each)))
+        self.recipes[name] = build_recipe(calibration, self.corpus, self.behind(()), everything)
 
     def fixed(self, name: str, prefix: tuple[int, ...], kept: int) -> None:
         """Add a row with the given prefix and the `kept` linears of the highest ratios, scales as in the paper."""
         statistics = self.behind(prefix)
-        choice = qfem.keep_highest(statistics.ratios(), kept) if kept else NOTHING_KEPT
-        self.rows.append(Variant(name, build_recipe(self.calibration, default_corpus(), statistics, choice)))
+        scores = Scores.sorted("ratio", statistics.ratios(), self.calibration.checkpoint.config)
+        choice = scores.keep_highest(kept) if kept else NOTHING_KEPT
+        self.recipes[name] = build_recipe(self.calibration, self.corpus, statistics, choice)
 
-    def automatic(self, name: str, max_linears: int | None, rule: ActivationRange) -> None:
-        """Add a row in which prefix and modules are chosen."""
-        options = replace(self.calibration.options, max_fp16_modules=max_linears, activation_range=rule)
-        recipe = self._chosen(self.calibration.with_options(options))
+    def smoothed(self, prefix: tuple[int, ...]) -> None:
+        """Add the ablation of smoothing: where, and with what strength; nothing is kept."""
+        config, statistics = self.calibration.checkpoint.config, self.behind(prefix)
+        everywhere = default_smoothing(statistics, config, self.calibration.column_amax, rotated=False)
+        step_of = {site.representative: _step(site) for site in input_sites(config)}
+        for step, name in enumerate(SMOOTHING_STEPS):
+            plans = {module: plan for module, plan in everywhere.items() if step_of[split_name(module)[1]] <= step}
+            self._transformed(f"QFeP [BOS], smoothing of {name}", prefix, PAPER, Transform(smoothing=plans))
+        options = replace(PAPER, smoothing=True, activation_range="mse")
+        searched = choose_transform(self._with(options), statistics).transform
+        self._transformed("QFeP [BOS], searched smoothing", prefix, PAPER, replace(searched, clips={}))
+        self._transformed("QFeP [BOS], searched smoothing and ranges", prefix, options, searched)
+
+    def _transformed(
+        self, name: str, prefix: tuple[int, ...], options: CalibrationOptions, transform: Transform
+    ) -> None:
+        calibration = self._with(options)
+        after = calibration.measure(prefix, transform)
+        self.recipes[name] = build_recipe(calibration, self.corpus, after, NOTHING_KEPT, transform)
+
+    def automatic(self, name: str, calibration: Calibration) -> None:
+        """Add a row in which everything is chosen."""
+        recipe = automatic_recipe(calibration, self.corpus)
         text = recipe.prefix.text if recipe.prefix else ""
-        print(f"{name}: {len(recipe.kept())} kept, prefix {list(recipe.prefix_ids)} {text!r}", flush=True)
-        self.rows.append(Variant(name, recipe))
+        print(f"{name}: {len(recipe.kept_linears())} kept, prefix {list(recipe.prefix_ids)} {text!r}", flush=True)
+        self.recipes[name] = recipe
 
-    def _chosen(self, calibration: Calibration) -> Recipe:
-        prefixes: PrefixChoice = choose_prefix(calibration, self.behind(()))
-        statistics = self.behind(prefixes.token_ids)
-        return build_recipe(calibration, default_corpus(), statistics, choose_kept(calibration, statistics))
+    def _with(self, options: CalibrationOptions) -> Calibration:
+        return self.calibration.with_options(options)
 
 
-def measure(checkpoint: Checkpoint) -> Check:
-    """Return all rows, evaluated."""
-    calibration = table_calibration(checkpoint)
-    table = Table(calibration)
-    bos = checkpoint.bos_token_id
-    assert bos is not None
+SMOOTHING_STEPS = ("norms 0.65", "norms, down_proj 0.65", "norms, down_proj 0.65, o_proj 0.5")
+
+
+def _step(site: InputSite) -> int:
+    """Return from which of the steps on an input is smoothed."""
+    if is_per_value_head(site):
+        return 2
+    return 1 if "." in site.producer else 0
+
+
+def exportable(checkpoint: Checkpoint) -> bool:
+    """Return whether bundles can be made of a checkpoint."""
+    try:
+        require_exportable(checkpoint.config)
+    except CheckpointError:
+        return False
+    return True
+
+
+def fill(table: Table, job: Calibration) -> None:
+    """Add all rows: the paper's, the ablation of smoothing, and what the main job chooses."""
+    bos = table.calibration.checkpoint.bos_token_id
+    table.weights_only("W8 only")
     table.fixed("W8A8", (), 0)
     for kept in (4, 10, 30):
         table.fixed(f"W8A8 + QFeM, {kept} linears", (), kept)
-    table.fixed("W8A8 + QFeP [BOS]", (bos,), 0)
-    for kept in (4, 10):
-        table.fixed(f"W8A8 + QFeP [BOS] + QFeM, {kept} linears", (bos,), kept)
-    rules: tuple[ActivationRange, ...] = ("max", "sample-mean")
-    for rule in rules:
-        for most in (4, 10, None):
-            budget = "no budget" if most is None else f"--max-fp16-modules {most}"
-            table.automatic(f"automatic, {budget}, range {rule}", most, rule)
-    content = calibration.windows.evaluation
-    return check_variants(
-        checkpoint, lambda: calibration.model, default_corpus(), content, table.rows, ExportOptions("float32")
-    )
+    if bos is not None:
+        table.fixed("W8A8 + QFeP [BOS]", (bos,), 0)
+        for kept in (4, 10):
+            table.fixed(f"W8A8 + QFeP [BOS] + QFeM, {kept} linears", (bos,), kept)
+        table.smoothed((bos,))
+    table.automatic("automatic, static", job)
+    dynamic = replace(job.options, activations="int8-per-token-dynamic")
+    table.automatic("automatic, dynamic per token", job.with_options(dynamic))
+    try:
+        table.automatic("automatic, --rotation always", job.with_options(replace(job.options, rotation="always")))
+    except RecipeError as error:  # some families cannot be rotated
+        print(f"automatic, --rotation always: {error}", flush=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default=None, help="another checkpoint than SmolLM2's GGUF file")
-    parser.add_argument("--json", type=Path, default=None, help="also write the figures to this file")
-    arguments = parser.parse_args()
-    check = measure(open_checkpoint(arguments.model or str(smollm2_path())))
-    print(f"transformers, float32: {check.reference.perplexity:.3f}")
-    for row in check.variants:
-        print(
-            f"{row.name:50s} {row.perplexity:8.3f} {100 * (row.increase or 0):+8.2f} %  top-1 "
-            f"{100 * (row.top1_agreement or 0):6.2f} %  KL {row.kl_divergence:.4f}  kept {row.kept_linears}"
+def evaluate(table: Table) -> list[Row]:
+    """Run every recipe on the evaluation windows: as a bundle, or simulated where none can be made."""
+    calibration = table.calibration
+    config = calibration.checkpoint.config
+    prefixes = {recipe.prefix_ids for recipe in table.recipes.values() if recipe is not None}
+    behind = {prefix: unquantized_perplexity(calibration, prefix) for prefix in ((), *prefixes)}
+    measured = _in_onnx_runtime(table) if exportable(calibration.checkpoint) else _simulated(table)
+    rows = []
+    for name, recipe in table.recipes.items():
+        perplexity, top1, divergence = measured[name]
+        prefix = recipe.prefix_ids if recipe else ()
+        rows.append(
+            Row(
+                name=name,
+                perplexity=perplexity,
+                increase=perplexity / behind[()] - 1,
+                top1_agreement=top1,
+                kl_divergence=divergence,
+                kept_linears=len(
+                    recipe.kept_linears() if recipe else [name for name in linears(config) if not is_router(name)]
+                ),
+                mac_share=int8_mac_share(calibration.checkpoint, recipe) if recipe else 0.0,
+                prefix=prefix,
+                behind_prefix=behind[prefix] if prefix else None,
+            )
         )
-    if arguments.json:
-        arguments.json.write_text(json.dumps(check.model_dump(mode="json"), indent=1) + "\n", encoding="utf-8")
+    return rows
+
+
+_Measured = Mapping[str, tuple[float, float | None, float | None]]
+
+
+def _in_onnx_runtime(table: Table) -> _Measured:
+    calibration = table.calibration
+    variants = [Variant(name, recipe) for name, recipe in table.recipes.items()]
+    check = check_variants(
+        calibration.checkpoint,
+        lambda: calibration.model.decoder,
+        table.corpus,
+        calibration.windows.evaluation,
+        variants,
+        ExportOptions("float32"),
+    )
+    return {row.name: (row.perplexity, row.top1_agreement, row.kl_divergence) for row in check.variants}
+
+
+def _simulated(table: Table) -> _Measured:
+    found = {}
+    for name, recipe in table.recipes.items():
+        found[name] = (simulated_perplexity(table.calibration, recipe), None, None)
+        print(f"{name}: {found[name][0]:.3f}", flush=True)
+    return found
+
+
+def int8_mac_share(checkpoint: Checkpoint, recipe: Recipe) -> float:
+    """Return the share of the linears' multiply-accumulates that run in INT8."""
+    shares = mac_shares(checkpoint.config, representatives(checkpoint.config))
+    return math.fsum(share for name, share in shares.items() if recipe.modules[name].precision == "int8")
+
+
+def print_rows(rows: Sequence[Row]) -> None:
+    """Print the table."""
+    for row in rows:
+        behind = "" if row.behind_prefix is None else f"  FP32 behind {list(row.prefix)}: {row.behind_prefix:.3f}"
+        more = ""
+        if row.top1_agreement is not None and row.kl_divergence is not None:
+            more = f"  top-1 {100 * row.top1_agreement:6.2f} %  KL {row.kl_divergence:.4f}"
+        print(
+            f"{row.name:45s} {row.perplexity:8.3f} {100 * row.increase:+8.2f} %{more}"
+            f"  kept {row.kept_linears:3d}  INT8 MACs {100 * row.mac_share:5.1f} %{behind}"
+        )
+
+
+def limited(calibration: Calibration, windows: int | None) -> Calibration:
+    """Return the calibration with the first so many evaluation windows only."""
+    evaluation: NDArray[np.int64] = calibration.windows.evaluation[:windows]
+    return replace(calibration, windows=replace(calibration.windows, evaluation=evaluation))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a checkpoint's path, or smollm2 (default) or gemma3")
+    parser.add_argument("--windows", type=int, help="evaluate on the first so many windows only")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    given = parser.parse_args(arguments)
+    name = given.model or "smollm2"
+    checkpoint = open_checkpoint(str(model_path(MODELS[name])) if name in MODELS else name)
+    calibration = limited(table_calibration(checkpoint), given.windows)
+    table = Table(calibration, default_corpus())
+    fill(table, job_calibration(calibration))
+    engine = "ONNX Runtime" if exportable(checkpoint) else "the simulation in torch: this family has no export yet"
+    count, length = calibration.windows.evaluation.shape
+    rows = evaluate(table)
+    print(f"{checkpoint.name}: {count} windows of {length} tokens, evaluated by {engine}")
+    print_rows(rows)
+    if given.json:
+        document = {"model": checkpoint.name, "windows": count, "evaluated_by": engine, "rows": list(map(asdict, rows))}
+        given.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -126,9 +126,12 @@ def build_bundles(arguments: argparse.Namespace, folder: Path) -> dict[Variant, 
 
 def _recipe(checkpoint: "Checkpoint", arguments: argparse.Namespace) -> "Recipe":
     """Return the recipe given, or a quick one: the prefix [BOS] where there is a BOS, static per-tensor scales."""
-    from spike_export.calibration.calibrate import Calibration, CalibrationOptions, build_recipe, choose_kept
+    from spike_export.calibration.calibrate import NO_TRANSFORM, Calibration
     from spike_export.calibration.corpus import default_corpus
+    from spike_export.calibration.module_choice import choose_kept
+    from spike_export.calibration.options import CalibrationOptions
     from spike_export.calibration.recipe import load_recipe
+    from spike_export.calibration.recipe_writer import build_recipe
     from spike_export.calibration.token_windows import token_windows
 
     if arguments.recipe is not None:
@@ -140,7 +143,7 @@ def _recipe(checkpoint: "Checkpoint", arguments: argparse.Namespace) -> "Recipe"
     calibration = Calibration(checkpoint, windows, options)
     bos = checkpoint.bos_token_id
     spikes = calibration.measure(() if bos is None else (bos,))
-    return build_recipe(calibration, corpus, spikes, choose_kept(calibration, spikes))
+    return build_recipe(calibration, corpus, spikes, choose_kept(calibration, spikes, NO_TRANSFORM))
 
 
 def measure(bundles: dict[Variant, Path], arguments: argparse.Namespace) -> list[Result]:

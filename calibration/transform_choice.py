@@ -3,10 +3,12 @@
 from dataclasses import dataclass, replace
 
 from spike_export.calibration.calibrate import NO_TRANSFORM, Calibration, Transform
+from spike_export.calibration.decoder_config import DecoderConfig
 from spike_export.calibration.equivalent_weights import rotation_obstacle
 from spike_export.calibration.errors import RecipeError
 from spike_export.calibration.layerwise import BATCH_TOKENS
 from spike_export.calibration.modules import split_name
+from spike_export.calibration.options import CalibrationOptions
 from spike_export.calibration.perplexity import Score
 from spike_export.calibration.progress import Progress, silent
 from spike_export.calibration.recipe import RotationPlan, SmoothingPlan, TransformCandidate
@@ -63,6 +65,17 @@ def choose_transform(calibration: Calibration, behind: SpikeStatistics, progress
     return TransformChoice(best[1], candidates)
 
 
+def require_rotation(options: CalibrationOptions, config: DecoderConfig) -> None:
+    """Refuse to rotate a family that cannot be rotated.
+
+    Raises:
+        RecipeError: A rotation is demanded; names the obstacle.
+    """
+    obstacle = rotation_obstacle(config)
+    if options.rotation == "always" and obstacle is not None:
+        raise RecipeError(f"--rotation always: {config.family.model_type} cannot be rotated: {obstacle}")
+
+
 def _cost(calibration: Calibration, transform: Transform, score: Score) -> float:
     unties = transform.rotation is not None and calibration.checkpoint.config.tie_word_embeddings
     return score.divergence + (UNTYING if unties and calibration.options.rotation == "auto" else 0.0)
@@ -74,10 +87,8 @@ def _rotations(calibration: Calibration) -> list[tuple[str, RotationPlan | None]
     plain: tuple[str, RotationPlan | None] = ("smoothing" if options.smoothing else "none", None)
     if options.rotation == "never":
         return [plain]
-    obstacle = rotation_obstacle(config)
-    if obstacle is not None:
-        if options.rotation == "always":
-            raise RecipeError(f"--rotation always: {config.family.model_type} cannot be rotated: {obstacle}")
+    require_rotation(options, config)
+    if rotation_obstacle(config) is not None:
         return [plain]
     plans = [rotation_plan(config.hidden_size, seed) for seed in ROTATION_SEEDS]
     rotated: list[tuple[str, RotationPlan | None]] = [(f"{plan.kind}, seed {plan.seed}", plan) for plan in plans]

@@ -180,6 +180,7 @@ def _open(work: "Job", options: RunArguments, stages: Sequence[str], console: Co
     require_writable(work.work_dir)
     from spike_export.calibration.chat import rendered
     from spike_export.calibration.checkpoint import open_checkpoint
+    from spike_export.calibration.transform_choice import require_rotation
     from spike_export.cli.pipeline import BUNDLE, Pipeline
     from spike_export.cli.progress_display import ProgressDisplay
     from spike_export.cli.run_directory import RunDirectory
@@ -190,6 +191,8 @@ def _open(work: "Job", options: RunArguments, stages: Sequence[str], console: Co
     if BUNDLE in stages:
         require_exportable(checkpoint.config)
     require_length(work.calibration.length, checkpoint)
+    if work.quantize:
+        require_rotation(work.calibration, checkpoint.config)
     corpus = rendered(read, checkpoint.tokenizer)
     display = ProgressDisplay(console, stages, quiet=options.quiet)
     return Pipeline(work, checkpoint, RunDirectory(work.work_dir, options.force), display, corpus)

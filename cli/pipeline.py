@@ -18,6 +18,7 @@ from spike_export.calibration.errors import ArtifactError
 from spike_export.calibration.heap import collect_and_return_memory
 from spike_export.calibration.layerwise import Decoder, Execution
 from spike_export.calibration.module_choice import choose_kept
+from spike_export.calibration.options import CalibrationOptions
 from spike_export.calibration.partial_statistics import (
     Samples,
     discard_parts,
@@ -178,7 +179,7 @@ class Pipeline:
         place = self.run.path / stem
         samples, shard = self.job.calibration.samples, self.job.shard
         chosen = shard_samples(samples, shard if shard else (1, 1))
-        whole = stage_key(spikes=self._spikes_key, prefix=prefix, transform=transform)
+        whole = self._statistics_key(prefix, transform)
         description = {
             "key": whole,
             "samples": samples,
@@ -202,13 +203,19 @@ class Pipeline:
         self._stage(stage, stage_key(whole=whole, shard=shard) if shard else whole, files, work)
         return load_spikes(place)
 
+    def _statistics_key(self, prefix: tuple[int, ...], transform: Transform) -> str:
+        # What else a transform says, clips and noise, does not change what is measured.
+        weights = Transform(transform.rotation, transform.smoothing)
+        return stage_key(spikes=self._spikes_key, prefix=prefix, transform=weights)
+
     def _decode(self, token: int) -> str:
         tokenizer = self.checkpoint.tokenizer
         return str(tokenizer.decode([token])) if tokenizer else ""
 
     def _transform(self, behind: SpikeStatistics) -> TransformChoice:
         path = self.run.path / "smoothing.json"
-        options = asdict(replace(self.job.calibration, dtype="float32", tolerance=0.0, alpha=None))
+        options = asdict(_with_every_module_quantized(self.job.calibration))
+        del options["qfep"], options["prefix_length"]  # the prefix itself is in the key
 
         def work(progress: Progress) -> None:
             choice = choose_transform(self.calibration, behind, progress)
@@ -231,8 +238,7 @@ class Pipeline:
 
     def _prefix(self, plain: SpikeStatistics) -> PrefixChoice:
         path = self.run.path / "prefix.json"
-        # The dtype names what is kept, and the tolerance is of the choice of modules: neither changes the competition.
-        options = asdict(replace(self.job.calibration, dtype="float32", tolerance=0.0))
+        options = asdict(replace(_with_every_module_quantized(self.job.calibration), rotation="never"))
 
         def work(progress: Progress) -> None:
             write_text(
@@ -312,15 +318,10 @@ class Pipeline:
         behind = self._behind_recipe(recipe, plain)
         recipes = ablations(self.calibration, self.corpus, plain, behind, recipe)
         variants = [Variant("unquantized", None), *(Variant(name, each) for name, each in recipes.items())]
-        more = [
-            name
-            for name, used in (
-                ("rotation", recipe.rotation),
-                ("smoothing", recipe.smoothing),
-                (recipe.scheme.activation_range, recipe.scheme.activation_range != "max"),
-            )
-            if used
-        ]
+        scheme = recipe.scheme
+        ranged = scheme.activations == "int8-per-tensor-static" and scheme.activation_range != "max"
+        parts = (("rotation", recipe.rotation), ("smoothing", recipe.smoothing), (scheme.activation_range, ranged))
+        more = [name for name, used in parts if used]
         if not more:
             # The last ablation is the shipped recipe itself, unless it was edited.
             return [*variants[:-1], Variant(variants[-1].name, recipe, bundle)]
@@ -331,8 +332,7 @@ class Pipeline:
         if not recipe.prefix:
             return plain
         place = self.run.path / "spikes_prefixed"
-        key = stage_key(spikes=self._spikes_key, prefix=recipe.prefix_ids, transform=Transform())
-        if self.run.is_stamped(BEHIND, key):
+        if self.run.is_stamped(BEHIND, self._statistics_key(recipe.prefix_ids, Transform())):
             return load_spikes(place)
         return self.calibration.measure(recipe.prefix_ids)
 
@@ -377,6 +377,20 @@ class Pipeline:
         with self.display.stage(stage) as progress:
             work(progress)
         self.run.mark_done(stage, key)
+
+
+def _with_every_module_quantized(options: CalibrationOptions) -> CalibrationOptions:
+    """Return the options that prefix and smoothing depend on: which modules are kept, and how, is chosen after them."""
+    return replace(
+        options,
+        dtype="float32",
+        excluded_weights="unquantized",
+        qfem=True,
+        alpha=None,
+        max_fp16_modules=None,
+        max_fp16_share=0.0,
+        tolerance=0.0,
+    )
 
 
 def installed_backends() -> dict[str, str]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from spike_export.calibration.errors import ArtifactError
 from spike_export.calibration.partial_statistics import merge_shards
-from spike_export.calibration.spikes import save_spikes
+from spike_export.calibration.spikes import load_description, save_spikes
 from spike_export.cli.run_directory import RunDirectory
 
 STEM = "spikes"
@@ -19,10 +19,22 @@ def merge_into(work_dir: Path, shards: Sequence[Path]) -> int:
     """
     if not shards:
         raise ArtifactError("merge needs the work directories of the shards; give all of them")
-    statistics, description = merge_shards([shard / STEM for shard in shards])
+    stems = [shard / STEM for shard in shards]
+    statistics, description = merge_shards(stems)
+    texts = _token_texts(stems)
     run = RunDirectory(work_dir)
     work_dir.mkdir(parents=True, exist_ok=True)
     run.begin(STEM)
-    save_spikes(statistics, work_dir / STEM, description)
+    save_spikes(statistics, work_dir / STEM, description, lambda token: texts.get(token, ""))
     run.mark_done(STEM, str(description["key"]))
     return len(statistics.sample_ids)
+
+
+def _token_texts(stems: Sequence[Path]) -> dict[int, str]:
+    """Return the texts of the shards' largest tokens, among which those of the whole are: the tokenizer is not here."""
+    return {
+        token["token_id"]: token["text"]
+        for stem in stems
+        for module in load_description(stem)["modules"].values()
+        for token in module["top_tokens"]
+    }

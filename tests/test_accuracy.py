@@ -11,13 +11,17 @@ import torch
 from numpy.typing import NDArray
 
 from spike_export.calibration.ablation import ablations
-from spike_export.calibration.calibrate import Calibration, CalibrationOptions, build_recipe
+from spike_export.calibration.calibrate import Calibration, Transform
 from spike_export.calibration.checkpoint import Checkpoint
 from spike_export.calibration.corpus import Corpus
 from spike_export.calibration.errors import ArtifactError, EngineError
-from spike_export.calibration.qfem import keep_highest
+from spike_export.calibration.layerwise import Decoder
+from spike_export.calibration.module_choice import NOTHING_KEPT
+from spike_export.calibration.options import CalibrationOptions
+from spike_export.calibration.qfem import Scores
 from spike_export.calibration.recipe import ActivationRange
-from spike_export.calibration.reference_model import ReferenceModel, load_reference_model
+from spike_export.calibration.recipe_writer import build_recipe
+from spike_export.calibration.smoothing_search import default_smoothing
 from spike_export.calibration.spikes import SpikeStatistics
 from spike_export.calibration.token_windows import TokenWindows
 from spike_export.cli.job import Job
@@ -134,7 +138,7 @@ def test_compare_equals_a_direct_computation(
     recipe = tiny_recipe(model.checkpoint, scales) if quantized else None
     export_bundle(model.checkpoint, recipe, ExportOptions("float32"), tmp_path / "bundle")
     session = open_bundle(tmp_path / "bundle")
-    with reference_logits(lambda: load_reference_model(model.checkpoint), content, BOS) as reference:
+    with reference_logits(lambda: Decoder(model.checkpoint), content, BOS) as reference:
         result = compare(session, reference)
         perplexity = reference.perplexity
     expected = torch.from_numpy(transformers_logits(model, content)).double()
@@ -176,14 +180,14 @@ def test_logits_that_are_not_finite_are_refused_by_window(
     logits = random_logits(7, 3 * 70).reshape(3, 70, 37)[..., :1].repeat(99, axis=2)
     logits[1, 5, 3] = value
     with (
-        reference_logits(lambda: load_reference_model(model.checkpoint), content, BOS) as reference,
+        reference_logits(lambda: Decoder(model.checkpoint), content, BOS) as reference,
         pytest.raises(EngineError, match="not finite in evaluation window 1"),
     ):
         compare(FixedSession(logits), reference)  # type: ignore[arg-type]
 
 
 def test_agreement_counts_the_positions(model: TinyModel, content: NDArray[np.int64]) -> None:
-    with reference_logits(lambda: load_reference_model(model.checkpoint), content, BOS) as reference:
+    with reference_logits(lambda: Decoder(model.checkpoint), content, BOS) as reference:
         logits = np.stack([np.pad(reference.window(index), ((0, 1), (0, 0))) for index in range(3)])
         exact = compare(FixedSession(logits), reference)  # type: ignore[arg-type]
         logits[0, :10] *= -1  # the least likely token becomes the most likely one
@@ -193,7 +197,7 @@ def test_agreement_counts_the_positions(model: TinyModel, content: NDArray[np.in
 
 
 def test_the_reference_logits_are_gone_afterwards(model: TinyModel, content: NDArray[np.int64]) -> None:
-    with reference_logits(lambda: load_reference_model(model.checkpoint), content, None) as reference:
+    with reference_logits(lambda: Decoder(model.checkpoint), content, None) as reference:
         assert reference.folder.is_dir()
         assert reference.window(2).shape == (69, 99)
     assert not reference.folder.exists()
@@ -206,7 +210,7 @@ def test_too_little_room_for_the_reference_logits(
     for free, enough in ((needed, True), (needed - 1, False)):
         usage = type("Usage", (), {"free": free})
         monkeypatch.setattr(accuracy_module.shutil, "disk_usage", lambda _, usage=usage: usage)
-        context = reference_logits(lambda: load_reference_model(model.checkpoint), content, BOS)
+        context = reference_logits(lambda: Decoder(model.checkpoint), content, BOS)
         if enough:
             with context:
                 continue
@@ -215,8 +219,8 @@ def test_too_little_room_for_the_reference_logits(
 
 
 def checked(model: TinyModel, content: NDArray[np.int64], variants: list[Variant], dtype: Any) -> Check:
-    def load() -> ReferenceModel:
-        return load_reference_model(model.checkpoint)
+    def load() -> Decoder:
+        return Decoder(model.checkpoint)
 
     return check_variants(model.checkpoint, load, CORPUS, content[:, :12], variants, ExportOptions(dtype))
 
@@ -227,7 +231,7 @@ def test_a_variant_without_a_bundle_is_exported_for_the_check(model: TinyModel, 
     told: list[tuple[int, int]] = []
     check = check_variants(
         model.checkpoint,
-        lambda: load_reference_model(model.checkpoint),
+        lambda: Decoder(model.checkpoint),
         CORPUS,
         content[:, :12],
         [Variant("plain", None), Variant("all", recipe)],
@@ -279,6 +283,7 @@ def statistics(calibration: Calibration) -> tuple[SpikeStatistics, SpikeStatisti
     return calibration.measure(()), calibration.measure((BOS, 7))
 
 
+@pytest.mark.parametrize("smoothed", [False, True])
 @pytest.mark.parametrize(("kept", "prefixed", "rule"), list(product((0, 2), (False, True), ("max", "sample-mean"))))
 def test_the_variants_of_a_run_by_name_and_order(
     calibration: Calibration,
@@ -288,10 +293,13 @@ def test_the_variants_of_a_run_by_name_and_order(
     kept: int,
     prefixed: bool,
     rule: ActivationRange,
+    smoothed: bool,
 ) -> None:
     plain, behind = statistics[0], statistics[1] if prefixed else statistics[0]
     work = replace(calibration, options=replace(calibration.options, activation_range=rule))
-    recipe = build_recipe(work, CORPUS, behind, keep_highest(behind.ratios(), kept))
+    choice = Scores.sorted("ratio", behind.ratios(), work.checkpoint.config).keep_highest(kept)
+    transform = Transform(smoothing=default_smoothing(behind, work.checkpoint.config, ones, False) if smoothed else {})
+    recipe = build_recipe(work, CORPUS, behind, choice, transform)
     methods = ["w8a8"] + ["w8a8+qfem"] * bool(kept) + ["w8a8+qfep"] * prefixed
     methods += ["w8a8+qfem+qfep"] * (bool(kept) and prefixed)
     recipes = ablations(work, CORPUS, plain, behind, recipe)
@@ -300,13 +308,31 @@ def test_the_variants_of_a_run_by_name_and_order(
         assert bool(each.kept()) == ("qfem" in name)
         assert bool(each.prefix) == ("qfep" in name)
         assert each.scheme.activation_range == "max"
+        assert not each.smoothing
     pipeline = pipeline_with(work, plain, behind, tmp_path, monkeypatch)
     variants = pipeline._variants(recipe, tmp_path / "bundle")
-    shipped = [methods[-1]] if rule == "max" else [f"{methods[-1]}+sample-mean"]
-    names = ["unquantized", *(methods[:-1] if rule == "max" else methods), *shipped]
+    more = ["smoothing"] * smoothed + ["sample-mean"] * (rule != "max")
+    names = ["unquantized", *(methods if more else methods[:-1]), "+".join([methods[-1], *more])]
     assert [variant.name for variant in variants] == names
     assert [variant.bundle for variant in variants[:-1]] == [None] * (len(names) - 1)
     assert (variants[-1].bundle, variants[-1].recipe) == (tmp_path / "bundle", recipe)
+
+
+def ones(linear: str) -> NDArray[np.float32]:
+    return np.ones(64 if "o_proj" in linear else 80 if "down_proj" in linear else 48, np.float32)
+
+
+def test_scales_per_token_have_no_range(
+    calibration: Calibration,
+    statistics: tuple[SpikeStatistics, SpikeStatistics],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options = replace(calibration.options, activations="int8-per-token-dynamic", activation_range="mse")
+    work = replace(calibration, options=options)
+    recipe = build_recipe(work, CORPUS, statistics[0], NOTHING_KEPT)
+    variants = pipeline_with(work, *statistics, tmp_path, monkeypatch)._variants(recipe, tmp_path / "bundle")
+    assert [variant.name for variant in variants] == ["unquantized", "w8a8"]
 
 
 def pipeline_with(

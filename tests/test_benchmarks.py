@@ -1,24 +1,31 @@
 """The parts of the benchmark scripts that can be wrong without anybody noticing."""
 
+import argparse
 import hashlib
 import json
 import shutil
 import sys
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
-from benchmarks import fetch_models, job_resources, large_model, speed, statistics_overhead
+from benchmarks import accuracy, fetch_models, job_resources, large_model, speed, statistics_overhead
 from benchmarks.fetch_models import Download, FetchError, PackagedModel, fetch
 from benchmarks.job_resources import START_UP, StageLog, StageUse, descendants, run_measured
 from benchmarks.large_model import FolderError, Shape, write_model
 from benchmarks.peak_memory import in_own_process, peak_rss
 from benchmarks.statistics_overhead import Overhead, in_turns
-from spike_export.calibration.checkpoint import open_checkpoint
+from spike_export.calibration.calibrate import Calibration
+from spike_export.calibration.checkpoint import Checkpoint, open_checkpoint
+from spike_export.calibration.corpus import Corpus
 from spike_export.calibration.decoder_config import tensor_shapes
+from spike_export.calibration.token_windows import TokenWindows
+from tests.tiny_models import tiny_llama
 
 PARTS = {"one": b"a mo", "two": b"del"}
 MODEL = PackagedModel(
@@ -137,6 +144,74 @@ def test_sessions_take_turns() -> None:
     first, second = (variant.name for variant in calls)
     assert order[-6:] == [first, second, second, first, first, second]
     assert [timing.calls for timing in timings.values()] == [3, 3]
+
+
+@pytest.fixture(scope="module")
+def table() -> accuracy.Table:
+    """The accuracy table on a tiny model's own windows."""
+    checkpoint = tiny_bos_llama()
+    content = np.random.default_rng(0).integers(3, 99, (6, 20))
+    windows = TokenWindows(content[:4], content[4:])
+    calibration = Calibration(checkpoint, windows, accuracy.PAPER)
+    table = accuracy.Table(calibration, Corpus("test", ("text",)))
+    accuracy.fill(table, Calibration(checkpoint, windows, accuracy.JOB))
+    return table
+
+
+def tiny_bos_llama() -> Checkpoint:
+    checkpoint = tiny_llama().checkpoint
+    return replace(checkpoint, config=replace(checkpoint.config, bos_token_id=1))
+
+
+def test_the_accuracy_table_has_every_method(table: accuracy.Table) -> None:
+    rows = {row.name: row for row in accuracy.evaluate(table)}
+    assert list(rows)[:3] == ["FP32", "W8 only", "W8A8"]
+    assert [name for name in rows if name.startswith("automatic")] == [
+        "automatic, static",
+        "automatic, dynamic per token",
+        "automatic, --rotation always",
+    ]
+    assert (rows["FP32"].kept_linears, rows["FP32"].mac_share) == (14, 0.0)
+    assert rows["FP32"].increase == pytest.approx(0, abs=1e-4)
+    assert (rows["W8 only"].kept_linears, rows["W8 only"].mac_share) == (14, 0.0)
+    assert rows["W8A8"].mac_share == pytest.approx(1)
+    assert rows["W8A8"].kl_divergence > rows["W8 only"].kl_divergence > 1e-6  # type: ignore[operator]
+    assert rows["W8A8 + QFeM, 10 linears"].kept_linears <= 10
+    smoothed = [row for name, row in rows.items() if "smoothing" in name]
+    assert len(smoothed) == 5
+    assert {row.prefix for row in smoothed} == {(1,)}
+    behind = accuracy.unquantized_perplexity(table.calibration, (1,))
+    assert {row.behind_prefix for row in smoothed} == {behind}
+    inputs = [len(recipe.smoothing) for name, recipe in table.recipes.items() if recipe and "smoothing of" in name]
+    assert inputs == [4, 6, 8]  # two norms in two layers; down_proj; o_proj
+
+
+def test_the_accuracy_table_is_simulated_where_nothing_can_be_exported(
+    table: accuracy.Table, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exported = {row.name: row for row in accuracy.evaluate(table)}
+    assert accuracy.exportable(table.calibration.checkpoint)
+    monkeypatch.setattr(accuracy, "exportable", lambda _: False)
+    rows = accuracy.evaluate(table)
+    for row in rows:
+        assert row.kl_divergence is None
+        # float32 in another order of summation.
+        assert row.perplexity == pytest.approx(exported[row.name].perplexity, rel=0.005), row.name
+    accuracy.print_rows(rows)
+    assert capsys.readouterr().out.count("FP32 behind [1]: ") >= 8
+    assert len(accuracy.limited(table.calibration, 1).windows.evaluation) == 1
+    assert len(accuracy.limited(table.calibration, None).windows.evaluation) == 2
+
+
+def test_the_quick_recipe_of_the_speed_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    content = np.random.default_rng(0).integers(3, 99, (4, 20))
+    windows = TokenWindows(content[:2], content[2:])
+    monkeypatch.setattr("spike_export.calibration.token_windows.token_windows", lambda *_: windows)
+    arguments = argparse.Namespace(recipe=None, samples=2, kept=3)
+    recipe = speed._recipe(tiny_bos_llama(), arguments)
+    assert recipe.prefix_ids == (1,)
+    assert len(recipe.kept()) <= 3
+    assert recipe.scheme.activations == "int8-per-tensor-static"
 
 
 TINY = Shape(hidden=32, intermediate=48, layers=4, heads=4, kv_heads=2, vocab=60)

@@ -2,22 +2,24 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spike_export.calibration.modules import representatives
-from spike_export.calibration.qfem import ModuleChoice, choose_modules, keep_highest, linear_count
-from tests.tiny_families import tiny_family
+from spike_export.calibration.modules import linears, representatives, siblings
+from spike_export.calibration.qfem import ModuleChoice, Scores, choose_modules, linear_count, mac_shares, with_pareto
+from spike_export.calibration.recipe import CurvePoint
+from tests.tiny_models import tiny_llama
 
-NAMES = representatives(replace(tiny_family("llama").checkpoint.config, num_hidden_layers=12))
+CONFIG = tiny_llama(layers=12).checkpoint.config
+NAMES = representatives(CONFIG)
 TOLERANCE = 0.01
 
 
-def ratios(count: int) -> dict[str, float]:
-    return {name: 1000.0 - rank for rank, name in enumerate(NAMES[:count])}
+def scores(count: int) -> Scores:
+    values = {name: 1000.0 - rank for rank, name in enumerate(NAMES[:count])}
+    return Scores.sorted("ratio", dict(reversed(values.items())), CONFIG)
 
 
 class Curve:
@@ -34,7 +36,8 @@ class Curve:
 
 
 def choose(curve: Callable[[tuple[str, ...]], float], modules: int, reference: float, most: int) -> ModuleChoice:
-    return choose_modules(ratios(modules), curve, reference, TOLERANCE, most)
+    order = scores(modules)
+    return choose_modules(order, curve, reference, TOLERANCE, order.keep_highest(most))
 
 
 @st.composite
@@ -67,7 +70,7 @@ def test_few_sets_are_evaluated_and_none_twice(case: tuple[list[float], float, i
     values, reference, budget = case
     curve = Curve(values)
     chosen = choose(curve, len(values) - 1, reference, budget)
-    most = len(keep_highest(ratios(len(values) - 1), budget).kept)
+    most = len(scores(len(values) - 1).keep_highest(budget).kept)
     # The plateau, the bisection of 0..most, and nothing kept.
     assert len(curve.asked) <= 2 + math.ceil(math.log2(most + 1))
     assert len(set(curve.asked)) == len(curve.asked)
@@ -119,5 +122,57 @@ def test_a_budget_of_nothing_keeps_nothing() -> None:
 
 def test_an_overflowed_plateau_keeps_what_is_allowed() -> None:
     ratios = {f"model.layers.{index}.mlp.down_proj": 9.0 - index for index in range(5)}
-    choice = choose_modules(ratios, lambda kept: float("inf"), 10.0, 0.005, max_linears=3)
+    order = Scores.sorted("ratio", ratios, CONFIG)
+    choice = choose_modules(order, lambda kept: float("inf"), 10.0, 0.005, order.keep_highest(3))
     assert len(choice.kept) == 3
+
+
+def test_a_set_of_the_other_criterion_says_so() -> None:
+    order = Scores.sorted("noise", {"model.layers.0.mlp.down_proj": 0.5, "model.layers.1.mlp.down_proj": 0.1}, CONFIG)
+    choice = choose_modules(order, lambda kept: 20.0 - 10 * len(kept), 10.0, 0.005, order.keep_highest(1))
+    assert (choice.criterion, choice.kept, choice.alpha) == ("noise", ("model.layers.0.mlp.down_proj",), 0.1)
+    assert {point.criterion for point in choice.curve} == {"noise"}
+
+
+def test_scores_are_sorted_and_ties_keep_their_order() -> None:
+    order = Scores.sorted("ratio", {NAMES[0]: 1.0, NAMES[1]: 2.0, NAMES[2]: 2.0, NAMES[3]: 3.0}, CONFIG)
+    assert list(order.values) == [NAMES[3], NAMES[1], NAMES[2], NAMES[0]]
+
+
+def test_a_threshold_keeps_what_exceeds_it() -> None:
+    order = scores(4)
+    assert order.keep_above(998.0).kept == NAMES[:2]  # 998.0 itself does not exceed it
+    assert order.keep_above(998.0).alpha == 998.0
+    assert order.keep_above(1000.0).kept == ()
+
+
+def test_the_number_of_linears_counts_siblings_and_stops_where_they_no_longer_fit() -> None:
+    # q (3 linears), o (1), up (2), down (1).
+    kept = [scores(4).keep_highest(most).linears for most in range(9)]
+    assert kept == [0, 0, 0, 3, 4, 4, 6, 7, 7]
+
+
+def test_shares_are_multiply_accumulates() -> None:
+    # tiny_llama: hidden 48, heads 4/2 of 16, intermediate 80.
+    macs = [48 * (64 + 32 + 32), 64 * 48, 48 * 80 * 2, 80 * 48]
+    total = 12 * sum(macs)
+    shares = mac_shares(CONFIG, NAMES)
+    assert [shares[name] for name in NAMES[:4]] == pytest.approx([size / total for size in macs])
+    assert math.fsum(shares.values()) == pytest.approx(1)
+    order = Scores.sorted("ratio", {name: 1000.0 - rank for rank, name in enumerate(NAMES)}, CONFIG)
+    for count in range(5):
+        exact = sum(macs[:count]) / total
+        assert order.share(NAMES[:count]) == pytest.approx(exact)
+        assert order.keep_share(exact + 1e-9).kept == NAMES[:count]
+        if count:
+            assert order.keep_share(exact - 1e-9).kept == NAMES[: count - 1]
+    assert order.keep_share(0).kept == ()
+    assert order.keep_share(1).linears == len(linears(CONFIG)) == sum(len(siblings(name)) for name in NAMES)
+
+
+def test_the_pareto_points_are_those_that_no_other_beats() -> None:
+    def point(share: float, perplexity: float) -> CurvePoint:
+        return CurvePoint(fp16_modules=1, fp16_share=share, alpha=1.0, perplexity=perplexity)
+
+    points = (point(0, 20), point(0.1, 12), point(0.1, 13), point(0.2, 12), point(0.3, 11), point(0.3, 11))
+    assert [each.pareto for each in with_pareto(points)] == [True, True, False, False, True, True]

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from random import Random
+from typing import Any
 
 import numpy as np
 from hypothesis import given, settings
@@ -14,6 +15,7 @@ from spike_export.calibration.qfep import (
     distinct,
     frequent_tokens,
     lowers_worst_ratio,
+    search_modules,
     spiking_tokens,
     worst_ratio,
 )
@@ -26,7 +28,13 @@ windows = st.tuples(st.integers(1, 5), st.integers(2, 8)).flatmap(
 
 
 def statistics(tokens: NDArray[np.int64], amax: NDArray[np.float32]) -> SpikeStatistics:
-    return SpikeStatistics({"m": ModuleSpikes(amax.astype(np.float32), np.ones(1, np.float32))}, tokens)
+    return SpikeStatistics({"m": spikes(amax)}, tokens)
+
+
+def spikes(amax: NDArray[Any]) -> ModuleSpikes:
+    """Token scales, with one channel that has each token's."""
+    scales = amax.astype(np.float32)
+    return ModuleSpikes(scales, scales.max(axis=1, keepdims=True), np.ones(len(scales), np.float32))
 
 
 @settings(deadline=None)
@@ -80,10 +88,23 @@ def test_only_a_lower_ratio_is_accepted() -> None:
 
 
 def test_the_worst_module_is_the_highest_ratio() -> None:
-    mild, wild = (ModuleSpikes(np.array([[1, 1, top]], np.float32), np.ones(1, np.float32)) for top in (2, 7))
+    mild, wild = (spikes(np.array([[1, 1, top]])) for top in (2, 7))
     measured = SpikeStatistics({"mild": mild, "wild": wild}, np.zeros((1, 3), np.int64))
     assert worst_ratio(measured) == ("wild", 7.0)
 
 
 def test_prefixes_compete_once_each_in_order() -> None:
     assert distinct([(), (0,), (0, 1, 2), (0,), ()]) == [(), (0,), (0, 1, 2)]
+
+
+def test_prefixes_are_searched_for_the_worst_modules_of_different_layers() -> None:
+    def ratios(values: dict[str, float]) -> SpikeStatistics:
+        modules = {name: spikes(np.array([[1, 1, ratio]])) for name, ratio in values.items()}
+        return SpikeStatistics(modules, np.zeros((1, 3), np.int64))
+
+    down, up = "model.layers.{}.mlp.down_proj", "model.layers.{}.mlp.up_proj"
+    router = "model.layers.0.block_sparse_moe.gate"
+    wild = {down.format(1): 900.0, up.format(1): 800.0, down.format(4): 70.0, down.format(2): 60.0, router: 999.0}
+    assert search_modules(ratios(wild)) == (down.format(1), down.format(4))
+    # Below the ratio from which on a spike is one, the worst is searched alone.
+    assert search_modules(ratios({up.format(0): 4.0, down.format(3): 9.0})) == (down.format(3),)

@@ -18,8 +18,9 @@ from pyarrow import parquet
 
 from spike_export.calibration.errors import EngineError
 from spike_export.engines import onnx_session, plan_backend
-from tests.tiny_checkpoints import planted_spike_llama, random_llama, state, write_gguf, write_hf, write_weights
+from tests.tiny_checkpoints import VOCAB, planted_spike_llama, random_llama, state, write_gguf, write_hf, write_weights
 from tests.tiny_cli_models import SMALL, artifacts, call, one_thread, write_corpus, write_model
+from tests.tiny_families import tiny_family
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -167,6 +168,19 @@ def test_a_process_says_in_one_line_why_a_corpus_cannot_be_used(
         (("--tolerance", "1"), ("--tolerance is 1", "fraction")),
         (("--tolerance", "nan"), ("--tolerance is nan", "fraction")),
         (("--max-fp16-modules", "-1"), ("--max-fp16-modules is -1", "0 or more")),
+        (("--max-fp16-share", "5"), ("--max-fp16-share is 5", "a share such as 0.05")),
+        (("--max-fp16-share", "nan"), ("--max-fp16-share is nan", "a share")),
+        (("--prefix-length", "0"), ("--prefix-length is 0", "1 to 5 tokens")),
+        (("--prefix-length", "6"), ("--prefix-length is 6", "1 to 5 tokens")),
+        (("--device", "cuda:99", *SMALL), ("--device cuda:99", "CUDA devices here", "give cpu")),
+        (("--device", "abacus", *SMALL), ("--device abacus", "torch knows no such device", "give cpu, cuda or cuda:1")),
+        (("--shard", "3/2"), ("--shard is '3/2'", "the form 2/8")),
+        (("--shard", "0/2"), ("--shard is '0/2'", "the form 2/8")),
+        (("--shard", "one"), ("--shard is 'one'", "the form 2/8")),
+        (("--shard", "33/33"), ("--shard 33/33", "32 samples", "fewer shards")),
+        (("--rotation", "sometimes"), ("--rotation", "sometimes", "always")),
+        (("--layers", "some"), ("--layers", "some", "streamed")),
+        (("--compute-dtype", "int8"), ("--compute-dtype", "int8", "bfloat16")),
         (("--alpha", "9", "--max-fp16-modules", "2"), ("--alpha and --max-fp16-modules", "give one")),
         (("--config", "none.toml"), ("none.toml", "cannot read the configuration file")),
         (("--config",), ("--config", "requires an argument")),
@@ -177,6 +191,16 @@ def test_options_that_cannot_be_meant(
     calibrated: Callable[..., str], options: tuple[str, ...], parts: tuple[str, ...]
 ) -> None:
     assert_says(calibrated(None, *options), *parts)
+
+
+def test_a_rotation_of_a_family_that_cannot_be_rotated_is_refused_before_anything_is_measured(
+    calibrated: Callable[..., str], tmp_path: Path
+) -> None:
+    reference = tiny_family("gemma2", vocab_size=VOCAB).reference
+    model = write_hf(tmp_path / "model", reference)
+    line = calibrated(model, "--rotation", "always", *SMALL)
+    assert_says(line, "--rotation always: gemma2 cannot be rotated: ")
+    assert not any(path.is_file() for path in tmp_path.glob("w/**/*"))
 
 
 @pytest.mark.parametrize(
@@ -374,7 +398,7 @@ def file_size_limit(most: int) -> Iterator[None]:
 def test_no_room_for_the_statistics(calibrated: Callable[..., str], tmp_path: Path) -> None:
     with file_size_limit(4096):
         line = calibrated(None, *SMALL)
-    assert_says(line, tmp_path / "w" / "spikes.safetensors", "cannot write")
+    assert_says(line, tmp_path / "w" / ".spikes.parts" / "000000.safetensors", "cannot write")
     assert not any(path.is_file() for path in (tmp_path / "w").rglob("*"))
 
 
@@ -416,7 +440,7 @@ def test_a_full_disk(folder: Path, tmp_path: Path) -> None:
     options = ["--samples", "64", "--length", "32", "--quiet"]
     done = subprocess.run([*unshared, *PROGRAM, *command, *options], capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
-    assert_says(done.stderr, disk / "spikes.safetensors", "cannot write", "the disk is full")
+    assert_says(done.stderr, disk / ".spikes.parts", ".safetensors: cannot write", "the disk is full")
     assert done.stderr.count("\n") == 1
 
 

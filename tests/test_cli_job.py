@@ -74,8 +74,8 @@ def test_it_ends_well_and_says_so_in_plain_lines(folder: Path, finished: subproc
     assert text.isascii()
     assert [line for line in text.splitlines() if not line.isprintable()] == []
     lines = text.splitlines()
-    assert lines[0] == "[1/8] spikes: started"
-    assert any(line.startswith("[8/8] report: done in ") for line in lines)
+    assert lines[0] == "[1/10] spikes: started"
+    assert any(line.startswith("[10/10] report: done in ") for line in lines)
     run = folder / "engine.plan.run"
     assert lines[-3:] == [
         f"plan: {folder / 'engine.plan'}",
@@ -110,7 +110,7 @@ def test_the_check_shows_what_each_method_brings(folder: Path) -> None:
     check, recipe = load_check(run / "check.json"), load_recipe(run / "recipe.json")
     names = [variant.name for variant in check.variants]
     assert names[:2] == ["unquantized", "w8a8"]
-    assert names[-1].endswith("+sample-mean")
+    assert names[-1].endswith("+smoothing+mse")
     assert [variant.name for variant in check.variants if variant.shipped] == names[-1:]
     assert check.corpus.name == "corpus.txt"
     assert check.gates == ()
@@ -137,7 +137,7 @@ def test_a_second_run_skips_everything_and_changes_no_byte(folder: Path) -> None
     again = call(*options(folder, "engine.plan"))
     assert again.code == 0
     assert again.stages_run == ("report",)
-    assert again.out.count(": unchanged (") == 7
+    assert again.out.count(": unchanged (") == 9
     assert ([place.read_bytes() for place in places], artifacts(folder / "engine.plan.run")) == before
 
 

@@ -50,11 +50,14 @@ def test_calibrate_writes_statistics_and_recipe_and_says_where(folder: Path) -> 
         "spikes_prefixed.json",
         "spikes_prefixed.safetensors",
         "prefix.json",
+        "smoothing.json",
+        "spikes_smoothed.json",
+        "spikes_smoothed.safetensors",
         "recipe.json",
     }
     lines = (folder / "calibrated.txt").read_text().splitlines()
     recipe = load_recipe(folder / "run" / "recipe.json")
-    assert lines[0] == "[1/4] spikes: started"
+    assert lines[0] == "[1/6] spikes: started"
     assert lines[-2].startswith(f"{len(recipe.kept())} of {len(recipe.modules)} linears in float32, prefix [0")
     assert lines[-1] == f"recipe: {folder / 'run' / 'recipe.json'}"
 
@@ -214,5 +217,16 @@ def test_help_answers_at_once(arguments: tuple[str, ...]) -> None:
 
 def test_the_main_help_names_every_option_group_and_command() -> None:
     text = call("--help").out
-    for word in ("calibrate", "export", "check", "build", "report", "--no-qfem", "--no-quantize", "--config"):
+    for word in (
+        "calibrate",
+        "merge",
+        "inspect",
+        "export",
+        "check",
+        "build",
+        "report",
+        "--no-qfem",
+        "--no-quantize",
+        "--config",
+    ):
         assert word in text, word

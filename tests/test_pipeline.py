@@ -10,14 +10,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 from rich.console import Console
 
+from spike_export.calibration.calibrate import Calibration
+from spike_export.calibration.partial_statistics import discard_parts, measure_in_parts
 from spike_export.calibration.recipe import load_recipe
+from spike_export.calibration.spikes import ModuleSpikes, SpikeStatistics
 from spike_export.cli import html_report
 from spike_export.cli import pipeline as pipeline_module
 from spike_export.cli.job import Job
-from spike_export.cli.pipeline import BUNDLE, CHECK, PREFIX, RECIPE, REPORT, SPIKES
+from spike_export.cli.pipeline import AFTER, BEHIND, BUNDLE, CHECK, PREFIX, RECIPE, REPORT, SMOOTHING, SPIKES
 from spike_export.cli.run_directory import RunDirectory, stage_key
 from spike_export.engines.check_document import Check, CheckReference, CheckVariant, load_check
 from spike_export.export.manifest import load_manifest
@@ -25,7 +30,7 @@ from tests.killed_runs import job, pipeline_of, run_to_the_report
 from tests.tiny_checkpoints import BOS, PLANTED_MODULE
 from tests.tiny_cli_models import artifacts, corpus_text, one_thread, write_corpus, write_model
 
-BEHIND = "spikes behind the prefix"
+CALIBRATION = {SPIKES, PREFIX, BEHIND, SMOOTHING, AFTER, RECIPE}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -53,6 +58,10 @@ def copied(place: Path, tmp_path: Path) -> Path:
         shutil.copytree(place / name, tmp_path / name)
     shutil.copy(place / "corpus.txt", tmp_path)
     return tmp_path
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {name: hashlib.sha256(content).hexdigest() for name, content in artifacts(folder).items()}
 
 
 def stages_run(work: Job, *, force: bool = False) -> set[str]:
@@ -86,6 +95,8 @@ def test_the_planted_spike_gives_every_stage_work(place: Path) -> None:
         "spikes.json",
         "prefix.json",
         "spikes-behind-the-prefix.json",
+        "smoothing.json",
+        "spikes-after-smoothing.json",
         "recipe.json",
         "bundle.json",
         "check.json",
@@ -96,8 +107,77 @@ def test_a_run_killed_around_every_artifact_ends_like_an_undisturbed_one(place: 
     whole, killed = artifacts(place / "whole"), artifacts(place / "killed")
     died_before = set((place / "deaths.txt").read_text().splitlines())
     assert died_before >= {name for name in whole if not name.startswith("bundle/")} | {"bundle"}
+    assert {"smoothing.json", "spikes_smoothed.safetensors", "spikes_smoothed.json"} <= died_before
+    for stem in ("spikes", "spikes_prefixed", "spikes_smoothed"):  # six windows in parts of four
+        assert {f".{stem}.parts/000000.json", f".{stem}.parts/000004.safetensors"} <= died_before
     assert set(killed) == set(whole)  # nothing lost, no leftovers
     assert [name for name in whole if killed[name] != whole[name]] == []
+
+
+@pytest.mark.parametrize("survived", [1, 2, 3])
+def test_a_pass_goes_on_behind_the_last_part_it_stored(
+    copied: Path, monkeypatch: pytest.MonkeyPatch, survived: int
+) -> None:
+    """Three passes of two parts each, and the pass dies in its second part."""
+    expected = digests(copied / "whole")
+    shutil.rmtree(copied / "whole")
+    work = job(copied / "model", copied / "corpus.txt", copied / "whole")
+    measure, measured = Calibration.measure_windows, [0]
+    rows: list[list[int]] = []
+
+    def counted(self: Calibration, content: Any, sample_ids: Any, *more: Any) -> SpikeStatistics:
+        if len(more) > 1:  # a pass; the competition of prefixes measures without a transform
+            measured[0] += 1
+            if measured[0] == 2 * survived:
+                raise KeyboardInterrupt
+            rows.append(sample_ids.tolist())
+        return measure(self, content, sample_ids, *more)
+
+    monkeypatch.setattr(Calibration, "measure_windows", counted)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline_of(work).calibrate()
+    assert rows == [[0, 1, 2, 3], [4, 5]] * (survived - 1) + [[0, 1, 2, 3]]
+    rows.clear()
+    pipeline_of(work).calibrate()
+    assert rows == [[4, 5]] + [[0, 1, 2, 3], [4, 5]] * (3 - survived)
+    calibrated = digests(copied / "whole")
+    assert {"spikes_smoothed.safetensors", "smoothing.json", "recipe.json"} < calibrated.keys()
+    assert calibrated.items() <= expected.items()
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}", b'{"key": "another"}'])
+def test_a_part_that_is_damaged_or_of_another_pass_is_measured_again(tmp_path: Path, damage: bytes) -> None:
+    random = np.random.default_rng(0)
+    measured: list[list[int]] = []
+
+    def measure(samples: NDArray[np.int64]) -> SpikeStatistics:
+        measured.append(samples.tolist())
+        amax = np.stack([np.random.default_rng(int(sample)).random((5, 3), np.float32) for sample in samples])
+        spikes = ModuleSpikes(amax.max(2), amax.max(1), amax.max((1, 2)))
+        tokens, hidden = np.zeros((len(samples), 5), np.int64), amax.max((1, 2))[:, None]
+        return SpikeStatistics({"m": spikes}, tokens, (), samples, hidden)
+
+    samples = np.arange(1, 14, 2)
+    whole = measure_in_parts(measure, samples, 3, tmp_path / "parts", "key")
+    assert measured == [[1, 3, 5], [7, 9, 11], [13]]
+    measured.clear()
+    again = measure_in_parts(measure, samples, 3, tmp_path / "parts", "key")
+    assert measured == []
+    np.testing.assert_array_equal(again.modules["m"].token_amax, whole.modules["m"].token_amax)
+    (tmp_path / "parts" / "000007.json").write_bytes(damage)
+    measure_in_parts(measure, samples, 3, tmp_path / "parts", "key")
+    assert measured == [[7, 9, 11]]
+    (tmp_path / "parts" / "000013.safetensors").write_bytes(random.bytes(9))
+    measure_in_parts(measure, samples, 3, tmp_path / "parts", "key")
+    assert measured == [[7, 9, 11], [13]]
+    measured.clear()
+    measure_in_parts(measure, samples, 3, tmp_path / "parts", "other key")
+    assert measured == [[1, 3, 5], [7, 9, 11], [13]]
+    measured.clear()
+    measure_in_parts(measure, samples[1:], 3, tmp_path / "parts", "other key")  # other windows under known names
+    assert measured == [[3, 5, 7], [9, 11, 13]]
+    discard_parts(tmp_path / "parts")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_second_run_changes_nothing_and_only_writes_the_report(copied: Path) -> None:
@@ -109,7 +189,7 @@ def test_a_second_run_changes_nothing_and_only_writes_the_report(copied: Path) -
 def test_force_runs_all_again_to_the_same_bytes(copied: Path) -> None:
     before = artifacts(copied / "whole")
     work = job(copied / "model", copied / "corpus.txt", copied / "whole")
-    assert stages_run(work, force=True) == {SPIKES, PREFIX, BEHIND, RECIPE, BUNDLE, CHECK, REPORT}
+    assert stages_run(work, force=True) == {*CALIBRATION, BUNDLE, CHECK, REPORT}
     assert artifacts(copied / "whole") == before
 
 
@@ -117,23 +197,30 @@ def test_force_runs_all_again_to_the_same_bytes(copied: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"seed": 1}, {SPIKES, PREFIX, BEHIND, RECIPE, BUNDLE, CHECK}),  # other windows
-        ({"samples": 3}, {SPIKES, PREFIX, BEHIND, RECIPE, BUNDLE, CHECK}),
-        ({"length": 24}, {SPIKES, PREFIX, BEHIND, RECIPE, BUNDLE, CHECK}),
+        ({"seed": 1}, {*CALIBRATION, BUNDLE, CHECK}),  # other windows
+        ({"samples": 3}, {*CALIBRATION, BUNDLE, CHECK}),
+        ({"length": 24}, {*CALIBRATION, BUNDLE, CHECK}),
         ({"dtype": "float32"}, {RECIPE, BUNDLE, CHECK}),  # nothing is measured in this precision
-        ({"qfep": False}, {RECIPE, BUNDLE, CHECK}),  # the plain statistics are there
-        ({"max_fp16_modules": 3}, {PREFIX, RECIPE, BUNDLE, CHECK}),  # prefixes compete with as many modules kept
-        ({"alpha": 1e9}, {PREFIX, RECIPE, BUNDLE, CHECK}),
-        ({"tolerance": 0.0051}, {RECIPE}),  # the same modules are chosen: the recipe is the same
-        ({"activation_range": "max"}, {PREFIX, RECIPE, BUNDLE, CHECK}),
+        ({"qfep": False}, {SMOOTHING, AFTER, RECIPE, BUNDLE, CHECK}),  # the plain statistics are there
+        ({"prefix_length": 1}, {PREFIX, SMOOTHING, AFTER, RECIPE, BUNDLE, CHECK}),
+        ({"max_fp16_modules": 3}, {RECIPE, BUNDLE, CHECK}),  # prefixes and smoothings compete with nothing kept
+        ({"qfem": False}, {RECIPE, BUNDLE, CHECK}),
+        ({"alpha": 1e9}, {RECIPE, BUNDLE, CHECK}),
+        ({"max_fp16_share": 0.0}, {RECIPE}),  # the same modules are chosen: the recipe is the same
+        ({"tolerance": 0.0051}, {RECIPE}),
+        ({"activation_range": "max"}, {PREFIX, SMOOTHING, RECIPE, BUNDLE, CHECK}),  # the same smoothing, unclipped
+        ({"smoothing": False}, {PREFIX, SMOOTHING, RECIPE, BUNDLE, CHECK}),  # ranges are still searched
+        ({"rotation": "always"}, {SMOOTHING, AFTER, RECIPE, BUNDLE, CHECK}),
+        ({"activations": "int8-per-token-dynamic"}, {PREFIX, SMOOTHING, AFTER, RECIPE, BUNDLE, CHECK}),
     ],
 )
 def test_a_changed_option_runs_what_depends_on_it(copied: Path, changes: dict[str, Any], expected: set[str]) -> None:
-    # The statistics behind the prefix are measured again where the competition ends otherwise.
+    # What stands behind the prefix is done again where the competition ends otherwise.
     before = load_recipe(copied / "whole" / "recipe.json").prefix_ids
     ran = again(copied, **changes)
     after = load_recipe(copied / "whole" / "recipe.json").prefix_ids
-    moved = {BEHIND} if after not in ((), before) else set()
+    moved = {SMOOTHING, AFTER} if after != before and changes.get("smoothing", True) else set()
+    moved |= {BEHIND} if after not in ((), before) else set()
     assert ran == expected | moved | {REPORT}
     assert again(copied, **changes) == {REPORT}
 
@@ -141,14 +228,14 @@ def test_a_changed_option_runs_what_depends_on_it(copied: Path, changes: dict[st
 @pytest.mark.usefixtures("unchecked")
 def test_another_text_runs_everything(copied: Path) -> None:
     write_corpus(copied / "corpus.txt", seed=1)
-    assert again(copied) == {SPIKES, PREFIX, BEHIND, RECIPE, BUNDLE, CHECK, REPORT}
+    assert again(copied) == {*CALIBRATION, BUNDLE, CHECK, REPORT}
 
 
 @pytest.mark.usefixtures("unchecked")
 def test_another_configuration_of_the_same_weights_runs_everything(copied: Path) -> None:
     path = copied / "model" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"rms_norm_eps": 1e-3}))
-    assert again(copied) >= {SPIKES, PREFIX, RECIPE, BUNDLE, CHECK, REPORT}
+    assert again(copied) >= {SPIKES, PREFIX, SMOOTHING, RECIPE, BUNDLE, CHECK, REPORT}
 
 
 def jsonl(path: Path, records: list[dict[str, Any]]) -> Path:

@@ -39,8 +39,10 @@ from spike_export.cli.spike_figures import (
     svg_text,
 )
 from spike_export.engines.check_document import load_check
+from tests.tiny_models import tiny_llama
 
 LAYERS = 4
+CONFIG = tiny_llama(layers=LAYERS).checkpoint.config
 PLANTED = "model.layers.2.mlp.down_proj"
 HOSTILE_ID = 5
 HOSTILE_TEXT = "<script>alert(1)</script>"
@@ -53,16 +55,16 @@ def statistics(spike: float = 5000.0, tokens: int = 200, prefix: tuple[int, ...]
     token_ids = random.integers(6, 20, (2, tokens), dtype=np.int64)
     token_ids[:, 0] = HOSTILE_ID
     modules = {}
-    for name in representatives(LAYERS):
+    for name in representatives(CONFIG):
         amax = random.uniform(0.9, 1.1, (2, tokens)).astype(np.float32)
         if name == PLANTED:
             amax[:, 0] = spike
-        modules[name] = ModuleSpikes(amax, np.ones(8, np.float32))
+        modules[name] = ModuleSpikes(amax, np.ones((2, 8), np.float32), np.ones(2, np.float32))
     return SpikeStatistics(modules, token_ids, prefix)
 
 
 def recipe(prefix: tuple[int, ...] = (HOSTILE_ID,)) -> Recipe:
-    plans = {name: ModulePlan(precision="int8", activation_scale=0.01, ratio=1.1) for name in linears(LAYERS)}
+    plans = {name: ModulePlan(precision="int8", activation_scale=0.01, ratio=1.1) for name in linears(CONFIG)}
     plans[PLANTED] = ModulePlan(precision="float16", ratio=5000.0, reason="ratio <b>over</b> alpha")
     return Recipe(
         model=ModelSource(source="acme/<i>tiny</i>", architecture="llama", sha256="0" * 64),
@@ -333,7 +335,8 @@ def test_pictures_bear_names_that_look_like_formulas_or_markup() -> None:
 
 def test_pictures_survive_degenerate_values() -> None:
     flat = SpikeStatistics(
-        {PLANTED: ModuleSpikes(np.zeros((1, 3), np.float32), np.zeros(4, np.float32))}, np.zeros((1, 3), np.int64)
+        {PLANTED: ModuleSpikes(np.zeros((1, 3), np.float32), np.zeros((1, 4), np.float32), np.zeros(1, np.float32))},
+        np.zeros((1, 3), np.int64),
     )
     figure = spike_picture(flat)
     assert figure is not None
