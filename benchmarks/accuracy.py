@@ -27,7 +27,7 @@ from spike_export.calibration.options import CalibrationOptions
 from spike_export.calibration.perplexity import model_perplexity
 from spike_export.calibration.prefix_choice import choose_prefix
 from spike_export.calibration.qfem import ModuleChoice, Scores, mac_shares
-from spike_export.calibration.recipe import Recipe, Search
+from spike_export.calibration.recipe import ActivationRange, Recipe, Search
 from spike_export.calibration.recipe_writer import build_recipe
 from spike_export.calibration.simulate import Simulation
 from spike_export.calibration.smoothing import is_per_value_head
@@ -142,7 +142,7 @@ class Table:
 
     def weights_only(self, name: str) -> None:
         """Add a row in which the weights of all linears are INT8, and nothing else is."""
-        calibration = self._with(replace(PAPER, excluded_weights="int8"))
+        calibration = self.calibration.with_options(replace(PAPER, excluded_weights="int8"))
         names = representatives(calibration.checkpoint.config)
         everything = ModuleChoice(alpha=0.0, kept=tuple(each for each in names if not is_router(each)))
         self.recipes[name] = build_recipe(calibration, self.corpus, self.behind(()), everything)
@@ -161,16 +161,18 @@ class Table:
         step_of = {site.representative: _step(site) for site in input_sites(config)}
         for step, name in enumerate(SMOOTHING_STEPS):
             plans = {module: plan for module, plan in everywhere.items() if step_of[split_name(module)[1]] <= step}
-            self._transformed(f"QFeP [BOS], smoothing of {name}", prefix, PAPER, Transform(smoothing=plans))
-        options = replace(PAPER, smoothing=True, activation_range="mse")
-        searched = choose_transform(self._with(options), statistics).transform
-        self._transformed("QFeP [BOS], searched smoothing", prefix, PAPER, replace(searched, clips={}))
-        self._transformed("QFeP [BOS], searched smoothing and ranges", prefix, options, searched)
+            self._transformed(f"QFeP [BOS], smoothing of {name}", self.calibration, prefix, Transform(smoothing=plans))
 
-    def _transformed(
-        self, name: str, prefix: tuple[int, ...], options: CalibrationOptions, transform: Transform
-    ) -> None:
-        calibration = self._with(options)
+    def searched(self, job: Calibration, prefix: tuple[int, ...]) -> None:
+        """Add the main job's search behind a given prefix, for two rules of what a scale covers; nothing is kept."""
+        statistics = job.measure(prefix)
+        rules: tuple[ActivationRange, ...] = ("max", "mse", "sample-mean")
+        for rule in rules:
+            calibration = job.with_options(replace(job.options, activation_range=rule))
+            transform = choose_transform(calibration, statistics).transform
+            self._transformed(f"QFeP [BOS], searched smoothing, range {rule}", calibration, prefix, transform)
+
+    def _transformed(self, name: str, calibration: Calibration, prefix: tuple[int, ...], transform: Transform) -> None:
         after = calibration.measure(prefix, transform)
         self.recipes[name] = build_recipe(calibration, self.corpus, after, NOTHING_KEPT, transform)
 
@@ -180,9 +182,6 @@ class Table:
         text = recipe.prefix.text if recipe.prefix else ""
         print(f"{name}: {len(recipe.kept_linears())} kept, prefix {list(recipe.prefix_ids)} {text!r}", flush=True)
         self.recipes[name] = recipe
-
-    def _with(self, options: CalibrationOptions) -> Calibration:
-        return self.calibration.with_options(options)
 
 
 SMOOTHING_STEPS = ("norms 0.65", "norms, down_proj 0.65", "norms, down_proj 0.65, o_proj 0.5")
@@ -216,6 +215,7 @@ def fill(table: Table, job: Calibration) -> None:
         for kept in (4, 10):
             table.fixed(f"W8A8 + QFeP [BOS] + QFeM, {kept} linears", (bos,), kept)
         table.smoothed((bos,))
+        table.searched(job, (bos,))
     table.automatic("automatic, static", job)
     dynamic = replace(job.options, activations="int8-per-token-dynamic")
     table.automatic("automatic, dynamic per token", job.with_options(dynamic))

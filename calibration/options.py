@@ -49,7 +49,7 @@ class CalibrationOptions:
     windows: WindowKind = "packed"
     weights: WeightScheme = "int8-per-channel"
     activations: ActivationScheme = "int8-per-tensor-static"
-    activation_range: ActivationRange = "mse"
+    activation_range: ActivationRange = "sample-mean"
     excluded_weights: ExcludedWeights = "unquantized"
     attention: AttentionProducts = "unquantized"
     dtype: Dtype = "float16"

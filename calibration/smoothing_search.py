@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from spike_export.calibration.decoder_config import DecoderConfig
 from spike_export.calibration.modules import MOE, InputSite, expert_of, input_sites, is_router
-from spike_export.calibration.recipe import QMAX, ActivationScheme, SmoothingPlan, WeightScheme
+from spike_export.calibration.recipe import QMAX, ActivationRange, ActivationScheme, SmoothingPlan, WeightScheme
 from spike_export.calibration.simulate import fake_quantize, fake_quantize_tokens
 from spike_export.calibration.smoothing import (
     Form,
@@ -41,7 +41,9 @@ CANDIDATES: tuple[tuple[Form, float], ...] = (
     ("smoothquant", 0.6),
     ("smoothquant", 0.7),
     ("smoothquant", 0.8),
+    ("smoothquant", 0.9),
     ("outlier-suppression", 0.25),
+    ("outlier-suppression", 0.1),
 )
 """Formulas and parameters that compete, besides no smoothing at all."""
 
@@ -134,7 +136,8 @@ class SmoothingSearch:
         config: The decoder's.
         statistics: Of the same model behind the same prefix, without the windows that pass.
         weights: How INT8 weights are scaled.
-        activations: How INT8 activations are scaled; clipping is for static ones.
+        activations: How INT8 activations are scaled.
+        activation_range: What static scales cover; for `mse` the clips compete too.
         smoothing: Whether scales may be moved.
         rotated: Whether a rotation takes the place of the norms' smoothing.
         stride: Every how many tokens one is looked at.
@@ -145,6 +148,7 @@ class SmoothingSearch:
     statistics: SpikeStatistics
     weights: WeightScheme
     activations: ActivationScheme
+    activation_range: ActivationRange
     smoothing: bool
     rotated: bool
     stride: int
@@ -311,9 +315,9 @@ class _Site:
         share = branch_share if _behind_norm(self.site) else 1.0
         if search.activations == "int8-per-token-dynamic":
             return SiteChoice(plan, 1.0, share * self._noise(fake_quantize_tokens(rows) @ weight))
-        covered = self._spikes.smoothed_range(scales, "max")
+        covered = self._spikes.smoothed_range(scales, search.activation_range)
         best: SiteChoice | None = None
-        for clip in CLIPS:
+        for clip in CLIPS if search.activation_range == "mse" else (1.0,):
             noise = share * self._noise(fake_quantize(rows, max(clip * covered, 1e-5) / QMAX) @ weight)
             if best is None or noise < best.noise:
                 best = SiteChoice(plan, clip, noise)

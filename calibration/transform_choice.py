@@ -106,6 +106,7 @@ def _searched(
         statistics=calibration.held_out(statistics),
         weights=options.weights,
         activations=options.activations,
+        activation_range=options.activation_range,
         smoothing=options.smoothing,
         rotated=rotation is not None,
         stride=SmoothingSearch.stride_of(fed.size),
@@ -117,7 +118,7 @@ def _searched(
     clips: dict[str, float] = {}
     smoothing: dict[str, SmoothingPlan] = {}
     for name, choice in search.choices.items():
-        clips[name] = choice.clip if options.activation_range == "mse" else 1.0
+        clips[name] = choice.clip
         if choice.smoothing is not None and not _shared(name, choice.smoothing, smoothing):
             smoothing[name] = choice.smoothing
     noise = {name: choice.noise for name, choice in search.choices.items()}

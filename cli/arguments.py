@@ -86,9 +86,9 @@ class QuantizationArguments:
     activations: Literal["int8-per-tensor-static", "int8-per-token-dynamic"] = "int8-per-tensor-static"
     "Scales of INT8 activations: constants (fastest), or each token's own at run time (most accurate)."
 
-    activation_range: Literal["mse", "sample-mean", "percentile", "max"] = "mse"
-    """What a static activation scale covers: the range with the least error, the mean of the samples' maxima, the
-    99.9th percentile of the tokens' maxima, or the largest value of all."""
+    activation_range: Literal["sample-mean", "mse", "percentile", "max"] = "sample-mean"
+    """What a static activation scale covers: the mean of the samples' maxima, the range with the least squared error,
+    the 99.9th percentile of the tokens' maxima, or the largest value of all."""
 
     excluded_weights: Literal["unquantized", "int8"] = "unquantized"
     "Weights of the modules that QFeM keeps: in 16 bit, or in INT8 with 16-bit products (W8A16)."

@@ -17,7 +17,7 @@ from spike_export.calibration.modules import (
     siblings,
     split_name,
 )
-from spike_export.calibration.qfem import keep_above, keep_highest
+from spike_export.calibration.qfem import Scores
 from tests.tiny_families import NAMES, tiny_family
 
 PUBLISHED = Path(__file__).parent / "data" / "qfem_excluded_modules.json"
@@ -69,16 +69,16 @@ def test_published_names_are_ours(model: str, layers: int, listed: int, expanded
 
 @pytest.mark.parametrize(("model", "layers", "listed", "expanded"), CASES)
 def test_thresholds_reproduce_the_published_lists(model: str, layers: int, listed: int, expanded: int) -> None:
-    ratios = all_ratios(model, layers)
+    scores = Scores.sorted("ratio", all_ratios(model, layers), config(layers))
     published = tuple(excluded(model))
-    chosen = keep_highest(ratios, expanded)
+    chosen = scores.keep_highest(expanded)
     assert chosen.kept == published
     assert chosen.linears == expanded
     assert len(chosen.kept) == listed
-    assert keep_above(ratios, chosen.alpha).kept == published
+    assert scores.keep_above(chosen.alpha).kept == published
     # One linear less does not hold the list, and a threshold at the last published ratio drops the last module.
-    assert keep_highest(ratios, expanded - 1).kept == published[:-1]
-    assert keep_above(ratios, min(excluded(model).values())).kept == published[:-1]
+    assert scores.keep_highest(expanded - 1).kept == published[:-1]
+    assert scores.keep_above(min(excluded(model).values())).kept == published[:-1]
 
 
 def test_a_choice_ends_at_the_first_module_that_does_not_fit() -> None:
@@ -87,7 +87,7 @@ def test_a_choice_ends_at_the_first_module_that_does_not_fit() -> None:
         "model.layers.0.mlp.up_proj": 8.0,  # two linears
         "model.layers.1.mlp.down_proj": 7.0,
     }
-    chosen = keep_highest(ratios, 2)
+    chosen = Scores.sorted("ratio", ratios, config(2)).keep_highest(2)
     assert chosen.kept == ("model.layers.0.mlp.down_proj",)
     assert chosen.alpha == 8.0
 

@@ -64,6 +64,7 @@ def searched(calibration: Calibration, smoothing: bool, statistics: SpikeStatist
         statistics=calibration.held_out(statistics),
         weights=calibration.options.weights,
         activations=calibration.options.activations,
+        activation_range=calibration.options.activation_range,
         smoothing=smoothing,
         rotated=False,
         stride=1,
@@ -75,7 +76,7 @@ def searched(calibration: Calibration, smoothing: bool, statistics: SpikeStatist
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("activations", ["int8-per-tensor-static", "int8-per-token-dynamic"])
 def test_a_search_never_adds_noise(name: str, activations: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    calibration = calibration_of(name, activations=activations)
+    calibration = calibration_of(name, activations=activations, activation_range="mse")
     statistics = calibration.measure(())
     chosen = searched(calibration, True, statistics)
     clipped = searched(calibration, False, statistics)
