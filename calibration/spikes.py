@@ -72,7 +72,10 @@ class ModuleSpikes:
         return covered_range(self.sample_amax, rule)
 
     def smoothed_range(self, scales: Floats, rule: ActivationRange) -> float:
-        """Return `range` of the input divided by `scales` [channels], exactly."""
+        """Return `range` of the input divided by `scales` [channels].
+
+        Exact, but for `percentile`: of its tokens only the channels' maxima are known, and the largest is returned.
+        """
         return covered_range((self.sample_channel_amax / scales).max(axis=1), rule)
 
     @property

@@ -178,7 +178,7 @@ def test_the_accuracy_table_has_every_method(table: accuracy.Table) -> None:
     assert rows["W8A8"].kl_divergence > rows["W8 only"].kl_divergence > 1e-6  # type: ignore[operator]
     assert rows["W8A8 + QFeM, 10 linears"].kept_linears <= 10
     smoothed = [row for name, row in rows.items() if "smoothing" in name]
-    assert len(smoothed) == 5
+    assert len(smoothed) == 6
     assert {row.prefix for row in smoothed} == {(1,)}
     behind = accuracy.unquantized_perplexity(table.calibration, (1,))
     assert {row.behind_prefix for row in smoothed} == {behind}

@@ -110,7 +110,7 @@ def test_the_check_shows_what_each_method_brings(folder: Path) -> None:
     check, recipe = load_check(run / "check.json"), load_recipe(run / "recipe.json")
     names = [variant.name for variant in check.variants]
     assert names[:2] == ["unquantized", "w8a8"]
-    assert names[-1].endswith("+smoothing+mse")
+    assert names[-1].endswith("+smoothing+sample-mean")
     assert [variant.name for variant in check.variants if variant.shipped] == names[-1:]
     assert check.corpus.name == "corpus.txt"
     assert check.gates == ()

@@ -208,8 +208,9 @@ def test_force_runs_all_again_to_the_same_bytes(copied: Path) -> None:
         ({"alpha": 1e9}, {RECIPE, BUNDLE, CHECK}),
         ({"max_fp16_share": 0.0}, {RECIPE}),  # the same modules are chosen: the recipe is the same
         ({"tolerance": 0.0051}, {RECIPE}),
-        ({"activation_range": "max"}, {PREFIX, SMOOTHING, RECIPE, BUNDLE, CHECK}),  # the same smoothing, unclipped
-        ({"smoothing": False}, {PREFIX, SMOOTHING, RECIPE, BUNDLE, CHECK}),  # ranges are still searched
+        ({"activation_range": "max"}, {PREFIX, SMOOTHING, AFTER, RECIPE, BUNDLE, CHECK}),
+        ({"smoothing": False}, {PREFIX, RECIPE, BUNDLE, CHECK}),  # nothing is searched
+        ({"smoothing": False, "activation_range": "mse"}, {PREFIX, SMOOTHING, RECIPE, BUNDLE, CHECK}),
         ({"rotation": "always"}, {SMOOTHING, AFTER, RECIPE, BUNDLE, CHECK}),
         ({"activations": "int8-per-token-dynamic"}, {PREFIX, SMOOTHING, AFTER, RECIPE, BUNDLE, CHECK}),
     ],

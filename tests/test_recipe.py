@@ -60,7 +60,7 @@ def test_the_file_round_trips_and_is_readable(tmp_path: Path) -> None:
     assert "<s>é" in text  # letters, not escapes
     assert max(len(line) for line in text.splitlines()) < 120
     document = json.loads(text)
-    assert list(document)[:6] == ["format", "model", "corpus", "scheme", "alpha", "prefix"]
+    assert list(document)[:7] == ["format", "model", "corpus", "scheme", "alpha", "criterion", "prefix"]
     assert document["modules"][UP]["activation_scale"] == 0.03125
     assert list(document["modules"]) == [UP, DOWN]
 
