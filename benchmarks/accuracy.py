@@ -25,7 +25,7 @@ from spike_export.calibration.module_choice import NOTHING_KEPT, choose_kept
 from spike_export.calibration.modules import InputSite, input_sites, is_router, linears, representatives, split_name
 from spike_export.calibration.options import CalibrationOptions
 from spike_export.calibration.perplexity import model_perplexity
-from spike_export.calibration.prefix_choice import choose_prefix
+from spike_export.calibration.prefix_choice import PrefixChoice, choose_prefix
 from spike_export.calibration.qfem import ModuleChoice, Scores, mac_shares
 from spike_export.calibration.recipe import ActivationRange, Recipe, Search
 from spike_export.calibration.recipe_writer import build_recipe
@@ -82,11 +82,12 @@ def unquantized_perplexity(calibration: Calibration, prefix: tuple[int, ...]) ->
     return model_perplexity(calibration.model.decoder, calibration.fed(content, prefix), content.shape[1], prefix)
 
 
-def automatic_recipe(calibration: Calibration, corpus: Corpus | None = None) -> Recipe:
-    """Return what the main job chooses."""
-    plain = calibration.measure(())
-    prefixes = choose_prefix(calibration, plain)
-    behind = calibration.measure(prefixes.token_ids) if prefixes.token_ids else plain
+def automatic_recipe(
+    calibration: Calibration, corpus: Corpus | None = None, prefix: tuple[int, ...] | None = None
+) -> Recipe:
+    """Return what the main job chooses; with a given prefix, what it chooses behind that."""
+    prefixes = PrefixChoice(prefix) if prefix else choose_prefix(calibration, calibration.measure(()))
+    behind = calibration.measure(prefixes.token_ids)
     chosen = choose_transform(calibration, behind) if calibration.options.searches_smoothing else TransformChoice()
     transform = chosen.transform
     after = calibration.measure(behind.prefix_ids, transform) if transform.changes_weights else behind
@@ -176,9 +177,9 @@ class Table:
         after = calibration.measure(prefix, transform)
         self.recipes[name] = build_recipe(calibration, self.corpus, after, NOTHING_KEPT, transform)
 
-    def automatic(self, name: str, calibration: Calibration) -> None:
-        """Add a row in which everything is chosen."""
-        recipe = automatic_recipe(calibration, self.corpus)
+    def automatic(self, name: str, calibration: Calibration, prefix: tuple[int, ...] | None = None) -> None:
+        """Add a row in which everything is chosen, or everything but the prefix."""
+        recipe = automatic_recipe(calibration, self.corpus, prefix)
         text = recipe.prefix.text if recipe.prefix else ""
         print(f"{name}: {len(recipe.kept_linears())} kept, prefix {list(recipe.prefix_ids)} {text!r}", flush=True)
         self.recipes[name] = recipe
@@ -203,8 +204,11 @@ def exportable(checkpoint: Checkpoint) -> bool:
     return True
 
 
-def fill(table: Table, job: Calibration) -> None:
-    """Add all rows: the paper's, the ablation of smoothing, and what the main job chooses."""
+def fill(table: Table, job: Calibration, *, brief: bool = False) -> None:
+    """Add all rows: the paper's, the ablation of smoothing, and what the main job chooses.
+
+    `brief` leaves out the search's own ablation and the rotation.
+    """
     bos = table.calibration.checkpoint.bos_token_id
     table.weights_only("W8 only")
     table.fixed("W8A8", (), 0)
@@ -215,10 +219,15 @@ def fill(table: Table, job: Calibration) -> None:
         for kept in (4, 10):
             table.fixed(f"W8A8 + QFeP [BOS] + QFeM, {kept} linears", (bos,), kept)
         table.smoothed((bos,))
-        table.searched(job, (bos,))
+        if not brief:
+            table.searched(job, (bos,))
     table.automatic("automatic, static", job)
+    chosen = table.recipes["automatic, static"]
+    prefix = chosen.prefix_ids if chosen else ()
     dynamic = replace(job.options, activations="int8-per-token-dynamic")
-    table.automatic("automatic, dynamic per token", job.with_options(dynamic))
+    table.automatic("automatic, dynamic per token, the same prefix", job.with_options(dynamic), prefix)
+    if brief:
+        return
     try:
         table.automatic("automatic, --rotation always", job.with_options(replace(job.options, rotation="always")))
     except RecipeError as error:  # some families cannot be rotated
@@ -308,13 +317,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a checkpoint's path, or smollm2 (default) or gemma3")
     parser.add_argument("--windows", type=int, help="evaluate on the first so many windows only")
+    parser.add_argument("--brief", action="store_true", help="without the ablation of the search, and the rotation")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     given = parser.parse_args(arguments)
     name = given.model or "smollm2"
     checkpoint = open_checkpoint(str(model_path(MODELS[name])) if name in MODELS else name)
     calibration = limited(table_calibration(checkpoint), given.windows)
     table = Table(calibration, default_corpus())
-    fill(table, job_calibration(calibration))
+    fill(table, job_calibration(calibration), brief=given.brief)
     engine = "ONNX Runtime" if exportable(checkpoint) else "the simulation in torch: this family has no export yet"
     count, length = calibration.windows.evaluation.shape
     rows = evaluate(table)

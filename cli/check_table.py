@@ -35,17 +35,21 @@ def count(value: int | None) -> str:
 
 def check_rows(check: Check) -> list[tuple[str, ...]]:
     """Return one row per variant under `HEADINGS`, the reference first."""
-    reference = (
-        f"reference ({visible(check.reference.dtype)})",
-        f"{check.reference.perplexity:.3f}",
-        "",
-        "",
-        "",
-        "",
-        "",
-        "",
-    )
-    return [reference, *(_row(variant) for variant in check.variants)]
+    return [*_reference_rows(check), *(_row(variant) for variant in check.variants)]
+
+
+def shipped_rows(check: Check) -> list[bool]:
+    """Return for each of `check_rows` whether it is the shipped variant's."""
+    return [False] * len(_reference_rows(check)) + [variant.shipped for variant in check.variants]
+
+
+def _reference_rows(check: Check) -> list[tuple[str, ...]]:
+    name, empty = f"reference ({visible(check.reference.dtype)})", ("",) * (len(HEADINGS) - 2)
+    rows = [(name, f"{check.reference.perplexity:.3f}", *empty)]
+    if check.reference.behind_prefix is not None:
+        # Without it a prefix that helps the unquantized model too would pass for a gain of quantization.
+        rows.append((f"{name}, behind the prefix", f"{check.reference.behind_prefix:.3f}", *empty))
+    return rows
 
 
 def _row(variant: CheckVariant) -> tuple[str, ...]:
@@ -83,8 +87,7 @@ def check_table(check: Check) -> Table:
     table = Table(title="Accuracy", caption=Text(corpus_sentence(check)), title_justify="left", caption_justify="left")
     for heading in HEADINGS:
         table.add_column(heading, justify="left" if heading == HEADINGS[0] else "right", overflow="fold")
-    shipped = [False, *(variant.shipped for variant in check.variants)]
-    for row, bold in zip(check_rows(check), shipped, strict=True):
+    for row, bold in zip(check_rows(check), shipped_rows(check), strict=True):
         # As Text: names come from a file, and brackets in a string would be read as markup.
         table.add_row(*(Text(cell) for cell in row), style="bold" if bold else None)
     return table

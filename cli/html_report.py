@@ -27,6 +27,7 @@ from spike_export.cli.check_table import (
     gate_sentence,
     number,
     percent,
+    shipped_rows,
 )
 from spike_export.cli.spike_figures import qfem_curve, ratio_chart, spike_picture, svg_text
 from spike_export.cli.visible_text import visible
@@ -238,8 +239,10 @@ def _accuracy_clause(check: Check | None) -> str:
         return f"Perplexity in {check.reference.dtype}: {check.reference.perplexity:.3f}."
     increase = "" if shipped.increase is None else f" ({percent(shipped.increase, signed=True)})"
     before, after = f"{check.reference.perplexity:.3f}", f"{shipped.perplexity:.3f}"
+    behind = check.reference.behind_prefix
+    prefixed = "" if behind is None else f" ({behind:.3f} behind the same prefix)"
     return (
-        f"Perplexity goes from {before} in {visible(check.reference.dtype)} to {after}{increase} as "
+        f"Perplexity goes from {before}{prefixed} in {visible(check.reference.dtype)} to {after}{increase} as "
         f"{visible(shipped.name)}."
     )
 
@@ -413,8 +416,7 @@ def _prefix_rows(recipe: Recipe | None) -> list[TableRow]:
 def _check_rows(check: Check | None) -> list[TableRow]:
     if check is None:
         return []
-    shipped = [False, *(variant.shipped for variant in check.variants)]
-    return [TableRow(row, strong) for row, strong in zip(check_rows(check), shipped, strict=True)]
+    return [TableRow(row, strong) for row, strong in zip(check_rows(check), shipped_rows(check), strict=True)]
 
 
 def _flat(document: Mapping[str, Any]) -> Iterable[tuple[str, str]]:

@@ -2,7 +2,7 @@
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from spike_export.calibration.atomic_write import describe_os_error
 from spike_export.calibration.errors import ArtifactError, EngineError
 from spike_export.calibration.heap import collect_and_return_memory
 from spike_export.calibration.layerwise import Decoder
-from spike_export.calibration.perplexity import Likelihood, with_bos
+from spike_export.calibration.perplexity import Likelihood, model_perplexity, with_bos
 from spike_export.calibration.progress import Progress, silent
 from spike_export.engines.onnx_session import BundleSession
 
@@ -35,11 +35,13 @@ class ReferenceLogits:
         content: [windows, tokens] int64.
         folder: Holds one `N.npy` per window: [tokens - 1, vocab] float32, of all positions that predict content.
         perplexity: Of the reference.
+        behind_prefix: Of the reference behind the prefix that it was given, or None.
     """
 
     content: NDArray[np.int64]
     folder: Path
     perplexity: float
+    behind_prefix: float | None = None
 
     def window(self, index: int) -> Logits:
         """Return one window's logits, mapped from the disk."""
@@ -68,24 +70,30 @@ def reference_logits(
     bos: int | None,
     progress: Progress = silent,
     scratch: Path | None = None,
+    prefix: Sequence[int] = (),
 ) -> Iterator[ReferenceLogits]:
     """Run the reference model over the windows and keep its logits in a temporary folder for the block.
 
     The model is let go before the block begins: the variants need the memory. `scratch` is an existing folder to keep
-    the logits in; the system's temporary folder by default.
+    the logits in; the system's temporary folder by default. With a `prefix` the perplexity behind it is taken too.
 
     Raises:
         ArtifactError: The temporary folder's disk has too little room.
     """
     with tempfile.TemporaryDirectory(prefix="spike-export-", dir=scratch) as name:
-        total = _write_logits(load(), content, bos, Path(name), progress)
+        total, behind = _write_logits(load(), content, bos, Path(name), progress, prefix)
         collect_and_return_memory()
-        yield ReferenceLogits(content, Path(name), total.perplexity)
+        yield ReferenceLogits(content, Path(name), total.perplexity, behind)
 
 
 def _write_logits(
-    model: Decoder, content: NDArray[np.int64], bos: int | None, folder: Path, progress: Progress
-) -> Likelihood:
+    model: Decoder,
+    content: NDArray[np.int64],
+    bos: int | None,
+    folder: Path,
+    progress: Progress,
+    prefix: Sequence[int],
+) -> tuple[Likelihood, float | None]:
     needed = content.shape[0] * (content.shape[1] - 1) * model.config.vocab_size * 4
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -101,7 +109,10 @@ def _write_logits(
             raise ArtifactError(describe_os_error(error, folder)) from error
         total += likelihood(logits, tokens[1:])
         progress("reference windows", index + 1, len(content))
-    return total
+    if not prefix:
+        return total, None
+    fed = content if bos in prefix else with_bos(content, bos)
+    return total, model_perplexity(model, fed, content.shape[1], prefix)
 
 
 def compare(session: BundleSession, reference: ReferenceLogits, progress: Progress = silent) -> Accuracy:

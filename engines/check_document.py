@@ -27,9 +27,15 @@ class CheckCorpus(_Part):
 
 
 class CheckReference(_Part):
-    """transformers' model with nothing quantized."""
+    """transformers' model with nothing quantized.
+
+    Attributes:
+        behind_prefix: Its perplexity behind the shipped variant's prefix, which may differ for better or worse: what
+            quantization itself costs is the distance from there. None without a prefix.
+    """
 
     perplexity: float
+    behind_prefix: float | None = None
     dtype: str = "float32"
 
 

@@ -55,7 +55,8 @@ def check_variants(
     rounds = len(variants) + 1
     evaluated_dtype = options if runnable else ExportOptions("float32")
     bos = checkpoint.bos_token_id
-    with reference_logits(load, content, bos, _part(progress, 0, rounds), scratch) as reference:
+    prefix = _shipped_prefix(variants)
+    with reference_logits(load, content, bos, _part(progress, 0, rounds), scratch, prefix) as reference:
         results = [
             _evaluate(checkpoint, variant, evaluated_dtype, runnable, reference, _part(progress, index, rounds))
             for index, variant in enumerate(variants, start=1)
@@ -64,9 +65,18 @@ def check_variants(
         corpus=CheckCorpus(name=corpus.name, sha256=corpus.sha256, windows=len(content), length=content.shape[1]),
         dtype=evaluated_dtype.dtype,
         note=None if runnable else _BFLOAT16_NOTE,
-        reference=CheckReference(perplexity=reference.perplexity),
+        reference=CheckReference(perplexity=reference.perplexity, behind_prefix=reference.behind_prefix),
         variants=tuple(results),
     )
+
+
+def _shipped_prefix(variants: Sequence[Variant]) -> tuple[int, ...]:
+    """Return the token ids of the prefix in the shipped bundle; empty without one."""
+    for variant in variants:
+        if variant.bundle is not None:
+            prefix = load_manifest(variant.bundle).prefix
+            return prefix.token_ids if prefix else ()
+    return ()
 
 
 def _part(progress: Progress, index: int, rounds: int) -> Progress:

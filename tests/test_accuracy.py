@@ -24,6 +24,7 @@ from spike_export.calibration.recipe_writer import build_recipe
 from spike_export.calibration.smoothing_search import default_smoothing
 from spike_export.calibration.spikes import SpikeStatistics
 from spike_export.calibration.token_windows import TokenWindows
+from spike_export.cli.check_table import check_rows
 from spike_export.cli.job import Job
 from spike_export.cli.pipeline import Pipeline
 from spike_export.cli.run_directory import RunDirectory
@@ -255,6 +256,25 @@ def test_a_shipped_bundle_is_evaluated_as_it_is(model: TinyModel, content: NDArr
     check = checked(model, content, [Variant("shipped", None, tmp_path / "b")], "float32")
     assert check.shipped is not None
     assert check.shipped.int8_linears == 14
+
+
+def test_the_reference_is_told_behind_the_shipped_prefix(
+    model: TinyModel, content: NDArray[np.int64], tmp_path: Path
+) -> None:
+    prefix = (BOS, 5)
+    recipe = tiny_recipe(model.checkpoint, input_scales(model, content), prefix=prefix)
+    export_bundle(model.checkpoint, recipe, ExportOptions("float32"), tmp_path / "b")
+    check = checked(model, content, [Variant("shipped", recipe, tmp_path / "b")], "float32")
+    # The same as the prefix before the tokens in transformers' own model, of which the content is scored.
+    fed = np.concatenate([np.tile(prefix, (len(content), 1)), content[:, :12]], axis=1)
+    with torch.inference_mode():
+        logits = model.reference(torch.from_numpy(fed)).logits[:, len(prefix) : -1].flatten(0, 1)
+    loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(content[:, 1:12]).flatten())
+    assert check.reference.behind_prefix == pytest.approx(float(loss.exp()), rel=1e-4)
+    assert check.reference.behind_prefix != pytest.approx(check.reference.perplexity, rel=1e-3)
+    assert any("behind the prefix" in row[0] for row in check_rows(check))
+    plain = checked(model, content, [Variant("shipped", None, tmp_path / "b")], "float32")
+    assert plain.reference.behind_prefix == check.reference.behind_prefix  # from the manifest
 
 
 def test_a_bfloat16_bundle_is_checked_in_float32_with_a_note(

@@ -168,7 +168,7 @@ def test_the_accuracy_table_has_every_method(table: accuracy.Table) -> None:
     assert list(rows)[:3] == ["FP32", "W8 only", "W8A8"]
     assert [name for name in rows if name.startswith("automatic")] == [
         "automatic, static",
-        "automatic, dynamic per token",
+        "automatic, dynamic per token, the same prefix",
         "automatic, --rotation always",
     ]
     assert (rows["FP32"].kept_linears, rows["FP32"].mac_share) == (14, 0.0)
