@@ -242,6 +242,7 @@ class Decoder:
 
         count = self.config.num_hidden_layers if layers is None else layers
         parts = batches(windows, batch_tokens)
+        return_freed_memory()
         self.meter.layers = self.config.num_hidden_layers
         self.meter.token_layers += windows.size * count
         with torch.inference_mode():

@@ -5,6 +5,7 @@ from dataclasses import replace
 from spike_export.calibration import qfep
 from spike_export.calibration.calibrate import Calibration, Transform, attention_plans, module_plans
 from spike_export.calibration.corpus import Corpus
+from spike_export.calibration.options import CalibrationOptions
 from spike_export.calibration.overflow_guard import stream_dtype
 from spike_export.calibration.prefix_choice import prefix_notes, prefix_text
 from spike_export.calibration.qfem import ModuleChoice
@@ -36,35 +37,16 @@ def build_recipe(
     ids = statistics.prefix_ids
     prefix = None
     if ids:
-        prefix = Prefix(
-            token_ids=ids,
-            text=prefix_text(checkpoint, ids),
-            ratio=qfep.worst_ratio(statistics)[1],
-            notes=prefix_notes(checkpoint, ids),
-        )
+        text, ratio = prefix_text(checkpoint, ids), qfep.worst_ratio(statistics)[1]
+        prefix = Prefix(token_ids=ids, text=text, ratio=ratio, notes=prefix_notes(checkpoint, ids))
     return Recipe(
         model=ModelSource(
             source=checkpoint.name,
             architecture=checkpoint.config.family.model_type,
             sha256=checkpoint.tensors.sha256(),
         ),
-        corpus=CorpusSource(
-            name=corpus.name,
-            sha256=corpus.sha256,
-            samples=options.samples,
-            length=options.length,
-            seed=options.seed,
-            windows=options.windows,
-        ),
-        scheme=Scheme(
-            weights=options.weights,
-            activations=options.activations,
-            activation_range=options.activation_range,
-            excluded_weights=options.excluded_weights,
-            attention=options.attention,
-            unquantized=dtype,
-            unquantized_reason=guard,
-        ),
+        corpus=_corpus_source(corpus, options),
+        scheme=_scheme(options, guard),
         alpha=choice.alpha if options.qfem else None,
         criterion=choice.criterion,
         prefix=prefix,
@@ -73,4 +55,27 @@ def build_recipe(
         rotation=transform.rotation,
         smoothing=transform.smoothing,
         search=search,
+    )
+
+
+def _corpus_source(corpus: Corpus, options: CalibrationOptions) -> CorpusSource:
+    return CorpusSource(
+        name=corpus.name,
+        sha256=corpus.sha256,
+        samples=options.samples,
+        length=options.length,
+        seed=options.seed,
+        windows=options.windows,
+    )
+
+
+def _scheme(options: CalibrationOptions, reason: str | None) -> Scheme:
+    return Scheme(
+        weights=options.weights,
+        activations=options.activations,
+        activation_range=options.activation_range,
+        excluded_weights=options.excluded_weights,
+        attention=options.attention,
+        unquantized=options.dtype,
+        unquantized_reason=reason,
     )
