@@ -57,10 +57,11 @@ def table_calibration(checkpoint: Checkpoint) -> Calibration:
     return Calibration(checkpoint, TokenWindows(content, windows.evaluation), PAPER)
 
 
-def job_calibration(table: Calibration) -> Calibration:
+def job_calibration(table: Calibration, samples: int = JOB.samples) -> Calibration:
     """Return the same model with the windows and options of the main job; the evaluation's are the table's."""
-    windows = token_windows(default_corpus(), table.checkpoint.tokenizer, JOB.samples, CONTENT, JOB.seed)
-    calibration = Calibration(table.checkpoint, replace(windows, evaluation=table.windows.evaluation), JOB)
+    options = replace(JOB, samples=samples)
+    windows = token_windows(default_corpus(), table.checkpoint.tokenizer, samples, CONTENT, JOB.seed)
+    calibration = Calibration(table.checkpoint, replace(windows, evaluation=table.windows.evaluation), options)
     calibration.__dict__["model"] = table.model  # one copy of the weights serves both
     return calibration
 
@@ -317,6 +318,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a checkpoint's path, or smollm2 (default) or gemma3")
     parser.add_argument("--windows", type=int, help="evaluate on the first so many windows only")
+    parser.add_argument("--samples", type=int, default=JOB.samples, help="calibration windows of the automatic rows")
     parser.add_argument("--brief", action="store_true", help="without the ablation of the search, and the rotation")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     given = parser.parse_args(arguments)
@@ -324,7 +326,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     checkpoint = open_checkpoint(str(model_path(MODELS[name])) if name in MODELS else name)
     calibration = limited(table_calibration(checkpoint), given.windows)
     table = Table(calibration, default_corpus())
-    fill(table, job_calibration(calibration), brief=given.brief)
+    fill(table, job_calibration(calibration, given.samples), brief=given.brief)
     engine = "ONNX Runtime" if exportable(checkpoint) else "the simulation in torch: this family has no export yet"
     count, length = calibration.windows.evaluation.shape
     rows = evaluate(table)
