@@ -231,16 +231,16 @@ def test_a_kept_modules_input_alone_near_the_limit() -> None:
 @pytest.mark.parametrize("place", ["stream", "operand", "output"])
 def test_whatever_float16_has_to_hold_is_guarded(place: str) -> None:
     peaks: Mapping[str, float] = {"stream": 1.0, "module": 1.0, "operand": 1.0}
-    peaks = {**peaks, "module" if place == "output" else place: 17_000.0}
+    peaks = {**peaks, "module" if place == "output" else place: 33_000.0}
     dtype, reason = stream_dtype("float16", peaked(**peaks))
     assert dtype == "bfloat16"
     assert reason is not None
-    assert "17,000" in reason
+    assert "33,000" in reason
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_below_the_limit_nothing_changes(dtype: Dtype) -> None:
-    recipe = built(peaked(stream=16_000, module=16_000, operand=16_000), dtype)
+    recipe = built(peaked(stream=32_000, module=32_000, operand=32_000), dtype)
     assert recipe.modules[DOWN].precision == dtype
     assert recipe.modules[DOWN].reason == "score > alpha"
     assert (recipe.scheme.unquantized, recipe.scheme.unquantized_reason) == (dtype, None)
