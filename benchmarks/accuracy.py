@@ -186,6 +186,9 @@ class Table:
         self.recipes[name] = recipe
 
 
+BUDGET = 6
+"""Linears in 16 bit that one of the automatic rows may keep."""
+
 SMOOTHING_STEPS = ("norms 0.65", "norms, down_proj 0.65", "norms, down_proj 0.65, o_proj 0.5")
 
 
@@ -225,6 +228,8 @@ def fill(table: Table, job: Calibration, *, brief: bool = False) -> None:
     table.automatic("automatic, static", job)
     chosen = table.recipes["automatic, static"]
     prefix = chosen.prefix_ids if chosen else ()
+    budget = job.with_options(replace(job.options, max_fp16_modules=BUDGET))
+    table.automatic(f"automatic, --max-fp16-modules {BUDGET}, the same prefix", budget, prefix)
     dynamic = replace(job.options, activations="int8-per-token-dynamic")
     table.automatic("automatic, dynamic per token, the same prefix", job.with_options(dynamic), prefix)
     if brief:

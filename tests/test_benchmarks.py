@@ -168,6 +168,7 @@ def test_the_accuracy_table_has_every_method(table: accuracy.Table) -> None:
     assert list(rows)[:3] == ["FP32", "W8 only", "W8A8"]
     assert [name for name in rows if name.startswith("automatic")] == [
         "automatic, static",
+        "automatic, --max-fp16-modules 6, the same prefix",
         "automatic, dynamic per token, the same prefix",
         "automatic, --rotation always",
     ]
