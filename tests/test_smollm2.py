@@ -189,13 +189,14 @@ def test_the_automatic_recipe_is_almost_all_int8(checkpoint: Checkpoint, recipes
     assert recipes["automatic"].smoothing
 
 
-@pytest.mark.parametrize("name", ["w8a8", "10", "automatic"])
+@pytest.mark.parametrize(("name", "tolerance"), [("w8a8", 0.02), ("10", 0.005), ("automatic", 0.005)])
 def test_simulation_predicts_onnx_runtime(
-    calibration: Calibration, recipes: dict[str, Recipe], check: Check, name: str
+    calibration: Calibration, recipes: dict[str, Recipe], check: Check, name: str, tolerance: float
 ) -> None:
     """The recipe was chosen by simulation: in float32 the graph computes the same, but for summation order.
 
-    A product that lies within rounding error of half a step flips; 0.5 % of perplexity allows for that.
+    A product that lies within rounding error of half a step flips; 0.5 % of perplexity allows for that in a recipe one
+    would ship. In plain W8A8 a flip is a step of a spike, and the same parameters gave 25.4 to 26.3 in other kernels.
     """
     exported = next(variant.perplexity for variant in check.variants if variant.name == name)
-    assert exported == pytest.approx(simulated_perplexity(calibration, recipes[name]), rel=0.005)
+    assert exported == pytest.approx(simulated_perplexity(calibration, recipes[name]), rel=tolerance)
