@@ -208,7 +208,9 @@ def whole_model_statistics(model: TinyModel, ids: NDArray[np.int64]) -> SpikeSta
         name: ModuleSpikes(
             amax(inputs[name], 1),
             amax(inputs[name], 0),
-            np.max([amax(outputs[linear], 0, 1) for linear in siblings(name)], axis=0),
+            # Only what writes the residual stream is recorded.
+            np.max([amax(outputs[linear], 0, 1) for linear in siblings(name)], axis=0)
+            * np.float32(name.endswith(("o_proj", "down_proj"))),
         )
         for name in names
     }

@@ -274,7 +274,8 @@ def routed_by_transformers(model: TinyModel, windows: NDArray[np.int64]) -> dict
                     value = inputs[sample][position]
                     gate, up = w1 @ value, w3 @ value
                     product = torch.nn.functional.silu(gate) * up
-                    for name, seen, output in (("w3", value, torch.cat([gate, up])), ("w2", product, w2 @ product)):
+                    # What w1 and w3 yield is told by their product, w2's input: it is not recorded itself.
+                    for name, seen, output in (("w3", value, torch.zeros(1)), ("w2", product, w2 @ product)):
                         record, magnitudes = records[name], seen.abs().numpy()
                         record.token_amax[sample, position] = magnitudes.max()
                         channels = record.sample_channel_amax[sample]
