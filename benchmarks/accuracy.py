@@ -196,7 +196,7 @@ def _step(site: InputSite) -> int:
     """Return from which of the steps on an input is smoothed."""
     if is_per_value_head(site):
         return 2
-    return 1 if "." in site.producer else 0
+    return 0 if site.behind_norm else 1
 
 
 def exportable(checkpoint: Checkpoint) -> bool:

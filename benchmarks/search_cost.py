@@ -67,7 +67,7 @@ def grid(calibration: Calibration, statistics: SpikeStatistics) -> Iterator[Tran
                 readers = [f"model.layers.{index}.{reader}" for reader in site.readers]
                 inputs = statistics.modules[name].channel_amax
                 weights = np.max([calibration.column_amax(reader) for reader in readers], axis=0)
-                strength = norms if "." not in site.producer else down
+                strength = norms if site.behind_norm else down
                 if is_per_value_head(site):
                     strength = attention
                     inputs, weights = (shared_by_group(each, config) for each in (inputs, weights))

@@ -168,11 +168,11 @@ class EquivalentTensors:
 
     @cached_property
     def _norms(self) -> frozenset[str]:
-        return frozenset(site.producer for site in input_sites(self.original.config) if "." not in site.producer)
+        return frozenset(site.producer for site in input_sites(self.original.config) if site.behind_norm)
 
     @cached_property
     def _producers(self) -> Mapping[str, InputSite]:
-        return {site.producer: site for site in input_sites(self.original.config) if "." in site.producer}
+        return {site.producer: site for site in input_sites(self.original.config) if not site.behind_norm}
 
     def _norm_scales(self, layer: int, norm: str) -> Floats | None:
         """Return the scales of a norm's output, given under any of the sites that read it."""
@@ -193,7 +193,7 @@ class EquivalentTensors:
     def _linear(self, layer: int, module: str, kind: str, tensor: Floats) -> Floats:
         place = f"model.layers.{layer}"
         if kind == "weight":
-            tensor = self._columns(layer, place, self._readers.get(module), tensor)
+            tensor = self._columns(layer, place, self._readers[module], tensor)
         produced = self._producers.get(module)
         if produced is not None:
             scales = self.scales.get(f"{place}.{produced.representative}")
@@ -205,13 +205,10 @@ class EquivalentTensors:
             tensor = _product(self.rotation.T, tensor)
         return tensor
 
-    def _columns(self, layer: int, place: str, site: InputSite | None, weight: Floats) -> Floats:
-        if site is None:
-            return weight
-        reads_norm = "." not in site.producer
-        if self.rotation is not None and reads_norm:
+    def _columns(self, layer: int, place: str, site: InputSite, weight: Floats) -> Floats:
+        if self.rotation is not None and site.behind_norm:
             weight = _product(weight * self._gain(f"{place}.{site.producer}"), self.rotation)
-        if reads_norm:
+        if site.behind_norm:
             scales = self._norm_scales(layer, site.producer)
         else:
             scales = self.scales.get(f"{place}.{site.representative}")

@@ -66,7 +66,7 @@ def _better(
 def _predicted(
     calibration: Calibration, statistics: SpikeStatistics, transform: Transform, kept: tuple[str, ...]
 ) -> float:
-    return calibration.predicted(statistics, kept, transform, measured=True).perplexity
+    return calibration.predicted(statistics, kept, transform, measured=True, compare=False).perplexity
 
 
 def _point(scores: Scores, choice: ModuleChoice, perplexity: float) -> CurvePoint:

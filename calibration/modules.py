@@ -33,6 +33,11 @@ class InputSite:
     readers: tuple[str, ...]
     producer: str
 
+    @property
+    def behind_norm(self) -> bool:
+        """Whether an RMSNorm makes the tensor, and not a linear."""
+        return "." not in self.producer
+
 
 _ATTENTION = (
     InputSite("self_attn.q_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm"),
