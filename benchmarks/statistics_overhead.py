@@ -68,6 +68,7 @@ def measure(arguments: argparse.Namespace) -> tuple[Overhead, int]:
     import numpy as np
     import torch
 
+    from spike_export.calibration.calibrate import PEAK_STRIDE
     from spike_export.calibration.checkpoint import open_checkpoint
     from spike_export.calibration.layerwise import Decoder
     from spike_export.calibration.measure import measure_spikes
@@ -79,7 +80,7 @@ def measure(arguments: argparse.Namespace) -> tuple[Overhead, int]:
     windows = np.random.default_rng(arguments.seed).integers(0, decoder.config.vocab_size, shape)
     overhead = in_turns(
         lambda: decoder.run(windows, batch_tokens=arguments.batch_tokens),
-        lambda: measure_spikes(decoder, windows, batch_tokens=arguments.batch_tokens),
+        lambda: measure_spikes(decoder, windows, batch_tokens=arguments.batch_tokens, operand_stride=PEAK_STRIDE),
         arguments.rounds,
     )
     return overhead, torch.get_num_threads()

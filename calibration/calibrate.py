@@ -30,6 +30,10 @@ from spike_export.calibration.smoothing import is_per_value_head, plan_scales, r
 from spike_export.calibration.spikes import SpikeStatistics, covered_range, require_reached
 from spike_export.calibration.token_windows import TokenWindows
 
+PEAK_STRIDE = 8
+"""Attention's operands are recorded in every eighth window where only the overflow guard asks for them: norms bound
+them, so that they hardly differ between windows, and recording them in all would cost 2 % of the pass."""
+
 SEARCH_WINDOWS = 8
 """Most windows on which candidates are compared."""
 
@@ -166,9 +170,14 @@ class Calibration:
 
         An expert that none of their tokens reached is no fault here: other windows may reach it.
         """
-        decoder = self.transformed(transform).decoder
         return measure_spikes(
-            decoder, self.fed(content, prefix), prefix, sample_ids=sample_ids, shard=True, progress=progress
+            self.transformed(transform).decoder,
+            self.fed(content, prefix),
+            prefix,
+            sample_ids=sample_ids,
+            operand_stride=PEAK_STRIDE if self.options.attention == "unquantized" else 1,
+            shard=True,
+            progress=progress,
         )
 
     def reference(self, prefix: tuple[int, ...]) -> ReferenceStates:

@@ -29,11 +29,18 @@ class Recorder:
     Args:
         decoder: Whose layers are visited.
         modules: Restricts the record to these representatives; all by default, with outputs and operands.
+        operands_of: Per batch, of which samples [samples] bool attention's operands are recorded; all by default.
     """
 
-    def __init__(self, decoder: Decoder, modules: tuple[str, ...] | None = None) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        modules: tuple[str, ...] | None = None,
+        operands_of: Sequence[NDArray[np.bool_]] | None = None,
+    ) -> None:
         self._config = decoder.config
         self._only = modules
+        self._operands_of = operands_of
         # name → batch → arrays; filled by as many threads as there are devices, each with batches of its own.
         self._tokens: dict[str, dict[int, Floats]] = {}
         self._channels: dict[str, dict[int, Floats]] = {}
@@ -109,6 +116,8 @@ class Recorder:
 
     def _operands_hook(self, layer: Any, name: str) -> Any:
         def hook(*operands: "torch.Tensor") -> "tuple[torch.Tensor, ...]":
+            if self._operands_of is not None and not self._operands_of[layer.batch].any():
+                return operands
             tokens = operands[0].shape[2]  # keys and values of a prefix stand before these
             amax = [_sample_amax(each[:, :, -tokens:]) for each in operands]
             self._operands.setdefault(name, {})[layer.batch] = np.stack(amax, axis=1)
@@ -132,8 +141,15 @@ class Recorder:
             prefix_ids,
             sample_ids,
             np.stack(hidden, axis=1) if hidden else np.empty((len(sample_ids), 0), np.float32),
-            {name: _joined(found, parts) for name, found in self._operands.items()},
+            {name: self._operands_amax(found, parts) for name, found in self._operands.items()},
         )
+
+    def _operands_amax(self, found: dict[int, Floats], parts: Sequence[NDArray[np.int64]]) -> Floats:
+        for index, part in enumerate(parts):
+            amax = found.setdefault(index, np.full((len(part), 3), np.nan, np.float32))
+            if self._operands_of is not None:
+                amax[~self._operands_of[index]] = np.nan
+        return _joined(found, parts)
 
     def _module(self, name: str, parts: Sequence[NDArray[np.int64]], sample_ids: NDArray[np.int64]) -> ModuleSpikes:
         tokens, channels = self._tokens.get(name, {}), self._channels.get(name, {})
@@ -209,6 +225,7 @@ def measure_spikes(
     modules: tuple[str, ...] | None = None,
     *,
     sample_ids: NDArray[np.int64] | None = None,
+    operand_stride: int = 1,
     layers: int | None = None,
     batch_tokens: int = 1,
     shard: bool = False,
@@ -226,6 +243,7 @@ def measure_spikes(
         modules: Restricts the record to the inputs of these; by default all representatives' inputs, their linears'
             outputs, the attention's operands and the layers' outputs are recorded.
         sample_ids: [samples], ascending: which of the calibration's windows these are.
+        operand_stride: Attention's operands are recorded of the samples whose id it divides; NaN stands for others.
         layers: Number of layers to pass; all by default.
         batch_tokens: Tokens per forward call.
         shard: Whether the record is to be merged with others: an expert that no token reached is no fault then, and
@@ -235,10 +253,12 @@ def measure_spikes(
     Raises:
         CalibrationError: An input was not finite, or an expert never got a token; names the place.
     """
-    recorder = Recorder(decoder, modules)
-    decoder.run(windows, prefix, layers=layers, visits=(recorder.visit,), batch_tokens=batch_tokens, progress=progress)
     ids = np.arange(len(windows), dtype=np.int64) if sample_ids is None else sample_ids
-    statistics = recorder.statistics(batches(windows, batch_tokens), prefix, ids)
+    parts = batches(windows, batch_tokens)
+    starts = np.cumsum([len(part) for part in parts])[:-1]
+    recorder = Recorder(decoder, modules, np.split(ids % operand_stride == 0, starts))
+    decoder.run(windows, prefix, layers=layers, visits=(recorder.visit,), batch_tokens=batch_tokens, progress=progress)
+    statistics = recorder.statistics(parts, prefix, ids)
     if not shard:
         require_reached(statistics)
     return statistics

@@ -3,6 +3,8 @@
 Calibration records the peaks of inputs, outputs and layer outputs. What comes near the limit is not held in float16.
 """
 
+import numpy as np
+
 from spike_export.calibration.recipe import Dtype
 from spike_export.calibration.spikes import SpikeStatistics
 
@@ -24,7 +26,8 @@ def stream_dtype(dtype: Dtype, statistics: SpikeStatistics) -> tuple[Dtype, str 
     The exported graph keeps the residual stream in the unquantized precision, so that a peak there concerns all of it.
     """
     hidden = float(statistics.hidden_amax.max()) if statistics.hidden_amax.size else 0.0
-    operands = max((float(amax.max()) for amax in statistics.operand_amax.values()), default=0.0)
+    # Of samples that were not recorded they are NaN.
+    operands = max((float(np.fmax.reduce(a, None, initial=0)) for a in statistics.operand_amax.values()), default=0.0)
     # An INT8 product is float32, and is cast when it enters the stream or the attention.
     outputs = max((float(spikes.output_amax.max()) for spikes in statistics.modules.values()), default=0.0)
     peak = max(hidden, operands, outputs)

@@ -136,7 +136,8 @@ class SpikeStatistics:
         sample_ids: [samples] int64, ascending; which of the calibration's windows these are. Counted from 0 by
             default.
         hidden_amax: [samples, layers] float32; abs-max of each decoder layer's output.
-        operand_amax: Attention block → [samples, 3] float32; abs-max of its query, key and value after rope.
+        operand_amax: Attention block → [samples, 3] float32; abs-max of its query, key and value after rope; NaN
+            where they were not recorded.
     """
 
     modules: Mapping[str, ModuleSpikes]

@@ -139,6 +139,7 @@ class Pipeline:
             compute=[self.execution.dtype, self.execution.devices[0].partition(":")[0]],
             seed=options.seed,
             windows=options.windows,
+            attention=options.attention,
             # Packed windows come from the text, wherever its documents end. How a chat was rendered is in the text.
             documents=self.corpus.boundaries_sha256 if options.windows == "documents" else None,
         )

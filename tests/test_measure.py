@@ -15,6 +15,7 @@ from spike_export.calibration.errors import ArtifactError, CalibrationError
 from spike_export.calibration.layerwise import BATCH_TOKENS, Decoder
 from spike_export.calibration.measure import measure_spikes
 from spike_export.calibration.modules import MOE, representatives
+from spike_export.calibration.overflow_guard import stream_dtype
 from spike_export.calibration.spikes import ModuleSpikes, SpikeStatistics, merge_statistics, require_reached
 from tests.tiny_families import replaced, tiny_family, tokens
 from tests.tiny_models import TinyModel
@@ -137,6 +138,24 @@ def test_batches_of_several_windows_agree_but_for_rounding(name: str) -> None:
                 np.testing.assert_allclose(getattr(many.modules[module], array), getattr(spikes, array), rtol=1e-4)
         np.testing.assert_allclose(many.hidden_amax, one.hidden_amax, rtol=1e-4)
         np.testing.assert_array_equal(many.token_ids, windows)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 48])
+def test_operands_of_some_samples_only_are_the_same_whatever_the_batches(batch_tokens: int) -> None:
+    decoder, windows = Decoder(tiny_family("llama").checkpoint), tokens(rows=6)
+    ids = np.array([1, 4, 8, 9, 12, 13])
+    every = measure_spikes(decoder, windows, sample_ids=ids)
+    some = measure_spikes(decoder, windows, sample_ids=ids, operand_stride=4, batch_tokens=batch_tokens)
+    seen = ids % 4 == 0
+    assert len(every.operand_amax) == 4
+    for name, operands in every.operand_amax.items():
+        np.testing.assert_allclose(some.operand_amax[name][seen], operands[seen], rtol=1e-5)
+        assert np.isnan(some.operand_amax[name][~seen]).all()
+    # The guard takes what there is.
+    peak = max(operands[seen].max() for operands in every.operand_amax.values())
+    loud = replace(some, operand_amax={name: amax * (65504 / peak) for name, amax in some.operand_amax.items()})
+    assert stream_dtype("float16", some)[0] == "float16"
+    assert stream_dtype("float16", loud)[0] == "bfloat16"
 
 
 def test_a_restricted_record_is_part_of_the_whole() -> None:
