@@ -22,7 +22,8 @@ from spike_export.calibration.modules import linears
 from spike_export.calibration.progress import Progress, silent
 from spike_export.calibration.recipe import Dtype, ModulePlan, Recipe, recipe_text
 from spike_export.export.architectures import require_exportable
-from spike_export.export.decoder_graph import GraphPlan, build_decoder
+from spike_export.export.decoder_graph import build_decoder
+from spike_export.export.graph_plan import GraphPlan
 from spike_export.export.linear import number_format
 from spike_export.export.manifest import (
     DATA_FILE,

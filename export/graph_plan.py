@@ -1,0 +1,36 @@
+"""What a decoder's graph is to be: the recipe's part of it, and the options of the export."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spike_export.calibration.recipe import AttentionPlan, Dtype, ModulePlan, WeightScheme
+
+PrefixCache = Sequence[tuple[NDArray[np.float32], NDArray[np.float32]]]
+"""Per layer (key, value), each [kv_heads, P, head_dim] float32, keys rotated; empty when there is no prefix."""
+
+
+@dataclass(frozen=True)
+class GraphPlan:
+    """What the graph is to be.
+
+    Attributes:
+        modules: Every decoder linear → its plan.
+        weights: How INT8 weights are scaled.
+        dtype: Precision of embeddings, residual stream, attention, cache and head.
+        prefix: Key/values that stand before every sequence.
+        attention: Attention block → steps of its products' operands; blocks that are not named stay as they are.
+    """
+
+    modules: Mapping[str, ModulePlan]
+    weights: WeightScheme
+    dtype: Dtype
+    prefix: PrefixCache = ()
+    attention: Mapping[str, AttentionPlan] = field(default_factory=dict)
+
+    @property
+    def prefix_length(self) -> int:
+        """Number of prefix tokens, P."""
+        return self.prefix[0][0].shape[1] if self.prefix else 0

@@ -1,0 +1,63 @@
+"""The cache of keys and values as graph inputs and outputs."""
+
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+from spike_export.export.attention_context import AttentionContext
+from spike_export.export.emission import Emission
+
+KINDS = ("key", "value")
+
+
+@dataclass(frozen=True)
+class DynamicCache:
+    """A cache that grows: `past` comes in, `present` goes out, longer by the new tokens and, when fresh, the prefix.
+
+    Attributes:
+        pasts: Per layer the inputs `past_key_values.N.key|value` [batch, kv_heads, past, head_dim].
+    """
+
+    emission: Emission
+    pasts: list[tuple[ir.Value, ir.Value]]
+    _presents: list[ir.Value] = field(default_factory=list, init=False, repr=False)
+
+    @classmethod
+    def declare(cls, emission: Emission) -> "DynamicCache":
+        """Declare the inputs of all layers."""
+        config, pasts = emission.config, []
+        shape: list[int | str] = ["batch", config.num_key_value_heads, "past", config.head_dim]
+        for index in range(config.num_hidden_layers):
+            names = (f"past_key_values.{index}.{kind}" for kind in KINDS)
+            key, value = (emission.builder.input(name, emission.dtype, shape) for name in names)
+            pasts.append((key, value))
+        return cls(emission, pasts)
+
+    def append(self, index: int, key: ir.Value, value: ir.Value, context: AttentionContext) -> tuple[ir.Value, ...]:
+        """Append a layer's new keys and values [batch, kv_heads, sequence, head_dim]; return all that there are."""
+        news = (key, value)
+        presents = tuple(self._present(index, slot, new, context) for slot, new in enumerate(news))
+        self._presents.extend(presents)
+        return presents
+
+    def _present(self, index: int, slot: int, new: ir.Value, context: AttentionContext) -> ir.Value:
+        """Append the cache after this call: the prefix when the sequence is fresh, the past, the new tokens."""
+        b, module, kind = self.emission.builder, f"model.layers.{index}.self_attn", KINDS[slot]
+        parts = [self.pasts[index][slot], new]
+        if context.prefix is not None:
+            cached = self.emission.plan.prefix[index][slot][None]
+            stored = b.initializer(f"{module}.prefix_{kind}", cached.astype(self.emission.numpy_dtype))
+            ends = [b.integers(0), context.prefix.length, b.integers(2)]
+            part = b.op("Slice", [stored, *ends], module, label=f"prefix_{kind}_slice")
+            part = b.op("Expand", [part, context.prefix.shape], module, label=f"prefix_{kind}_expand")
+            parts = [part, *parts]
+        return b.op(
+            "Concat", parts, module, label=f"present_{kind}", output=f"present.{index}.{kind}", attributes={"axis": 2}
+        )
+
+    def declare_outputs(self) -> None:
+        """Declare `present.N.key|value` of all layers; comes after every layer's `append`."""
+        config = self.emission.config
+        for value in self._presents:
+            shape: list[int | str] = ["batch", config.num_key_value_heads, "present", config.head_dim]
+            self.emission.builder.output(value, shape)
