@@ -68,6 +68,16 @@ class DecoderConfig:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
 
+    def layer_window(self, index: int) -> int | None:
+        """Return how many positions a token of layer `index` sees, itself included, or None for all."""
+        kinds = self.hf.get("layer_types")
+        return self.sliding_window if not kinds or kinds[index] == "sliding_attention" else None
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The windows that occur, in the order of their first layers."""
+        return tuple(dict.fromkeys(self.layer_window(index) for index in range(self.num_hidden_layers)))
+
 
 def decoder_config(raw: Mapping[str, Any], place: str) -> DecoderConfig:
     """Validate an HF configuration.

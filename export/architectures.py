@@ -25,9 +25,3 @@ def require_exportable(config: DecoderConfig) -> None:
             f"architecture {family!r} cannot be exported yet (export supports: {', '.join(sorted(ARCHITECTURES))}); "
             f"calibrate works for it"
         )
-    kinds = set(config.hf.get("layer_types") or ())
-    if config.sliding_window is not None and kinds - {"sliding_attention"}:
-        raise CheckpointError(
-            f"{family}: a sliding window that not all layers obey (layer_types: {', '.join(sorted(kinds))}) cannot be "
-            f"exported yet; calibrate works for it"
-        )

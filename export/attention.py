@@ -37,7 +37,8 @@ class AttentionEmitter:
         )
         query, key, value = self._operands(module, query, key, value)
         present = self.cache.append(index, key, value, self.context)
-        mixed = b.op("Attention", [query, *present, self.context.mask], module)
+        mask = self.context.masks[config.layer_window(index)]
+        mixed = b.op("Attention", [query, *present, mask], module)
         mixed = b.op("Transpose", [mixed], module, label="o_transpose", attributes={"perm": [0, 2, 1, 3]})
         shape = b.integers(0, 0, config.num_attention_heads * config.head_dim)
         merged = b.op("Reshape", [mixed, shape], module, label="o_merged")

@@ -4,6 +4,7 @@ The prefix is invisible to the caller, whose attention mask and token counts spe
 the cache are: the prefix (P), the caller's earlier tokens, the new tokens.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,12 +36,13 @@ class AttentionContext:
 
     Attributes:
         positions: [batch, sequence] int64.
-        mask: [batch, 1, sequence, P + total_sequence] bool; True where a query sees a slot.
+        masks: Sliding window (None: all slots) → [batch, 1, sequence, P + total_sequence] bool; True where a query
+            sees a slot.
         prefix: None when there is no prefix.
     """
 
     positions: ir.Value
-    mask: ir.Value
+    masks: Mapping[int | None, ir.Value]
     prefix: PrefixExtent | None
 
 
@@ -50,14 +52,14 @@ class ContextEmitter:
 
     Attributes:
         prefix_length: P; with 0 no node of the prefix is emitted.
-        window: Slots a query sees, itself included, or None for all.
+        windows: Slots a query sees, itself included, or None for all: each that some layer has.
     """
 
     builder: GraphBuilder
     input_ids: ir.Value
     attention_mask: ir.Value
     prefix_length: int
-    window: int | None
+    windows: tuple[int | None, ...]
 
     def emit(self, past_key: ir.Value, kv_heads: int, head_dim: int) -> AttentionContext:
         """Append the nodes; `past_key` is any layer's past, read for its length only."""
@@ -67,7 +69,7 @@ class ContextEmitter:
         earlier = self._op("Sub", total, sequence, label="earlier")
         return AttentionContext(
             positions=self._positions(earlier, total),
-            mask=self._mask(batch, earlier, total),
+            masks=self._masks(batch, earlier, total),
             prefix=self._prefix(batch, past_key, kv_heads, head_dim) if self.prefix_length else None,
         )
 
@@ -88,7 +90,7 @@ class ContextEmitter:
         shifted = self._op("Sub", counted, b.integers(1), label="shifted")
         return self._op("Max", shifted, b.integers(0), label="positions")
 
-    def _mask(self, batch: ir.Value, earlier: ir.Value, total: ir.Value) -> ir.Value:
+    def _masks(self, batch: ir.Value, earlier: ir.Value, total: ir.Value) -> dict[int | None, ir.Value]:
         b, p = self.builder, self.prefix_length
         slots_total = self._op("Add", total, b.integers(p), label="slots_total") if p else total
         first_query = self._op("Add", earlier, b.integers(p), label="first_query") if p else earlier
@@ -96,24 +98,27 @@ class ContextEmitter:
         slots = self._op("Range", b.integer(0), limit, b.integer(1), label="slots")
         queries = self._op("Slice", slots, first_query, slots_total, b.integers(0), label="query_slots")
         queries = self._op("Unsqueeze", queries, b.integers(1), label="queries")
-        reach = self._op("LessOrEqual", slots, queries, label="causal", dtype=BOOL)
-        if self.window is not None:
-            reach = self._op("And", reach, self._window(slots, queries), label="causal_window")
-        seen = self._op("And", self._visible(batch), reach, label="seen")
+        causal = self._op("LessOrEqual", slots, queries, label="causal", dtype=BOOL)
+        visible = self._visible(batch)
         # Each query sees itself: a row of left padding would otherwise see nothing, and the NaN of its softmax would
         # reach later layers through the values of its slot.
         itself = self._op("Equal", slots, queries, label="itself", dtype=BOOL)
-        return self._op("Or", seen, itself, label="mask")
+        masks: dict[int | None, ir.Value] = {}
+        for window in self.windows:
+            stem = "" if window is None else "window_"
+            reach = causal if window is None else self._window(window, causal, slots, queries)
+            seen = self._op("And", visible, reach, label=f"{stem}seen")
+            masks[window] = self._op("Or", seen, itself, label=f"{stem}mask")
+        return masks
 
-    def _window(self, slots: ir.Value, queries: ir.Value) -> ir.Value:
+    def _window(self, window: int, causal: ir.Value, slots: ir.Value, queries: ir.Value) -> ir.Value:
         b = self.builder
-        assert self.window is not None
-        edge = self._op("Sub", queries, b.integers(self.window), label="window_edge")
-        near = self._op("Greater", slots, edge, label="near", dtype=BOOL)
-        if not self.prefix_length:
-            return near
-        in_prefix = self._op("Less", slots, b.integers(self.prefix_length), label="in_prefix", dtype=BOOL)
-        return self._op("Or", near, in_prefix, label="near_or_prefix")
+        edge = self._op("Sub", queries, b.integers(window), label="window_edge")
+        near = self._op("Greater", slots, edge, label="window_near", dtype=BOOL)
+        if self.prefix_length:
+            in_prefix = self._op("Less", slots, b.integers(self.prefix_length), label="in_prefix", dtype=BOOL)
+            near = self._op("Or", near, in_prefix, label="window_near_or_prefix")
+        return self._op("And", causal, near, label="window_causal")
 
     def _visible(self, batch: ir.Value) -> ir.Value:
         b, columns = self.builder, self.attention_mask

@@ -34,7 +34,7 @@ def build_decoder(checkpoint: Checkpoint, plan: GraphPlan) -> ir.Model:
     ids = b.input("input_ids", INT64, ["batch", "sequence"])
     mask = b.input("attention_mask", INT64, ["batch", "total_sequence"])
     cache = DynamicCache.declare(emission)
-    context_emitter = ContextEmitter(b, ids, mask, plan.prefix_length, config.sliding_window)
+    context_emitter = ContextEmitter(b, ids, mask, plan.prefix_length, config.windows)
     context = context_emitter.emit(cache.pasts[0][0], config.num_key_value_heads, config.head_dim)
     attention = AttentionEmitter(emission, context, cache, _rope_tables(emission))
     shape = (config.vocab_size, config.hidden_size)

@@ -192,7 +192,7 @@ def test_mask_is_causal_windowed_and_never_empty(tmp_path: Path, kind: str, pref
     graph = session(tmp_path, model, prefix)
     path = tmp_path / "bundle" / "model.onnx"
     proto = onnx.load(path, load_external_data=False)
-    name = "model.context.mask.output"
+    name = f"model.context.{'window_' if kind == 'mistral' else ''}mask.output"
     proto.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.BOOL, None))
     onnx.save(proto, path)
     own = np.array([[1] * 12, [0] * 9 + [1] * 3], np.int64)
