@@ -1,6 +1,6 @@
 """Which prefix: found candidates compete, by the perplexity of the model that is quantized behind each of them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from spike_export.calibration import qfep
@@ -131,32 +131,32 @@ class _Competition:
         Only who would win is asked whether it leaves the unquantized model as it is; if not, the next one is.
         """
         plain = self._calibration.reference(()).perplexity
-        judged = [self.candidates[0].model_copy(update={"reference_perplexity": plain})]
-        best = self.best
-        while best.token_ids:
-            reference = self._calibration.reference(best.token_ids).perplexity
-            neutral = reference <= (1 + NEUTRALITY) * plain
-            verdict = "chosen" if neutral else "turned down: changes the unquantized model"
-            update = {"reference_perplexity": reference, "verdict": verdict}
-            judged.append(best.model_copy(update=update if neutral else {**update, "perplexity": None}))
-            if neutral:
+        judged: dict[tuple[int, ...], dict[str, object]] = {(): {"reference_perplexity": plain}}
+        winner: tuple[int, ...] = ()
+        entered = [(each.perplexity, each.token_ids) for each in self.candidates if each.perplexity is not None]
+        for _, prefix in sorted(entered, key=lambda each: each[0]):
+            if not prefix:
                 break
-            self.candidates = [each for each in self.candidates if each is not best]
-            best = self.best
-        known = {candidate.token_ids: candidate for candidate in judged}
-        everybody = [known.pop(candidate.token_ids, candidate) for candidate in self.candidates] + list(known.values())
+            reference = self._calibration.reference(prefix).perplexity
+            judged[prefix] = {"reference_perplexity": reference}
+            if reference <= (1 + NEUTRALITY) * plain:
+                winner = prefix
+                break
+            judged[prefix] |= {"perplexity": None, "verdict": "turned down: changes the unquantized model"}
         return PrefixChoice(
-            best.token_ids,
-            tuple(
-                candidate.model_copy(
-                    update={"verdict": "chosen" if candidate.token_ids == best.token_ids else "higher perplexity"}
-                )
-                if candidate.perplexity is not None
-                else candidate
-                for candidate in everybody
-            ),
+            winner,
+            tuple(_with_verdict(each, winner, judged.get(each.token_ids, {})) for each in self.candidates),
             self._calibration.meter.tokens - self._started,
         )
+
+
+def _with_verdict(candidate: PrefixCandidate, winner: tuple[int, ...], judged: Mapping[str, object]) -> PrefixCandidate:
+    """Return the candidate with what was judged of it, and with its place where it is still in the competition."""
+    found = candidate.model_copy(update=judged)
+    if found.perplexity is None:
+        return found
+    verdict = "chosen" if candidate.token_ids == winner else "higher perplexity"
+    return found.model_copy(update={"verdict": verdict})
 
 
 def _default_transform(calibration: Calibration, statistics: SpikeStatistics) -> Transform:
