@@ -27,6 +27,14 @@ _SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "gemma": {},
     "gemma2": {"sliding_window": WINDOW, "query_pre_attn_scalar": 16},
     "gemma3_text": {"sliding_window": WINDOW, "query_pre_attn_scalar": 16, "sliding_window_pattern": 2},
+    "granite": {
+        "head_dim": None,
+        "embedding_multiplier": 12.0,
+        "attention_multiplier": 0.15,
+        "residual_multiplier": 0.22,
+        "logits_scaling": 8.0,
+    },
+    "olmo2": {"head_dim": None},
     "qwen2": {"head_dim": None, "use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2},
     "qwen3": {},
     "phi3": {"sliding_window": WINDOW, "head_dim": None},
@@ -37,7 +45,7 @@ NAMES = tuple(_SETTINGS)
 SAME_KERNELS = tuple(name for name in NAMES if name not in ("mixtral", "gemma2"))
 """Families that run the very operations transformers runs; the others add up in another order."""
 
-PLAIN_CAUSAL = ("llama", "gemma", "qwen3")
+PLAIN_CAUSAL = ("llama", "gemma", "granite", "olmo2", "qwen3")
 """Families without a sliding window."""
 
 
