@@ -310,14 +310,16 @@ class Decoder:
             empty = torch.zeros(shape[0], config.num_key_value_heads, past, config.head_dim)
             for index in range(config.num_hidden_layers):
                 cache.update(empty, empty, index)
-        layers, norm = decoder.layers, decoder.norm
+        layers, norm, rotary = decoder.layers, decoder.norm, decoder.rotary_emb
+        # Dynamic scaling remembers the longest sequence that it has seen: every call is a fresh sequence.
+        decoder.rotary_emb = copy.deepcopy(rotary)
         decoder.layers = nn.ModuleList(_Stub(calls) for _ in layers)
         decoder.norm = nn.Identity()
         try:
             states = torch.zeros(*shape, config.hidden_size, dtype=getattr(torch, self.execution.dtype))
             decoder(inputs_embeds=states, past_key_values=cache, use_cache=cache is not None)
         finally:
-            decoder.layers, decoder.norm = layers, norm
+            decoder.layers, decoder.norm, decoder.rotary_emb = layers, norm, rotary
         return [_prefix_visible(arguments, past) for arguments in calls]
 
     def _apply(

@@ -127,6 +127,20 @@ def tokens(rows: int = 3, length: int = 24, seed: int = 0) -> NDArray[np.int64]:
     return np.random.default_rng(seed).integers(3, 99, (rows, length))
 
 
+def prefix_masks(model: TinyModel, prefix: int, length: int) -> Any:
+    """Return the additive masks by hand: causal, inside the window where a layer has one; the prefix always seen."""
+    query, key = np.arange(prefix + length)[:, None], np.arange(prefix + length)[None, :]
+    near = (query - key < WINDOW) | (key < prefix)
+    full, sliding = (
+        torch.from_numpy(np.where((key <= query) & seen, 0.0, -np.inf).astype(np.float32))[None, None]
+        for seen in (np.full_like(near, True), near)
+    )
+    config = model.reference.config
+    if getattr(config, "layer_types", None) and config.model_type in ("gemma2", "gemma3_text", "qwen2", "qwen3"):
+        return {"full_attention": full, "sliding_attention": sliding}
+    return sliding if model.checkpoint.config.sliding_window else full
+
+
 @contextmanager
 def one_torch_thread() -> Iterator[None]:
     """Let torch use one thread: products this small lose more to waiting for a second than it computes."""
