@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from spike_export.calibration.errors import CheckpointError, one_line
+from spike_export.calibration.factors import Factors
 from spike_export.calibration.families import FAMILIES, Family
 
-ROPE_TYPES = ("default", "linear", "llama3")
-"""Rope kinds that a position alone determines, so that one constant table serves every length."""
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+"""Rope kinds, as HF names them."""
 
 _SIZES = (
     "vocab_size",
@@ -43,7 +44,7 @@ class DecoderConfig:
         sliding_window: Number of positions a token sees, itself included, or None for all.
         num_experts: Experts of the feed-forward block; 0 without a mixture of experts.
         experts_per_token: Experts that the router picks for a token.
-        final_softcap: Bound of the logits, c * tanh(logits / c), or None.
+        factors: What the family scales by.
         biased: Linears of a layer that have a bias.
         bos_token_id: Beginning-of-sequence id, or None when the model has none.
     """
@@ -63,7 +64,7 @@ class DecoderConfig:
     tie_word_embeddings: bool
     num_experts: int
     experts_per_token: int
-    final_softcap: float | None
+    factors: Factors
     biased: frozenset[str]
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
@@ -72,6 +73,21 @@ class DecoderConfig:
         """Return how many positions a token of layer `index` sees, itself included, or None for all."""
         kinds = self.hf.get("layer_types")
         return self.sliding_window if not kinds or kinds[index] == "sliding_attention" else None
+
+    def layer_rope(self, index: int) -> str | None:
+        """Return the kind of layer whose rope layer `index` has, or None where all layers have the same."""
+        nested = any(isinstance(value, Mapping) for value in self.hf["rope_parameters"].values())
+        return str(self.hf["layer_types"][index]) if nested else None
+
+    @property
+    def ropes(self) -> tuple[str | None, ...]:
+        """The kinds of layers that have ropes of their own, in the order of their first layers."""
+        return tuple(dict.fromkeys(self.layer_rope(index) for index in range(self.num_hidden_layers)))
+
+    def rope_parameters(self, kind: str | None) -> Mapping[str, Any]:
+        """Return HF's parameters of the rope that layers of this kind have."""
+        parameters: Mapping[str, Any] = self.hf["rope_parameters"]
+        return parameters if kind is None else parameters[kind]
 
     @property
     def windows(self) -> tuple[int | None, ...]:
@@ -103,10 +119,7 @@ def decoder_config(raw: Mapping[str, Any], place: str) -> DecoderConfig:
         hf = AutoConfig.for_model(family.model_type, **settings)
     except Exception as error:  # whatever a damaged file makes transformers raise
         raise CheckpointError(f"{place}: transformers refuses this configuration: {one_line(error)}") from error
-    for rope_type in _rope_types(hf.rope_parameters or {}):
-        if rope_type not in ROPE_TYPES:
-            supported = ", ".join(ROPE_TYPES)
-            raise CheckpointError(f"{place}: rope type {rope_type!r} is not supported (supported: {supported})")
+    _check_rope(hf, place)
     if getattr(hf, "use_bidirectional_attention", False):
         raise CheckpointError(
             f"{place}: its attention looks ahead (an embedding model); only text generators are supported"
@@ -128,7 +141,7 @@ def decoder_config(raw: Mapping[str, Any], place: str) -> DecoderConfig:
         tie_word_embeddings=hf.tie_word_embeddings,
         num_experts=hf.num_local_experts if family.experts else 0,
         experts_per_token=hf.num_experts_per_tok if family.experts else 0,
-        final_softcap=getattr(hf, "final_logit_softcapping", None),
+        factors=family.factors(hf.to_dict()),
         biased=_biased(family, hf),
         bos_token_id=hf.bos_token_id,
         eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
@@ -147,10 +160,29 @@ def _check_activation(family: Family, raw: Mapping[str, Any], place: str) -> Non
         )
 
 
-def _rope_types(parameters: Mapping[str, Any]) -> list[str]:
-    """Return the rope kinds in use: one, or one per kind of layer (Gemma 3)."""
-    nested = [value for value in parameters.values() if isinstance(value, Mapping)]
-    return [str(each.get("rope_type", "default")) for each in nested or [parameters]]
+def _check_rope(hf: Any, place: str) -> None:
+    """Refuse a rope kind that is not known, and parameters that make no frequencies."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    parameters = hf.rope_parameters or {}
+    # One rope, or one per kind of layer (Gemma 3).
+    nested = {kind: value for kind, value in parameters.items() if isinstance(value, Mapping)}
+    for kind, rope in (nested or {None: parameters}).items():
+        rope_type = str(rope.get("rope_type", "default"))
+        if rope_type not in ROPE_TYPES:
+            supported = ", ".join(ROPE_TYPES)
+            raise CheckpointError(f"{place}: rope type {rope_type!r} is not supported (supported: {supported})")
+        if rope_type == "default":
+            continue
+        longest = rope.get("original_max_position_embeddings", hf.max_position_embeddings) + 1
+        try:
+            # Within the original length and beyond it, where kinds that look at the length read other parameters.
+            for length in (None, longest):
+                ROPE_INIT_FUNCTIONS[rope_type](hf, None, seq_len=length, layer_type=kind)
+        except Exception as error:  # whatever numbers of the wrong kind or count make torch raise
+            raise CheckpointError(
+                f"{place}: rope_parameters of type {rope_type!r} are damaged: {one_line(error)}"
+            ) from error
 
 
 def _biased(family: Family, hf: Any) -> frozenset[str]:
@@ -215,10 +247,12 @@ def linear_shapes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
 def layer_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """Return every tensor of one decoder layer, by its name inside the layer, with its shape."""
     family, hidden = config.family, (config.hidden_size,)
-    norms = dict.fromkeys(("input_layernorm", "post_attention_layernorm", family.mlp_norm, *family.post_norms))
+    norms = [norm for norm in (family.attention_norm, family.mlp_norm, *family.post_norms) if norm is not None]
     shapes: dict[str, tuple[int, ...]] = {f"{norm}.weight": hidden for norm in norms}
-    if family.qk_norm:
-        shapes |= {f"self_attn.{name}_norm.weight": (config.head_dim,) for name in "qk"}
+    if family.qk_norm is not None:
+        heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads}
+        normed = {name: 1 if family.qk_norm == "head" else count for name, count in heads.items()}
+        shapes |= {f"self_attn.{name}_norm.weight": (count * config.head_dim,) for name, count in normed.items()}
     for linear, shape in linear_shapes(config).items():
         shapes[f"{linear}.weight"] = shape
         if linear in config.biased:

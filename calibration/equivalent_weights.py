@@ -79,6 +79,8 @@ def _channel_scales(config: DecoderConfig, smoothing: Mapping[str, SmoothingPlan
         site = sites.get(inner)
         if site is None or not 0 <= layer < config.num_hidden_layers:
             raise RecipeError(f"smoothing of {name}: no input of this decoder has that name; remove it")
+        if site.producer is None:
+            raise RecipeError(f"smoothing of {name}: no norm makes this input, to take up the scales; remove it")
         expected = _width(config, site)
         if len(scales) != expected:
             raise RecipeError(f"smoothing of {name}: {len(scales)} scales for {expected} channels; calibrate again")
@@ -90,7 +92,7 @@ def _channel_scales(config: DecoderConfig, smoothing: Mapping[str, SmoothingPlan
 def _require_one_scaling_per_producer(config: DecoderConfig, scales: Mapping[str, Floats]) -> None:
     """Refuse different scales of one norm's output, which a router and its experts read as inputs of their own."""
     producers = {site.representative: site.producer for site in input_sites(config)}
-    first: dict[tuple[int, str], str] = {}
+    first: dict[tuple[int, str | None], str] = {}
     for name in scales:
         layer, inner = split_name(name)
         known = first.setdefault((layer, producers[inner]), name)
@@ -168,11 +170,11 @@ class EquivalentTensors:
 
     @cached_property
     def _norms(self) -> frozenset[str]:
-        return frozenset(site.producer for site in input_sites(self.original.config) if site.behind_norm)
+        return frozenset(str(site.producer) for site in input_sites(self.original.config) if site.behind_norm)
 
     @cached_property
     def _producers(self) -> Mapping[str, InputSite]:
-        return {site.producer: site for site in input_sites(self.original.config) if not site.behind_norm}
+        return {str(site.producer): site for site in input_sites(self.original.config) if site.behind_linear}
 
     def _norm_scales(self, layer: int, norm: str) -> Floats | None:
         """Return the scales of a norm's output, given under any of the sites that read it."""
@@ -209,7 +211,7 @@ class EquivalentTensors:
         if self.rotation is not None and site.behind_norm:
             weight = _product(weight * self._gain(f"{place}.{site.producer}"), self.rotation)
         if site.behind_norm:
-            scales = self._norm_scales(layer, site.producer)
+            scales = self._norm_scales(layer, str(site.producer))
         else:
             scales = self.scales.get(f"{place}.{site.representative}")
             if scales is not None and is_per_value_head(site):

@@ -3,9 +3,21 @@
 A row says how a decoder layer is built; sizes come from the checkpoint's own configuration.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from spike_export.calibration.factors import (
+    Factors,
+    gemma2_factors,
+    gemma3_factors,
+    gemma_factors,
+    granite_factors,
+    no_factors,
+)
+
+Activation = Literal["silu", "gelu_pytorch_tanh"]
+"""The gate's function, as HF names it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,30 +28,34 @@ class Family:
         model_type: HF's `model_type`.
         sliding_window: Whether attention obeys `config.sliding_window` (in the layers that `layer_types` names, where
             there is such a list).
-        activation: The gate's function, as HF names it.
+        activation: The gate's function.
         norm_offset: What an RMSNorm adds to its stored weight before it multiplies: 1 for Gemma's (1 + w).
-        mlp_norm: The norm in front of the feed-forward block.
+        attention_norm: The norm in front of attention; None where attention reads the residual stream itself.
+        mlp_norm: The norm in front of the feed-forward block; None likewise.
         post_norms: Norms behind attention and behind the feed-forward block, inside the residual branch (sandwich
             norms); empty for most families.
-        qk_norm: Whether queries and keys are normalized per head.
+        qk_norm: Whether queries and keys are normalized, each head by itself or the whole projection.
         fused_projections: Whether q, k, v are one linear, and gate and up another.
         biased: Linears that always have a bias. LLaMA's `attention_bias` and `mlp_bias` add to them.
         experts: Whether the feed-forward block is a mixture of experts.
+        factors: Reads what the family scales by from HF's configuration.
     """
 
     model_type: str
     sliding_window: bool = False
-    activation: Literal["silu", "gelu_pytorch_tanh"] = "silu"
+    activation: Activation = "silu"
     norm_offset: float = 0.0
-    mlp_norm: str = "post_attention_layernorm"
+    attention_norm: str | None = "input_layernorm"
+    mlp_norm: str | None = "post_attention_layernorm"
     post_norms: tuple[str, ...] = ()
-    qk_norm: bool = False
+    qk_norm: Literal["head", "projection"] | None = None
     fused_projections: bool = False
     biased: tuple[str, ...] = ()
     experts: bool = False
+    factors: Callable[[Mapping[str, Any]], Factors] = no_factors
 
 
-_GEMMA_SANDWICH = ("post_attention_layernorm", "post_feedforward_layernorm")
+_POST_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 _ROWS = (
@@ -47,14 +63,15 @@ _ROWS = (
     Family("llama"),
     Family("mistral", sliding_window=True),
     Family("mixtral", sliding_window=True, experts=True),
-    Family("gemma", activation="gelu_pytorch_tanh", norm_offset=1.0),
+    Family("gemma", activation="gelu_pytorch_tanh", norm_offset=1.0, factors=gemma_factors),
     Family(
         "gemma2",
         sliding_window=True,
         activation="gelu_pytorch_tanh",
         norm_offset=1.0,
         mlp_norm="pre_feedforward_layernorm",
-        post_norms=_GEMMA_SANDWICH,
+        post_norms=_POST_NORMS,
+        factors=gemma2_factors,
     ),
     Family(
         "gemma3_text",
@@ -62,13 +79,16 @@ _ROWS = (
         activation="gelu_pytorch_tanh",
         norm_offset=1.0,
         mlp_norm="pre_feedforward_layernorm",
-        post_norms=_GEMMA_SANDWICH,
-        qk_norm=True,
+        post_norms=_POST_NORMS,
+        qk_norm="head",
+        factors=gemma3_factors,
     ),
+    Family("granite", factors=granite_factors),
+    Family("olmo2", attention_norm=None, mlp_norm=None, post_norms=_POST_NORMS, qk_norm="projection"),
     Family("phi3", sliding_window=True, fused_projections=True),
     # Qwen2 and Qwen2.5.
     Family("qwen2", sliding_window=True, biased=_QKV),
-    Family("qwen3", sliding_window=True, qk_norm=True),
+    Family("qwen3", sliding_window=True, qk_norm="head"),
 )
 
 FAMILIES: Mapping[str, Family] = {family.model_type: family for family in _ROWS}

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spike_export.calibration.checkpoint import Checkpoint, validate_shapes
-from spike_export.calibration.decoder_config import ROPE_TYPES, DecoderConfig, decoder_config, tensor_shapes
+from spike_export.calibration.decoder_config import DecoderConfig, decoder_config, tensor_shapes
 from spike_export.calibration.errors import CheckpointError, one_line
 from spike_export.calibration.families import FAMILIES
 from spike_export.calibration.hf_checkpoint import hash_files
@@ -228,7 +228,10 @@ def _rope(file: _File) -> Settings:
     if kind == "linear":
         return rope | {"rope_type": "linear", "factor": float(file.get("rope.scaling.factor", 1.0))}
     if kind != "none":
-        raise CheckpointError(f"{file.path}: rope type {kind!r} is not supported (supported: {', '.join(ROPE_TYPES)})")
+        raise CheckpointError(
+            f"{file.path}: rope type {kind!r} is not read from GGUF files (linear and llama3 are); take the "
+            f"Hugging Face directory of this model"
+        )
     divisors = file.records.get(_LLAMA3_DIVISORS)
     if divisors is None:
         return rope

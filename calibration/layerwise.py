@@ -290,7 +290,9 @@ class Decoder:
             places = [np.searchsorted(used, part) for part in parts]
         self._assign(self.skeleton, "embed_tokens.weight", weight)
         for index, part in enumerate(places):
-            states.put(index, embedding(torch.from_numpy(part).to(self.execution.devices[0])))
+            embedded = embedding(torch.from_numpy(part).to(self.execution.devices[0]))
+            # Gemma's factor is the embedding's own; Granite's decoder multiplies when it is given tokens.
+            states.put(index, embedded * getattr(self.skeleton, "embedding_multiplier", 1))
         if not self.execution.resident:
             _drop(embedding)
 
@@ -308,14 +310,16 @@ class Decoder:
             empty = torch.zeros(shape[0], config.num_key_value_heads, past, config.head_dim)
             for index in range(config.num_hidden_layers):
                 cache.update(empty, empty, index)
-        layers, norm = decoder.layers, decoder.norm
+        layers, norm, rotary = decoder.layers, decoder.norm, decoder.rotary_emb
+        # Dynamic scaling remembers the longest sequence that it has seen: every call is a fresh sequence.
+        decoder.rotary_emb = copy.deepcopy(rotary)
         decoder.layers = nn.ModuleList(_Stub(calls) for _ in layers)
         decoder.norm = nn.Identity()
         try:
             states = torch.zeros(*shape, config.hidden_size, dtype=getattr(torch, self.execution.dtype))
             decoder(inputs_embeds=states, past_key_values=cache, use_cache=cache is not None)
         finally:
-            decoder.layers, decoder.norm = layers, norm
+            decoder.layers, decoder.norm, decoder.rotary_emb = layers, norm, rotary
         return [_prefix_visible(arguments, past) for arguments in calls]
 
     def _apply(
@@ -381,13 +385,13 @@ class _PrefixStream:
 
 
 class Head:
-    """Final norm, language-model head and soft cap; the weights stay while the object lives."""
+    """Final norm, language-model head, its divisor and soft cap; the weights stay while the object lives."""
 
     def __init__(self, decoder: Decoder) -> None:
         self._norm = decoder.skeleton.norm
         decoder._assign(decoder.skeleton, "norm.weight", decoder._kept(FINAL_NORM))
         self._weight = decoder._kept(LM_HEAD)
-        self._softcap = decoder.config.final_softcap
+        self._factors = decoder.config.factors
         self._device = decoder.execution.devices[0]
 
     def logits(self, states: "torch.Tensor") -> "torch.Tensor":
@@ -396,7 +400,10 @@ class Head:
 
         with torch.inference_mode():
             logits = torch.nn.functional.linear(self._norm(states.to(self._device)), self._weight)
-            return logits if self._softcap is None else self._softcap * torch.tanh(logits / self._softcap)
+            softcap = self._factors.final_softcap
+            if self._factors.logits != 1:
+                logits = logits / self._factors.logits
+            return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def _note(layer: Any, batch: int, shape: tuple[int, ...]) -> None:

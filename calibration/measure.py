@@ -62,7 +62,7 @@ class Recorder:
             linear = layer.get_submodule(site.representative)
             handles.append(linear.register_forward_pre_hook(self._input_hook(layer, name)))
             # What q, k and v yield is seen as attention's operands, and gate times up as down_proj's input.
-            if self._only is None and not site.behind_norm:
+            if self._only is None and site.behind_linear:
                 handles += [
                     layer.get_submodule(reader).register_forward_hook(self._output_hook(layer, name))
                     for reader in site.readers

@@ -26,28 +26,34 @@ class InputSite:
         readers: The linears that read the tensor, in execution order.
         producer: What makes the tensor, so that a scale per channel can be moved there: the name of an RMSNorm; or
             of the linear whose output rows enter the tensor as a factor (`v_proj` for `o_proj`, `up_proj` for
-            `down_proj`).
+            `down_proj`). None where the tensor is the residual stream, whose scales nothing could take up.
     """
 
     representative: str
     readers: tuple[str, ...]
-    producer: str
+    producer: str | None
 
     @property
     def behind_norm(self) -> bool:
-        """Whether an RMSNorm makes the tensor, and not a linear."""
-        return "." not in self.producer
+        """Whether an RMSNorm makes the tensor."""
+        return self.producer is not None and "." not in self.producer
+
+    @property
+    def behind_linear(self) -> bool:
+        """Whether a linear has a part in making the tensor, whose readers then write the residual stream."""
+        return self.producer is not None and "." in self.producer
 
 
+_ATTENTION_NORM = "(norm in front of attention)"
+_MLP_NORM = "(norm in front of the feed-forward block)"
 _ATTENTION = (
-    InputSite("self_attn.q_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm"),
+    InputSite("self_attn.q_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), _ATTENTION_NORM),
     InputSite("self_attn.o_proj", ("self_attn.o_proj",), "self_attn.v_proj"),
 )
 _FUSED_ATTENTION = (
-    InputSite("self_attn.qkv_proj", ("self_attn.qkv_proj",), "input_layernorm"),
+    InputSite("self_attn.qkv_proj", ("self_attn.qkv_proj",), _ATTENTION_NORM),
     InputSite("self_attn.o_proj", ("self_attn.o_proj",), "self_attn.qkv_proj"),
 )
-_MLP_NORM = "(norm in front of the feed-forward block)"
 _MLP = (
     InputSite("mlp.up_proj", ("mlp.up_proj", "mlp.gate_proj"), _MLP_NORM),
     InputSite("mlp.down_proj", ("mlp.down_proj",), "mlp.up_proj"),
@@ -78,9 +84,9 @@ def input_sites(config: DecoderConfig) -> tuple[InputSite, ...]:
     attention = _FUSED_ATTENTION if family.fused_projections else _ATTENTION
     mlp = _FUSED_MLP if family.fused_projections else _MLP
     sites = attention + (_expert_sites(config.num_experts) if family.experts else mlp)
+    norms = {_ATTENTION_NORM: family.attention_norm, _MLP_NORM: family.mlp_norm}
     return tuple(
-        InputSite(site.representative, site.readers, family.mlp_norm if site.producer == _MLP_NORM else site.producer)
-        for site in sites
+        InputSite(site.representative, site.readers, norms.get(site.producer or "", site.producer)) for site in sites
     )
 
 

@@ -88,7 +88,7 @@ def default_smoothing(
     plans = {}
     for index in range(config.num_hidden_layers):
         for group in _groups(config):
-            if rotated and group[0].behind_norm:
+            if group[0].producer is None or (rotated and group[0].behind_norm):
                 continue
             names = [f"model.layers.{index}.{site.representative}" for site in group]
             readers = [f"model.layers.{index}.{reader}" for site in group for reader in site.readers]
@@ -103,7 +103,7 @@ def _groups(config: DecoderConfig) -> list[list[InputSite]]:
     """Return the inputs of a layer, those of one norm together: they share its scales."""
     groups: dict[str, list[InputSite]] = {}
     for site in input_sites(config):
-        groups.setdefault(site.producer if site.behind_norm else site.representative, []).append(site)
+        groups.setdefault((site.behind_norm and site.producer) or site.representative, []).append(site)
     return list(groups.values())
 
 
@@ -195,12 +195,13 @@ class SmoothingSearch:
         self, group: Sequence[InputSite], layer: "nn.Module", names: Mapping[str, str]
     ) -> Iterator[SmoothingPlan | None]:
         yield None
-        if not self.smoothing or (self.rotated and group[0].behind_norm):
+        site = group[0]
+        if not self.smoothing or site.producer is None or (self.rotated and site.behind_norm):
             return
         inputs = np.max([self.statistics.modules[name].channel_amax for name in names.values()], axis=0)
         weights = np.max([_column_amax(_weight(layer, site)) for site in group], axis=0)
         for form, parameter in CANDIDATES:
-            yield _plan(form, parameter, inputs, weights, group[0], self.config)
+            yield _plan(form, parameter, inputs, weights, site, self.config)
 
 
 def _total(choices: Mapping[str, SiteChoice]) -> float:
@@ -293,10 +294,10 @@ class _Site:
         self._rows = torch.cat(seen.inputs[site.representative])
         self._expected = self._rows @ weight.T
         self._tokens = seen.tokens
-        if site.behind_norm:
-            self._scale = self._expected.pow(2).sum(-1)
-        else:
+        if site.behind_linear:
             self._scale = seen.stream(site.representative)
+        else:
+            self._scale = self._expected.pow(2).sum(-1)
         self._scale = self._scale.clamp(min=torch.finfo(torch.float32).tiny)
 
     def best(self, plan: SmoothingPlan | None, search: SmoothingSearch, branch_share: float) -> SiteChoice:
@@ -308,7 +309,7 @@ class _Site:
         quantized, step = quantize_weight((self._weight * factors).cpu().numpy(), search.weights)
         weight = (torch.from_numpy(quantized).float() * torch.from_numpy(np.asarray(step))).to(self._rows.device)
         rows = self._rows / factors
-        share = branch_share if self.site.behind_norm else 1.0
+        share = 1.0 if self.site.behind_linear else branch_share
         if search.activations == "int8-per-token-dynamic":
             return SiteChoice(plan, 1.0, share * self._noise(fake_quantize_tokens(rows) @ weight))
         covered = self._spikes.smoothed_range(scales, search.activation_range)

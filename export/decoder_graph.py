@@ -15,12 +15,12 @@ from spike_export.export.attention import AttentionEmitter
 from spike_export.export.attention_context import ContextEmitter
 from spike_export.export.emission import Emission
 from spike_export.export.feed_forward import feed_forward
-from spike_export.export.graph_builder import GraphBuilder
+from spike_export.export.graph_builder import GraphBuilder, element_type
 from spike_export.export.graph_plan import GraphPlan
 from spike_export.export.head import emit_head
 from spike_export.export.kv_cache import DynamicCache
 from spike_export.export.norm import rms_norm
-from spike_export.export.rope import rope_tables
+from spike_export.export.rope import RopeEmitter, RotaryTables
 
 PRODUCER = "spike-export"
 
@@ -36,10 +36,13 @@ def build_decoder(checkpoint: Checkpoint, plan: GraphPlan) -> ir.Model:
     cache = DynamicCache.declare(emission)
     context_emitter = ContextEmitter(b, ids, mask, plan.prefix_length, config.windows)
     context = context_emitter.emit(cache.pasts[0][0], config.num_key_value_heads, config.head_dim)
-    attention = AttentionEmitter(emission, context, cache, _rope_tables(emission))
+    tables = RotaryTables(config)
+    ropes = {kind: RopeEmitter(emission, context.positions, tables, kind).emit() for kind in config.ropes}
+    attention = AttentionEmitter(emission, context, cache, ropes)
     shape = (config.vocab_size, config.hidden_size)
     embedding = b.lazy(EMBEDDING, emission.dtype, shape, lambda: emission.tensor(EMBEDDING))
     hidden = b.op("Gather", [embedding, ids], "model.embed_tokens", dtype=emission.dtype)
+    hidden = _scaled(emission, "model.embed_tokens", "embedding_scaled", hidden, config.factors.embedding)
     for index in range(config.num_hidden_layers):
         hidden = _layer(emission, attention, index, hidden)
     emit_head(emission, hidden, embedding)
@@ -47,22 +50,29 @@ def build_decoder(checkpoint: Checkpoint, plan: GraphPlan) -> ir.Model:
     return b.model("decoder", PRODUCER, version(PRODUCER))
 
 
-def _rope_tables(emission: Emission) -> tuple[ir.Value, ir.Value]:
-    # The caller may use every position the model knows; the prefix comes on top of them.
-    positions = emission.config.max_position_embeddings + emission.plan.prefix_length
-    cos, sin = rope_tables(emission.config, positions)
-    b, kept = emission.builder, emission.numpy_dtype
-    return (
-        b.initializer("model.rotary_emb.cos", cos.astype(kept)),
-        b.initializer("model.rotary_emb.sin", sin.astype(kept)),
-    )
-
-
 def _layer(emission: Emission, attention: AttentionEmitter, index: int, hidden: ir.Value) -> ir.Value:
-    b, layer = emission.builder, f"model.layers.{index}"
-    normed = rms_norm(emission, f"{layer}.input_layernorm", hidden)
-    attended = attention.emit(index, normed)
-    hidden = b.op("Add", [hidden, emission.cast(attended)], layer, label="attention_residual")
-    normed = rms_norm(emission, f"{layer}.post_attention_layernorm", hidden)
-    fed = feed_forward(emission, f"{layer}.mlp", normed)
-    return b.op("Add", [hidden, emission.cast(fed)], layer, label="mlp_residual")
+    """Append a layer: [batch, sequence, hidden] → the same; its norms stand where the family has them."""
+    family, layer = emission.config.family, f"model.layers.{index}"
+    after_attention, after_mlp = family.post_norms or (None, None)
+    attended = attention.emit(index, _normed(emission, layer, family.attention_norm, hidden))
+    hidden = _joined(emission, layer, "attention", hidden, _normed(emission, layer, after_attention, attended))
+    fed = feed_forward(emission, f"{layer}.mlp", _normed(emission, layer, family.mlp_norm, hidden))
+    return _joined(emission, layer, "mlp", hidden, _normed(emission, layer, after_mlp, fed))
+
+
+def _normed(emission: Emission, layer: str, norm: str | None, value: ir.Value) -> ir.Value:
+    return value if norm is None else rms_norm(emission, f"{layer}.{norm}", value)
+
+
+def _joined(emission: Emission, layer: str, block: str, hidden: ir.Value, output: ir.Value) -> ir.Value:
+    """Append the sum of the residual stream and a block's output."""
+    output = _scaled(emission, layer, f"{block}_scaled", output, emission.config.factors.residual)
+    return emission.builder.op("Add", [hidden, emission.cast(output)], layer, label=f"{block}_residual")
+
+
+def _scaled(emission: Emission, module: str, label: str, value: ir.Value, factor: float) -> ir.Value:
+    """Append a product with a factor that is rounded to the value's precision; nothing where it is 1."""
+    if factor == 1:
+        return value
+    b = emission.builder
+    return b.op("Mul", [value, b.number(factor, element_type(value).numpy())], module, label=label)

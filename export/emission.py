@@ -48,6 +48,10 @@ class Emission:
         """Read a tensor of the checkpoint in the graph's precision."""
         return self.checkpoint.tensor(name).astype(self.numpy_dtype, copy=False)
 
+    def number(self, value: float) -> ir.Value:
+        """Return the 0-D constant of this value in the graph's precision."""
+        return self.builder.number(value, self.numpy_dtype)
+
     def cast(self, value: ir.Value) -> ir.Value:
         """Return a value in the graph's precision."""
         return self.builder.cast(value, self.dtype)

@@ -76,8 +76,12 @@ class GraphBuilder:
 
     def float32(self, value: float) -> ir.Value:
         """Return the 0-D float32 constant of this value."""
-        name = f"float32.{float(value)!r}"
-        return self._initializers.get(name) or self.initializer(name, np.array(value, np.float32))
+        return self.number(value, np.dtype(np.float32))
+
+    def number(self, value: float, dtype: np.dtype[Any]) -> ir.Value:
+        """Return the 0-D constant of this value in a floating-point type."""
+        name = f"{dtype.name}.{float(value)!r}"
+        return self._initializers.get(name) or self.initializer(name, np.array(value, dtype))
 
     def op(
         self,

@@ -5,9 +5,8 @@ import onnx_ir as ir
 
 from spike_export.calibration.checkpoint import LM_HEAD
 from spike_export.export.emission import Emission
+from spike_export.export.logits import scaled_logits
 from spike_export.export.norm import rms_norm
-
-FLOAT = ir.DataType.FLOAT
 
 
 def emit_head(emission: Emission, hidden: ir.Value, embedding: ir.Value) -> None:
@@ -27,7 +26,6 @@ def emit_head(emission: Emission, hidden: ir.Value, embedding: ir.Value) -> None
     else:
         shape = (config.hidden_size, config.vocab_size)
         weight = b.lazy(LM_HEAD, emission.dtype, shape, lambda: np.ascontiguousarray(emission.tensor(LM_HEAD).T))
-    exact = emission.dtype == FLOAT
-    logits = b.op("MatMul", [normed, weight], "lm_head", output="logits" if exact else None)
-    logits = b.cast(logits, FLOAT, output="logits")
+    logits = scaled_logits(emission, b.op("MatMul", [normed, weight], "lm_head"))
+    logits.name = "logits"
     b.output(logits, ["batch", "sequence", config.vocab_size])

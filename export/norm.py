@@ -1,6 +1,8 @@
 """Root-mean-square norms."""
 
+import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from spike_export.export.emission import Emission
 
@@ -12,10 +14,18 @@ def rms_norm(emission: Emission, module: str, value: ir.Value) -> ir.Value:
 
     Args:
         emission: The graph.
-        module: HF name, e.g. `model.layers.0.input_layernorm`; its gain has as many channels as the hidden state.
+        module: HF name, e.g. `model.layers.0.input_layernorm`.
         value: [..., channels] in any precision.
     """
-    b, name = emission.builder, f"{module}.weight"
-    gain = b.lazy(name, FLOAT, (emission.config.hidden_size,), lambda: emission.checkpoint.tensor(name))
-    attributes = {"axis": -1, "epsilon": emission.config.rms_norm_eps}
-    return b.op("RMSNormalization", [b.cast(value, FLOAT), gain], module, attributes=attributes)
+    b, config, name = emission.builder, emission.config, f"{module}.weight"
+    offset = np.float32(config.family.norm_offset)
+
+    def gain() -> NDArray[np.float32]:
+        weight = emission.checkpoint.tensor(name)
+        return weight + offset if offset else weight
+
+    # With an offset it is not the checkpoint's tensor, and does not bear its name.
+    stored = f"{module}.gain" if offset else name
+    multiplier = b.lazy(stored, FLOAT, emission.linears.shapes[name], gain)
+    attributes = {"axis": -1, "epsilon": config.rms_norm_eps}
+    return b.op("RMSNormalization", [b.cast(value, FLOAT), multiplier], module, attributes=attributes)

@@ -1,26 +1,167 @@
-"""Cosine and sine tables of the rotary embedding, one row per position."""
+"""Rotary embedding: cosines and sines by position, from constant tables or, where they depend on the length, computed.
+
+The tables are made by transformers' own rotary module of the family, so that scaling is exactly the reference's, a
+factor on the attention (yarn, longrope) included.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import NDArray
 
 from spike_export.calibration.decoder_config import DecoderConfig
+from spike_export.calibration.layerwise import empty_decoder
+from spike_export.export.emission import Emission
+
+FLOAT, BOOL = ir.DataType.FLOAT, ir.DataType.BOOL
+
+Table = NDArray[np.float32]
 
 
-def rope_tables(config: DecoderConfig, positions: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return cos and sin, each [positions, head_dim / 2] float32.
+@dataclass(frozen=True)
+class Rope:
+    """The rotation of one kind of layer.
 
-    Computed by transformers' own rotary module, so that llama3 and linear scaling are exactly the reference's.
-    The module of LLaMA serves Mistral too: both read `rope_parameters` alike.
+    Attributes:
+        cos: [rows, channels / 2] where there are positions, else [batch, sequence, channels / 2].
+        sin: Likewise.
+        positions: Rows of the tables [batch, sequence] int64, or None.
+        channels: How many of a head's channels are rotated, the first ones; None for all.
     """
-    import torch
-    from transformers import AutoConfig
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    settings = {key: value for key, value in config.hf.items() if key != "model_type"}
-    rotary = LlamaRotaryEmbedding(AutoConfig.for_model(config.family.model_type, **settings))
-    with torch.inference_mode():
-        cos, sin = rotary(torch.zeros(1), torch.arange(positions)[None])
-    # HF repeats the frequencies for both halves of a head; the ONNX operator wants them once.
-    half = config.head_dim // 2
-    cos, sin = (np.ascontiguousarray(table[0, :, :half].numpy(), np.float32) for table in (cos, sin))
-    return cos, sin
+    cos: ir.Value
+    sin: ir.Value
+    positions: ir.Value | None
+    channels: int | None
+
+    def rotate(self, emission: Emission, module: str, name: str, states: ir.Value, heads: int) -> ir.Value:
+        """Append the rotation of queries or keys [batch, heads, sequence, head_dim]."""
+        inputs = [states, self.cos, self.sin] + ([] if self.positions is None else [self.positions])
+        # ONNX Runtime asks for the heads, which it could see, where some channels stay as they are.
+        partial = None if self.channels is None else {"rotary_embedding_dim": self.channels, "num_heads": heads}
+        return emission.builder.op("RotaryEmbedding", inputs, module, label=f"{name}_rotary", attributes=partial)
+
+
+@dataclass(frozen=True)
+class RotaryTables:
+    """transformers' rotary module of a decoder."""
+
+    config: DecoderConfig
+
+    @cached_property
+    def _module(self) -> Any:
+        return empty_decoder(self.config).rotary_emb
+
+    def rows(self, positions: int, kind: str | None = None) -> tuple[Table, Table]:
+        """Return cos and sin of positions 0.., each [positions, rotated channels / 2] float32, of one kind of layer."""
+        import torch
+
+        arguments = {} if kind is None else {"layer_type": kind}
+        with torch.inference_mode():
+            tables = self._module(torch.zeros(1), torch.arange(positions)[None], **arguments)
+        # HF repeats the frequencies for both halves of a head; the ONNX operator wants them once.
+        cos, sin = (np.ascontiguousarray(table[0, :, : table.shape[-1] // 2].numpy(), np.float32) for table in tables)
+        return cos, sin
+
+    def inverse_frequencies(self, kind: str | None = None) -> Table:
+        """Return the angles per position without regard to the length, [rotated channels / 2] float32."""
+        stem = "" if kind is None else f"{kind}_"
+        frequencies: Table = getattr(self._module, f"{stem}original_inv_freq").numpy()
+        return frequencies
+
+
+@dataclass(frozen=True)
+class RopeEmitter:
+    """Writes what the layers of one kind rotate with.
+
+    Attributes:
+        positions: [batch, sequence] int64.
+        tables: Of the decoder.
+        kind: The kind of layer, or None where all have the same rope.
+    """
+
+    emission: Emission
+    positions: ir.Value
+    tables: RotaryTables
+    kind: str | None
+
+    def emit(self) -> Rope:
+        """Append the nodes, computed once per call."""
+        return _BY_TYPE.get(str(self._parameters["rope_type"]), RopeEmitter._tabulated)(self)
+
+    @property
+    def _parameters(self) -> Mapping[str, Any]:
+        return self.emission.config.rope_parameters(self.kind)
+
+    @property
+    def _module(self) -> str:
+        return "model.rotary_emb" + ("" if self.kind is None else f".{self.kind}")
+
+    @property
+    def _rows(self) -> int:
+        # The caller may use every position the model knows; the prefix comes on top of them.
+        return self.emission.config.max_position_embeddings + self.emission.plan.prefix_length
+
+    def _rope(self, cos: Table, sin: Table, positions: ir.Value) -> Rope:
+        b, kept = self.emission.builder, self.emission.numpy_dtype
+        stored = (b.initializer(f"{self._module}.{name}", t.astype(kept)) for name, t in (("cos", cos), ("sin", sin)))
+        cosines, sines = stored
+        return Rope(cosines, sines, positions, self._partial(2 * cos.shape[1]))
+
+    def _partial(self, channels: int) -> int | None:
+        return None if channels == self.emission.config.head_dim else channels
+
+    def _tabulated(self) -> Rope:
+        """A position alone says how it is rotated."""
+        return self._rope(*self.tables.rows(self._rows, self.kind), self.positions)
+
+    def _longrope(self) -> Rope:
+        """Two tables, one behind the other: of sequences within the original length, and of longer ones."""
+        original = int(self._parameters["original_max_position_embeddings"])
+        if self._rows <= original:
+            return self._tabulated()
+        both = (self.tables.rows(rows, self.kind) for rows in (original, self._rows))
+        cos, sin = (np.concatenate(pair) for pair in zip(*both, strict=True))
+        b = self.emission.builder
+        last = self._op("ReduceMax", b.cast(self.positions, FLOAT), b.integers(0, 1), label="last_position")
+        long = self._op("GreaterOrEqual", last, b.float32(original), label="is_long", dtype=BOOL)
+        first = self._op("Where", long, b.integers(original), b.integers(0), label="first_row", dtype=ir.DataType.INT64)
+        return self._rope(cos, sin, self._op("Add", self.positions, first, label="rows"))
+
+    def _dynamic(self) -> Rope:
+        """The base grows with the sequence beyond the model's length, so that cosines and sines are computed.
+
+        With n the length, L the model's and c the rotated channels, frequency i of the base becomes slower by
+        (factor * n / L - (factor - 1)) ** (2 i / (c - 2)); transformers writes this as a power of the base.
+        """
+        b, limit = self.emission.builder, self.emission.config.max_position_embeddings
+        factor = float(self._parameters["factor"])
+        plain = self.tables.inverse_frequencies(self.kind)
+        half = len(plain)
+        positions = b.cast(self.positions, FLOAT)
+        last = self._op("ReduceMax", positions, b.integers(0, 1), label="last_position")
+        length = self._op("Max", self._op("Add", last, b.float32(1), label="length"), b.float32(limit), label="scaled")
+        grown = self._op("Mul", length, b.float32(factor / limit), label="stretch")
+        ratio = self._op("Sub", grown, b.float32(factor - 1), label="ratio")
+        exponents = b.initializer(f"{self._module}.exponents", -(np.arange(half) / (half - 1)).astype(np.float32))
+        slower = self._op("Pow", ratio, exponents, label="slower")
+        stored = b.initializer(f"{self._module}.inv_freq", plain)
+        frequencies = self._op("Mul", slower, stored, label="frequencies")
+        columns = self._op("Unsqueeze", positions, b.integers(2), label="columns")
+        angles = self._op("Mul", columns, frequencies, label="angles")
+        cos, sin = (self.emission.cast(self._op(kind, angles, label=kind.lower())) for kind in ("Cos", "Sin"))
+        return Rope(cos, sin, None, self._partial(2 * half))
+
+    def _op(self, kind: str, *inputs: ir.Value, label: str, dtype: ir.DataType | None = None) -> ir.Value:
+        return self.emission.builder.op(kind, inputs, self._module, dtype=dtype, label=label)
+
+
+_BY_TYPE: Mapping[str, Callable[[RopeEmitter], Rope]] = {
+    "dynamic": RopeEmitter._dynamic,
+    "longrope": RopeEmitter._longrope,
+}
+"""HF's rope types whose rotation depends on the length of the sequence; all others are tables."""

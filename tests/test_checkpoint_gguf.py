@@ -196,7 +196,7 @@ def test_the_size_whose_queries_are_scaled_by_the_hidden_size(tmp_path: Path, fa
 def test_caps_of_gemma_2(tmp_path: Path) -> None:
     model = random_decoder("gemma2", attn_logit_softcapping=40.0, final_logit_softcapping=20.0)
     config = open_checkpoint(str(write_gguf(tmp_path / "capped.gguf", model).path)).config
-    assert (config.hf["attn_logit_softcapping"], config.final_softcap) == (40.0, 20.0)
+    assert (config.hf["attn_logit_softcapping"], config.factors.final_softcap) == (40.0, 20.0)
 
 
 def test_gemmas_tokenizer(tmp_path: Path) -> None:
@@ -289,7 +289,7 @@ def test_linear_scaling_is_read_and_other_kinds_are_refused(tmp_path: Path) -> N
     rope = open_checkpoint(str(linear.path)).config.hf["rope_parameters"]
     assert (rope["rope_type"], rope["factor"], rope["rope_theta"]) == ("linear", 4.0, 10000.0)
     yarn = write_gguf(tmp_path / "yarn.gguf", random_llama(), extra=keys | {"llama.rope.scaling.type": "yarn"})
-    assert "rope type 'yarn' is not supported (supported: default, linear, llama3)" in refusal(yarn.path)
+    assert "rope type 'yarn' is not read from GGUF files (linear and llama3 are)" in refusal(yarn.path)
 
 
 def test_another_architecture_is_refused(tmp_path: Path) -> None:
@@ -496,7 +496,7 @@ FIGURES_CORPUS = "71f2ff5d99bdc1f9c48c5c2353ad138201c5ca1c377e0226857ef8fa89b8bc
 def test_the_real_gemma_3_is_configured_as_published(real_gemma3: Checkpoint) -> None:
     config = real_gemma3.config
     assert (config.num_hidden_layers, config.hidden_size, config.head_dim, config.vocab_size) == (18, 640, 256, 262144)
-    assert (config.sliding_window, config.tie_word_embeddings, config.final_softcap) == (512, True, None)
+    assert (config.sliding_window, config.tie_word_embeddings, config.factors.final_softcap) == (512, True, None)
     assert config.hf["query_pre_attn_scalar"] == 256
     full = [index for index, kind in enumerate(config.hf["layer_types"]) if kind == "full_attention"]
     assert full == [5, 11, 17]

@@ -1,5 +1,6 @@
 """What is derived of a configuration against what transformers builds of it, for every family."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -7,8 +8,17 @@ import pytest
 from spike_export.calibration.checkpoint import validate_shapes
 from spike_export.calibration.decoder_config import decoder_config, layer_shapes, linear_shapes, tensor_shapes
 from spike_export.calibration.errors import CheckpointError
+from spike_export.calibration.factors import Factors
 from spike_export.calibration.families import FAMILIES
-from tests.tiny_families import NAMES, WINDOW, tiny_family
+from tests.tiny_families import NAMES, PLAIN_CAUSAL, WINDOW, tiny_family
+
+LONG_ROPE: Mapping[str, Any] = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0] * 8,
+    "long_factor": [2.0] * 8,
+    "original_max_position_embeddings": 64,
+}
 
 
 def raw(name: str, **changes: Any) -> dict[str, Any]:
@@ -56,11 +66,30 @@ def test_sizes(name: str) -> None:
     config = tiny_family(name).checkpoint.config
     assert (config.hidden_size, config.intermediate_size, config.num_hidden_layers) == (48, 80, 4)
     assert (config.num_attention_heads, config.num_key_value_heads) == (4, 2)
-    assert config.head_dim == (12 if name in ("mixtral", "qwen2", "phi3") else 16)
-    assert config.sliding_window == (None if name in ("llama", "gemma", "qwen3") else WINDOW)
+    assert config.head_dim == (12 if name in ("mixtral", "granite", "olmo2", "qwen2", "phi3") else 16)
+    assert config.sliding_window == (None if name in PLAIN_CAUSAL else WINDOW)
     assert (config.num_experts, config.experts_per_token) == ((4, 2) if name == "mixtral" else (0, 0))
-    assert config.final_softcap == (30.0 if name == "gemma2" else None)
     assert linear_shapes(config)["self_attn.o_proj"] == (48, 4 * config.head_dim)
+
+
+FACTORS: Mapping[str, Factors] = {
+    "gemma": Factors(embedding=48**0.5),
+    "gemma2": Factors(embedding=48**0.5, attention=0.25, attention_softcap=50.0, final_softcap=30.0),
+    "gemma3_text": Factors(embedding=48**0.5, attention=0.25),
+    "granite": Factors(embedding=12.0, attention=0.15, residual=0.22, logits=8.0),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_factors_are_the_familys_own(name: str) -> None:
+    # What another family would scale by is nothing to this one.
+    strange = {"attention_multiplier": 3.0, "logits_scaling": 3.0, "embedding_multiplier": 3.0}
+    own = decoder_config(raw(name) | ({} if name == "granite" else strange), "x")
+    assert own.factors == FACTORS.get(name, Factors())
+
+
+def test_gemma_3_ignores_a_bound_of_the_scores_as_transformers_does() -> None:
+    assert decoder_config(raw("gemma3_text", attn_logit_softcapping=50.0), "x").factors.attention_softcap is None
 
 
 def test_a_window_that_is_switched_off_is_none() -> None:
@@ -89,27 +118,29 @@ def test_gemmas_first_configurations_mean_the_tanh_form(activation: str) -> None
         ),
         ("mixtral", {"hidden_act": "relu"}, "x: hidden_act is 'relu'; supported for mixtral: silu"),
         (
-            "phi3",
-            {
-                "rope_parameters": {
-                    "rope_type": "longrope",
-                    "rope_theta": 1e4,
-                    "short_factor": [1.0] * 6,
-                    "long_factor": [2.0] * 6,
-                    "original_max_position_embeddings": 64,
-                }
-            },
-            "x: rope type 'longrope' is not supported (supported: default, linear, llama3)",
+            "llama",
+            {"rope_parameters": {"rope_type": "invented", "rope_theta": 1e4}},
+            "x: rope type 'invented' is not supported (supported: default, linear, dynamic, llama3, yarn, longrope)",
         ),
         (
             "gemma3_text",
             {
                 "rope_parameters": {
-                    "full_attention": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 8.0},
+                    "full_attention": {"rope_type": "proportional", "rope_theta": 1e6, "factor": 8.0},
                     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
                 }
             },
-            "x: rope type 'yarn' is not supported",
+            "x: rope type 'proportional' is not supported",
+        ),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": "four"}},
+            "x: rope_parameters of type 'yarn' are damaged: ",
+        ),
+        (
+            "llama",
+            {"rope_parameters": {**LONG_ROPE, "long_factor": [2.0] * 7}},
+            "x: rope_parameters of type 'longrope' are damaged: ",
         ),
         ("gemma3_text", {"use_bidirectional_attention": True}, "x: its attention looks ahead (an embedding model)"),
         ("llama", {"model_type": "gpt2"}, "x: architecture 'gpt2' is not supported (supported: gemma, gemma2,"),

@@ -25,7 +25,7 @@ from tests.tiny_models import MemoryTensors
 TOLERANCE = 1e-5
 """Of logits, relative to the largest: float32 rounding of four layers is about 2e-6."""
 
-ROTATABLE = tuple(name for name in NAMES if name not in ("gemma2", "gemma3_text"))
+ROTATABLE = tuple(name for name in NAMES if name not in ("gemma2", "gemma3_text", "olmo2"))
 ROTATION = rotation_plan(48, 3)
 
 
@@ -57,7 +57,8 @@ def widths(checkpoint: Checkpoint) -> dict[str, int]:
 def random_smoothing(checkpoint: Checkpoint, seed: int = 0) -> dict[str, SmoothingPlan]:
     """Scale every input of every layer that can be scaled: one entry per producer."""
     random = np.random.default_rng(seed)
-    producers = {site.producer: site.representative for site in reversed(input_sites(checkpoint.config))}
+    sites = [site for site in reversed(input_sites(checkpoint.config)) if site.producer is not None]
+    producers = {site.producer: site.representative for site in sites}
     sizes = widths(checkpoint)
     return {
         f"model.layers.{layer}.{name}": smoothing_plan(
@@ -303,12 +304,19 @@ def test_scales_of_one_norm_may_be_given_twice_but_not_differ() -> None:
         equivalent_checkpoint(original, None, {**same, f"{moe}.experts.3.w3": ONES})
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gemma3_text"])
+@pytest.mark.parametrize("name", ["gemma2", "gemma3_text", "olmo2"])
 def test_a_family_that_cannot_be_rotated_is_refused(name: str) -> None:
     with pytest.raises(
         RecipeError, match=rf"^rotation: {name} cannot be rotated: norms behind attention .*; remove it"
     ):
         equivalent_checkpoint(tiny_family(name).checkpoint, ROTATION, {})
+
+
+@pytest.mark.parametrize("module", ["self_attn.q_proj", "mlp.up_proj"])
+def test_an_input_that_no_norm_makes_is_not_smoothed(module: str) -> None:
+    plan = smoothing_plan("smoothquant", 0.5, np.full(48, 2.0, np.float32))
+    with pytest.raises(RecipeError, match=rf"^smoothing of model\.layers\.1\.{module}: no norm makes this input"):
+        equivalent_checkpoint(tiny_family("olmo2").checkpoint, None, {f"model.layers.1.{module}": plan})
 
 
 def test_a_hadamard_rotation_of_an_unknown_width_is_refused() -> None:

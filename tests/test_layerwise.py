@@ -17,7 +17,16 @@ from spike_export.calibration.layerwise import BATCH_TOKENS, Decoder, Execution,
 from spike_export.calibration.measure import Recorder, measure_spikes
 from spike_export.calibration.modules import representatives, siblings
 from spike_export.calibration.spikes import ModuleSpikes, SpikeStatistics
-from tests.tiny_families import NAMES, PLAIN_CAUSAL, SAME_KERNELS, WINDOW, one_torch_thread, tiny_family, tokens
+from tests.tiny_families import (
+    NAMES,
+    PLAIN_CAUSAL,
+    SAME_KERNELS,
+    WINDOW,
+    one_torch_thread,
+    prefix_masks,
+    tiny_family,
+    tokens,
+)
 from tests.tiny_models import LINEAR_ROPE, LLAMA3_ROPE, TinyModel
 
 PREFIX = (1, 7, 42)
@@ -108,6 +117,17 @@ def test_no_execution_changes_a_bit(name: str, execution: Execution) -> None:
         assert torch.equal(logits(Decoder(model.checkpoint, execution), ids, prefix, batch_tokens=48), expected)
 
 
+def test_a_longer_run_leaves_no_trace_in_dynamic_rope() -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    model = tiny_family("llama", rope_parameters=rope, max_position_embeddings=12)
+    decoder, ids = Decoder(model.checkpoint), tokens(length=24)
+    # Beyond the model's length as both are, transformers would go on with the longer one's frequencies.
+    first = logits(decoder, ids[:, :16])
+    longer = logits(decoder, ids)[:, :16]
+    assert largest_difference(longer, first) > 1e-3
+    assert torch.equal(logits(decoder, ids[:, :16]), first)
+
+
 def test_a_second_run_is_the_first_and_a_prefix_does_not_grow() -> None:
     decoder, ids = Decoder(tiny_family("llama").checkpoint), tokens()
     first = logits(decoder, ids, PREFIX)
@@ -115,25 +135,11 @@ def test_a_second_run_is_the_first_and_a_prefix_does_not_grow() -> None:
     assert torch.equal(logits(decoder, ids, PREFIX), first)
 
 
-def masks(model: TinyModel, prefix: int, length: int) -> Any:
-    """Return the additive masks by hand: causal, inside the window where a layer has one; the prefix always seen."""
-    query, key = np.arange(prefix + length)[:, None], np.arange(prefix + length)[None, :]
-    near = (query - key < WINDOW) | (key < prefix)
-    full, sliding = (
-        torch.from_numpy(np.where((key <= query) & seen, 0.0, -np.inf).astype(np.float32))[None, None]
-        for seen in (np.full_like(near, True), near)
-    )
-    config = model.reference.config
-    if getattr(config, "layer_types", None) and config.model_type in ("gemma2", "gemma3_text", "qwen2", "qwen3"):
-        return {"full_attention": full, "sliding_attention": sliding}
-    return sliding if model.checkpoint.config.sliding_window else full
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_every_token_sees_the_prefix_and_else_its_window(name: str) -> None:
     model, ids = tiny_family(name, attention="eager"), tokens()
     assert ids.shape[1] > 2 * WINDOW
-    mask = masks(model, len(PREFIX), ids.shape[1])
+    mask = prefix_masks(model, len(PREFIX), ids.shape[1])
     expected = whole_logits(model.reference, behind(ids), attention_mask=mask)[:, len(PREFIX) :]
     decoder = Decoder(model.checkpoint)
     for batch_tokens in (1, BATCH_TOKENS):

@@ -132,6 +132,11 @@ def test_a_producer_makes_the_tensor_that_its_readers_read(name: str) -> None:
     norms = {"gemma2": "pre_feedforward_layernorm", "gemma3_text": "pre_feedforward_layernorm"}
     for site in input_sites(small):
         assert {shapes[reader][1] for reader in site.readers} == {shapes[site.representative][1]}
+        if name == "olmo2" and not site.behind_linear:
+            assert site.producer is None
+            continue
+        assert site.producer is not None
+        assert site.behind_norm != site.behind_linear
         if "." in site.producer:
             assert shapes[site.producer][0] >= shapes[site.representative][1] // 2
         elif site.representative.startswith("self_attn"):

@@ -27,6 +27,14 @@ _SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "gemma": {},
     "gemma2": {"sliding_window": WINDOW, "query_pre_attn_scalar": 16},
     "gemma3_text": {"sliding_window": WINDOW, "query_pre_attn_scalar": 16, "sliding_window_pattern": 2},
+    "granite": {
+        "head_dim": None,
+        "embedding_multiplier": 12.0,
+        "attention_multiplier": 0.15,
+        "residual_multiplier": 0.22,
+        "logits_scaling": 8.0,
+    },
+    "olmo2": {"head_dim": None},
     "qwen2": {"head_dim": None, "use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2},
     "qwen3": {},
     "phi3": {"sliding_window": WINDOW, "head_dim": None},
@@ -37,7 +45,7 @@ NAMES = tuple(_SETTINGS)
 SAME_KERNELS = tuple(name for name in NAMES if name not in ("mixtral", "gemma2"))
 """Families that run the very operations transformers runs; the others add up in another order."""
 
-PLAIN_CAUSAL = ("llama", "gemma", "qwen3")
+PLAIN_CAUSAL = ("llama", "gemma", "granite", "olmo2", "qwen3")
 """Families without a sliding window."""
 
 
@@ -117,6 +125,20 @@ def replaced(checkpoint: Checkpoint, changes: Mapping[str, NDArray[np.float32]])
 
 def tokens(rows: int = 3, length: int = 24, seed: int = 0) -> NDArray[np.int64]:
     return np.random.default_rng(seed).integers(3, 99, (rows, length))
+
+
+def prefix_masks(model: TinyModel, prefix: int, length: int) -> Any:
+    """Return the additive masks by hand: causal, inside the window where a layer has one; the prefix always seen."""
+    query, key = np.arange(prefix + length)[:, None], np.arange(prefix + length)[None, :]
+    near = (query - key < WINDOW) | (key < prefix)
+    full, sliding = (
+        torch.from_numpy(np.where((key <= query) & seen, 0.0, -np.inf).astype(np.float32))[None, None]
+        for seen in (np.full_like(near, True), near)
+    )
+    config = model.reference.config
+    if getattr(config, "layer_types", None) and config.model_type in ("gemma2", "gemma3_text", "qwen2", "qwen3"):
+        return {"full_attention": full, "sliding_attention": sliding}
+    return sliding if model.checkpoint.config.sliding_window else full
 
 
 @contextmanager

@@ -1,0 +1,65 @@
+"""The numbers by which a family scales what flows through its decoder, read from HF's configuration."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """Scales and bounds; the defaults are LLaMA's.
+
+    Attributes:
+        embedding: What embeddings are multiplied by.
+        attention: What scores are multiplied by; None for 1 / sqrt(head_dim).
+        residual: What a block's output is multiplied by before it is added to the residual stream.
+        logits: What logits are divided by.
+        attention_softcap: Bound of the scores, c * tanh(scores / c), or None.
+        final_softcap: Bound of the logits, c * tanh(logits / c), or None.
+    """
+
+    embedding: float = 1.0
+    attention: float | None = None
+    residual: float = 1.0
+    logits: float = 1.0
+    attention_softcap: float | None = None
+    final_softcap: float | None = None
+
+
+def no_factors(_: Mapping[str, Any]) -> Factors:
+    """Return the factors of a family that has none."""
+    return Factors()
+
+
+def gemma_factors(hf: Mapping[str, Any]) -> Factors:
+    """Return Gemma's: embeddings times the root of their width."""
+    return Factors(embedding=hf["hidden_size"] ** 0.5)
+
+
+def gemma2_factors(hf: Mapping[str, Any]) -> Factors:
+    """Return Gemma 2's: a width of its own that scores are divided by the root of, and bounds."""
+    return Factors(
+        embedding=hf["hidden_size"] ** 0.5,
+        attention=hf["query_pre_attn_scalar"] ** -0.5,
+        attention_softcap=hf["attn_logit_softcapping"],
+        final_softcap=hf["final_logit_softcapping"],
+    )
+
+
+def gemma3_factors(hf: Mapping[str, Any]) -> Factors:
+    """Return Gemma 3's, whose scores have no bound, whatever the configuration says."""
+    return Factors(
+        embedding=hf["hidden_size"] ** 0.5,
+        attention=hf["query_pre_attn_scalar"] ** -0.5,
+        final_softcap=hf["final_logit_softcapping"],
+    )
+
+
+def granite_factors(hf: Mapping[str, Any]) -> Factors:
+    """Return Granite's: all are named in the configuration."""
+    return Factors(
+        embedding=hf["embedding_multiplier"],
+        attention=hf["attention_multiplier"],
+        residual=hf["residual_multiplier"],
+        logits=hf["logits_scaling"],
+    )
