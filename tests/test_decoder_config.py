@@ -8,7 +8,10 @@ from spike_export.calibration.checkpoint import validate_shapes
 from spike_export.calibration.decoder_config import decoder_config, layer_shapes, linear_shapes, tensor_shapes
 from spike_export.calibration.errors import CheckpointError
 from spike_export.calibration.families import FAMILIES
-from tests.tiny_families import NAMES, WINDOW, tiny_family
+from tests.tiny_families import NAMES, PLAIN_CAUSAL, WINDOW, tiny_family
+
+EXPERTS = {"mixtral": (4, 2, 80), "qwen3_moe": (6, 3, 40)}
+"""Experts, experts per token, channels of an expert."""
 
 
 def raw(name: str, **changes: Any) -> dict[str, Any]:
@@ -57,8 +60,8 @@ def test_sizes(name: str) -> None:
     assert (config.hidden_size, config.intermediate_size, config.num_hidden_layers) == (48, 80, 4)
     assert (config.num_attention_heads, config.num_key_value_heads) == (4, 2)
     assert config.head_dim == (12 if name in ("mixtral", "qwen2", "phi3") else 16)
-    assert config.sliding_window == (None if name in ("llama", "gemma", "qwen3") else WINDOW)
-    assert (config.num_experts, config.experts_per_token) == ((4, 2) if name == "mixtral" else (0, 0))
+    assert config.sliding_window == (None if name in PLAIN_CAUSAL else WINDOW)
+    assert (config.num_experts, config.experts_per_token, config.expert_size) == EXPERTS.get(name, (0, 0, 0))
     assert config.final_softcap == (30.0 if name == "gemma2" else None)
     assert linear_shapes(config)["self_attn.o_proj"] == (48, 4 * config.head_dim)
 

@@ -17,7 +17,16 @@ from spike_export.calibration.layerwise import BATCH_TOKENS, Decoder, Execution,
 from spike_export.calibration.measure import Recorder, measure_spikes
 from spike_export.calibration.modules import representatives, siblings
 from spike_export.calibration.spikes import ModuleSpikes, SpikeStatistics
-from tests.tiny_families import NAMES, PLAIN_CAUSAL, SAME_KERNELS, WINDOW, one_torch_thread, tiny_family, tokens
+from tests.tiny_families import (
+    MIXTURES,
+    NAMES,
+    PLAIN_CAUSAL,
+    SAME_KERNELS,
+    WINDOW,
+    one_torch_thread,
+    tiny_family,
+    tokens,
+)
 from tests.tiny_models import LINEAR_ROPE, LLAMA3_ROPE, TinyModel
 
 PREFIX = (1, 7, 42)
@@ -228,7 +237,7 @@ def assert_same_statistics(actual: SpikeStatistics, expected: SpikeStatistics, r
     np.testing.assert_array_equal(actual.token_ids, expected.token_ids)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "mixtral"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in MIXTURES])
 def test_statistics_are_those_of_hooks_on_the_whole_model(name: str) -> None:
     model, ids = tiny_family(name), tokens()
     expected = whole_model_statistics(model, ids)
