@@ -8,7 +8,9 @@ from spike_export.calibration.errors import CheckpointError
 ARCHITECTURES: Mapping[str, str] = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
+    "mixtral": "MixtralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
 }
 """HF's `model_type` → the class that `config.json` names under `architectures`."""
 

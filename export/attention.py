@@ -8,6 +8,7 @@ from spike_export.export.attention_context import AttentionContext
 from spike_export.export.emission import Emission
 from spike_export.export.kv_cache import DynamicCache
 from spike_export.export.linear import quantize_dequantize
+from spike_export.export.norm import rms_norm
 
 FLOAT = ir.DataType.FLOAT
 
@@ -50,6 +51,8 @@ class AttentionEmitter:
         projected = emission.cast(emission.linears.emit(f"{module}.{name}_proj", value))
         shape = b.integers(0, 0, heads, emission.config.head_dim)
         split = b.op("Reshape", [projected, shape], module, label=f"{name}_heads")
+        if emission.config.family.qk_norm and name != "v":
+            split = emission.cast(rms_norm(emission, f"{module}.{name}_norm", split))
         return b.op("Transpose", [split], module, label=f"{name}_transpose", attributes={"perm": [0, 2, 1, 3]})
 
     def _operands(self, module: str, query: ir.Value, key: ir.Value, value: ir.Value) -> tuple[ir.Value, ...]:

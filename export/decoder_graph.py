@@ -21,6 +21,7 @@ from spike_export.export.head import emit_head
 from spike_export.export.kv_cache import DynamicCache
 from spike_export.export.norm import rms_norm
 from spike_export.export.rope import rope_tables
+from spike_export.export.sparse_moe import sparse_moe
 
 PRODUCER = "spike-export"
 
@@ -64,5 +65,13 @@ def _layer(emission: Emission, attention: AttentionEmitter, index: int, hidden: 
     attended = attention.emit(index, normed)
     hidden = b.op("Add", [hidden, emission.cast(attended)], layer, label="attention_residual")
     normed = rms_norm(emission, f"{layer}.post_attention_layernorm", hidden)
-    fed = feed_forward(emission, f"{layer}.mlp", normed)
+    fed = _feed_forward(emission, layer, normed)
     return b.op("Add", [hidden, emission.cast(fed)], layer, label="mlp_residual")
+
+
+def _feed_forward(emission: Emission, layer: str, normed: ir.Value) -> ir.Value:
+    family = emission.config.family
+    block = f"{layer}.{family.feed_forward}"
+    if family.experts is None:
+        return feed_forward(emission, block, normed)
+    return sparse_moe(emission, block, normed, family.experts)

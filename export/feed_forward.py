@@ -5,8 +5,11 @@ import onnx_ir as ir
 from spike_export.export.emission import Emission
 from spike_export.export.graph_builder import ELEMENT_TYPES, element_type
 
+NAMES = ("gate_proj", "up_proj", "down_proj")
+"""A block's linears, where it is no expert."""
 
-def feed_forward(emission: Emission, module: str, normed: ir.Value) -> ir.Value:
+
+def feed_forward(emission: Emission, module: str, normed: ir.Value, names: tuple[str, str, str] = NAMES) -> ir.Value:
     """Append down(silu(gate(x)) * up(x)).
 
     Where gate or up is INT8 their product stays in FP32: spikes reach thousands and FP16 ends at 65,504.
@@ -15,19 +18,21 @@ def feed_forward(emission: Emission, module: str, normed: ir.Value) -> ir.Value:
         emission: The graph.
         module: HF name of the block, e.g. `model.layers.0.mlp`.
         normed: [batch, sequence, hidden], x.
+        names: Of gate, up and down inside the block.
 
     Returns:
         [batch, sequence, hidden] in down_proj's precision.
     """
     b, linears = emission.builder, emission.linears
-    gate = linears.emit(f"{module}.gate_proj", normed)
-    up = linears.emit(f"{module}.up_proj", normed)
+    gate_name, up_name, down = (f"{module}.{name}" for name in names)
+    gate = linears.emit(gate_name, normed)
+    up = linears.emit(up_name, normed)
     kept = element_type(gate)
-    precision = emission.plan.modules[f"{module}.down_proj"].precision
+    precision = emission.plan.modules[down].precision
     alike = element_type(up) == kept and precision != "int8" and ELEMENT_TYPES[precision] == kept
     product_type = kept if alike else ir.DataType.FLOAT
     gate, up = b.cast(gate, product_type), b.cast(up, product_type)
     sigmoid = b.op("Sigmoid", [gate], module)
     silu = b.op("Mul", [gate, sigmoid], module, label="silu")
     product = b.op("Mul", [silu, up], module, label="product")
-    return linears.emit(f"{module}.down_proj", product)
+    return linears.emit(down, product)

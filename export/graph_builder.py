@@ -113,6 +113,20 @@ class GraphBuilder:
         self._nodes[name] = ir.node(kind, inputs, attributes, outputs=[result], name=name, metadata_props=properties)
         return result
 
+    def top_k(self, value: ir.Value, count: int, module: str) -> tuple[ir.Value, ir.Value]:
+        """Append the largest `count` elements of the last axis: (values, largest first; their indices, int64).
+
+        Raises:
+            ValueError: The module has such a node already.
+        """
+        values = self.op("TopK", [value, self.integers(count)], module, attributes={"axis": -1})
+        node = values.producer()
+        assert node is not None
+        node.resize_outputs(2)
+        indices = node.outputs[1]
+        indices.name, indices.type = f"{node.name}.indices", ir.TensorType(ir.DataType.INT64)
+        return values, indices
+
     def cast(self, value: ir.Value, dtype: ir.DataType, output: str | None = None) -> ir.Value:
         """Return `value` in `dtype`: itself when it already is, and one Cast for all consumers otherwise."""
         if element_type(value) == dtype:

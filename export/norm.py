@@ -12,10 +12,10 @@ def rms_norm(emission: Emission, module: str, value: ir.Value) -> ir.Value:
 
     Args:
         emission: The graph.
-        module: HF name, e.g. `model.layers.0.input_layernorm`; its gain has as many channels as the hidden state.
+        module: HF name, e.g. `model.layers.0.input_layernorm`.
         value: [..., channels] in any precision.
     """
     b, name = emission.builder, f"{module}.weight"
-    gain = b.lazy(name, FLOAT, (emission.config.hidden_size,), lambda: emission.checkpoint.tensor(name))
+    gain = b.lazy(name, FLOAT, emission.linears.shapes[name], lambda: emission.checkpoint.tensor(name))
     attributes = {"axis": -1, "epsilon": emission.config.rms_norm_eps}
     return b.op("RMSNormalization", [b.cast(value, FLOAT), gain], module, attributes=attributes)
