@@ -146,16 +146,19 @@ def _mixture(experts: Experts | None, hf: Any, place: str) -> dict[str, Any]:
     """
     if experts is None:
         return {"num_experts": 0, "experts_per_token": 0, "expert_size": 0, "renormalized_routing": True}
-    dense = [f"{key} {value}" for key, value in _dense_layers(hf) if value]
-    if dense:
-        raise CheckpointError(
-            f"{place}: {dense[0]} puts plain feed-forward blocks among the experts; supported: experts in every layer"
-        )
+    everywhere: Mapping[str, Any] = {"decoder_sparse_step": 1, "mlp_only_layers": []}
+    for key, none in everywhere.items():
+        value = getattr(hf, key, none)
+        if value != none:
+            raise CheckpointError(
+                f"{place}: {key} {value} puts plain feed-forward blocks among the experts; supported: experts in "
+                "every layer"
+            )
     count, picked, size = hf.num_local_experts, hf.num_experts_per_tok, getattr(hf, experts.size)
     if not 1 <= picked <= count or size < 1:
         raise CheckpointError(
-            f"{place}: {picked} of {count} experts with {experts.size} {size}: expected at least one expert, one of "
-            f"them a token's, and one channel; the file is damaged"
+            f"{place}: {picked} of {count} experts with {experts.size} {size}: expected at least one for a token, no "
+            "more than there are, and a channel in each; the file is damaged"
         )
     renormalized = experts.renormalizes is None or bool(getattr(hf, experts.renormalizes))
     return {
@@ -164,15 +167,6 @@ def _mixture(experts: Experts | None, hf: Any, place: str) -> dict[str, Any]:
         "expert_size": size,
         "renormalized_routing": renormalized,
     }
-
-
-def _dense_layers(hf: Any) -> list[tuple[str, Any]]:
-    """Return the settings by which layers without experts are named, each with a value that is falsy for none."""
-    step = getattr(hf, "decoder_sparse_step", 1)
-    return [
-        ("decoder_sparse_step", step if step != 1 else 0),
-        ("mlp_only_layers", getattr(hf, "mlp_only_layers", None)),
-    ]
 
 
 def _check_activation(family: Family, raw: Mapping[str, Any], place: str) -> None:

@@ -1,7 +1,9 @@
 """The compiler takes mixtures of experts: every expert in its planned precision, the router in float32."""
 
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,6 +23,12 @@ pytestmark = pytest.mark.skipif(
 
 CPU = BuildEnvironment(Machine(frozenset({"tensorrt-rtx"}), gpu=None), available=None)
 
+FEW: Mapping[str, Mapping[str, Any]] = {
+    "mixtral": {"num_local_experts": 3},
+    "qwen3_moe": {"num_experts": 3, "num_experts_per_tok": 2},
+}
+"""Experts enough for one to be kept, and few to compile."""
+
 KEPT = ModulePlan(precision="float16", ratio=900.5, reason="test")
 WEIGHTS = ModulePlan(precision="float16", weights="int8")
 
@@ -33,7 +41,7 @@ WEIGHTS = ModulePlan(precision="float16", weights="int8")
     ],
 )
 def test_every_expert_runs_as_planned(tmp_path: Path, name: str, case: Case, found_in_expert: str) -> None:
-    checkpoint = mixture(name).checkpoint
+    checkpoint = mixture(name, **FEW[name]).checkpoint
     recipe = recipe_of(name, case, checkpoint, "float16")
     export_bundle(checkpoint, recipe, ExportOptions("float16"), tmp_path / "b")
     result = build_plan(tmp_path / "b", tmp_path / "e.plan", BuildOptions(targets=("SM86",)), environment=CPU)

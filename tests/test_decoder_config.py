@@ -33,7 +33,7 @@ def test_the_tensors_are_those_that_transformers_stores(name: str, tie: bool) ->
 
 
 @pytest.mark.parametrize("attention_bias", [False, True])
-@pytest.mark.parametrize("name", ["llama", "gemma", "gemma2", "gemma3_text", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "gemma", "gemma2", "gemma3_text", "qwen3", "qwen3_moe"])
 def test_biases_are_where_transformers_has_them(name: str, attention_bias: bool) -> None:
     mlp: dict[str, Any] = {"mlp_bias": True} if name == "llama" else {}
     checkpoint = tiny_family(name, attention_bias=attention_bias, **mlp).checkpoint
@@ -91,6 +91,11 @@ def test_gemmas_first_configurations_mean_the_tanh_form(activation: str) -> None
             "x: hidden_activation is 'gelu'; supported for gemma2: gelu_pytorch_tanh",
         ),
         ("mixtral", {"hidden_act": "relu"}, "x: hidden_act is 'relu'; supported for mixtral: silu"),
+        ("mixtral", {"num_experts_per_tok": 5}, "x: 5 of 4 experts with intermediate_size 80: expected at least one"),
+        ("qwen3_moe", {"num_experts_per_tok": 0}, "x: 0 of 6 experts with moe_intermediate_size 40: expected at"),
+        ("qwen3_moe", {"num_experts_per_tok": None}, "x: transformers refuses this configuration: "),
+        ("qwen3_moe", {"mlp_only_layers": [1]}, "x: mlp_only_layers [1] puts plain feed-forward blocks among the"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "x: decoder_sparse_step 2 puts plain feed-forward blocks among the"),
         (
             "phi3",
             {
