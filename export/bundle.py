@@ -158,7 +158,7 @@ def _graph_plan(checkpoint: Checkpoint, recipe: Recipe | None, options: ExportOp
 
 
 def _require_space(destination: Path, model: ir.Model) -> None:
-    tensors = [value.const_value for value in model.graph.initializers.values()]
+    tensors = [value.const_value for graph in model.graphs() for value in graph.initializers.values()]
     needed = sum(tensor.nbytes for tensor in tensors if tensor is not None) + _SLACK
     existing = destination.absolute().parent
     while not existing.exists():

@@ -1,8 +1,11 @@
-"""A mixture of experts as a graph of fixed shapes: every expert is computed for every token, and the router weighs.
+"""A mixture of experts as a graph of fixed shapes: an expert is computed for all tokens of a call, or for none.
 
-One product chain per expert, so that each linear keeps its own name, scale and precision. What depends on the routing
-is only which numbers are added up; no shape does.
+One product chain per expert, so that each linear keeps its own name, scale and precision. The chain is a branch that is
+skipped where the router sends the expert no token at all, as in decode with most; no shape depends on the routing.
 """
+
+from dataclasses import dataclass
+from functools import partial
 
 import onnx_ir as ir
 
@@ -10,7 +13,7 @@ from spike_export.calibration.families import Experts
 from spike_export.export.emission import Emission
 from spike_export.export.feed_forward import feed_forward
 
-FLOAT = ir.DataType.FLOAT
+FLOAT, BOOL = ir.DataType.FLOAT, ir.DataType.BOOL
 
 
 def sparse_moe(emission: Emission, module: str, normed: ir.Value, experts: Experts) -> ir.Value:
@@ -25,23 +28,45 @@ def sparse_moe(emission: Emission, module: str, normed: ir.Value, experts: Exper
     Returns:
         [batch, sequence, hidden] float32, whatever the experts' precisions.
     """
-    b, names = emission.builder, (experts.gate, experts.up, experts.down)
+    b = emission.builder
     shares = _shares(emission, module, normed)
-    total: ir.Value | None = None
+    over_tokens = {"keepdims": 0}
+    largest = b.op("ReduceMax", [shares, b.integers(0, 1)], module, label="largest_shares", attributes=over_tokens)
+    used = b.op("Greater", [largest, b.float32(0.0)], module, dtype=BOOL, label="used")
+    shape = b.op("Shape", [normed], module, dtype=ir.DataType.INT64, label="states_shape")
+    total = b.op("Expand", [b.float32(0.0), shape], module, label="no_states")
     for index in range(emission.config.num_experts):
-        expert = f"{module}.experts.{index}"
-        output = b.cast(feed_forward(emission, expert, normed, names), FLOAT)
-        bounds = [b.integers(index), b.integers(index + 1), b.integers(-1)]
-        share = b.op("Slice", [shares, *bounds], expert, label="share")
-        # Of an expert that the router did not pick nothing may get through: in 16 bit it can overflow, because
-        # calibration never saw it with such a token, and 0 * inf is NaN.
-        picked = b.op("Greater", [share, b.float32(0.0)], expert, dtype=ir.DataType.BOOL, label="picked")
-        output = b.op("Where", [picked, output, b.float32(0.0)], expert, dtype=FLOAT, label="output_if_picked")
-        weighed = b.op("Mul", [output, share], expert, label="weighed")
-        # A chain, not one sum of all: an engine then holds one expert's output at a time.
-        total = weighed if total is None else b.op("Add", [total, weighed], expert, label="sum")
-    assert total is not None
+        expert = _Expert(emission, f"{module}.experts.{index}", index, experts, shares)
+        is_used = b.op("Gather", [used, b.integer(index)], expert.module, label="is_used")
+        with_expert = partial(expert.add, normed, total)
+        total = b.conditional(is_used, with_expert, total, expert.module)
     return total
+
+
+@dataclass(frozen=True)
+class _Expert:
+    """One expert, and the shares [batch, sequence, experts] of all."""
+
+    emission: Emission
+    module: str
+    index: int
+    names: Experts
+    shares: ir.Value
+
+    def add(self, normed: ir.Value, total: ir.Value) -> ir.Value:
+        """Append total + share * expert(normed)."""
+        b, names = self.emission.builder, self.names
+        output = feed_forward(self.emission, self.module, normed, (names.gate, names.up, names.down))
+        bounds = [b.integers(self.index), b.integers(self.index + 1), b.integers(-1)]
+        share = b.op("Slice", [self.shares, *bounds], self.module, label="share")
+        # Of a token that the router sent elsewhere nothing may get through: in 16 bit it can overflow, because
+        # calibration never saw this expert with such a token, and 0 * inf is NaN.
+        sent = b.op("Greater", [share, b.float32(0.0)], self.module, dtype=BOOL, label="sent_here")
+        output = b.op(
+            "Where", [sent, b.cast(output, FLOAT), b.float32(0.0)], self.module, dtype=FLOAT, label="output_if_sent"
+        )
+        weighed = b.op("Mul", [output, share], self.module, label="weighed")
+        return b.op("Add", [total, weighed], self.module, label="sum")
 
 
 def _shares(emission: Emission, module: str, normed: ir.Value) -> ir.Value:
