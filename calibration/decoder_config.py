@@ -6,7 +6,7 @@ from typing import Any
 
 from spike_export.calibration.errors import CheckpointError, one_line
 from spike_export.calibration.factors import Factors
-from spike_export.calibration.families import FAMILIES, Family
+from spike_export.calibration.families import FAMILIES, Experts, Family
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 """Rope kinds, as HF names them."""
@@ -44,6 +44,8 @@ class DecoderConfig:
         sliding_window: Number of positions a token sees, itself included, or None for all.
         num_experts: Experts of the feed-forward block; 0 without a mixture of experts.
         experts_per_token: Experts that the router picks for a token.
+        expert_size: An expert's inner channels.
+        renormalized_routing: Whether the picked experts' shares are divided by their sum.
         factors: What the family scales by.
         biased: Linears of a layer that have a bias.
         bos_token_id: Beginning-of-sequence id, or None when the model has none.
@@ -64,6 +66,8 @@ class DecoderConfig:
     tie_word_embeddings: bool
     num_experts: int
     experts_per_token: int
+    expert_size: int
+    renormalized_routing: bool
     factors: Factors
     biased: frozenset[str]
     bos_token_id: int | None
@@ -139,13 +143,43 @@ def decoder_config(raw: Mapping[str, Any], place: str) -> DecoderConfig:
         max_position_embeddings=hf.max_position_embeddings,
         sliding_window=hf.sliding_window if family.sliding_window else None,
         tie_word_embeddings=hf.tie_word_embeddings,
-        num_experts=hf.num_local_experts if family.experts else 0,
-        experts_per_token=hf.num_experts_per_tok if family.experts else 0,
+        **_mixture(family.experts, hf, place),
         factors=family.factors(hf.to_dict()),
         biased=_biased(family, hf),
         bos_token_id=hf.bos_token_id,
         eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
     )
+
+
+def _mixture(experts: Experts | None, hf: Any, place: str) -> dict[str, Any]:
+    """Return the fields that describe a mixture of experts.
+
+    Raises:
+        CheckpointError: Some layers have no experts, or the sizes contradict each other.
+    """
+    if experts is None:
+        return {"num_experts": 0, "experts_per_token": 0, "expert_size": 0, "renormalized_routing": True}
+    everywhere: Mapping[str, Any] = {"decoder_sparse_step": 1, "mlp_only_layers": []}
+    for key, none in everywhere.items():
+        value = getattr(hf, key, none)
+        if value != none:
+            raise CheckpointError(
+                f"{place}: {key} {value} puts plain feed-forward blocks among the experts; supported: experts in "
+                "every layer"
+            )
+    count, picked, size = hf.num_local_experts, hf.num_experts_per_tok, getattr(hf, experts.size)
+    if not 1 <= picked <= count or size < 1:
+        raise CheckpointError(
+            f"{place}: {picked} of {count} experts with {experts.size} {size}: expected at least one for a token, no "
+            "more than there are, and a channel in each; the file is damaged"
+        )
+    renormalized = experts.renormalizes is None or bool(getattr(hf, experts.renormalizes))
+    return {
+        "num_experts": count,
+        "experts_per_token": picked,
+        "expert_size": size,
+        "renormalized_routing": renormalized,
+    }
 
 
 def _check_activation(family: Family, raw: Mapping[str, Any], place: str) -> None:
@@ -230,11 +264,13 @@ def linear_shapes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
         rows = {"q": heads, "k": key_value, "v": key_value}
         shapes |= {f"self_attn.{name}_proj": (count, hidden) for name, count in rows.items()}
     shapes["self_attn.o_proj"] = (hidden, heads)
-    if config.family.experts:
-        shapes["block_sparse_moe.gate"] = (config.num_experts, hidden)
+    experts, inner_of_expert = config.family.experts, config.expert_size
+    if experts:
+        shapes[f"{experts.block}.gate"] = (config.num_experts, hidden)
         for expert in range(config.num_experts):
-            stem = f"block_sparse_moe.experts.{expert}"
-            shapes |= {f"{stem}.w1": (inner, hidden), f"{stem}.w2": (hidden, inner), f"{stem}.w3": (inner, hidden)}
+            stem = f"{experts.block}.experts.{expert}"
+            shapes |= {f"{stem}.{name}": (inner_of_expert, hidden) for name in (experts.gate, experts.up)}
+            shapes[f"{stem}.{experts.down}"] = (hidden, inner_of_expert)
         return shapes
     if config.family.fused_projections:
         shapes["mlp.gate_up_proj"] = (2 * inner, hidden)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from spike_export.calibration.checkpoint import EMBEDDING, LM_HEAD, Checkpoint
 from spike_export.calibration.decoder_config import DecoderConfig, tensor_shapes
 from spike_export.calibration.errors import RecipeError
-from spike_export.calibration.modules import InputSite, input_sites, split_name
+from spike_export.calibration.modules import InputSite, input_sites, is_down_projection, split_name
 from spike_export.calibration.recipe import RotationPlan, SmoothingPlan
 from spike_export.calibration.rotation import rotation_matrix
 from spike_export.calibration.smoothing import is_per_value_head, plan_scales, repeated_for_group
@@ -219,11 +219,8 @@ class EquivalentTensors:
         return weight if scales is None else weight * scales
 
 
-_WRITERS = ("self_attn.o_proj", "mlp.down_proj")
-
-
 def _writes_stream(module: str) -> bool:
-    return module in _WRITERS or module.endswith(".w2")
+    return module == "self_attn.o_proj" or is_down_projection(module)
 
 
 def _product(left: Any, right: Any) -> Floats:

@@ -21,6 +21,27 @@ Activation = Literal["silu", "gelu_pytorch_tanh"]
 
 
 @dataclass(frozen=True, slots=True)
+class Experts:
+    """How a family's checkpoints name a mixture of experts, and where its configuration holds the sizes.
+
+    Attributes:
+        block: The feed-forward block inside a layer; its router is `<block>.gate`, an expert `<block>.experts.N`.
+        gate: The expert's linear whose output passes the activation.
+        up: The one whose output is multiplied by it.
+        down: The one that reads their product.
+        size: Key of an expert's inner channels.
+        renormalizes: Key of a switch that makes the picked experts' shares add up to one; None where they always do.
+    """
+
+    block: str
+    gate: str
+    up: str
+    down: str
+    size: str
+    renormalizes: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Family:
     """The structure of a family's decoder layer.
 
@@ -37,7 +58,7 @@ class Family:
         qk_norm: Whether queries and keys are normalized, each head by itself or the whole projection.
         fused_projections: Whether q, k, v are one linear, and gate and up another.
         biased: Linears that always have a bias. LLaMA's `attention_bias` and `mlp_bias` add to them.
-        experts: Whether the feed-forward block is a mixture of experts.
+        experts: The feed-forward block's mixture of experts, or None.
         factors: Reads what the family scales by from HF's configuration.
     """
 
@@ -51,8 +72,13 @@ class Family:
     qk_norm: Literal["head", "projection"] | None = None
     fused_projections: bool = False
     biased: tuple[str, ...] = ()
-    experts: bool = False
+    experts: Experts | None = None
     factors: Callable[[Mapping[str, Any]], Factors] = no_factors
+
+    @property
+    def feed_forward(self) -> str:
+        """Name of the feed-forward block inside a layer."""
+        return self.experts.block if self.experts else "mlp"
 
 
 _POST_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
@@ -62,7 +88,11 @@ _ROWS = (
     # LLaMA-2/3, SOLAR and SmolLM2 all call themselves "llama" in their config.json.
     Family("llama"),
     Family("mistral", sliding_window=True),
-    Family("mixtral", sliding_window=True, experts=True),
+    Family(
+        "mixtral",
+        sliding_window=True,
+        experts=Experts("block_sparse_moe", gate="w1", up="w3", down="w2", size="intermediate_size"),
+    ),
     Family("gemma", activation="gelu_pytorch_tanh", norm_offset=1.0, factors=gemma_factors),
     Family(
         "gemma2",
@@ -89,6 +119,19 @@ _ROWS = (
     # Qwen2 and Qwen2.5.
     Family("qwen2", sliding_window=True, biased=_QKV),
     Family("qwen3", sliding_window=True, qk_norm="head"),
+    Family(
+        "qwen3_moe",
+        sliding_window=True,
+        qk_norm="head",
+        experts=Experts(
+            "mlp",
+            gate="gate_proj",
+            up="up_proj",
+            down="down_proj",
+            size="moe_intermediate_size",
+            renormalizes="norm_topk_prob",
+        ),
+    ),
 )
 
 FAMILIES: Mapping[str, Family] = {family.model_type: family for family in _ROWS}

@@ -79,8 +79,9 @@ def empty_decoder(config: DecoderConfig, dtype: Dtype = "float32") -> Any:
         decoder = AutoModel.from_config(settings, attn_implementation=attention, dtype=getattr(torch, dtype))
         if config.family.experts:
             for layer in decoder.layers:
-                # One module under both names: the checkpoint's, and the one that the layer's forward calls.
-                layer.mlp = layer.block_sparse_moe = sparse_moe(config).to(getattr(torch, dtype))
+                layer.mlp = sparse_moe(config).to(getattr(torch, dtype))
+                # Under the checkpoint's name too, where the layer's forward calls it by another.
+                setattr(layer, config.family.feed_forward, layer.mlp)
     # It matters in training only, and need not be among the rows that are read.
     decoder.embed_tokens.padding_idx = None
     # What no checkpoint holds, rope frequencies and the embedding's factor (Gemma), is made outside the meta device.

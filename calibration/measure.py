@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from spike_export.calibration.decoder_config import linear_shapes
 from spike_export.calibration.errors import CalibrationError
 from spike_export.calibration.layerwise import Decoder, batches
-from spike_export.calibration.modules import MOE, expert_of, input_sites, split_name
+from spike_export.calibration.modules import input_sites, split_name
 from spike_export.calibration.progress import Progress, silent
+from spike_export.calibration.sparse_moe import routed_positions
 from spike_export.calibration.spikes import Floats, ModuleSpikes, SpikeStatistics, require_reached
 
 if TYPE_CHECKING:
@@ -79,14 +80,11 @@ class Recorder:
                 attention.operands = None
 
     def _input_hook(self, layer: Any, name: str) -> Any:
-        expert = expert_of(name)
-
         def hook(_: "nn.Module", inputs: "tuple[torch.Tensor, ...]") -> None:
-            rows = inputs[0]
-            if expert is None and rows.dim() == 3:
+            rows, positions = inputs[0], routed_positions(layer, name)
+            if positions is None and rows.dim() == 3:
                 tokens, channels = _maxima(rows)
             else:
-                positions = None if expert is None else layer.get_submodule(MOE).routed[expert]
                 tokens, channels = _routed_maxima(rows, positions, layer.shape)
             self._tokens.setdefault(name, {})[layer.batch] = tokens
             self._channels.setdefault(name, {})[layer.batch] = channels
@@ -94,13 +92,12 @@ class Recorder:
         return hook
 
     def _output_hook(self, layer: Any, name: str) -> Any:
-        expert = expert_of(name)
-
         def hook(_: "nn.Module", __: Any, output: "torch.Tensor") -> None:
-            if expert is None:
+            positions = routed_positions(layer, name)
+            if positions is None:
                 amax = _sample_amax(output.reshape(layer.shape[0], -1))
             else:
-                channels = _routed_maxima(output, layer.get_submodule(MOE).routed[expert], layer.shape)[1]
+                channels = _routed_maxima(output, positions, layer.shape)[1]
                 amax = channels.max(axis=1)
             known = self._outputs.setdefault(name, {})
             known[layer.batch] = np.maximum(known.get(layer.batch, amax), amax)

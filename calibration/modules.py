@@ -11,10 +11,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from spike_export.calibration.decoder_config import DecoderConfig
+from spike_export.calibration.families import FAMILIES, Experts
 
-MOE = "block_sparse_moe"
-ROUTER = f"{MOE}.gate"
-_EXPERT = re.compile(rf"{MOE}\.experts\.(\d+)\.(w\d)")
+_MIXTURES: Mapping[str, Experts] = {
+    family.experts.block: family.experts for family in FAMILIES.values() if family.experts
+}
+"""Feed-forward block → the naming of its experts."""
+
+_ROUTERS = tuple(f"{block}.gate" for block in _MIXTURES)
+_EXPERT = re.compile(rf"(?P<stem>(?P<block>{'|'.join(_MIXTURES)})\.experts\.(?P<index>\d+))\.(?P<linear>\w+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +70,16 @@ _FUSED_MLP = (
 
 SIBLINGS: Mapping[str, tuple[str, ...]] = {
     site.representative: site.readers for site in (*_ATTENTION, *_FUSED_ATTENTION, *_MLP, *_FUSED_MLP)
-} | {ROUTER: (ROUTER,)}
+} | {router: (router,) for router in _ROUTERS}
 """Representative → the linears that read its input, inside one decoder layer; an expert's are made by `siblings`."""
 
 
-def _expert_sites(experts: int) -> tuple[InputSite, ...]:
-    sites = [InputSite(ROUTER, (ROUTER,), _MLP_NORM)]
-    for index in range(experts):
-        gate, down, up = (f"{MOE}.experts.{index}.w{number}" for number in (1, 2, 3))
+def _expert_sites(experts: Experts, count: int) -> tuple[InputSite, ...]:
+    router = f"{experts.block}.gate"
+    sites = [InputSite(router, (router,), _MLP_NORM)]
+    for index in range(count):
+        stem = f"{experts.block}.experts.{index}"
+        gate, up, down = (f"{stem}.{name}" for name in (experts.gate, experts.up, experts.down))
         sites.append(InputSite(up, (up, gate), _MLP_NORM))
         sites.append(InputSite(down, (down,), up))
     return tuple(sites)
@@ -83,7 +90,7 @@ def input_sites(config: DecoderConfig) -> tuple[InputSite, ...]:
     family = config.family
     attention = _FUSED_ATTENTION if family.fused_projections else _ATTENTION
     mlp = _FUSED_MLP if family.fused_projections else _MLP
-    sites = attention + (_expert_sites(config.num_experts) if family.experts else mlp)
+    sites = attention + (_expert_sites(family.experts, config.num_experts) if family.experts else mlp)
     norms = {_ATTENTION_NORM: family.attention_norm, _MLP_NORM: family.mlp_norm}
     return tuple(
         InputSite(site.representative, site.readers, norms.get(site.producer or "", site.producer)) for site in sites
@@ -109,9 +116,26 @@ def siblings(representative: str) -> tuple[str, ...]:
     if expert is None:
         readers = SIBLINGS[name]
     else:
-        stem = name.removesuffix(expert[2])
-        readers = tuple(stem + linear for linear in {"w3": ("w3", "w1"), "w2": ("w2",)}[expert[2]])
+        names = _MIXTURES[expert["block"]]
+        read = {names.up: (names.up, names.gate), names.down: (names.down,)}[expert["linear"]]
+        readers = tuple(f"{expert['stem']}.{linear}" for linear in read)
     return tuple(f"model.layers.{layer}.{reader}" for reader in readers)
+
+
+def representative_of(module: str) -> str:
+    """Return the HF name of the linear that stands for `module`: itself, or the sibling that does.
+
+    Raises:
+        ValueError: The name is not that of a decoder layer's module.
+    """
+    layer, name = split_name(module)
+    expert = _EXPERT.fullmatch(name)
+    if expert is None:
+        owner = next((key for key, readers in SIBLINGS.items() if name in readers), name)
+    else:
+        names = _MIXTURES[expert["block"]]
+        owner = f"{expert['stem']}.{names.up if expert['linear'] == names.gate else expert['linear']}"
+    return f"model.layers.{layer}.{owner}"
 
 
 def linears(config: DecoderConfig) -> tuple[str, ...]:
@@ -121,7 +145,15 @@ def linears(config: DecoderConfig) -> tuple[str, ...]:
 
 def is_router(module: str) -> bool:
     """Return whether the module is a mixture of experts' router, which is never quantized."""
-    return module.endswith(ROUTER)
+    return module.endswith(_ROUTERS)
+
+
+def is_down_projection(module: str) -> bool:
+    """Return whether the module ends a feed-forward block, or an expert of one; named inside the layer or in full."""
+    expert = _EXPERT.search(module)
+    if expert:
+        return expert["linear"] == _MIXTURES[expert["block"]].down
+    return module.endswith("mlp.down_proj")
 
 
 def split_name(module: str) -> tuple[int, str]:
@@ -139,4 +171,4 @@ def split_name(module: str) -> tuple[int, str]:
 def expert_of(module: str) -> int | None:
     """Return the index of the expert a module belongs to, or None."""
     expert = _EXPERT.search(module)
-    return int(expert[1]) if expert else None
+    return int(expert["index"]) if expert else None

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from spike_export.calibration.decoder_config import DecoderConfig, linear_shapes
-from spike_export.calibration.modules import is_router, siblings, split_name
+from spike_export.calibration.modules import expert_of, is_router, siblings, split_name
 from spike_export.calibration.recipe import Criterion, CurvePoint
 
 
@@ -95,19 +95,26 @@ class Scores:
         return self.first(len(kept))
 
 
-def mac_shares(config: DecoderConfig, representatives: tuple[str, ...]) -> dict[str, float]:
-    """Return each representative's share of the quantizable linears' multiply-accumulates.
+def macs_per_token(config: DecoderConfig) -> dict[str, float]:
+    """Return the linears of a decoder layer with the multiply-accumulates that a token needs of them.
 
-    Of a mixture of experts a token passes only some, so that an expert counts in proportion.
+    Of a mixture of experts a token needs only some, so that an expert counts in proportion.
     """
-    shapes = linear_shapes(config)
     routed = config.experts_per_token / config.num_experts if config.num_experts else 1.0
-    macs = {}
-    for name in representatives:
-        if is_router(name):
-            continue
-        size = sum(math.prod(shapes[split_name(linear)[1]]) for linear in siblings(name))
-        macs[name] = size * (routed if ".experts." in name else 1.0)
+    return {
+        name: math.prod(shape) * (1.0 if expert_of(name) is None else routed)
+        for name, shape in linear_shapes(config).items()
+    }
+
+
+def mac_shares(config: DecoderConfig, representatives: tuple[str, ...]) -> dict[str, float]:
+    """Return each representative's share of the quantizable linears' multiply-accumulates."""
+    linears = macs_per_token(config)
+    macs = {
+        name: math.fsum(linears[split_name(linear)[1]] for linear in siblings(name))
+        for name in representatives
+        if not is_router(name)
+    }
     total = math.fsum(macs.values())
     return {name: size / total for name, size in macs.items()}
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spike_export.calibration.decoder_config import DecoderConfig
-from spike_export.calibration.modules import MOE, InputSite, expert_of, input_sites, is_router
+from spike_export.calibration.modules import InputSite, input_sites, is_router
 from spike_export.calibration.recipe import QMAX, ActivationRange, ActivationScheme, SmoothingPlan, WeightScheme
 from spike_export.calibration.simulate import fake_quantize, fake_quantize_tokens
 from spike_export.calibration.smoothing import (
@@ -27,6 +27,7 @@ from spike_export.calibration.smoothing import (
     smoothing_plan,
     smoothing_scales,
 )
+from spike_export.calibration.sparse_moe import routed_positions
 from spike_export.calibration.spikes import ModuleSpikes, SpikeStatistics
 from spike_export.calibration.weight_quantization import quantize_weight
 
@@ -159,7 +160,7 @@ class SmoothingSearch:
     def visit(self, index: int, layer: "nn.Module") -> "Iterator[None]":
         """Within the block the layer's windows pass; at its end its inputs are searched."""
         seen = _Rows(layer, self.stride)
-        mlp = MOE if self.config.family.experts else "mlp"
+        mlp = self.config.family.feed_forward
         handles = [
             *(seen.watch_input(site.representative) for site in input_sites(self.config)),
             *(seen.watch_output(branch) for branch in ("self_attn", mlp)),
@@ -235,14 +236,11 @@ class _Rows:
         """Keep a linear's input rows, and which of the kept tokens they are."""
         import torch
 
-        expert = expert_of(name)
-
         def hook(_: Any, inputs: "tuple[torch.Tensor, ...]") -> None:
             rows = inputs[0].reshape(-1, inputs[0].shape[-1])
-            if expert is None:
+            positions = routed_positions(self._layer, name)
+            if positions is None:
                 positions = torch.arange(len(rows), device=rows.device)
-            else:
-                positions = self._layer.get_submodule(MOE).routed[expert]
             kept = positions % self._stride == 0
             before = sum(len(part) for part in self._hidden)
             self.inputs.setdefault(name, []).append(rows[kept].float())

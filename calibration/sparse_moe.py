@@ -6,32 +6,39 @@ transformers holds all experts in two stacked tensors; a checkpoint names each e
 from typing import TYPE_CHECKING, Any
 
 from spike_export.calibration.decoder_config import DecoderConfig
+from spike_export.calibration.modules import expert_of
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 
 def sparse_moe(config: DecoderConfig) -> "nn.Module":
-    """Return Mixtral's block: softmax over the router's logits, the top k renormalized, experts `w2(act(w1) * w3)`.
+    """Return the block: softmax over the router's logits, the top k (renormalized), experts `down(act(gate) * up)`.
 
-    The module has `gate` and `experts.N.w1|w2|w3`, as the checkpoint names them, and `routed`: after a forward,
-    expert → the flat token positions [tokens] it was given, in the order of its rows.
+    The module has `gate`, the router, and `experts.N` with three linears, all as the family's checkpoints name them;
+    and `routed`: after a forward, expert → the flat token positions [tokens] it was given, in the order of its rows.
     """
     import torch
     from torch import nn
     from transformers.activations import ACT2FN
 
+    names = config.family.experts
+    if names is None:
+        raise ValueError(f"{config.family.model_type} has no experts")
+    gate, up, down = names.gate, names.up, names.down
+
     class Expert(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            hidden, inner = config.hidden_size, config.intermediate_size
-            self.w1 = nn.Linear(hidden, inner, bias=False)
-            self.w2 = nn.Linear(inner, hidden, bias=False)
-            self.w3 = nn.Linear(hidden, inner, bias=False)
+            hidden, inner = config.hidden_size, config.expert_size
+            for name, inputs, outputs in ((gate, hidden, inner), (up, hidden, inner), (down, inner, hidden)):
+                self.add_module(name, nn.Linear(inputs, outputs, bias=False))
             self.activation: Any = ACT2FN[config.family.activation]
 
         def forward(self, states: torch.Tensor) -> torch.Tensor:
-            product: torch.Tensor = self.w2(self.activation(self.w1(states)) * self.w3(states))
+            gated = self.activation(self.get_submodule(gate)(states)) * self.get_submodule(up)(states)
+            product: torch.Tensor = self.get_submodule(down)(gated)
             return product
 
     class SparseMoe(nn.Module):
@@ -44,7 +51,8 @@ def sparse_moe(config: DecoderConfig) -> "nn.Module":
         def forward(self, states: torch.Tensor) -> torch.Tensor:
             flat = states.reshape(-1, states.shape[-1])
             weights, chosen = torch.topk(torch.softmax(self.gate(flat).float(), -1), config.experts_per_token, -1)
-            weights = weights / weights.sum(-1, keepdim=True)
+            if config.renormalized_routing:
+                weights = weights / weights.sum(-1, keepdim=True)
             mixed = torch.zeros(flat.shape, dtype=torch.float32, device=flat.device)
             self.routed = {}
             for index, expert in enumerate(self.experts):
@@ -55,3 +63,17 @@ def sparse_moe(config: DecoderConfig) -> "nn.Module":
             return mixed.to(states.dtype).reshape(states.shape)
 
     return SparseMoe()
+
+
+def routed_positions(layer: Any, module: str) -> "torch.Tensor | None":
+    """Return the flat token positions [tokens] of a module's input rows in the forward under way.
+
+    Args:
+        layer: The decoder layer.
+        module: A linear's name, inside the layer or in full; None is returned where it is no expert's.
+    """
+    expert = expert_of(module)
+    if expert is None:
+        return None
+    positions: torch.Tensor = layer.mlp.routed[expert]
+    return positions

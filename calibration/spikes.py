@@ -80,16 +80,20 @@ class ModuleSpikes:
         return covered_range((self.sample_channel_amax / scales).max(axis=1), rule)
 
     @property
+    def token_ratios(self) -> Floats:
+        """[samples, tokens] Each token scale over its sample's lower median; NaN where the token did not come here."""
+        tokens = (~np.isnan(self.token_amax)).sum(axis=1)
+        ordered = np.sort(self.token_amax, axis=1)  # NaN goes to the end
+        lower_median = ordered[np.arange(len(ordered)), np.maximum(tokens - 1, 0) // 2]
+        # A sample whose median token is exactly zero has no scale to compare with; the floor keeps it finite.
+        ratios: Floats = self.token_amax / np.maximum(lower_median, np.finfo(np.float32).tiny)[:, None]
+        return ratios
+
+    @property
     def sample_ratios(self) -> Floats:
         """[samples seen] Maximum over lower median of the token scales, per sample that has tokens here."""
-        tokens = (~np.isnan(self.token_amax)).sum(axis=1)
-        ordered = np.sort(self.token_amax, axis=1)[tokens > 0]  # NaN goes to the end
-        count = tokens[tokens > 0]
-        rows = np.arange(len(ordered))
-        lower_median, largest = ordered[rows, (count - 1) // 2], ordered[rows, count - 1]
-        # A sample whose median token is exactly zero has no scale to compare with; the floor keeps it finite.
-        ratios: Floats = largest / np.maximum(lower_median, np.finfo(np.float32).tiny)
-        return ratios
+        ratios: Floats = np.fmax.reduce(self.token_ratios, axis=1)
+        return ratios[~np.isnan(ratios)]
 
     @property
     def ratio(self) -> float:

@@ -327,12 +327,10 @@ def spiking_tokens(statistics: SpikeStatistics, top: int = TOP_TOKENS) -> list[S
 
 
 def _module_tokens(statistics: SpikeStatistics, name: str) -> list[SpikingToken]:
-    amax = statistics.modules[name].token_amax
-    if amax.shape != statistics.token_ids.shape or amax.size == 0:
-        return []  # an expert sees only the tokens routed to it, and its columns have no ids
-    median = np.sort(amax, axis=1)[:, (amax.shape[1] - 1) // 2]
-    ratios = (amax / np.maximum(median, np.finfo(np.float32).tiny)[:, None]).ravel()
-    order = np.argsort(-ratios, kind="stable")
+    spikes = statistics.modules[name]
+    amax, ratios = spikes.token_amax, spikes.token_ratios.ravel()
+    seen = np.flatnonzero(~np.isnan(ratios))  # a mixture's router sends an expert some of the tokens only
+    order = seen[np.argsort(-ratios[seen], kind="stable")]
     _, first = np.unique(statistics.token_ids.ravel()[order], return_index=True)
     strongest = order[np.sort(first)[:TOKENS_PER_MODULE]]
     return [

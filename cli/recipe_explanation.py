@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from spike_export.calibration.errors import ArtifactError, RecipeError
-from spike_export.calibration.modules import SIBLINGS, split_name
+from spike_export.calibration.modules import representative_of
 from spike_export.calibration.recipe import ModulePlan, Recipe, load_recipe
 from spike_export.calibration.spikes import load_description
 from spike_export.cli.visible_text import visible
@@ -161,7 +161,7 @@ def _explanation(recipe: Recipe, run: Path, name: str) -> dict[str, str]:
         covers = f"magnitudes up to {127 * plan.activation_scale:.4g}"
         clip = f", {plan.clip:.0%} of what calibration saw; the rest saturates" if plan.clip else ""
         lines["activation scale"] = f"{plan.activation_scale:.4g}: {covers}{clip}"
-    representative = _representative(name)
+    representative = representative_of(name)
     smoothing = recipe.smoothing.get(representative)
     if smoothing is not None:
         lines["smoothing"] = f"{smoothing.form} {smoothing.parameter} on the input of {representative}"
@@ -188,12 +188,6 @@ def _why(recipe: Recipe, plan: ModulePlan) -> str:
 
 def _rank(recipe: Recipe, field: str, value: float) -> int:
     return 1 + sum(bool((getattr(plan, field) or 0.0) > value) for plan in recipe.modules.values())
-
-
-def _representative(name: str) -> str:
-    layer, inner = split_name(name)
-    owner = next((key for key, readers in SIBLINGS.items() if inner in readers), inner.replace(".w1", ".w3"))
-    return f"model.layers.{layer}.{owner}"
 
 
 def _seen(stem: Path, module: str) -> str:

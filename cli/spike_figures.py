@@ -22,7 +22,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 from numpy.typing import NDArray
 
 from spike_export.calibration.atomic_write import atomic_path
-from spike_export.calibration.modules import split_name
+from spike_export.calibration.modules import is_down_projection, split_name
 from spike_export.calibration.recipe import CurvePoint, Recipe
 from spike_export.calibration.spikes import SpikeStatistics
 
@@ -36,9 +36,6 @@ CHOSEN_COLOUR = "#D55E00"
 INK = "#1A1A1A"
 PAPER = "#FFFFFF"
 GRID = "#DDDDDD"
-
-DOWN_PROJECTIONS = ("down_proj", "w2")
-"""Last name parts of the FFN's down projection, whose input is where spikes appear (method, section 1)."""
 
 SINGLE_POSITIONS = 64
 """Positions drawn one cell each; spikes sit at the first tokens."""
@@ -90,12 +87,13 @@ def spike_map(statistics: SpikeStatistics) -> SpikeMap | None:
     """
     rows: dict[int, NDArray[np.float64]] = {}
     for name, spikes in statistics.modules.items():
-        if name.rpartition(".")[2] not in DOWN_PROJECTIONS or spikes.token_amax.size == 0:
+        if not is_down_projection(name) or spikes.token_amax.size == 0:
             continue
         layer = _layer(name)
         if layer is not None:
-            row = spikes.token_amax.max(axis=0).astype(np.float64)
-            rows[layer] = np.maximum(rows[layer], row) if layer in rows else row
+            # NaN stands where an expert was not given the token; every token has some expert.
+            row = np.fmax.reduce(spikes.token_amax, axis=0).astype(np.float64)
+            rows[layer] = np.fmax(rows[layer], row) if layer in rows else row
     if not rows:
         return None
     edges = position_edges(min(row.size for row in rows.values()))

@@ -7,6 +7,7 @@ import onnx
 from onnx import TensorProto
 
 from spike_export.calibration.errors import EngineError
+from spike_export.engines.branches import inline_branches
 from spike_export.engines.build_profiles import GraphInput
 from spike_export.export.manifest import INT8_WEIGHTS
 
@@ -21,7 +22,7 @@ _PASSED_THROUGH = ("Transpose", "Cast", "Unsqueeze")
 
 
 def load_graph(path: Path) -> onnx.ModelProto:
-    """Read model.onnx without its weights, and see that all of them are in the files beside it.
+    """Read model.onnx without its weights and its branches, and see that all weights are in the files beside it.
 
     Raises:
         EngineError: The file is not an ONNX model, or a weight lies outside its data file.
@@ -30,6 +31,7 @@ def load_graph(path: Path) -> onnx.ModelProto:
         model = onnx.load(str(path), load_external_data=False)
     except Exception as error:  # protobuf's decode error has no public name that survives its versions
         raise EngineError(f"{path}: not a readable ONNX model ({error}); export the bundle again") from error
+    inline_branches(model)
     _require_weights(model, path.parent)
     return model
 

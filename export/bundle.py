@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -14,12 +14,12 @@ import onnx_ir as ir
 
 from spike_export.calibration.atomic_write import atomic_path
 from spike_export.calibration.checkpoint import Checkpoint
-from spike_export.calibration.decoder_config import tensor_shapes
 from spike_export.calibration.equivalent_weights import equivalent_checkpoint
 from spike_export.calibration.errors import ArtifactError, RecipeError
 from spike_export.calibration.layerwise import Decoder, Execution
-from spike_export.calibration.modules import linears
+from spike_export.calibration.modules import is_router, linears, split_name
 from spike_export.calibration.progress import Progress, silent
+from spike_export.calibration.qfem import macs_per_token
 from spike_export.calibration.recipe import Dtype, ModulePlan, Recipe, recipe_text
 from spike_export.export.architectures import require_exportable
 from spike_export.export.decoder_graph import build_decoder
@@ -121,6 +121,12 @@ def verify_recipe(recipe: Recipe, checkpoint: Checkpoint, checkpoint_sha256: str
         raise RecipeError(
             f"the recipe names module {unknown[0]}{_more(unknown)}, which is no linear of this decoder; remove it"
         )
+    routers = [name for name, plan in recipe.modules.items() if is_router(name) and plan.precision == "int8"]
+    if routers:
+        raise RecipeError(
+            f"the recipe quantizes {routers[0]}{_more(routers)}, which decides what experts a token goes to; set its "
+            "precision to float32"
+        )
     blocks = {f"model.layers.{index}.self_attn" for index in range(checkpoint.config.num_hidden_layers)}
     unknown = sorted(set(recipe.attention) - blocks)
     if unknown:
@@ -143,15 +149,16 @@ def _more(names: list[str]) -> str:
 def _graph_plan(checkpoint: Checkpoint, recipe: Recipe | None, options: ExportOptions) -> GraphPlan:
     if recipe is None:
         kept = ModulePlan(precision=options.dtype)
-        names = linears(checkpoint.config)
-        return GraphPlan(dict.fromkeys(names, kept), "int8-per-channel", options.dtype)
+        router = ModulePlan(precision="float32", reason="router")
+        plans = {name: router if is_router(name) else kept for name in linears(checkpoint.config)}
+        return GraphPlan(plans, "int8-per-channel", options.dtype)
     ids = recipe.prefix_ids
     prefix = Decoder(checkpoint, Execution(resident=False)).prefix_key_values(ids) if ids else ()
     return GraphPlan(recipe.modules, recipe.scheme.weights, options.dtype, prefix, recipe.attention)
 
 
 def _require_space(destination: Path, model: ir.Model) -> None:
-    tensors = [value.const_value for value in model.graph.initializers.values()]
+    tensors = [value.const_value for graph in model.graphs() for value in graph.initializers.values()]
     needed = sum(tensor.nbytes for tensor in tensors if tensor is not None) + _SLACK
     existing = destination.absolute().parent
     while not existing.exists():
@@ -235,14 +242,13 @@ def _bundle_prefix(checkpoint: Checkpoint, recipe: Recipe | None) -> BundlePrefi
 
 
 def _linear_shares(checkpoint: Checkpoint, plan: GraphPlan) -> dict[str, LinearShare]:
-    shapes = tensor_shapes(checkpoint.config)
+    needed = macs_per_token(checkpoint.config)
     modules: Counter[str] = Counter()
-    macs: Counter[str] = Counter()
+    macs: defaultdict[str, float] = defaultdict(float)
     for name, module in plan.modules.items():
-        columns, rows = shapes[f"{name}.weight"]
         modules[number_format(module)] += 1
-        macs[number_format(module)] += columns * rows
-    total = macs.total()
+        macs[number_format(module)] += needed[split_name(name)[1]]
+    total = sum(macs.values())
     return {kind: LinearShare(modules=modules[kind], mac_share=macs[kind] / total) for kind in sorted(modules)}
 
 

@@ -21,6 +21,7 @@ from spike_export.export.head import emit_head
 from spike_export.export.kv_cache import DynamicCache
 from spike_export.export.norm import rms_norm
 from spike_export.export.rope import RopeEmitter, RotaryTables
+from spike_export.export.sparse_moe import sparse_moe
 
 PRODUCER = "spike-export"
 
@@ -56,8 +57,16 @@ def _layer(emission: Emission, attention: AttentionEmitter, index: int, hidden: 
     after_attention, after_mlp = family.post_norms or (None, None)
     attended = attention.emit(index, _normed(emission, layer, family.attention_norm, hidden))
     hidden = _joined(emission, layer, "attention", hidden, _normed(emission, layer, after_attention, attended))
-    fed = feed_forward(emission, f"{layer}.mlp", _normed(emission, layer, family.mlp_norm, hidden))
+    fed = _feed_forward(emission, layer, _normed(emission, layer, family.mlp_norm, hidden))
     return _joined(emission, layer, "mlp", hidden, _normed(emission, layer, after_mlp, fed))
+
+
+def _feed_forward(emission: Emission, layer: str, normed: ir.Value) -> ir.Value:
+    family = emission.config.family
+    block = f"{layer}.{family.feed_forward}"
+    if family.experts is None:
+        return feed_forward(emission, block, normed)
+    return sparse_moe(emission, block, normed, family.experts)
 
 
 def _normed(emission: Emission, layer: str, norm: str | None, value: ir.Value) -> ir.Value:

@@ -1,6 +1,8 @@
 """Writes an ONNX graph node by node on onnx-ir: stable unique names, Hugging Face initializer names, lazy weights."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,22 @@ ELEMENT_TYPES: Mapping[Dtype, ir.DataType] = {
 
 Dimensions = Sequence[int | str]
 
-Attribute = int | float | str | Sequence[int]
+Attribute = int | float | str | Sequence[int] | ir.Graph
+
+
+@dataclass
+class _Scope:
+    """What one graph holds so far: the model's, or that of a branch."""
+
+    nodes: list[ir.Node] = field(default_factory=list)
+    initializers: list[ir.Value] = field(default_factory=list)
+
+    def graph(self, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], name: str) -> ir.Graph:
+        """Return the finished graph."""
+        opsets = {"": OPSET}
+        return ir.Graph(
+            inputs, outputs, nodes=self.nodes, initializers=self.initializers, opset_imports=opsets, name=name
+        )
 
 
 class GraphBuilder:
@@ -34,7 +51,9 @@ class GraphBuilder:
     def __init__(self) -> None:
         self._inputs: list[ir.Value] = []
         self._outputs: list[ir.Value] = []
-        self._nodes: dict[str, ir.Node] = {}
+        self._scopes = [_Scope()]  # the branches under construction, innermost last
+        self._depths: dict[str, int] = {}
+        self._nodes: set[str] = set()
         self._initializers: dict[str, ir.Value] = {}
         self._casts: dict[tuple[str, ir.DataType], ir.Value] = {}
 
@@ -67,12 +86,12 @@ class GraphBuilder:
     def integers(self, *values: int) -> ir.Value:
         """Return the 1-D int64 constant of these values; equal constants are one initializer."""
         name = "integers." + ".".join(str(value) for value in values)
-        return self._initializers.get(name) or self.initializer(name, np.array(values, np.int64))
+        return self._constant(name, np.array(values, np.int64))
 
     def integer(self, value: int) -> ir.Value:
         """Return the 0-D int64 constant of this value."""
         name = f"integer.{value}"
-        return self._initializers.get(name) or self.initializer(name, np.array(value, np.int64))
+        return self._constant(name, np.array(value, np.int64))
 
     def float32(self, value: float) -> ir.Value:
         """Return the 0-D float32 constant of this value."""
@@ -80,8 +99,7 @@ class GraphBuilder:
 
     def number(self, value: float, dtype: np.dtype[Any]) -> ir.Value:
         """Return the 0-D constant of this value in a floating-point type."""
-        name = f"{dtype.name}.{float(value)!r}"
-        return self._initializers.get(name) or self.initializer(name, np.array(value, dtype))
+        return self._constant(f"{dtype.name}.{float(value)!r}", np.array(value, dtype))
 
     def op(
         self,
@@ -114,8 +132,55 @@ class GraphBuilder:
             raise ValueError(f"node name {name!r} is taken or not allowed")
         result = ir.Value(name=output or f"{name}.output", type=ir.TensorType(dtype or element_type(inputs[0])))
         properties = {"module": module, **(metadata or {})}
-        self._nodes[name] = ir.node(kind, inputs, attributes, outputs=[result], name=name, metadata_props=properties)
+        node = ir.node(kind, inputs, attributes, outputs=[result], name=name, metadata_props=properties)
+        self._nodes.add(name)
+        self._scopes[-1].nodes.append(node)
+        self._depths[str(result.name)] = len(self._scopes) - 1
         return result
+
+    def conditional(
+        self, condition: ir.Value, then: Callable[[], ir.Value], otherwise: ir.Value, module: str
+    ) -> ir.Value:
+        """Append an If: what `then` emits, with its initializers, is a branch of its own.
+
+        Args:
+            condition: 0-D bool.
+            then: Emits the branch's nodes and returns its value.
+            otherwise: What there is when the condition does not hold; of the same element type.
+            module: HF path of the module that is computed or not.
+        """
+        self._scopes.append(_Scope())
+        result = then()
+        computed = self._scopes.pop().graph([], [result], f"{module}.then")
+        self._scopes.append(_Scope())
+        kept = self.op("Identity", [otherwise], module)
+        left_out = self._scopes.pop().graph([], [kept], f"{module}.else")
+        branches = {"then_branch": computed, "else_branch": left_out}
+        return self.op("If", [condition], module, dtype=element_type(result), attributes=branches)
+
+    @contextmanager
+    def beside(self, value: ir.Value) -> Iterator[None]:
+        """Within the block, nodes go to the graph that `value` is in: what they yield serves other branches too."""
+        scopes, depth = self._scopes, self._depths.get(str(value.name), 0)
+        self._scopes = scopes[: depth + 1]
+        try:
+            yield
+        finally:
+            self._scopes = scopes
+
+    def top_k(self, value: ir.Value, count: int, module: str) -> tuple[ir.Value, ir.Value]:
+        """Append the largest `count` elements of the last axis: (values, largest first; their indices, int64).
+
+        Raises:
+            ValueError: The module has such a node already.
+        """
+        values = self.op("TopK", [value, self.integers(count)], module, attributes={"axis": -1})
+        node = values.producer()
+        assert node is not None
+        node.resize_outputs(2)
+        indices = node.outputs[1]
+        indices.name, indices.type = f"{node.name}.indices", ir.TensorType(ir.DataType.INT64)
+        return values, indices
 
     def cast(self, value: ir.Value, dtype: ir.DataType, output: str | None = None) -> ir.Value:
         """Return `value` in `dtype`: itself when it already is, and one Cast for all consumers otherwise."""
@@ -127,21 +192,15 @@ class GraphBuilder:
             if producer is None:
                 raise ValueError(f"graph input {value.name!r} is not cast")
             module, label = producer.metadata_props["module"], f"{_label(producer)}_to_{dtype.name.lower()}"
-            self._casts[key] = self.op(
-                "Cast", [value], module, dtype=dtype, label=label, output=output, attributes={"to": dtype.value}
-            )
+            with self.beside(value):
+                self._casts[key] = self.op(
+                    "Cast", [value], module, dtype=dtype, label=label, output=output, attributes={"to": dtype.value}
+                )
         return self._casts[key]
 
     def model(self, name: str, producer: str, version: str) -> ir.Model:
         """Return the finished model."""
-        graph = ir.Graph(
-            self._inputs,
-            self._outputs,
-            nodes=self._nodes.values(),
-            initializers=list(self._initializers.values()),
-            opset_imports={"": OPSET},
-            name=name,
-        )
+        graph = self._scopes[0].graph(self._inputs, self._outputs, name)
         return ir.Model(graph, ir_version=IR_VERSION, producer_name=producer, producer_version=version)
 
     def _add_initializer(self, name: str, tensor: ir.TensorProtocol, shape: Sequence[int]) -> ir.Value:
@@ -149,7 +208,16 @@ class GraphBuilder:
             raise ValueError(f"initializer name {name!r} is taken")
         value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(shape), const_value=tensor)
         self._initializers[name] = value
+        self._scopes[-1].initializers.append(value)
         return value
+
+    def _constant(self, name: str, array: NDArray[Any]) -> ir.Value:
+        """Return a constant that all graphs share, and that therefore is in the outermost."""
+        if name not in self._initializers:
+            scopes, self._scopes = self._scopes, self._scopes[:1]
+            self.initializer(name, array)
+            self._scopes = scopes
+        return self._initializers[name]
 
 
 def element_type(value: ir.Value) -> ir.DataType:

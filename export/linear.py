@@ -139,12 +139,13 @@ class LinearEmitter:
             # Named after what makes the tensor: no reader has more right to the nodes than its siblings.
             place, stem = ("model", name) if producer is None else (producer.metadata_props["module"], producer.name)
             label = f"{str(stem).removeprefix(place + '.')}_token"
-            amax = b.op("Abs", [value], place, label=f"{label}_abs")
             keep = {"keepdims": 1}
-            amax = b.op("ReduceMax", [amax, b.integers(-1)], place, label=f"{label}_amax", attributes=keep)
-            amax = b.op("Max", [amax, b.float32(SMALLEST_TOKEN_AMAX)], place, label=f"{label}_amax_floored")
-            step = b.op("Div", [amax, b.float32(QMAX)], place, label=f"{label}_step")
-            scaled = b.op("Div", [value, step], place, label=f"{label}_scaled")
+            with b.beside(value):
+                amax = b.op("Abs", [value], place, label=f"{label}_abs")
+                amax = b.op("ReduceMax", [amax, b.integers(-1)], place, label=f"{label}_amax", attributes=keep)
+                amax = b.op("Max", [amax, b.float32(SMALLEST_TOKEN_AMAX)], place, label=f"{label}_amax_floored")
+                step = b.op("Div", [amax, b.float32(QMAX)], place, label=f"{label}_step")
+                scaled = b.op("Div", [value, step], place, label=f"{label}_scaled")
             self._token_scaled[name] = _TokenScaled(scaled, step)
         return self._token_scaled[name]
 

@@ -58,7 +58,8 @@ class LinearShare(_Document):
 
     Attributes:
         modules: How many there are.
-        mac_share: Their part of the multiply-accumulates of all decoder linears, 0..1; the head is not counted.
+        mac_share: Their part of the multiply-accumulates that a token needs of all decoder linears, 0..1: an expert
+            counts for the tokens that are routed to it on average. The head is not counted.
     """
 
     modules: int

@@ -20,6 +20,9 @@ LONG_ROPE: Mapping[str, Any] = {
     "original_max_position_embeddings": 64,
 }
 
+EXPERTS = {"mixtral": (4, 2, 80), "qwen3_moe": (6, 3, 40)}
+"""Experts, experts per token, channels of an expert."""
+
 
 def raw(name: str, **changes: Any) -> dict[str, Any]:
     """Return the content of config.json."""
@@ -40,7 +43,7 @@ def test_the_tensors_are_those_that_transformers_stores(name: str, tie: bool) ->
 
 
 @pytest.mark.parametrize("attention_bias", [False, True])
-@pytest.mark.parametrize("name", ["llama", "gemma", "gemma2", "gemma3_text", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "gemma", "gemma2", "gemma3_text", "qwen3", "qwen3_moe"])
 def test_biases_are_where_transformers_has_them(name: str, attention_bias: bool) -> None:
     mlp: dict[str, Any] = {"mlp_bias": True} if name == "llama" else {}
     checkpoint = tiny_family(name, attention_bias=attention_bias, **mlp).checkpoint
@@ -68,7 +71,7 @@ def test_sizes(name: str) -> None:
     assert (config.num_attention_heads, config.num_key_value_heads) == (4, 2)
     assert config.head_dim == (12 if name in ("mixtral", "granite", "olmo2", "qwen2", "phi3") else 16)
     assert config.sliding_window == (None if name in PLAIN_CAUSAL else WINDOW)
-    assert (config.num_experts, config.experts_per_token) == ((4, 2) if name == "mixtral" else (0, 0))
+    assert (config.num_experts, config.experts_per_token, config.expert_size) == EXPERTS.get(name, (0, 0, 0))
     assert linear_shapes(config)["self_attn.o_proj"] == (48, 4 * config.head_dim)
 
 
@@ -117,6 +120,11 @@ def test_gemmas_first_configurations_mean_the_tanh_form(activation: str) -> None
             "x: hidden_activation is 'gelu'; supported for gemma2: gelu_pytorch_tanh",
         ),
         ("mixtral", {"hidden_act": "relu"}, "x: hidden_act is 'relu'; supported for mixtral: silu"),
+        ("mixtral", {"num_experts_per_tok": 5}, "x: 5 of 4 experts with intermediate_size 80: expected at least one"),
+        ("qwen3_moe", {"num_experts_per_tok": 0}, "x: 0 of 6 experts with moe_intermediate_size 40: expected at"),
+        ("qwen3_moe", {"num_experts_per_tok": None}, "x: transformers refuses this configuration: "),
+        ("qwen3_moe", {"mlp_only_layers": [1]}, "x: mlp_only_layers [1] puts plain feed-forward blocks among the"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "x: decoder_sparse_step 2 puts plain feed-forward blocks among the"),
         (
             "llama",
             {"rope_parameters": {"rope_type": "invented", "rope_theta": 1e4}},

@@ -48,7 +48,7 @@ def change(checkpoint: Checkpoint, original: torch.Tensor, prefix: tuple[int, ..
 def widths(checkpoint: Checkpoint) -> dict[str, int]:
     """Return the number of scales of each input, by a rule of thumb of this size: hidden 48, MLP 80, values 2 heads."""
     config = checkpoint.config
-    special = {"o_proj": 2 * config.head_dim, "down_proj": 80, "w2": 80}
+    special = {"o_proj": 2 * config.head_dim, "down_proj": config.expert_size or 80, "w2": 80}
     return {
         site.representative: special.get(site.representative.rpartition(".")[2], 48) for site in input_sites(config)
     }
@@ -198,7 +198,7 @@ def no_writer(patch: pytest.MonkeyPatch) -> None:
 
 
 def no_expert_writer(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(equivalent_weights, "_writes_stream", lambda module: module in equivalent_weights._WRITERS)
+    patch.setattr(equivalent_weights, "_writes_stream", lambda module: module in ("self_attn.o_proj", "mlp.down_proj"))
 
 
 def no_head(patch: pytest.MonkeyPatch) -> None:
@@ -244,6 +244,7 @@ def no_biases(patch: pytest.MonkeyPatch) -> None:
         (no_norm_offset, "gemma3_text", None),
         (no_writer, "llama", ROTATION),
         (no_expert_writer, "mixtral", ROTATION),
+        (no_expert_writer, "qwen3_moe", ROTATION),
         (no_head, "llama", ROTATION),
         (no_embedding, "llama", ROTATION),
         (no_biases, "qwen2", None),

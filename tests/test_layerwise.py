@@ -18,6 +18,7 @@ from spike_export.calibration.measure import Recorder, measure_spikes
 from spike_export.calibration.modules import representatives, siblings
 from spike_export.calibration.spikes import ModuleSpikes, SpikeStatistics
 from tests.tiny_families import (
+    MIXTURES,
     NAMES,
     PLAIN_CAUSAL,
     SAME_KERNELS,
@@ -234,7 +235,7 @@ def assert_same_statistics(actual: SpikeStatistics, expected: SpikeStatistics, r
     np.testing.assert_array_equal(actual.token_ids, expected.token_ids)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "mixtral"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in MIXTURES])
 def test_statistics_are_those_of_hooks_on_the_whole_model(name: str) -> None:
     model, ids = tiny_family(name), tokens()
     expected = whole_model_statistics(model, ids)

@@ -14,13 +14,14 @@ from spike_export.calibration.checkpoint import Checkpoint
 from spike_export.calibration.errors import ArtifactError, CalibrationError
 from spike_export.calibration.layerwise import BATCH_TOKENS, Decoder
 from spike_export.calibration.measure import measure_spikes
-from spike_export.calibration.modules import MOE, representatives
+from spike_export.calibration.modules import representatives
 from spike_export.calibration.overflow_guard import stream_dtype
 from spike_export.calibration.spikes import ModuleSpikes, SpikeStatistics, merge_statistics, require_reached
 from tests.tiny_families import replaced, tiny_family, tokens
 from tests.tiny_models import TinyModel
 
 PREFIX = (1, 7)
+MOE = "block_sparse_moe"
 EMBEDDING = "model.embed_tokens.weight"
 
 
@@ -269,32 +270,38 @@ def block_inputs_and_choices(
     return inputs, choices
 
 
+NAMING = {"mixtral": (MOE, ("w1", "w3", "w2")), "qwen3_moe": ("mlp", ("gate_proj", "up_proj", "down_proj"))}
+"""Family → its block, and an expert's gate, up and down."""
+
+
 def routed_by_transformers(model: TinyModel, windows: NDArray[np.int64]) -> dict[str, ModuleSpikes]:
     """Return the record of every expert's inputs and outputs, by a loop over tokens.
 
     The router's choice and the block's input are taken from transformers' own model, window by window.
     """
     found: dict[str, ModuleSpikes] = {}
+    config = model.checkpoint.config
+    block, (g, u, d) = NAMING[config.family.model_type]
     for layer, decoder_layer in enumerate(model.reference.model.layers):
         inputs, choices = block_inputs_and_choices(model, decoder_layer.mlp, windows)
-        for expert in range(4):
-            stem = f"model.layers.{layer}.{MOE}.experts.{expert}"
-            w1, w2, w3 = (torch.from_numpy(model.checkpoint.tensor(f"{stem}.w{number}.weight")) for number in (1, 2, 3))
+        for expert in range(config.num_experts):
+            stem = f"model.layers.{layer}.{block}.experts.{expert}"
+            w1, w2, w3 = (torch.from_numpy(model.checkpoint.tensor(f"{stem}.{name}.weight")) for name in (g, d, u))
             records = {
                 name: ModuleSpikes(
                     np.full(windows.shape, np.nan, np.float32),
                     np.zeros((len(windows), width), np.float32),
                     np.zeros(len(windows), np.float32),
                 )
-                for name, width in (("w3", 48), ("w2", 80))
+                for name, width in ((u, 48), (d, len(w1)))
             }
             for sample, position in np.ndindex(windows.shape):
                 if expert in choices[sample][position].tolist():
                     value = inputs[sample][position]
                     gate, up = w1 @ value, w3 @ value
                     product = torch.nn.functional.silu(gate) * up
-                    # What w1 and w3 yield is told by their product, w2's input: it is not recorded itself.
-                    for name, seen, output in (("w3", value, torch.zeros(1)), ("w2", product, w2 @ product)):
+                    # What gate and up yield is told by their product, down's input: it is not recorded itself.
+                    for name, seen, output in ((u, value, torch.zeros(1)), (d, product, w2 @ product)):
                         record, magnitudes = records[name], seen.abs().numpy()
                         record.token_amax[sample, position] = magnitudes.max()
                         channels = record.sample_channel_amax[sample]
@@ -304,9 +311,11 @@ def routed_by_transformers(model: TinyModel, windows: NDArray[np.int64]) -> dict
     return found
 
 
+@pytest.mark.parametrize("family", NAMING)
 @pytest.mark.parametrize("batch_tokens", [1, BATCH_TOKENS])
-def test_an_expert_is_measured_on_the_tokens_it_was_sent(batch_tokens: int) -> None:
-    model, windows = tiny_family("mixtral"), tokens(rows=4, length=12)
+def test_an_expert_is_measured_on_the_tokens_it_was_sent(batch_tokens: int, family: str) -> None:
+    model, windows = tiny_family(family), tokens(rows=4, length=12)
+    config, (block, (_, _, down)) = model.checkpoint.config, NAMING[family]
     routed = routed_by_transformers(model, windows)
     found = measure_spikes(Decoder(model.checkpoint), windows, batch_tokens=batch_tokens)
     assert set(routed) == {name for name in found.modules if ".experts." in name}
@@ -317,9 +326,10 @@ def test_an_expert_is_measured_on_the_tokens_it_was_sent(batch_tokens: int) -> N
         np.testing.assert_allclose(spikes.sample_channel_amax, expected.sample_channel_amax, rtol=1e-4, atol=1e-6)
         np.testing.assert_allclose(spikes.output_amax, expected.output_amax, rtol=1e-4)
     for layer in range(4):
-        stem = f"model.layers.{layer}.{MOE}"
-        seen = [~np.isnan(found.modules[f"{stem}.experts.{expert}.w2"].token_amax) for expert in range(4)]
-        np.testing.assert_array_equal(np.sum(seen, axis=0), 2)  # two experts for each token
+        stem = f"model.layers.{layer}.{block}"
+        records = [found.modules[f"{stem}.experts.{expert}.{down}"] for expert in range(config.num_experts)]
+        seen = [~np.isnan(record.token_amax) for record in records]
+        np.testing.assert_array_equal(np.sum(seen, axis=0), config.experts_per_token)
         assert not np.isnan(found.modules[f"{stem}.gate"].token_amax).any()
 
 

@@ -11,8 +11,10 @@ from spike_export.calibration.decoder_config import DecoderConfig, linear_shapes
 from spike_export.calibration.modules import (
     expert_of,
     input_sites,
+    is_down_projection,
     is_router,
     linears,
+    representative_of,
     representatives,
     siblings,
     split_name,
@@ -110,6 +112,16 @@ LAYERS: dict[str, list[tuple[str, ...]]] = {
             for names in (("w3", "w1"), ("w2",))
         ),
     ],
+    "qwen3_moe": [
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("self_attn.o_proj",),
+        ("mlp.gate",),
+        *(
+            tuple(f"mlp.experts.{expert}.{name}" for name in names)
+            for expert in range(6)
+            for names in (("up_proj", "gate_proj"), ("down_proj",))
+        ),
+    ],
 }
 
 
@@ -156,6 +168,9 @@ def test_experts_and_routers_are_known_by_name() -> None:
     assert expert_of("model.layers.3.block_sparse_moe.experts.11.w2") == 11
     assert expert_of("model.layers.3.block_sparse_moe.gate") is None
     assert expert_of("model.layers.3.mlp.down_proj") is None
+    assert expert_of("mlp.experts.127.down_proj") == 127
+    assert is_router("mlp.gate")
+    assert not is_router("model.layers.3.mlp.experts.0.gate_proj")
     assert is_router("model.layers.3.block_sparse_moe.gate")
     assert not is_router("model.layers.3.mlp.gate_proj")
 
@@ -163,6 +178,7 @@ def test_experts_and_routers_are_known_by_name() -> None:
 @pytest.mark.parametrize(
     "name",
     [
+        "model.layers.0.mlp.experts.0.gate_proj",
         "model.layers.0.self_attn.k_proj",
         "model.layers.0.mlp.gate_proj",
         "model.layers.0.block_sparse_moe.experts.0.w1",
@@ -171,6 +187,21 @@ def test_experts_and_routers_are_known_by_name() -> None:
 def test_a_sibling_is_no_representative(name: str) -> None:
     with pytest.raises(KeyError):
         siblings(name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_linear_knows_who_stands_for_it(name: str) -> None:
+    for representative in representatives(config(2, name)):
+        assert {representative_of(linear) for linear in siblings(representative)} == {representative}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_down_projections_write_the_residual_stream(name: str) -> None:
+    small = config(1, name)
+    downs = {module for module in linears(small) if is_down_projection(module)}
+    assert len(downs) == max(1, small.num_experts)
+    producers = {site.representative: site.producer for site in input_sites(small)}
+    assert all("." in producers[split_name(module)[1]] for module in downs)
 
 
 @pytest.mark.parametrize(

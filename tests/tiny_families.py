@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from spike_export.calibration.checkpoint import LM_HEAD, Checkpoint
 from spike_export.calibration.decoder_config import decoder_config
+from spike_export.calibration.families import Experts
 from tests.tiny_models import MemoryTensors, TinyModel
 
 WINDOW = 9
@@ -37,15 +38,25 @@ _SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "olmo2": {"head_dim": None},
     "qwen2": {"head_dim": None, "use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2},
     "qwen3": {},
+    "qwen3_moe": {
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 40,
+        "norm_topk_prob": False,
+        "use_sliding_window": False,
+    },
     "phi3": {"sliding_window": WINDOW, "head_dim": None},
 }
 
 NAMES = tuple(_SETTINGS)
 
-SAME_KERNELS = tuple(name for name in NAMES if name not in ("mixtral", "gemma2"))
+MIXTURES = ("mixtral", "qwen3_moe")
+"""Families with experts."""
+
+SAME_KERNELS = tuple(name for name in NAMES if name not in (*MIXTURES, "gemma2"))
 """Families that run the very operations transformers runs; the others add up in another order."""
 
-PLAIN_CAUSAL = ("llama", "gemma", "granite", "olmo2", "qwen3")
+PLAIN_CAUSAL = ("llama", "gemma", "granite", "olmo2", "qwen3", "qwen3_moe")
 """Families without a sliding window."""
 
 
@@ -90,16 +101,18 @@ def checkpoint_of(reference: Any) -> Checkpoint:
     config = decoder_config(reference.config.to_dict(), "tiny")
     tensors: dict[str, NDArray[np.float32]] = {}
     for name, tensor in reference.state_dict().items():
-        tensors |= dict(_stored(name, tensor)) if config.num_experts else {name: tensor.numpy()}
+        tensors |= (
+            dict(_stored(name, tensor, config.family.experts)) if config.family.experts else {name: tensor.numpy()}
+        )
     if config.tie_word_embeddings:
         tensors.pop(LM_HEAD, None)
     return Checkpoint("tiny", config, MemoryTensors(tensors), None, {})
 
 
-def _stored(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    """Name Mixtral's tensors as its files do: transformers stacks the experts, and w1 on w3."""
+def _stored(name: str, tensor: torch.Tensor, names: Experts) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """Name a mixture's tensors as its files do: transformers stacks the experts, and gate on up."""
     layer, is_moe, rest = name.partition(".mlp.")
-    stem = f"{layer}.block_sparse_moe"
+    stem = f"{layer}.{names.block}"
     if not is_moe:
         yield name, tensor.numpy()
     elif rest == "gate.weight":
@@ -108,11 +121,11 @@ def _stored(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, NDArray[np.f
         for expert, matrix in enumerate(tensor.numpy()):
             place = f"{stem}.experts.{expert}"
             if rest == "experts.down_proj":
-                yield f"{place}.w2.weight", matrix
+                yield f"{place}.{names.down}.weight", matrix
             else:
                 half = len(matrix) // 2
-                yield f"{place}.w1.weight", matrix[:half]
-                yield f"{place}.w3.weight", matrix[half:]
+                yield f"{place}.{names.gate}.weight", matrix[:half]
+                yield f"{place}.{names.up}.weight", matrix[half:]
 
 
 def replaced(checkpoint: Checkpoint, changes: Mapping[str, NDArray[np.float32]]) -> Checkpoint:
