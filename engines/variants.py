@@ -14,7 +14,8 @@ from spike_export.calibration.progress import Progress, silent
 from spike_export.calibration.recipe import Recipe
 from spike_export.engines.accuracy import Accuracy, LoadModel, ReferenceLogits, compare, reference_logits
 from spike_export.engines.check_document import Check, CheckCorpus, CheckReference, CheckVariant
-from spike_export.engines.onnx_session import CACHE_TYPES, open_bundle
+from spike_export.engines.onnx_session import open_bundle
+from spike_export.engines.sequences import CACHE_TYPES
 from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.manifest import Manifest, load_manifest
 

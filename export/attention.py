@@ -6,7 +6,7 @@ import onnx_ir as ir
 
 from spike_export.export.attention_context import AttentionContext
 from spike_export.export.emission import Emission
-from spike_export.export.kv_cache import DynamicCache
+from spike_export.export.kv_cache import KvCache
 from spike_export.export.linear import quantize_dequantize
 
 FLOAT = ir.DataType.FLOAT
@@ -22,7 +22,7 @@ class AttentionEmitter:
 
     emission: Emission
     context: AttentionContext
-    cache: DynamicCache
+    cache: KvCache
     tables: tuple[ir.Value, ir.Value]
 
     def emit(self, index: int, normed: ir.Value) -> ir.Value:
