@@ -102,13 +102,18 @@ def make_profiles(inputs: Sequence[GraphInput], names: Sequence[ProfileName], li
     Raises:
         EngineError: The graph has an input of another kind than those of the decoder.
     """
-    return tuple(
-        Profile(
-            name,
-            {graph_input.name: _shape_range(graph_input, _sizes(name, limits), limits.batch) for graph_input in inputs},
-        )
-        for name in names
-    )
+    return tuple(_profile(inputs, name, limits) for name in names)
+
+
+def _profile(inputs: Sequence[GraphInput], name: ProfileName, limits: Limits) -> Profile:
+    batch = limits.batch
+    if name == "prefill" and any(graph_input.name == "fresh" for graph_input in inputs):
+        # A prefix enters a static cache row by row, and at the start of a sequence only: with a free batch or a free
+        # length of `fresh`, TensorRT-RTX 1.7 fails inside its code generator on three layers and more. A row's part of
+        # the buffer is contiguous, so that it can be bound alone.
+        batch = BatchRange(1, 1, 1)
+    sizes = _sizes(name, limits)
+    return Profile(name, {graph_input.name: _shape_range(graph_input, sizes, batch) for graph_input in inputs})
 
 
 def _sizes(name: ProfileName, limits: Limits) -> tuple[_Sizes, _Sizes, _Sizes]:
@@ -127,9 +132,8 @@ def _sizes(name: ProfileName, limits: Limits) -> tuple[_Sizes, _Sizes, _Sizes]:
             _Sizes(1, p + context - 1, context, fresh=0),
         )
     typical, longest = limits.typical_prompt, limits.max_prompt
-    # The smallest is fresh in a dynamic cache and not in a static one, so that each range spans both.
     return (
-        _Sizes(1, 0, 1, fresh=0),
+        _Sizes(1, 0, 1, fresh=1),
         _Sizes(typical, 0, typical, fresh=1),
         _Sizes(longest, p + context - 1, context - 1 + longest, fresh=1),
     )

@@ -64,14 +64,21 @@ def test_every_corner_is_a_call_that_could_happen(name: ProfileName, prefix: int
 
 def test_a_static_cache_keeps_its_length_and_only_prefill_lets_the_prefix_in() -> None:
     prefill, decode = (p.shapes for p in make_profiles(STATIC_INPUTS, ["prefill", "decode"], limits()))
-    for shapes in (prefill, decode):
-        buffer = shapes["past_key_values.0.key"]
-        assert (buffer.smallest, buffer.typical, buffer.largest) == ((1, 3, 105, 64), (2, 3, 105, 64), (4, 3, 105, 64))
-        assert [shapes["write_indices"].smallest, shapes["write_indices"].largest] == [(1,), (4,)]
-    # 0 in prefill is a chunk that goes on.
-    assert (prefill["fresh"].smallest, prefill["fresh"].typical, prefill["fresh"].largest) == ((0,), (1,), (1,))
+    # A prefix enters row by row.
+    for shapes, batches in ((prefill, (1, 1, 1)), (decode, (1, 2, 4))):
+        buffer, indices = shapes["past_key_values.0.key"], shapes["write_indices"]
+        assert (buffer.smallest, buffer.typical, buffer.largest) == tuple((rows, 3, 105, 64) for rows in batches)
+        assert (indices.smallest, indices.typical, indices.largest) == tuple((rows,) for rows in batches)
+    assert {prefill["fresh"].smallest, prefill["fresh"].typical, prefill["fresh"].largest} == {(1,)}
     assert {decode["fresh"].smallest, decode["fresh"].typical, decode["fresh"].largest} == {(0,)}
-    assert (prefill["input_ids"].largest, decode["input_ids"].largest) == ((4, 40), (4, 1))
+    assert (prefill["input_ids"].largest, decode["input_ids"].largest) == ((1, 40), (4, 1))
+
+
+def test_a_static_cache_without_a_prefix_is_filled_in_batches() -> None:
+    inputs = [graph_input for graph_input in STATIC_INPUTS if graph_input.name != "fresh"]
+    shapes = make_profiles(inputs, ["prefill"], limits(prefix=0, context=105))[0].shapes
+    assert shapes["input_ids"].largest == (4, 40)
+    assert shapes["past_key_values.0.key"].largest == (4, 3, 105, 64)
 
 
 @pytest.mark.parametrize(
