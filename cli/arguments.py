@@ -11,6 +11,7 @@ Dtype = Literal["float16", "bfloat16", "float32"]
 _CALIBRATION = Group("Calibration", sort_key=1)
 _QUANTIZATION = Group("Quantization", sort_key=2)
 _EXECUTION = Group("Execution", sort_key=3)
+_CACHE = Group("Key/value cache", sort_key=3)
 _CHECK = Group("Check", sort_key=3)
 _BUILD = Group("Engine", sort_key=4)
 _RUN = Group("Run", sort_key=5)
@@ -119,6 +120,18 @@ class DtypeArguments:
 
     dtype: Dtype = "float16"
     "Precision of embeddings, residual stream, attention, cache, head, and of modules that are not quantized."
+
+
+@Parameter(name="*", group=_CACHE)
+@dataclass(frozen=True, kw_only=True)
+class CacheArguments:
+    """How the graph keeps keys and values."""
+
+    kv_cache: Literal["dynamic", "static"] = "dynamic"
+    "A cache that grows with every call, or a buffer of fixed size that is written in place."
+
+    capacity: int | None = None
+    "Most tokens of a sequence in a static cache, the prefix not counted; attention reads all of it in every call."
 
 
 @Parameter(name="*", group=_CHECK)

@@ -10,7 +10,7 @@ from spike_export.calibration.layerwise import Decoder
 from spike_export.calibration.progress import Progress
 from spike_export.calibration.token_windows import token_windows
 from spike_export.cli.arguments import CorpusArguments
-from spike_export.cli.job import require_length
+from spike_export.cli.job import require_length, require_room
 from spike_export.engines.check_document import Check
 from spike_export.engines.onnx_session import runnable_manifest
 from spike_export.engines.variants import Variant, check_variants
@@ -23,7 +23,7 @@ def check_bundle(bundle: Path, reference: str, arguments: CorpusArguments, progr
     Raises:
         ArtifactError: The bundle was made of another checkpoint.
         CorpusError: The corpus cannot be used.
-        RecipeError: The windows are longer than the model's sequences.
+        RecipeError: The windows are longer than the model's sequences, or than its static cache.
         EngineError: ONNX Runtime cannot run the bundle.
     """
     manifest = runnable_manifest(bundle)
@@ -31,6 +31,7 @@ def check_bundle(bundle: Path, reference: str, arguments: CorpusArguments, progr
     if manifest.model.checkpoint_sha256 != checkpoint.tensors.sha256():
         raise ArtifactError(f"{bundle}: was made of {manifest.model.source}, and {reference} has other weights")
     require_length(arguments.length, checkpoint)
+    require_room(arguments.length, manifest.capacity)
     options = CorpusOptions(arguments.corpus, arguments.text_field, arguments.corpus_split, arguments.chat_template)
     corpus = rendered(load_corpus(options), checkpoint.tokenizer)
     windows = token_windows(

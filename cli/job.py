@@ -12,6 +12,7 @@ from spike_export.calibration.options import CalibrationOptions
 from spike_export.calibration.recipe import Dtype
 from spike_export.cli.execution import Residency
 from spike_export.engines.build_options import BuildOptions
+from spike_export.export.cache_options import CacheOptions
 
 if TYPE_CHECKING:
     from spike_export.calibration.checkpoint import Checkpoint
@@ -31,6 +32,7 @@ class Job:
         text_field: Key of the text, or of the messages, in its records; None for the usual keys.
         corpus_split: Split of a dataset; None for `train`.
         chat_template: Render the corpus's conversations with the model's chat template.
+        cache: Which cache of keys and values the graph has.
         max_ppl_increase: Largest relative perplexity increase of the shipped bundle; None for no limit.
         build: How to build the plan.
         allow_fallback: Accept a plan in which a module planned as INT8 runs in 16 bit.
@@ -49,6 +51,7 @@ class Job:
     text_field: str | None = None
     corpus_split: str | None = None
     chat_template: bool = False
+    cache: CacheOptions = field(default_factory=CacheOptions)
     max_ppl_increase: float | None = None
     build: BuildOptions = field(default_factory=BuildOptions)
     allow_fallback: bool = False
@@ -128,3 +131,20 @@ def require_length(length: int, checkpoint: "Checkpoint") -> None:
     most = checkpoint.config.max_position_embeddings
     if length > most:
         raise RecipeError(f"--length is {length}; {checkpoint.name} takes at most {most} tokens: give that or less")
+
+
+def require_room(length: int, capacity: int | None) -> None:
+    """Refuse windows that the check could not feed into a static cache.
+
+    Args:
+        length: Tokens of a window, BOS included.
+        capacity: Own tokens the cache has room for; None for one that grows.
+
+    Raises:
+        RecipeError: Names both options.
+    """
+    if capacity is not None and length > capacity:
+        raise RecipeError(
+            f"the static cache's capacity is {capacity}, and the check feeds windows of --length {length}: give a "
+            f"--length that fits, or export with a larger --capacity"
+        )

@@ -17,6 +17,7 @@ from rich.text import Text
 from spike_export.calibration.errors import ArtifactError, SpikeExportError
 from spike_export.cli.arguments import (
     BuildArguments,
+    CacheArguments,
     CorpusArguments,
     DtypeArguments,
     ExecutionArguments,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from spike_export.cli.job import Job
     from spike_export.cli.pipeline import Pipeline
     from spike_export.engines.build_options import BuildOptions
+    from spike_export.export.cache_options import CacheOptions
 
 DONE, GATE_MISSED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -115,6 +117,7 @@ def job(
     quantization: QuantizationArguments = QuantizationArguments(),
     dtype: DtypeArguments = DtypeArguments(),
     execution: ExecutionArguments = ExecutionArguments(),
+    cache: CacheArguments = CacheArguments(),
     gate: GateArguments = GateArguments(),
     build: BuildArguments = BuildArguments(),
     run_options: RunArguments = RunArguments(),
@@ -129,6 +132,7 @@ def job(
         calibration=_calibration_options(corpus, quantization, dtype),
         quantize=quantize,
         **_corpus_fields(corpus),
+        cache=_cache_options(cache),
         max_ppl_increase=gate.max_ppl_increase,
         build=_build_options(build),
         allow_fallback=build.allow_fallback,
@@ -171,7 +175,7 @@ def _verdict(passed: bool, wrong: tuple[str, ...], allow_fallback: bool) -> int:
 
 
 def _open(work: "Job", options: RunArguments, stages: Sequence[str], console: Console) -> "Pipeline":
-    from spike_export.cli.job import require_buildable, require_length, require_writable
+    from spike_export.cli.job import require_buildable, require_length, require_room, require_writable
 
     # What would stop the last stage is said before the first one, which may take hours.
     if work.plan:
@@ -184,13 +188,19 @@ def _open(work: "Job", options: RunArguments, stages: Sequence[str], console: Co
     from spike_export.cli.pipeline import BUNDLE, Pipeline
     from spike_export.cli.progress_display import ProgressDisplay
     from spike_export.cli.run_directory import RunDirectory
+    from spike_export.engines.build_profiles import resolve_limits
     from spike_export.export.architectures import require_exportable
+    from spike_export.export.cache_options import require_capacity
 
     read = work.read_corpus()  # a bad corpus is reported before the model is opened
     checkpoint = open_checkpoint(work.model)
     if BUNDLE in stages:
         require_exportable(checkpoint.config)
+        require_capacity(work.cache, checkpoint.config)
+        require_room(work.calibration.length, work.cache.capacity)
     require_length(work.calibration.length, checkpoint)
+    if work.plan:
+        resolve_limits(work.build, 0, checkpoint.config.max_position_embeddings, work.cache.capacity)
     if work.quantize:
         require_rotation(work.calibration, checkpoint.config)
     corpus = rendered(read, checkpoint.tokenizer)
@@ -225,6 +235,12 @@ def _execution_fields(execution: ExecutionArguments) -> dict[str, Any]:
         "compute_dtype": execution.compute_dtype,
         "residency": execution.layers,
     }
+
+
+def _cache_options(cache: CacheArguments) -> "CacheOptions":
+    from spike_export.export.cache_options import CacheOptions
+
+    return CacheOptions(cache.kv_cache, cache.capacity)
 
 
 def _build_options(build: BuildArguments) -> "BuildOptions":
@@ -338,6 +354,7 @@ def export(
     dtype: Annotated[
         DtypeArguments | None, Parameter(help="Default: the recipe's precision, or float16 without one.")
     ] = None,
+    cache: CacheArguments = CacheArguments(),
     run_options: RunArguments = RunArguments(),
 ) -> int:
     """Write the ONNX bundle of a recipe."""
@@ -355,6 +372,7 @@ def export(
     from spike_export.cli.progress_display import ProgressDisplay
     from spike_export.export.bundle import ExportOptions, export_bundle
 
+    kept_cache = _cache_options(cache)
     plan = load_recipe(recipe) if recipe else None
     require_bundle_or_nothing(out)
     kept = dtype.dtype if dtype else plan.scheme.unquantized if plan else "float16"
@@ -364,7 +382,7 @@ def export(
         ProgressDisplay(console, ["bundle"], quiet=run_options.quiet) as display,
         display.stage("bundle") as progress,
     ):
-        export_bundle(checkpoint, plan, ExportOptions(kept), out, progress)
+        export_bundle(checkpoint, plan, ExportOptions(kept, kept_cache), out, progress)
     if not run_options.quiet:
         console.print(Text(f"bundle: {out}"), soft_wrap=True)
     return DONE

@@ -282,8 +282,9 @@ class Pipeline:
         return bundle
 
     def _export_options(self, recipe: Recipe | None) -> ExportOptions:
-        """Return the precision of the rest: the recipe's, which may have been edited."""
-        return ExportOptions(self.job.calibration.dtype if recipe is None else recipe.scheme.unquantized)
+        """Return the precision of the rest, which is the recipe's and may have been edited, and the cache."""
+        dtype = self.job.calibration.dtype if recipe is None else recipe.scheme.unquantized
+        return ExportOptions(dtype, self.job.cache)
 
     def check(self, recipe: Recipe | None, bundle: Path) -> Check:
         """Measure the bundle's accuracy, and what each method contributes, and hold it against the limit."""

@@ -39,7 +39,7 @@ class Limits:
     """Resolved sizes, in tokens.
 
     Attributes:
-        context: Most own tokens of a sequence.
+        context: Most own tokens of a sequence; a static cache has room for as many or more.
         typical_prompt: New tokens prefill is tuned for.
         max_prompt: Most new tokens of one call.
         prefix: P, tokens the graph itself puts before a fresh sequence.
@@ -54,25 +54,40 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class _Sizes:
-    """Sizes of one call: new tokens, length of the cache handed in, own tokens the mask speaks of."""
+    """Sizes of one call: new tokens, length of the cache handed in, own tokens the mask speaks of.
+
+    Attributes:
+        fresh: F of a static cache, whose length is the graph's and whose callers give no mask.
+    """
 
     new: int
     past: int
     own: int
+    fresh: int
 
 
-def resolve_limits(options: BuildOptions, prefix: int, max_positions: int | None) -> Limits:
+def resolve_limits(
+    options: BuildOptions, prefix: int, max_positions: int | None, capacity: int | None = None
+) -> Limits:
     """Fill in the defaults and compare them with the model.
 
     Args:
+        options: What is asked for.
         prefix: P.
         max_positions: Own tokens the model can place, prefix not counted; None when unknown.
+        capacity: Own tokens a static cache has room for; None for a dynamic one.
 
     Raises:
-        EngineError: More context is asked for than the model has, or a call larger than the context.
+        EngineError: More context is asked for than the model or its cache has, or a call larger than the context.
     """
+    if capacity is not None and options.max_context is not None and options.max_context > capacity:
+        raise EngineError(
+            f"max_context is {options.max_context}, but the bundle's static cache holds {capacity} tokens; export with "
+            f"a larger --capacity"
+        )
     ceiling = max_positions or DEFAULT_CONTEXT
-    context = options.max_context or min(DEFAULT_CONTEXT, ceiling)
+    # A static cache has its length whatever the context is: there is no reason to use less of it.
+    context = options.max_context or capacity or min(DEFAULT_CONTEXT, ceiling)
     if max_positions is not None and context > max_positions:
         raise EngineError(f"max_context is {context}, but the model ends at {max_positions} tokens")
     longest = options.max_prompt or context
@@ -85,15 +100,20 @@ def make_profiles(inputs: Sequence[GraphInput], names: Sequence[ProfileName], li
     """Return one profile per name, in that order.
 
     Raises:
-        EngineError: The graph has an input of another kind than those of the dynamic-cache decoder.
+        EngineError: The graph has an input of another kind than those of the decoder.
     """
-    return tuple(
-        Profile(
-            name,
-            {graph_input.name: _shape_range(graph_input, _sizes(name, limits), limits.batch) for graph_input in inputs},
-        )
-        for name in names
-    )
+    return tuple(_profile(inputs, name, limits) for name in names)
+
+
+def _profile(inputs: Sequence[GraphInput], name: ProfileName, limits: Limits) -> Profile:
+    batch = limits.batch
+    if name == "prefill" and any(graph_input.name == "fresh" for graph_input in inputs):
+        # A prefix enters a static cache row by row, and at the start of a sequence only: with a free batch or a free
+        # length of `fresh`, TensorRT-RTX 1.7 fails inside its code generator on three layers and more. A row's part of
+        # the buffer is contiguous, so that it can be bound alone.
+        batch = BatchRange(1, 1, 1)
+    sizes = _sizes(name, limits)
+    return Profile(name, {graph_input.name: _shape_range(graph_input, sizes, batch) for graph_input in inputs})
 
 
 def _sizes(name: ProfileName, limits: Limits) -> tuple[_Sizes, _Sizes, _Sizes]:
@@ -106,9 +126,17 @@ def _sizes(name: ProfileName, limits: Limits) -> tuple[_Sizes, _Sizes, _Sizes]:
     p, context = limits.prefix, limits.context
     if name == "decode":
         half = max(context // 2, 2)
-        return _Sizes(1, p + 1, 2), _Sizes(1, p + half - 1, half), _Sizes(1, p + context - 1, context)
+        return (
+            _Sizes(1, p + 1, 2, fresh=0),
+            _Sizes(1, p + half - 1, half, fresh=0),
+            _Sizes(1, p + context - 1, context, fresh=0),
+        )
     typical, longest = limits.typical_prompt, limits.max_prompt
-    return _Sizes(1, 0, 1), _Sizes(typical, 0, typical), _Sizes(longest, p + context - 1, context - 1 + longest)
+    return (
+        _Sizes(1, 0, 1, fresh=1),
+        _Sizes(typical, 0, typical, fresh=1),
+        _Sizes(longest, p + context - 1, context - 1 + longest, fresh=1),
+    )
 
 
 def _shape_range(graph_input: GraphInput, sizes: tuple[_Sizes, _Sizes, _Sizes], batch: BatchRange) -> ShapeRange:
@@ -123,9 +151,13 @@ def _shape(graph_input: GraphInput, rows: int, size: _Sizes) -> Shape:
         return (rows, size.new)
     if name == "attention_mask" and len(shape) == 2:
         return (rows, size.own)
+    if name == "write_indices" and len(shape) == 1:
+        return (rows,)
+    if name == "fresh" and len(shape) == 1:
+        return (size.fresh,)
     if name.startswith("past_key_values.") and len(shape) == 4 and shape[1] is not None and shape[3] is not None:
-        return (rows, shape[1], size.past, shape[3])
+        return (rows, shape[1], size.past if shape[2] is None else shape[2], shape[3])
     raise EngineError(
-        f"graph input {name!r} of shape {list(shape)} is not one of the dynamic-cache decoder "
-        "(input_ids, attention_mask, position_ids, past_key_values.N.key|value); export the bundle again"
+        f"graph input {name!r} of shape {list(shape)} is not one of the decoder (input_ids, attention_mask, "
+        "position_ids, write_indices, fresh, past_key_values.N.key|value); export the bundle again"
     )

@@ -1,7 +1,5 @@
 """A bundle in ONNX Runtime: the embedded engine, on any machine."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +9,9 @@ from numpy.typing import NDArray
 
 from spike_export.calibration.errors import EngineError
 from spike_export.calibration.perplexity import with_bos
+from spike_export.engines.denormals import denormals_flushed
+from spike_export.engines.sequences import CACHE_TYPES, DynamicSequences, Sequences, StaticSequences, run_failure
 from spike_export.export.manifest import DATA_FILE, GRAPH_FILE, Manifest, load_manifest
-
-_DENORMAL = np.float32(1e-40)
-
-CACHE_TYPES = {"float32": np.float32, "float16": np.float16}
-"""Cache precisions that ONNX Runtime's CPU kernels compute in; it has no bfloat16 product."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +28,15 @@ class BundleSession:
             content: [batch, tokens] text without BOS; BOS is fed before it unless the prefix holds it.
 
         Raises:
-            EngineError: ONNX Runtime fails, for instance on more tokens than the model takes.
+            EngineError: ONNX Runtime fails, for instance on more tokens than the model takes, or a static cache has
+                no room for them.
         """
         manifest = self.manifest
         holds_bos = manifest.prefix is not None and manifest.prefix.holds_bos
         tokens = content if holds_bos else with_bos(content, manifest.bos_token_id)
+        if manifest.kv_cache == "static":
+            return self.begin(len(tokens)).step(tokens)[:, -content.shape[1] :]
+        # Bound outputs would keep all of the cache, which nobody reads here.
         feeds: dict[str, NDArray[Any]] = {"input_ids": tokens, "attention_mask": np.ones_like(tokens)}
         shape = (len(tokens), manifest.num_key_value_heads, 0, manifest.head_dim)
         empty = np.zeros(shape, CACHE_TYPES[manifest.dtype])
@@ -47,26 +46,13 @@ class BundleSession:
             with denormals_flushed():
                 logits: NDArray[np.float32] = self.session.run(["logits"], feeds)[0]
         except Exception as error:  # ONNX Runtime's exceptions have no common type
-            reason = str(error).splitlines()[0]
-            raise EngineError(f"ONNX Runtime fails on {tokens.shape[1]} tokens: {reason}") from error
+            raise run_failure(error, tokens.shape[1]) from error
         return logits[:, -content.shape[1] :]
 
-
-@contextmanager
-def denormals_flushed() -> Iterator[None]:
-    """Flush denormals to zero on this thread within the block, and only there.
-
-    A session with `session.set_denormal_as_zero` flushes them on its own threads, but also, from its creation on and
-    for good, on the thread that made it: other computations of that thread would silently change.
-    """
-    import torch
-
-    before = bool(_DENORMAL * np.float32(1) == 0)
-    torch.set_flush_denormal(True)
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(before)
+    def begin(self, batch: int) -> Sequences:
+        """Return `batch` sequences without tokens; their BOS, where the prefix holds none, is the caller's to feed."""
+        kind = StaticSequences if self.manifest.kv_cache == "static" else DynamicSequences
+        return kind.begin(self.session, self.manifest, batch)
 
 
 def session_options(threads: int = 0) -> Any:

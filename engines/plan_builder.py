@@ -24,7 +24,7 @@ from spike_export.engines.plan_sidecar import (
     save_sidecar,
     sidecar_path,
 )
-from spike_export.export.manifest import DATA_FILE, GRAPH_FILE, Manifest, load_manifest
+from spike_export.export.manifest import DATA_FILE, GRAPH_FILE, load_manifest
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def build_plan(
     chosen = choose_backend(options.backend, environment.machine)
     targets = resolve_targets(chosen.backend, options.targets, environment.machine.gpu)
     manifest = load_manifest(bundle)
-    limits = _limits(options, manifest)
+    limits = resolve_limits(options, manifest.prefix_length, manifest.max_position_embeddings, manifest.capacity)
     _require_timing_cache(chosen, options)
     if not options.ignore_memory:
         require_memory(file_size(bundle / DATA_FILE), len(options.profiles), environment.available)
@@ -103,12 +103,6 @@ def build_plan(
     sidecar = _sidecar(completion, chosen, targets, limits, identity)
     save_sidecar(sidecar, plan)
     return BuildResult(plan, sidecar, completion.audit, completion.warnings)
-
-
-def _limits(options: BuildOptions, manifest: Manifest) -> Limits:
-    if manifest.kv_cache != "dynamic":
-        raise EngineError(f"the bundle has a {manifest.kv_cache} cache; plans are built from the dynamic one only")
-    return resolve_limits(options, manifest.prefix_length, manifest.max_position_embeddings)
 
 
 def _require_timing_cache(chosen: ChosenBackend, options: BuildOptions) -> None:

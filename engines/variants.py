@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +14,10 @@ from spike_export.calibration.progress import Progress, silent
 from spike_export.calibration.recipe import Recipe
 from spike_export.engines.accuracy import Accuracy, LoadModel, ReferenceLogits, compare, reference_logits
 from spike_export.engines.check_document import Check, CheckCorpus, CheckReference, CheckVariant
-from spike_export.engines.onnx_session import CACHE_TYPES, open_bundle
+from spike_export.engines.onnx_session import open_bundle
+from spike_export.engines.sequences import CACHE_TYPES
 from spike_export.export.bundle import ExportOptions, export_bundle
+from spike_export.export.cache_options import CacheOptions
 from spike_export.export.manifest import Manifest, load_manifest
 
 _BFLOAT16_NOTE = "ONNX Runtime has no bfloat16 products on the CPU: checked in float32, which bfloat16 rounds."
@@ -53,17 +55,17 @@ def check_variants(
     """
     runnable = options.dtype in CACHE_TYPES and not any(_keeps_bfloat16(variant.recipe) for variant in variants)
     rounds = len(variants) + 1
-    evaluated_dtype = options if runnable else ExportOptions("float32")
+    evaluated = options if runnable else replace(options, dtype="float32")
     bos = checkpoint.bos_token_id
     prefix = _shipped_prefix(variants)
     with reference_logits(load, content, bos, _part(progress, 0, rounds), scratch, prefix) as reference:
         results = [
-            _evaluate(checkpoint, variant, evaluated_dtype, runnable, reference, _part(progress, index, rounds))
+            _evaluate(checkpoint, variant, evaluated, runnable, reference, _part(progress, index, rounds))
             for index, variant in enumerate(variants, start=1)
         ]
     return Check(
         corpus=CheckCorpus(name=corpus.name, sha256=corpus.sha256, windows=len(content), length=content.shape[1]),
-        dtype=evaluated_dtype.dtype,
+        dtype=evaluated.dtype,
         note=None if runnable else _BFLOAT16_NOTE,
         reference=CheckReference(perplexity=reference.perplexity, behind_prefix=reference.behind_prefix),
         variants=tuple(results),
@@ -99,6 +101,9 @@ def _evaluate(
     if variant.bundle is not None and runnable:
         accuracy = compare(open_bundle(variant.bundle), reference, progress)
         return _row(variant, load_manifest(variant.bundle), accuracy, reference)
+    if variant.bundle is None:
+        # Any cache will do; attention over a static one would read all of it.
+        options = replace(options, cache=CacheOptions())
     with tempfile.TemporaryDirectory(dir=reference.folder) as name:
         bundle = Path(name) / "bundle"
         recipe = variant.recipe if runnable else _in_float32(variant.recipe)

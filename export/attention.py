@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from spike_export.export.attention_context import AttentionContext
 from spike_export.export.emission import Emission
-from spike_export.export.kv_cache import DynamicCache
+from spike_export.export.kv_cache import KvCache
 from spike_export.export.linear import quantize_dequantize
 from spike_export.export.norm import rms_norm
 from spike_export.export.projections import split_projection
@@ -27,7 +27,7 @@ class AttentionEmitter:
 
     emission: Emission
     context: AttentionContext
-    cache: DynamicCache
+    cache: KvCache
     ropes: Mapping[str | None, Rope]
 
     def emit(self, index: int, normed: ir.Value) -> ir.Value:

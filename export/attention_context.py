@@ -22,7 +22,7 @@ class PrefixExtent:
     """How much of the prefix this call puts into the cache.
 
     Attributes:
-        length: [1] int64; P for a fresh sequence (empty past), else 0.
+        length: [1] int64; P for a fresh sequence, else 0.
         shape: [4] int64; batch, kv_heads, `length`, head_dim.
     """
 
@@ -36,19 +36,21 @@ class AttentionContext:
 
     Attributes:
         positions: [batch, sequence] int64.
-        masks: Sliding window (None: all slots) → [batch, 1, sequence, P + total_sequence] bool; True where a query
-            sees a slot.
+        masks: Sliding window (None: all slots) → [batch, 1, sequence, slots] bool; True where a query sees a slot.
+            A dynamic cache has P + total_sequence slots, a static one P + capacity.
         prefix: None when there is no prefix.
+        write_slots: [batch] int64; where each row of a static cache is written from; None for a dynamic one.
     """
 
     positions: ir.Value
     masks: Mapping[int | None, ir.Value]
     prefix: PrefixExtent | None
+    write_slots: ir.Value | None = None
 
 
 @dataclass(frozen=True)
 class ContextEmitter:
-    """Emits an `AttentionContext`.
+    """Emits the `AttentionContext` of a dynamic cache.
 
     Attributes:
         prefix_length: P; with 0 no node of the prefix is emitted.

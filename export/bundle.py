@@ -5,7 +5,7 @@ import json
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from spike_export.calibration.progress import Progress, silent
 from spike_export.calibration.qfem import macs_per_token
 from spike_export.calibration.recipe import Dtype, ModulePlan, Recipe, recipe_text
 from spike_export.export.architectures import require_exportable
+from spike_export.export.cache_options import CacheOptions, require_capacity
 from spike_export.export.decoder_graph import build_decoder
 from spike_export.export.graph_plan import GraphPlan
 from spike_export.export.linear import number_format
@@ -54,9 +55,11 @@ class ExportOptions:
     Attributes:
         dtype: Precision of whatever no recipe speaks of: embeddings, residual stream, attention, cache, head, and
             without a recipe the linears too.
+        cache: Which cache of keys and values the graph has.
     """
 
     dtype: Dtype = "float16"
+    cache: CacheOptions = field(default_factory=CacheOptions)
 
 
 def export_bundle(
@@ -73,16 +76,18 @@ def export_bundle(
     Args:
         checkpoint: The model.
         recipe: Precision and scale of every decoder linear, and the prefix; None leaves all unquantized.
-        options: Precision of the rest.
+        options: Precision of the rest, and the cache.
         destination: The bundle's folder; a previous one is replaced.
         progress: Told of every tensor written.
 
     Raises:
-        RecipeError: The recipe was made for another checkpoint, or its modules are not this decoder's.
+        RecipeError: The recipe was made for another checkpoint, or its modules are not this decoder's; or a static
+            cache is to hold more tokens than the model can place.
         CheckpointError: Export does not know the architecture, or a weight cannot be read.
         ArtifactError: The place cannot be written to, or has too little room.
     """
     require_exportable(checkpoint.config)
+    require_capacity(options.cache, checkpoint.config)
     checkpoint_sha256 = checkpoint.tensors.sha256()
     if recipe is not None:
         verify_recipe(recipe, checkpoint, checkpoint_sha256)
@@ -151,10 +156,10 @@ def _graph_plan(checkpoint: Checkpoint, recipe: Recipe | None, options: ExportOp
         kept = ModulePlan(precision=options.dtype)
         router = ModulePlan(precision="float32", reason="router")
         plans = {name: router if is_router(name) else kept for name in linears(checkpoint.config)}
-        return GraphPlan(plans, "int8-per-channel", options.dtype)
+        return GraphPlan(plans, "int8-per-channel", options.dtype, cache=options.cache)
     ids = recipe.prefix_ids
     prefix = Decoder(checkpoint, Execution(resident=False)).prefix_key_values(ids) if ids else ()
-    return GraphPlan(recipe.modules, recipe.scheme.weights, options.dtype, prefix, recipe.attention)
+    return GraphPlan(recipe.modules, recipe.scheme.weights, options.dtype, prefix, recipe.attention, options.cache)
 
 
 def _require_space(destination: Path, model: ir.Model) -> None:
@@ -187,7 +192,8 @@ def _write_graph(model: ir.Model, folder: Path, progress: Progress) -> None:
 def _write_companions(checkpoint: Checkpoint, manifest: Manifest, folder: Path) -> None:
     _write_json(folder / "config.json", hf_config(checkpoint, manifest.dtype))
     _write_json(folder / "generation_config.json", generation_config(checkpoint))
-    _write_json(folder / "genai_config.json", genai_config(checkpoint))
+    if manifest.kv_cache == "dynamic":  # onnxruntime-genai knows no `write_indices` and no `fresh`
+        _write_json(folder / "genai_config.json", genai_config(checkpoint))
     if checkpoint.tokenizer is not None:
         holds_bos = manifest.prefix is not None and manifest.prefix.holds_bos
         save_tokenizer(checkpoint.tokenizer, folder, holds_bos)
@@ -210,6 +216,9 @@ def _manifest(
         ),
         tools={tool: version(tool) for tool in _TOOLS},
         dtype=plan.dtype,
+        kv_cache=plan.cache.kind,
+        capacity=plan.cache.capacity,
+        cache_slots=plan.cache.slots(plan.prefix_length),
         bos_token_id=checkpoint.bos_token_id,
         eos_token_ids=config.eos_token_ids,
         prefix=_bundle_prefix(checkpoint, recipe),

@@ -1,9 +1,13 @@
 """The decoder as an ONNX graph: constructed, not traced; one graph for prefill, chunked prefill and decode.
 
-Inputs: `input_ids` [batch, sequence] int64, `attention_mask` [batch, total_sequence] int64 (the caller's own tokens,
-past and new), `past_key_values.N.key|value` [batch, kv_heads, past, head_dim]. Outputs: `logits` [batch, sequence,
-vocab] float32, `present.N.key|value`. An empty past means a fresh sequence; `present` then starts with the prefix,
-and from then on `past` is longer by P than the caller's own past.
+With a dynamic cache. Inputs: `input_ids` [batch, sequence] int64, `attention_mask` [batch, total_sequence] int64 (the
+caller's own tokens, past and new), `past_key_values.N.key|value` [batch, kv_heads, past, head_dim]. Outputs: `logits`
+[batch, sequence, vocab] float32, `present.N.key|value`. An empty past means a fresh sequence; `present` then starts
+with the prefix, and from then on `past` is longer by P than the caller's own past.
+
+With a static cache. Inputs: `input_ids`, `write_indices` [batch] int64 (own tokens each row has in the buffer), `fresh`
+[F] bool (F is 1 for new sequences, else 0; absent without a prefix), `past_key_values.N.key|value` [batch, kv_heads,
+P + capacity, head_dim]. Outputs: `logits`, and `present.N.key|value` of the pasts' shape, which may be their memory.
 """
 
 from importlib.metadata import version
@@ -12,16 +16,17 @@ import onnx_ir as ir
 
 from spike_export.calibration.checkpoint import EMBEDDING, Checkpoint
 from spike_export.export.attention import AttentionEmitter
-from spike_export.export.attention_context import ContextEmitter
+from spike_export.export.attention_context import AttentionContext, ContextEmitter
 from spike_export.export.emission import Emission
 from spike_export.export.feed_forward import feed_forward
 from spike_export.export.graph_builder import GraphBuilder, element_type
 from spike_export.export.graph_plan import GraphPlan
 from spike_export.export.head import emit_head
-from spike_export.export.kv_cache import DynamicCache
+from spike_export.export.kv_cache import DynamicCache, KvCache
 from spike_export.export.norm import rms_norm
 from spike_export.export.rope import RopeEmitter, RotaryTables
 from spike_export.export.sparse_moe import sparse_moe
+from spike_export.export.static_cache import static_cache
 
 PRODUCER = "spike-export"
 
@@ -33,10 +38,7 @@ def build_decoder(checkpoint: Checkpoint, plan: GraphPlan) -> ir.Model:
     emission = Emission(GraphBuilder(), checkpoint, plan)
     b, config = emission.builder, emission.config
     ids = b.input("input_ids", INT64, ["batch", "sequence"])
-    mask = b.input("attention_mask", INT64, ["batch", "total_sequence"])
-    cache = DynamicCache.declare(emission)
-    context_emitter = ContextEmitter(b, ids, mask, plan.prefix_length, config.windows)
-    context = context_emitter.emit(cache.pasts[0][0], config.num_key_value_heads, config.head_dim)
+    cache, context = _cache(emission, ids)
     tables = RotaryTables(config)
     ropes = {kind: RopeEmitter(emission, context.positions, tables, kind).emit() for kind in config.ropes}
     attention = AttentionEmitter(emission, context, cache, ropes)
@@ -49,6 +51,16 @@ def build_decoder(checkpoint: Checkpoint, plan: GraphPlan) -> ir.Model:
     emit_head(emission, hidden, embedding)
     cache.declare_outputs()
     return b.model("decoder", PRODUCER, version(PRODUCER))
+
+
+def _cache(emission: Emission, ids: ir.Value) -> tuple[KvCache, AttentionContext]:
+    b, config, plan = emission.builder, emission.config, emission.plan
+    if plan.cache.capacity is not None:
+        return static_cache(emission, ids, plan.cache.capacity)
+    mask = b.input("attention_mask", INT64, ["batch", "total_sequence"])
+    cache = DynamicCache.declare(emission)
+    emitter = ContextEmitter(b, ids, mask, plan.prefix_length, config.windows)
+    return cache, emitter.emit(cache.pasts[0][0], config.num_key_value_heads, config.head_dim)
 
 
 def _layer(emission: Emission, attention: AttentionEmitter, index: int, hidden: ir.Value) -> ir.Value:

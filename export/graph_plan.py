@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spike_export.calibration.recipe import AttentionPlan, Dtype, ModulePlan, WeightScheme
+from spike_export.export.cache_options import CacheOptions
 
 PrefixCache = Sequence[tuple[NDArray[np.float32], NDArray[np.float32]]]
 """Per layer (key, value), each [kv_heads, P, head_dim] float32, keys rotated; empty when there is no prefix."""
@@ -22,6 +23,7 @@ class GraphPlan:
         dtype: Precision of embeddings, residual stream, attention, cache and head.
         prefix: Key/values that stand before every sequence.
         attention: Attention block → steps of its products' operands; blocks that are not named stay as they are.
+        cache: Which cache of keys and values the graph has.
     """
 
     modules: Mapping[str, ModulePlan]
@@ -29,6 +31,7 @@ class GraphPlan:
     dtype: Dtype
     prefix: PrefixCache = ()
     attention: Mapping[str, AttentionPlan] = field(default_factory=dict)
+    cache: CacheOptions = field(default_factory=CacheOptions)
 
     @property
     def prefix_length(self) -> int:

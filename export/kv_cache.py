@@ -1,6 +1,7 @@
 """The cache of keys and values as graph inputs and outputs."""
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import onnx_ir as ir
 
@@ -8,6 +9,16 @@ from spike_export.export.attention_context import AttentionContext
 from spike_export.export.emission import Emission
 
 KINDS = ("key", "value")
+
+
+class KvCache(Protocol):
+    """What a layer asks of a cache."""
+
+    def append(self, index: int, key: ir.Value, value: ir.Value, context: AttentionContext) -> tuple[ir.Value, ...]:
+        """Add a layer's new keys and values [batch, kv_heads, sequence, head_dim]; return all that attention reads."""
+
+    def declare_outputs(self) -> None:
+        """Declare `present.N.key|value` of all layers; comes after every layer's `append`."""
 
 
 @dataclass(frozen=True)
@@ -25,13 +36,7 @@ class DynamicCache:
     @classmethod
     def declare(cls, emission: Emission) -> "DynamicCache":
         """Declare the inputs of all layers."""
-        config, pasts = emission.config, []
-        shape: list[int | str] = ["batch", config.num_key_value_heads, "past", config.head_dim]
-        for index in range(config.num_hidden_layers):
-            names = (f"past_key_values.{index}.{kind}" for kind in KINDS)
-            key, value = (emission.builder.input(name, emission.dtype, shape) for name in names)
-            pasts.append((key, value))
-        return cls(emission, pasts)
+        return cls(emission, declare_pasts(emission, "past"))
 
     def append(self, index: int, key: ir.Value, value: ir.Value, context: AttentionContext) -> tuple[ir.Value, ...]:
         """Append a layer's new keys and values [batch, kv_heads, sequence, head_dim]; return all that there are."""
@@ -44,13 +49,9 @@ class DynamicCache:
         """Append the cache after this call: the prefix when the sequence is fresh, the past, the new tokens."""
         b, module, kind = self.emission.builder, f"model.layers.{index}.self_attn", KINDS[slot]
         parts = [self.pasts[index][slot], new]
-        if context.prefix is not None:
-            cached = self.emission.plan.prefix[index][slot][None]
-            stored = b.initializer(f"{module}.prefix_{kind}", cached.astype(self.emission.numpy_dtype))
-            ends = [b.integers(0), context.prefix.length, b.integers(2)]
-            part = b.op("Slice", [stored, *ends], module, label=f"prefix_{kind}_slice")
-            part = b.op("Expand", [part, context.prefix.shape], module, label=f"prefix_{kind}_expand")
-            parts = [part, *parts]
+        prefix = prefix_part(self.emission, index, slot, context)
+        if prefix is not None:
+            parts = [prefix, *parts]
         return b.op(
             "Concat", parts, module, label=f"present_{kind}", output=f"present.{index}.{kind}", attributes={"axis": 2}
         )
@@ -61,3 +62,33 @@ class DynamicCache:
         for value in self._presents:
             shape: list[int | str] = ["batch", config.num_key_value_heads, "present", config.head_dim]
             self.emission.builder.output(value, shape)
+
+
+def declare_pasts(emission: Emission, length: int | str) -> list[tuple[ir.Value, ir.Value]]:
+    """Declare per layer the inputs `past_key_values.N.key|value` [batch, kv_heads, length, head_dim]."""
+    config, pasts = emission.config, []
+    shape: list[int | str] = ["batch", config.num_key_value_heads, length, config.head_dim]
+    for index in range(config.num_hidden_layers):
+        names = (f"past_key_values.{index}.{kind}" for kind in KINDS)
+        key, value = (emission.builder.input(name, emission.dtype, shape) for name in names)
+        pasts.append((key, value))
+    return pasts
+
+
+def prefix_part(emission: Emission, index: int, slot: int, context: AttentionContext) -> ir.Value | None:
+    """Append what of a layer's prefix enters the cache: [batch, kv_heads, 0 or P, head_dim]; None without a prefix.
+
+    Args:
+        emission: The graph.
+        index: The layer.
+        slot: Which of `KINDS`.
+        context: Says how much of it enters.
+    """
+    if context.prefix is None:
+        return None
+    b, module, kind = emission.builder, f"model.layers.{index}.self_attn", KINDS[slot]
+    cached = emission.plan.prefix[index][slot][None]
+    stored = b.initializer(f"{module}.prefix_{kind}", cached.astype(emission.numpy_dtype))
+    ends = [b.integers(0), context.prefix.length, b.integers(2)]
+    part = b.op("Slice", [stored, *ends], module, label=f"prefix_{kind}_slice")
+    return b.op("Expand", [part, context.prefix.shape], module, label=f"prefix_{kind}_expand")

@@ -3,13 +3,14 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from spike_export.calibration.atomic_write import write_text
 from spike_export.calibration.errors import ArtifactError
 from spike_export.calibration.recipe import Dtype
+from spike_export.export.cache_options import CacheKind
 
 MANIFEST_FILE = "manifest.json"
 GRAPH_FILE = "model.onnx"
@@ -80,6 +81,9 @@ class Manifest(_Document):
     Attributes:
         tools: Package → version that wrote the bundle.
         dtype: Precision of the embeddings, residual stream, attention, cache and head.
+        kv_cache: `dynamic` grows with every call; `static` is a buffer of the caller's, written in place.
+        capacity: Tokens of its own a sequence may have in a static cache; None for a dynamic one.
+        cache_slots: Length of a static cache's buffer: the prefix and the capacity.
         linears: Number format → the decoder linears that have it: `int8` (weights and inputs), a floating-point
             format such as `float16` (neither), or that format with `+int8-weights` (W8A16).
         max_position_embeddings: Tokens of its own a caller may use; the prefix is not counted.
@@ -90,7 +94,9 @@ class Manifest(_Document):
     model: SourceModel
     tools: Mapping[str, str]
     dtype: Dtype
-    kv_cache: Literal["dynamic", "static"] = "dynamic"
+    kv_cache: CacheKind = "dynamic"
+    capacity: int | None = Field(default=None, ge=1)
+    cache_slots: int | None = None
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     prefix: BundlePrefix | None
@@ -105,6 +111,15 @@ class Manifest(_Document):
     sliding_window: int | None
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
+
+    @model_validator(mode="after")
+    def _require_whole_cache(self) -> Self:
+        wanted = None if self.capacity is None else self.prefix_length + self.capacity
+        if (self.kv_cache == "static") != (self.capacity is not None) or self.cache_slots != wanted:
+            raise ValueError(
+                f"kv_cache {self.kv_cache}, capacity {self.capacity} and {self.cache_slots} slots disagree"
+            )
+        return self
 
     @property
     def prefix_length(self) -> int:

@@ -14,6 +14,14 @@ INPUTS = (
 )
 
 
+STATIC_INPUTS = (
+    GraphInput("input_ids", (None, None)),
+    GraphInput("write_indices", (None,)),
+    GraphInput("fresh", (None,)),
+    GraphInput("past_key_values.0.key", (None, 3, 105, 64)),
+)
+
+
 def limits(prefix: int = 5, context: int = 100, typical: int = 16, longest: int = 40) -> Limits:
     return Limits(BatchRange(1, 2, 4), context, typical, longest, prefix)
 
@@ -54,10 +62,30 @@ def test_every_corner_is_a_call_that_could_happen(name: ProfileName, prefix: int
     assert all(low <= mid <= high for r in ranges for low, mid, high in zip(*r, strict=True))
 
 
+def test_a_static_cache_keeps_its_length_and_only_prefill_lets_the_prefix_in() -> None:
+    prefill, decode = (p.shapes for p in make_profiles(STATIC_INPUTS, ["prefill", "decode"], limits()))
+    # A prefix enters row by row.
+    for shapes, batches in ((prefill, (1, 1, 1)), (decode, (1, 2, 4))):
+        buffer, indices = shapes["past_key_values.0.key"], shapes["write_indices"]
+        assert (buffer.smallest, buffer.typical, buffer.largest) == tuple((rows, 3, 105, 64) for rows in batches)
+        assert (indices.smallest, indices.typical, indices.largest) == tuple((rows,) for rows in batches)
+    assert {prefill["fresh"].smallest, prefill["fresh"].typical, prefill["fresh"].largest} == {(1,)}
+    assert {decode["fresh"].smallest, decode["fresh"].typical, decode["fresh"].largest} == {(0,)}
+    assert (prefill["input_ids"].largest, decode["input_ids"].largest) == ((1, 40), (4, 1))
+
+
+def test_a_static_cache_without_a_prefix_is_filled_in_batches() -> None:
+    inputs = [graph_input for graph_input in STATIC_INPUTS if graph_input.name != "fresh"]
+    shapes = make_profiles(inputs, ["prefill"], limits(prefix=0, context=105))[0].shapes
+    assert shapes["input_ids"].largest == (4, 40)
+    assert shapes["past_key_values.0.key"].largest == (4, 3, 105, 64)
+
+
 @pytest.mark.parametrize(
     ("graph_input", "named"),
     [
-        (GraphInput("fresh", (None,)), "'fresh'"),
+        (GraphInput("fresh", (None, None)), "'fresh'"),
+        (GraphInput("write_slots", (None,)), "'write_slots'"),
         (GraphInput("past_key_values.0.key", (None, None, None, 64)), "'past_key_values.0.key'"),
     ],
 )
@@ -71,6 +99,13 @@ def test_the_defaults_follow_the_model() -> None:
     assert resolve_limits(BuildOptions(), 3, 8192) == Limits(BatchRange(), 2048, 256, 2048, 3)
     assert resolve_limits(BuildOptions(), 3, 128) == Limits(BatchRange(), 128, 128, 128, 3)
     assert resolve_limits(BuildOptions(max_prompt=64), 0, 128) == Limits(BatchRange(), 128, 64, 64, 0)
+
+
+def test_a_static_cache_is_used_to_its_end() -> None:
+    assert resolve_limits(BuildOptions(), 3, 8192, 4096) == Limits(BatchRange(), 4096, 256, 4096, 3)
+    assert resolve_limits(BuildOptions(max_context=64), 3, 8192, 4096) == Limits(BatchRange(), 64, 64, 64, 3)
+    with pytest.raises(EngineError, match="max_context is 101, but the bundle's static cache holds 100 tokens"):
+        resolve_limits(BuildOptions(max_context=101), 3, 8192, 100)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import torch
 from numpy.typing import NDArray
 
 from spike_export.calibration.errors import ArtifactError, EngineError
-from spike_export.engines.onnx_session import BundleSession, denormals_flushed, open_bundle
+from spike_export.engines.denormals import denormals_flushed
+from spike_export.engines.onnx_session import BundleSession, open_bundle
 from spike_export.export.bundle import ExportOptions, export_bundle
 from tests.tiny_cli_models import one_thread
 from tests.tiny_models import TinyModel, tiny_llama, tiny_recipe

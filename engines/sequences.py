@@ -1,0 +1,229 @@
+"""Sequences in progress in ONNX Runtime: a batch with its cache, fed call by call.
+
+Tokens and lengths are the caller's own; the prefix is invisible.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spike_export.calibration.errors import EngineError
+from spike_export.engines.denormals import denormals_flushed
+from spike_export.export.manifest import Manifest
+
+CACHE_TYPES = {"float32": np.float32, "float16": np.float16}
+"""Cache precisions that ONNX Runtime's CPU kernels compute in; it has no bfloat16 product."""
+
+
+class Sequences(Protocol):
+    """A batch of sequences and their cache.
+
+    Attributes:
+        lengths: [batch] int64; own tokens of each row in the cache.
+    """
+
+    lengths: NDArray[np.int64]
+
+    def step(self, tokens: NDArray[np.int64], counts: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
+        """Append tokens to the rows and return the logits [batch, sequence, vocab].
+
+        Args:
+            tokens: [batch, sequence]; what stands behind a row's count is padding, and so are its logits.
+            counts: [batch], 0..sequence: how many of a row's tokens count; all when omitted.
+
+        Raises:
+            EngineError: The tokens do not fit, or ONNX Runtime fails.
+        """
+
+
+@dataclass
+class DynamicSequences:
+    """Over a cache that grows: the outputs of a call are the next call's inputs, and are not copied in between.
+
+    A cache has one length for all rows. Rows with fewer tokens than others are therefore padded on the left, which
+    costs slots for good, and a sliding window counts slots: with one, only a first call may be ragged.
+    """
+
+    session: Any
+    manifest: Manifest
+    lengths: NDArray[np.int64]
+    _mask: NDArray[np.int64]
+    _cache: list[Any] = field(default_factory=list)
+
+    @classmethod
+    def begin(cls, session: Any, manifest: Manifest, batch: int) -> "DynamicSequences":
+        """Return `batch` sequences without tokens."""
+        return cls(session, manifest, np.zeros(batch, np.int64), np.zeros((batch, 0), np.int64))
+
+    def step(self, tokens: NDArray[np.int64], counts: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
+        """See `Sequences`."""
+        import onnxruntime as ort
+
+        counts = _counts(tokens, counts, len(self.lengths))
+        sequence = tokens.shape[1]
+        pads = sequence - counts
+        if self._mask.shape[1] and pads.any() and self.manifest.sliding_window is not None:
+            raise EngineError(
+                "rows of different lengths go on in a model with a sliding window: that needs --kv-cache static"
+            )
+        # Column j of a row padded on the left is its token j - pad; what wraps around is padding.
+        columns = (np.arange(sequence) - pads[:, None]) % sequence
+        mask = np.concatenate([self._mask, (np.arange(sequence) >= pads[:, None]).astype(np.int64)], axis=1)
+        binding = self.session.io_binding()
+        binding.bind_cpu_input("input_ids", np.ascontiguousarray(np.take_along_axis(tokens, columns, axis=1)))
+        binding.bind_cpu_input("attention_mask", mask)
+        cache = self._cache or [
+            ort.OrtValue.ortvalue_from_numpy(empty) for empty in _zeros(self.manifest, len(tokens), 0)
+        ]
+        binding.bind_output("logits", "cpu")
+        for (past, present), value in zip(_cache_names(self.manifest), cache, strict=True):
+            binding.bind_ortvalue_input(past, value)
+            binding.bind_output(present, "cpu")
+        run_bound(self.session, binding, sequence)
+        logits, *self._cache = binding.get_outputs()
+        self._mask, self.lengths = mask, self.lengths + counts
+        back = (np.arange(sequence) + pads[:, None]) % sequence
+        aligned: NDArray[np.float32] = np.take_along_axis(logits.numpy(), back[:, :, None], axis=1)
+        return aligned
+
+
+@dataclass
+class StaticSequences:
+    """Over buffers of fixed size that this object owns and ONNX Runtime writes in place.
+
+    Each row has a length of its own. A row is a sequence's place: `admit` gives it to a new one at any time.
+
+    Attributes:
+        buffers: Per layer key, value: [batch, kv_heads, slots, head_dim]; finite everywhere, because a slot that a
+            query does not see is multiplied by zero.
+    """
+
+    session: Any
+    manifest: Manifest
+    lengths: NDArray[np.int64]
+    buffers: list[NDArray[Any]]
+    _binding: Any
+    _begun: bool = False
+
+    @classmethod
+    def begin(cls, session: Any, manifest: Manifest, batch: int) -> "StaticSequences":
+        """Return `batch` sequences without tokens."""
+        assert manifest.cache_slots is not None, "a static cache has slots"
+        buffers = _zeros(manifest, batch, manifest.cache_slots)
+        return cls(session, manifest, np.zeros(batch, np.int64), buffers, _bound(session, manifest, buffers))
+
+    def step(self, tokens: NDArray[np.int64], counts: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
+        """See `Sequences`. A row with count 0 keeps its length, but its buffer needs room for the padding."""
+        counts = _counts(tokens, counts, len(self.lengths))
+        logits = self._run(self._binding, tokens, self.lengths, fresh=not self._begun)
+        self._begun = True
+        self.lengths = self.lengths + counts
+        return logits
+
+    def admit(self, row: int, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Begin a new sequence [sequence] in a row, the others stand still; return its logits [1, sequence, vocab].
+
+        Raises:
+            EngineError: The tokens do not fit, or ONNX Runtime fails.
+        """
+        self._begin_rows()
+        # A row's part of a buffer lies in one piece, so that the graph can write it in place with a batch of one.
+        binding = _bound(self.session, self.manifest, [buffer[row : row + 1] for buffer in self.buffers])
+        logits = self._run(binding, tokens[None], np.zeros(1, np.int64), fresh=True)
+        self.lengths[row] = len(tokens)
+        return logits
+
+    def release(self, row: int) -> None:
+        """Forget a row's tokens; it may take padding again, and waits for `admit`."""
+        self._begin_rows()
+        self.lengths[row] = 0
+
+    def _begin_rows(self) -> None:
+        """From now on rows begin by `admit` only: a fresh call would give all of them the prefix anew."""
+        self._begun = True
+
+    def _run(
+        self, binding: Any, tokens: NDArray[np.int64], lengths: NDArray[np.int64], *, fresh: bool
+    ) -> NDArray[np.float32]:
+        sequence = tokens.shape[1]
+        self._require_room(lengths, sequence)
+        binding.bind_cpu_input("input_ids", np.ascontiguousarray(tokens, np.int64))
+        binding.bind_cpu_input("write_indices", lengths.copy())
+        if self.manifest.prefix is not None:
+            binding.bind_cpu_input("fresh", np.ones(int(fresh), np.bool_))
+        binding.bind_output("logits", "cpu")
+        run_bound(self.session, binding, sequence)
+        logits: NDArray[np.float32] = binding.get_outputs()[0].numpy()
+        return logits
+
+    def _require_room(self, lengths: NDArray[np.int64], sequence: int) -> None:
+        capacity = self.manifest.capacity
+        assert capacity is not None, "a static cache has a capacity"
+        row = int(lengths.argmax())
+        if lengths[row] + sequence > capacity:
+            raise EngineError(
+                f"row {row} has {lengths[row]} tokens and {sequence} more do not fit into the cache's capacity of "
+                f"{capacity}; feed fewer, or export with a larger --capacity"
+            )
+
+
+def run_bound(session: Any, binding: Any, sequence: int) -> None:
+    """Run a session over bound inputs and outputs.
+
+    Raises:
+        EngineError: ONNX Runtime fails; `sequence` is named.
+    """
+    try:
+        with denormals_flushed():
+            session.run_with_iobinding(binding)
+    except Exception as error:  # ONNX Runtime's exceptions have no common type
+        raise run_failure(error, sequence) from error
+
+
+def run_failure(error: Exception, sequence: int) -> EngineError:
+    """Return the error of a call with `sequence` tokens that ONNX Runtime did not finish."""
+    return EngineError(f"ONNX Runtime fails on {sequence} tokens: {str(error).splitlines()[0]}")
+
+
+def _bound(session: Any, manifest: Manifest, buffers: list[NDArray[Any]]) -> Any:
+    """Return a binding in which every buffer is both past and present."""
+    import onnxruntime as ort
+
+    binding = session.io_binding()
+    binding.bind_output("logits", "cpu")  # the first output, whatever is bound later
+    for (past, present), buffer in zip(_cache_names(manifest), buffers, strict=True):
+        value = ort.OrtValue.ortvalue_from_numpy(buffer)  # on a CPU the same memory
+        binding.bind_ortvalue_input(past, value)
+        binding.bind_ortvalue_output(present, value)
+    return binding
+
+
+def _cache_names(manifest: Manifest) -> list[tuple[str, str]]:
+    """Return the cache's (input, output) names, layer by layer, keys before values."""
+    places = [f"{layer}.{kind}" for layer in range(manifest.num_hidden_layers) for kind in ("key", "value")]
+    return [(f"past_key_values.{place}", f"present.{place}") for place in places]
+
+
+def _zeros(manifest: Manifest, batch: int, slots: int) -> list[NDArray[Any]]:
+    """Return a cache of zeros: per layer key, value [batch, kv_heads, slots, head_dim]."""
+    shape = (batch, manifest.num_key_value_heads, slots, manifest.head_dim)
+    dtype = np.dtype(CACHE_TYPES[manifest.dtype])
+    return [np.zeros(shape, dtype) for _ in _cache_names(manifest)]
+
+
+def _counts(tokens: NDArray[np.int64], counts: NDArray[np.int64] | None, batch: int) -> NDArray[np.int64]:
+    """Return how many tokens of each row count.
+
+    Raises:
+        EngineError: Tokens or counts are not of this batch.
+    """
+    if tokens.ndim != 2 or len(tokens) != batch or not tokens.size:
+        raise EngineError(f"tokens of shape {list(tokens.shape)} were given; expected [{batch}, 1 or more]")
+    rows, sequence = tokens.shape
+    if counts is None:
+        return np.full(rows, sequence, np.int64)
+    if counts.shape != (rows,) or counts.min() < 0 or counts.max() > sequence:
+        raise EngineError(f"counts {counts.tolist()}: expected {rows} numbers from 0 to {sequence}")
+    return counts.astype(np.int64)

@@ -1,0 +1,71 @@
+"""The cache as a buffer of fixed size that belongs to the caller and is written in place."""
+
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+from spike_export.export.attention_context import AttentionContext
+from spike_export.export.emission import Emission
+from spike_export.export.kv_cache import KINDS, declare_pasts, prefix_part
+from spike_export.export.static_context import StaticContextEmitter
+
+WRITE_INDICES, FRESH = "write_indices", "fresh"
+"""The inputs that only a graph with a static cache has."""
+
+
+@dataclass(frozen=True)
+class StaticCache:
+    """A buffer per layer and kind: `past` and `present` have one shape, and may be the same memory.
+
+    Attributes:
+        pasts: Per layer the inputs `past_key_values.N.key|value` [batch, kv_heads, slots, head_dim].
+        slots: P and the capacity.
+    """
+
+    emission: Emission
+    pasts: list[tuple[ir.Value, ir.Value]]
+    slots: int
+    _presents: list[ir.Value] = field(default_factory=list, init=False, repr=False)
+
+    def append(self, index: int, key: ir.Value, value: ir.Value, context: AttentionContext) -> tuple[ir.Value, ...]:
+        """Write a layer's new keys and values [batch, kv_heads, sequence, head_dim]; return the whole buffers."""
+        news = (key, value)
+        presents = tuple(self._present(index, slot, new, context) for slot, new in enumerate(news))
+        self._presents.extend(presents)
+        return presents
+
+    def _present(self, index: int, slot: int, new: ir.Value, context: AttentionContext) -> ir.Value:
+        """Write the prefix, when the sequences are fresh, and the new tokens with one TensorScatter.
+
+        One, because TensorRT aliases past and present only where the scatter's result is the graph's output.
+        """
+        assert context.write_slots is not None, "the context was emitted for a static cache"
+        b, module, kind = self.emission.builder, f"model.layers.{index}.self_attn", KINDS[slot]
+        prefix = prefix_part(self.emission, index, slot, context)
+        if prefix is not None:
+            new = b.op("Concat", [prefix, new], module, label=f"update_{kind}", attributes={"axis": 2})
+        return b.op(
+            "TensorScatter",
+            [self.pasts[index][slot], new, context.write_slots],
+            module,
+            label=f"present_{kind}",
+            output=f"present.{index}.{kind}",
+            attributes={"axis": -2, "mode": "linear"},
+        )
+
+    def declare_outputs(self) -> None:
+        """Declare `present.N.key|value` of all layers; comes after every layer's `append`."""
+        config = self.emission.config
+        for value in self._presents:
+            self.emission.builder.output(value, ["batch", config.num_key_value_heads, self.slots, config.head_dim])
+
+
+def static_cache(emission: Emission, ids: ir.Value, capacity: int) -> tuple[StaticCache, AttentionContext]:
+    """Declare a static cache's inputs behind `input_ids`, and emit what all layers share."""
+    b, config, plan = emission.builder, emission.config, emission.plan
+    indices = b.input(WRITE_INDICES, ir.DataType.INT64, ["batch"])
+    fresh = b.input(FRESH, ir.DataType.BOOL, [FRESH]) if plan.prefix_length else None
+    slots = plan.prefix_length + capacity
+    cache = StaticCache(emission, declare_pasts(emission, slots), slots)
+    emitter = StaticContextEmitter(b, ids, indices, fresh, plan.prefix_length, slots, config.windows)
+    return cache, emitter.emit(config.num_key_value_heads, config.head_dim)
