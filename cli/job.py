@@ -12,6 +12,7 @@ from spike_export.calibration.options import CalibrationOptions
 from spike_export.calibration.recipe import Dtype
 from spike_export.cli.execution import Residency
 from spike_export.engines.build_options import BuildOptions
+from spike_export.export.graph_plan import LogitsScope
 
 if TYPE_CHECKING:
     from spike_export.calibration.checkpoint import Checkpoint
@@ -31,6 +32,7 @@ class Job:
         text_field: Key of the text, or of the messages, in its records; None for the usual keys.
         corpus_split: Split of a dataset; None for `train`.
         chat_template: Render the corpus's conversations with the model's chat template.
+        logits: Of which tokens the graph gives logits.
         max_ppl_increase: Largest relative perplexity increase of the shipped bundle; None for no limit.
         build: How to build the plan.
         allow_fallback: Accept a plan in which a module planned as INT8 runs in 16 bit.
@@ -49,6 +51,7 @@ class Job:
     text_field: str | None = None
     corpus_split: str | None = None
     chat_template: bool = False
+    logits: LogitsScope = "all"
     max_ppl_increase: float | None = None
     build: BuildOptions = field(default_factory=BuildOptions)
     allow_fallback: bool = False

@@ -21,6 +21,7 @@ from spike_export.cli.arguments import (
     DtypeArguments,
     ExecutionArguments,
     GateArguments,
+    GraphArguments,
     QuantizationArguments,
     RunArguments,
     values,
@@ -115,6 +116,7 @@ def job(
     quantization: QuantizationArguments = QuantizationArguments(),
     dtype: DtypeArguments = DtypeArguments(),
     execution: ExecutionArguments = ExecutionArguments(),
+    graph: GraphArguments = GraphArguments(),
     gate: GateArguments = GateArguments(),
     build: BuildArguments = BuildArguments(),
     run_options: RunArguments = RunArguments(),
@@ -129,6 +131,7 @@ def job(
         calibration=_calibration_options(corpus, quantization, dtype),
         quantize=quantize,
         **_corpus_fields(corpus),
+        logits=graph.logits,
         max_ppl_increase=gate.max_ppl_increase,
         build=_build_options(build),
         allow_fallback=build.allow_fallback,
@@ -338,6 +341,7 @@ def export(
     dtype: Annotated[
         DtypeArguments | None, Parameter(help="Default: the recipe's precision, or float16 without one.")
     ] = None,
+    graph: GraphArguments = GraphArguments(),
     run_options: RunArguments = RunArguments(),
 ) -> int:
     """Write the ONNX bundle of a recipe."""
@@ -364,7 +368,7 @@ def export(
         ProgressDisplay(console, ["bundle"], quiet=run_options.quiet) as display,
         display.stage("bundle") as progress,
     ):
-        export_bundle(checkpoint, plan, ExportOptions(kept), out, progress)
+        export_bundle(checkpoint, plan, ExportOptions(kept, graph.logits), out, progress)
     if not run_options.quiet:
         console.print(Text(f"bundle: {out}"), soft_wrap=True)
     return DONE

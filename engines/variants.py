@@ -53,7 +53,8 @@ def check_variants(
     """
     runnable = options.dtype in CACHE_TYPES and not any(_keeps_bfloat16(variant.recipe) for variant in variants)
     rounds = len(variants) + 1
-    evaluated_dtype = options if runnable else ExportOptions("float32")
+    # What is exported for the check alone gives all logits; of a last-token bundle they are taken in memory.
+    evaluated_dtype = ExportOptions(options.dtype if runnable else "float32")
     bos = checkpoint.bos_token_id
     prefix = _shipped_prefix(variants)
     with reference_logits(load, content, bos, _part(progress, 0, rounds), scratch, prefix) as reference:
@@ -97,7 +98,7 @@ def _evaluate(
     progress: Progress,
 ) -> CheckVariant:
     if variant.bundle is not None and runnable:
-        accuracy = compare(open_bundle(variant.bundle), reference, progress)
+        accuracy = compare(open_bundle(variant.bundle, all_logits=True), reference, progress)
         return _row(variant, load_manifest(variant.bundle), accuracy, reference)
     with tempfile.TemporaryDirectory(dir=reference.folder) as name:
         bundle = Path(name) / "bundle"
@@ -133,6 +134,7 @@ def _row(variant: Variant, manifest: Manifest, accuracy: Accuracy, reference: Re
         kl_divergence=accuracy.kl_divergence,
         int8_linears=int8,
         kept_linears=sum(counts.values()),
+        head=manifest.head.format if manifest.head else None,
         prefix_length=manifest.prefix_length,
         activation_range=variant.recipe.scheme.activation_range if variant.recipe and int8 else None,
         shipped=variant.bundle is not None,

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import shutil
 from collections import Counter
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ import onnx_ir as ir
 
 from spike_export.calibration.atomic_write import atomic_path
 from spike_export.calibration.checkpoint import Checkpoint
-from spike_export.calibration.decoder_config import tensor_shapes
+from spike_export.calibration.decoder_config import DecoderConfig, tensor_shapes
 from spike_export.calibration.equivalent_weights import equivalent_checkpoint
 from spike_export.calibration.errors import ArtifactError, RecipeError
 from spike_export.calibration.layerwise import Decoder, Execution
@@ -23,12 +24,14 @@ from spike_export.calibration.progress import Progress, silent
 from spike_export.calibration.recipe import Dtype, ModulePlan, Recipe, recipe_text
 from spike_export.export.architectures import require_exportable
 from spike_export.export.decoder_graph import build_decoder
-from spike_export.export.graph_plan import GraphPlan
+from spike_export.export.graph_plan import GraphPlan, LogitsScope
+from spike_export.export.head import head_plan, own_weight_bytes
 from spike_export.export.linear import number_format
 from spike_export.export.manifest import (
     DATA_FILE,
     GRAPH_FILE,
     BundlePrefix,
+    HeadInfo,
     LinearShare,
     Manifest,
     SourceModel,
@@ -54,9 +57,11 @@ class ExportOptions:
     Attributes:
         dtype: Precision of whatever no recipe speaks of: embeddings, residual stream, attention, cache, head, and
             without a recipe the linears too.
+        logits: Of which tokens the graph gives logits.
     """
 
     dtype: Dtype = "float16"
+    logits: LogitsScope = "all"
 
 
 def export_bundle(
@@ -144,10 +149,13 @@ def _graph_plan(checkpoint: Checkpoint, recipe: Recipe | None, options: ExportOp
     if recipe is None:
         kept = ModulePlan(precision=options.dtype)
         names = linears(checkpoint.config)
-        return GraphPlan(dict.fromkeys(names, kept), "int8-per-channel", options.dtype)
+        return GraphPlan(dict.fromkeys(names, kept), "int8-per-channel", options.dtype, logits=options.logits)
     ids = recipe.prefix_ids
     prefix = Decoder(checkpoint, Execution(resident=False)).prefix_key_values(ids) if ids else ()
-    return GraphPlan(recipe.modules, recipe.scheme.weights, options.dtype, prefix, recipe.attention)
+    scheme = recipe.scheme
+    return GraphPlan(
+        recipe.modules, scheme.weights, options.dtype, prefix, recipe.attention, scheme.head, options.logits
+    )
 
 
 def _require_space(destination: Path, model: ir.Model) -> None:
@@ -207,6 +215,8 @@ def _manifest(
         eos_token_ids=config.eos_token_ids,
         prefix=_bundle_prefix(checkpoint, recipe),
         linears=_linear_shares(checkpoint, plan),
+        head=_head_info(checkpoint.config, plan),
+        logits=plan.logits,
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         num_hidden_layers=config.num_hidden_layers,
@@ -244,6 +254,16 @@ def _linear_shares(checkpoint: Checkpoint, plan: GraphPlan) -> dict[str, LinearS
         macs[number_format(module)] += columns * rows
     total = macs.total()
     return {kind: LinearShare(modules=modules[kind], mac_share=macs[kind] / total) for kind in sorted(modules)}
+
+
+def _head_info(config: DecoderConfig, plan: GraphPlan) -> HeadInfo:
+    shapes, macs = tensor_shapes(config), config.vocab_size * config.hidden_size
+    linears = sum(math.prod(shapes[f"{name}.weight"]) for name in plan.modules)
+    return HeadInfo(
+        format=number_format(head_plan(plan.head, plan.dtype)),
+        mac_share=macs / (macs + linears),
+        weight_bytes=own_weight_bytes(config, plan),
+    )
 
 
 def _tensor_info(value: ir.Value) -> TensorInfo:

@@ -2,8 +2,8 @@
 
 Inputs: `input_ids` [batch, sequence] int64, `attention_mask` [batch, total_sequence] int64 (the caller's own tokens,
 past and new), `past_key_values.N.key|value` [batch, kv_heads, past, head_dim]. Outputs: `logits` [batch, sequence,
-vocab] float32, `present.N.key|value`. An empty past means a fresh sequence; `present` then starts with the prefix,
-and from then on `past` is longer by P than the caller's own past.
+vocab] float32 (or [batch, 1, vocab], of the last token alone), `present.N.key|value`. An empty past means a fresh
+sequence; `present` then starts with the prefix, and from then on `past` is longer by P than the caller's own past.
 """
 
 from importlib.metadata import version
@@ -19,6 +19,7 @@ from spike_export.export.graph_builder import GraphBuilder
 from spike_export.export.graph_plan import GraphPlan
 from spike_export.export.head import emit_head
 from spike_export.export.kv_cache import DynamicCache
+from spike_export.export.last_token import last_token
 from spike_export.export.norm import rms_norm
 from spike_export.export.rope import rope_tables
 
@@ -63,6 +64,8 @@ def _layer(emission: Emission, attention: AttentionEmitter, index: int, hidden: 
     normed = rms_norm(emission, f"{layer}.input_layernorm", hidden)
     attended = attention.emit(index, normed)
     hidden = b.op("Add", [hidden, emission.cast(attended)], layer, label="attention_residual")
+    if emission.plan.logits == "last" and index == emission.config.num_hidden_layers - 1:
+        hidden = last_token(emission, hidden)
     normed = rms_norm(emission, f"{layer}.post_attention_layernorm", hidden)
     fed = feed_forward(emission, f"{layer}.mlp", normed)
     return b.op("Add", [hidden, emission.cast(fed)], layer, label="mlp_residual")

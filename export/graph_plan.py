@@ -2,11 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from spike_export.calibration.recipe import AttentionPlan, Dtype, ModulePlan, WeightScheme
+from spike_export.calibration.recipe import AttentionPlan, Dtype, HeadScheme, ModulePlan, WeightScheme
+
+LogitsScope = Literal["all", "last"]
+"""Of which tokens a graph gives logits: of every token, or of each row's last."""
 
 PrefixCache = Sequence[tuple[NDArray[np.float32], NDArray[np.float32]]]
 """Per layer (key, value), each [kv_heads, P, head_dim] float32, keys rotated; empty when there is no prefix."""
@@ -22,6 +26,8 @@ class GraphPlan:
         dtype: Precision of embeddings, residual stream, attention, cache and head.
         prefix: Key/values that stand before every sequence.
         attention: Attention block → steps of its products' operands; blocks that are not named stay as they are.
+        head: How the language-model head computes.
+        logits: Of which tokens the graph gives logits.
     """
 
     modules: Mapping[str, ModulePlan]
@@ -29,6 +35,8 @@ class GraphPlan:
     dtype: Dtype
     prefix: PrefixCache = ()
     attention: Mapping[str, AttentionPlan] = field(default_factory=dict)
+    head: HeadScheme = "unquantized"
+    logits: LogitsScope = "all"
 
     @property
     def prefix_length(self) -> int:
