@@ -16,14 +16,14 @@ def ablations(
 ) -> dict[str, Recipe]:
     """Return variant name → recipe: nothing but W8A8, with QFeM, with QFeP, and with both.
 
-    Their scales cover the plain maximum, as in the paper. QFeM keeps as many linears as `recipe` does. A variant
-    whose method `recipe` does not use is left out.
+    Their scales cover the plain maximum and their head is not quantized, as in the paper. QFeM keeps as many linears
+    as `recipe` does. A variant whose method `recipe` does not use is left out.
 
     Args:
         plain: Statistics without a prefix.
         behind: Statistics behind the recipe's prefix; `plain` again when it has none.
     """
-    paper = calibration.with_options(replace(calibration.options, activation_range="max"))
+    paper = calibration.with_options(replace(calibration.options, activation_range="max", head="unquantized"))
     config = calibration.checkpoint.config
     kept = len(recipe.kept_linears())
 

@@ -214,7 +214,8 @@ class Calibration:
         content, prefix = self.search_windows, statistics.prefix_ids
         fed = self.fed(content, prefix)
         reference = self.reference(prefix) if compare else None
-        return score(decoder, fed, content.shape[1], prefix, (simulation.visit,), reference=reference)
+        head = self.options.head
+        return score(decoder, fed, content.shape[1], prefix, (simulation.visit,), head=head, reference=reference)
 
     def _simulation(
         self, plans: Mapping[str, ModulePlan], transform: Transform, scales: Mapping[str, NDArray[np.float32]]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,8 @@ from spike_export.calibration.checkpoint import EMBEDDING, LM_HEAD, Checkpoint
 from spike_export.calibration.decoder_config import DecoderConfig, layer_shapes
 from spike_export.calibration.heap import return_freed_memory
 from spike_export.calibration.progress import Progress, silent
-from spike_export.calibration.recipe import Dtype
+from spike_export.calibration.recipe import HEAD_WEIGHTS, Dtype, HeadScheme
+from spike_export.calibration.simulate import QuantizedWeights, fake_quantize_tokens
 from spike_export.calibration.sparse_moe import sparse_moe
 
 if TYPE_CHECKING:
@@ -355,9 +357,13 @@ class Decoder:
         with ThreadPoolExecutor(len(devices)) as pool:
             list(pool.map(share, range(len(devices))))
 
-    def head(self) -> "Head":
+    def head(self, scheme: HeadScheme = "unquantized") -> "Head":
         """Return what turns the last layer's output into logits."""
-        return Head(self)
+        return Head(self, scheme)
+
+    @cached_property
+    def _int8_head(self) -> QuantizedWeights:
+        return QuantizedWeights(HEAD_WEIGHTS, keep=self.execution.resident)
 
 
 class _PrefixStream:
@@ -386,12 +392,18 @@ class _PrefixStream:
 
 
 class Head:
-    """Final norm, language-model head, its divisor and soft cap; the weights stay while the object lives."""
+    """Final norm, language-model head, its divisor and soft cap; the weights stay while the object lives.
 
-    def __init__(self, decoder: Decoder) -> None:
+    A quantized head computes in float32, as in the graph.
+    """
+
+    def __init__(self, decoder: Decoder, scheme: HeadScheme = "unquantized") -> None:
+        self._scheme = scheme
         self._norm = decoder.skeleton.norm
         decoder._assign(decoder.skeleton, "norm.weight", decoder._kept(FINAL_NORM))
-        self._weight = decoder._kept(LM_HEAD)
+        weight = decoder._kept(LM_HEAD)
+        quantized = scheme != "unquantized"
+        self._weight = decoder._int8_head.dequantized("lm_head", weight) if quantized else weight
         self._factors = decoder.config.factors
         self._device = decoder.execution.devices[0]
 
@@ -400,7 +412,10 @@ class Head:
         import torch
 
         with torch.inference_mode():
-            logits = torch.nn.functional.linear(self._norm(states.to(self._device)), self._weight)
+            normed = self._norm(states.to(self._device)).to(self._weight.dtype)
+            if self._scheme == "int8-per-token-dynamic":
+                normed = fake_quantize_tokens(normed)
+            logits = torch.nn.functional.linear(normed, self._weight)
             softcap = self._factors.final_softcap
             if self._factors.logits != 1:
                 logits = logits / self._factors.logits

@@ -10,6 +10,7 @@ from spike_export.calibration.recipe import (
     AttentionProducts,
     Dtype,
     ExcludedWeights,
+    HeadScheme,
     WeightScheme,
     WindowKind,
 )
@@ -31,6 +32,7 @@ class CalibrationOptions:
         activation_range: What the static activation scales cover.
         excluded_weights: How excluded modules hold their weights.
         attention: Operands of attention's products.
+        head: How the language-model head computes.
         dtype: Precision of what is not quantized.
         qfem: Whether modules may stay in 16 bit.
         qfep: Whether a prefix may be used.
@@ -52,6 +54,7 @@ class CalibrationOptions:
     activation_range: ActivationRange = "sample-mean"
     excluded_weights: ExcludedWeights = "unquantized"
     attention: AttentionProducts = "unquantized"
+    head: HeadScheme = "unquantized"
     dtype: Dtype = "float16"
     qfem: bool = True
     qfep: bool = True

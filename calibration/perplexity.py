@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from spike_export.calibration.layerwise import Decoder, Head, Visit, batches
 from spike_export.calibration.progress import Progress, silent
+from spike_export.calibration.recipe import HeadScheme
 
 if TYPE_CHECKING:
     import torch
@@ -83,6 +84,7 @@ def model_perplexity(
     prefix: Sequence[int] = (),
     visits: Sequence[Visit] = (),
     progress: Progress = silent,
+    head: HeadScheme = "unquantized",
 ) -> float:
     """Return the perplexity of the last `content_length` tokens of each window, the first of them not scored.
 
@@ -93,8 +95,9 @@ def model_perplexity(
         prefix: Token ids whose key/values stand before every window.
         visits: What to do around each layer, e.g. simulate quantization.
         progress: Told after each layer.
+        head: How the language-model head computes.
     """
-    return score(decoder, windows, content_length, prefix, visits, progress=progress).perplexity
+    return score(decoder, windows, content_length, prefix, visits, head=head, progress=progress).perplexity
 
 
 def reference_states(
@@ -115,17 +118,18 @@ def score(
     prefix: Sequence[int] = (),
     visits: Sequence[Visit] = (),
     *,
+    head: HeadScheme = "unquantized",
     reference: ReferenceStates | None = None,
     progress: Progress = silent,
 ) -> Score:
     """Return perplexity and, with a reference, divergence; arguments as in `model_perplexity`."""
-    head = decoder.head()
+    to_logits = decoder.head(head)
     total, divergence, compared = Likelihood(0.0, 0), 0.0, 0
     content = _content(decoder, windows, content_length, prefix, visits, progress)
     for index, (tokens, states) in enumerate(content):
-        total += _likelihood(head, states, tokens)
+        total += _likelihood(to_logits, states, tokens)
         if reference is not None:
-            divergence += _divergence(reference, index, head, states[::_DIVERGENCE_EVERY])
+            divergence += _divergence(reference, index, to_logits, states[::_DIVERGENCE_EVERY])
             compared += len(reference.states[index])
     return Score(total.perplexity, divergence / max(1, compared))
 

@@ -25,6 +25,13 @@ ExcludedWeights = Literal["unquantized", "int8"]
 AttentionProducts = Literal["unquantized", "int8-per-tensor-static"]
 """Operands of attention's two matrix products (Q, K and V after rope)."""
 
+HeadScheme = Literal["unquantized", "int8-weights", "int8-per-token-dynamic"]
+"""How the language-model head computes: as it is; from INT8 weights alone; or from INT8 weights and tokens that are
+quantized by their own largest magnitude at run time. Neither needs calibration."""
+
+HEAD_WEIGHTS: WeightScheme = "int8-per-channel"
+"""Scales of the head's INT8 weights: one per row of the vocabulary."""
+
 ActivationRange = Literal["max", "sample-mean", "percentile", "mse"]
 """What a static activation scale covers: the largest magnitude of all samples; the mean over the samples of each
 sample's largest (averaged min-max), which clips the rare spike that only a few samples have; the 99.9th percentile of
@@ -75,6 +82,7 @@ class Scheme(_Document):
     activation_range: ActivationRange = "max"
     excluded_weights: ExcludedWeights = "unquantized"
     attention: AttentionProducts = "unquantized"
+    head: HeadScheme = "unquantized"
     unquantized: Dtype = "float16"
     unquantized_reason: str | None = None
 

@@ -76,6 +76,7 @@ def _scheme(options: CalibrationOptions, reason: str | None) -> Scheme:
         activation_range=options.activation_range,
         excluded_weights=options.excluded_weights,
         attention=options.attention,
+        head=options.head,
         unquantized=options.dtype,
         unquantized_reason=reason,
     )

@@ -11,7 +11,7 @@ Dtype = Literal["float16", "bfloat16", "float32"]
 _CALIBRATION = Group("Calibration", sort_key=1)
 _QUANTIZATION = Group("Quantization", sort_key=2)
 _EXECUTION = Group("Execution", sort_key=3)
-_CACHE = Group("Key/value cache", sort_key=3)
+_GRAPH = Group("Graph", sort_key=3)
 _CHECK = Group("Check", sort_key=3)
 _BUILD = Group("Engine", sort_key=4)
 _RUN = Group("Run", sort_key=5)
@@ -97,6 +97,10 @@ class QuantizationArguments:
     attention: Literal["unquantized", "int8-per-tensor-static"] = "unquantized"
     "Operands of attention's matrix products."
 
+    head: Literal["unquantized", "int8-weights", "int8-per-token-dynamic"] = "unquantized"
+    """Language-model head: as it is, from INT8 weights, or from INT8 weights and tokens with scales of their own. A
+    head tied to the embedding gets a copy in INT8."""
+
 
 @Parameter(name="*", group=_EXECUTION)
 @dataclass(frozen=True, kw_only=True)
@@ -122,16 +126,19 @@ class DtypeArguments:
     "Precision of embeddings, residual stream, attention, cache, head, and of modules that are not quantized."
 
 
-@Parameter(name="*", group=_CACHE)
+@Parameter(name="*", group=_GRAPH)
 @dataclass(frozen=True, kw_only=True)
-class CacheArguments:
-    """How the graph keeps keys and values."""
+class GraphArguments:
+    """What the graph keeps and gives."""
 
     kv_cache: Literal["dynamic", "static"] = "dynamic"
-    "A cache that grows with every call, or a buffer of fixed size that is written in place."
+    "A cache of keys and values that grows with every call, or a buffer of fixed size that is written in place."
 
     capacity: int | None = None
     "Most tokens of a sequence in a static cache, the prefix not counted; attention reads all of it in every call."
+
+    logits: Literal["all", "last"] = "all"
+    "Logits of all tokens, or of each sequence's last token only, for generating (batches padded on the left)."
 
 
 @Parameter(name="*", group=_CHECK)

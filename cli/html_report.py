@@ -266,6 +266,7 @@ def _facts(loaded: Loaded) -> list[tuple[str, str]]:
         ("Architecture", visible(recipe.model.architecture)),
         ("Weights", recipe.scheme.weights),
         ("Activations", f"{recipe.scheme.activations}, range: {recipe.scheme.activation_range}"),
+        ("Head", recipe.scheme.head),
         ("Not quantized", recipe.scheme.unquantized),
         ("Calibrated on", f"{visible(corpus.name)}: {corpus.samples} samples of {corpus.length} tokens{inside}"),
         ("Alpha", number(recipe.alpha) if recipe.alpha is not None else "none: no module is kept by its ratio"),

@@ -13,6 +13,7 @@ from spike_export.calibration.recipe import Dtype
 from spike_export.cli.execution import Residency
 from spike_export.engines.build_options import BuildOptions
 from spike_export.export.cache_options import CacheOptions
+from spike_export.export.graph_plan import LogitsScope
 
 if TYPE_CHECKING:
     from spike_export.calibration.checkpoint import Checkpoint
@@ -33,6 +34,7 @@ class Job:
         corpus_split: Split of a dataset; None for `train`.
         chat_template: Render the corpus's conversations with the model's chat template.
         cache: Which cache of keys and values the graph has.
+        logits: Of which tokens the graph gives logits.
         max_ppl_increase: Largest relative perplexity increase of the shipped bundle; None for no limit.
         build: How to build the plan.
         allow_fallback: Accept a plan in which a module planned as INT8 runs in 16 bit.
@@ -52,6 +54,7 @@ class Job:
     corpus_split: str | None = None
     chat_template: bool = False
     cache: CacheOptions = field(default_factory=CacheOptions)
+    logits: LogitsScope = "all"
     max_ppl_increase: float | None = None
     build: BuildOptions = field(default_factory=BuildOptions)
     allow_fallback: bool = False

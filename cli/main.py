@@ -17,11 +17,11 @@ from rich.text import Text
 from spike_export.calibration.errors import ArtifactError, SpikeExportError
 from spike_export.cli.arguments import (
     BuildArguments,
-    CacheArguments,
     CorpusArguments,
     DtypeArguments,
     ExecutionArguments,
     GateArguments,
+    GraphArguments,
     QuantizationArguments,
     RunArguments,
     values,
@@ -117,7 +117,7 @@ def job(
     quantization: QuantizationArguments = QuantizationArguments(),
     dtype: DtypeArguments = DtypeArguments(),
     execution: ExecutionArguments = ExecutionArguments(),
-    cache: CacheArguments = CacheArguments(),
+    graph: GraphArguments = GraphArguments(),
     gate: GateArguments = GateArguments(),
     build: BuildArguments = BuildArguments(),
     run_options: RunArguments = RunArguments(),
@@ -132,7 +132,8 @@ def job(
         calibration=_calibration_options(corpus, quantization, dtype),
         quantize=quantize,
         **_corpus_fields(corpus),
-        cache=_cache_options(cache),
+        cache=_cache_options(graph),
+        logits=graph.logits,
         max_ppl_increase=gate.max_ppl_increase,
         build=_build_options(build),
         allow_fallback=build.allow_fallback,
@@ -237,10 +238,10 @@ def _execution_fields(execution: ExecutionArguments) -> dict[str, Any]:
     }
 
 
-def _cache_options(cache: CacheArguments) -> "CacheOptions":
+def _cache_options(graph: GraphArguments) -> "CacheOptions":
     from spike_export.export.cache_options import CacheOptions
 
-    return CacheOptions(cache.kv_cache, cache.capacity)
+    return CacheOptions(graph.kv_cache, graph.capacity)
 
 
 def _build_options(build: BuildArguments) -> "BuildOptions":
@@ -354,7 +355,7 @@ def export(
     dtype: Annotated[
         DtypeArguments | None, Parameter(help="Default: the recipe's precision, or float16 without one.")
     ] = None,
-    cache: CacheArguments = CacheArguments(),
+    graph: GraphArguments = GraphArguments(),
     run_options: RunArguments = RunArguments(),
 ) -> int:
     """Write the ONNX bundle of a recipe."""
@@ -372,7 +373,7 @@ def export(
     from spike_export.cli.progress_display import ProgressDisplay
     from spike_export.export.bundle import ExportOptions, export_bundle
 
-    kept_cache = _cache_options(cache)
+    kept_cache = _cache_options(graph)
     plan = load_recipe(recipe) if recipe else None
     require_bundle_or_nothing(out)
     kept = dtype.dtype if dtype else plan.scheme.unquantized if plan else "float16"
@@ -382,7 +383,7 @@ def export(
         ProgressDisplay(console, ["bundle"], quiet=run_options.quiet) as display,
         display.stage("bundle") as progress,
     ):
-        export_bundle(checkpoint, plan, ExportOptions(kept, kept_cache), out, progress)
+        export_bundle(checkpoint, plan, ExportOptions(kept, cache=kept_cache, logits=graph.logits), out, progress)
     if not run_options.quiet:
         console.print(Text(f"bundle: {out}"), soft_wrap=True)
     return DONE

@@ -282,9 +282,9 @@ class Pipeline:
         return bundle
 
     def _export_options(self, recipe: Recipe | None) -> ExportOptions:
-        """Return the precision of the rest, which is the recipe's and may have been edited, and the cache."""
+        """Return what the job asks of the graph, in the recipe's precision, which may have been edited."""
         dtype = self.job.calibration.dtype if recipe is None else recipe.scheme.unquantized
-        return ExportOptions(dtype, self.job.cache)
+        return ExportOptions(dtype, cache=self.job.cache, logits=self.job.logits)
 
     def check(self, recipe: Recipe | None, bundle: Path) -> Check:
         """Measure the bundle's accuracy, and what each method contributes, and hold it against the limit."""
@@ -324,10 +324,13 @@ class Pipeline:
         ranged = scheme.activations == "int8-per-tensor-static" and scheme.activation_range != "max"
         parts = (("rotation", recipe.rotation), ("smoothing", recipe.smoothing), (scheme.activation_range, ranged))
         more = [name for name, used in parts if used]
-        if not more:
-            # The last ablation is the shipped recipe itself, unless it was edited.
-            return [*variants[:-1], Variant(variants[-1].name, recipe, bundle)]
-        return [*variants, Variant("+".join((variants[-1].name, *more)), recipe, bundle)]
+        # Without more, the last ablation is the shipped recipe itself, unless it was edited.
+        earlier, name = (variants, "+".join((variants[-1].name, *more))) if more else (variants[:-1], variants[-1].name)
+        if scheme.head == "unquantized":
+            return [*earlier, Variant(name, recipe, bundle)]
+        # All else alike: the difference of the last two rows is what the head costs.
+        plain_head = recipe.model_copy(update={"scheme": scheme.model_copy(update={"head": "unquantized"})})
+        return [*earlier, Variant(name, plain_head), Variant(f"{name}+head {scheme.head}", recipe, bundle)]
 
     def _behind_recipe(self, recipe: Recipe, plain: SpikeStatistics) -> SpikeStatistics:
         """Return the statistics behind the recipe's prefix, measured here when it was put in by hand."""

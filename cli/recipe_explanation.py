@@ -10,11 +10,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from spike_export.calibration.checkpoint import LM_HEAD
 from spike_export.calibration.errors import ArtifactError, RecipeError
 from spike_export.calibration.modules import representative_of
 from spike_export.calibration.recipe import ModulePlan, Recipe, load_recipe
 from spike_export.calibration.spikes import load_description
 from spike_export.cli.visible_text import visible
+
+HEAD = LM_HEAD.removesuffix(".weight")
 
 _LIKELY = 5
 """Names that a message about an unknown module offers."""
@@ -84,6 +87,7 @@ def _headlines(recipe: Recipe) -> list[tuple[str, str]]:
     lines = [
         ("model", f"{recipe.model.source} ({recipe.model.architecture})"),
         ("scheme", f"weights {scheme.weights}, activations {scheme.activations}, range {scheme.activation_range}"),
+        ("head", scheme.head),
         ("linears", ", ".join(f"{count} {precision}" for precision, count in sorted(counts.items()))),
         ("prefix", f"{list(recipe.prefix.token_ids)} {recipe.prefix.text!r}" if recipe.prefix else "none"),
         ("rotation", f"{recipe.rotation.kind}, seed {recipe.rotation.seed}" if recipe.rotation else "none"),
@@ -139,6 +143,8 @@ def explain_modules(run: Path, names: Sequence[str], as_json: bool, console: Con
 
 
 def _resolve(recipe: Recipe, name: str) -> str:
+    if name == HEAD:
+        return name
     for candidate in (name, f"model.layers.{name}", f"model.{name}"):
         if candidate in recipe.modules:
             return candidate
@@ -147,7 +153,19 @@ def _resolve(recipe: Recipe, name: str) -> str:
     raise RecipeError(f"{name}: the recipe has no such module; it has {offered} ...")
 
 
+def _head_explanation(recipe: Recipe) -> dict[str, str]:
+    kept, head = recipe.scheme.unquantized, recipe.scheme.head
+    precisions = {"unquantized": kept, "int8-weights": "float32 products of INT8 weights"}
+    why = "the default" if head == "unquantized" else "asked for"
+    lines = {"precision": precisions.get(head, "int8"), "why": f"scheme.head is {head}, {why}; no statistics decide it"}
+    if head == "int8-per-token-dynamic":
+        lines["activation scale"] = "each token's own, at run time"
+    return lines
+
+
 def _explanation(recipe: Recipe, run: Path, name: str) -> dict[str, str]:
+    if name == HEAD:
+        return _head_explanation(recipe)
     plan = recipe.modules[name]
     lines = {"precision": plan.precision + (" products of INT8 weights" if plan.weights else "")}
     lines["why"] = _why(recipe, plan)

@@ -3,18 +3,42 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path, PurePath
+from types import FunctionType
 from typing import Any
+
+from pydantic import BaseModel
 
 from spike_export.calibration.atomic_write import write_text
 
 
 def stage_key(**inputs: Any) -> str:
-    """Return a hash of everything a stage's outcome depends on."""
-    return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()
+    """Return a hash of everything a stage's outcome depends on: the same in every process.
+
+    Raises:
+        TypeError: An input has no text of its own, or one that names a place in memory.
+    """
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=_plain).encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """Return what stands for a value that JSON does not know."""
+    if isinstance(value, frozenset | set):
+        return sorted(value)  # their order changes from process to process
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if isinstance(value, FunctionType):
+        return f"{value.__module__}.{value.__qualname__}"
+    if is_dataclass(value) and not isinstance(value, type):
+        return {each.name: getattr(value, each.name) for each in fields(value)}
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, PurePath):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} cannot be part of a stage's key")
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ class CheckVariant(_Part):
         increase: Of the perplexity, as a fraction of the reference's.
         top1_agreement: Share of positions with the same most likely token, 0 to 1.
         kl_divergence: KL(reference || variant), mean over positions, in nats.
+        head: Number format of its language-model head.
         activation_range: What its static activation scales cover; None when nothing is quantized.
         shipped: Whether this is the bundle's own variant.
     """
@@ -57,6 +58,7 @@ class CheckVariant(_Part):
     kl_divergence: float | None = None
     int8_linears: int | None = None
     kept_linears: int | None = None
+    head: str | None = None
     prefix_length: int | None = None
     activation_range: str | None = None
     shipped: bool = False

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from spike_export.calibration.errors import EngineError
 from spike_export.calibration.perplexity import with_bos
+from spike_export.engines.all_logits import all_logits_graph
 from spike_export.engines.denormals import denormals_flushed
 from spike_export.engines.sequences import CACHE_TYPES, DynamicSequences, Sequences, StaticSequences, run_failure
 from spike_export.export.manifest import DATA_FILE, GRAPH_FILE, Manifest, load_manifest
@@ -23,6 +24,8 @@ class BundleSession:
 
     def prefill(self, content: NDArray[np.int64]) -> NDArray[np.float32]:
         """Run fresh sequences in one call and return the logits [batch, tokens, vocab] of the content's tokens.
+
+        A bundle of last-token logits gives [batch, 1, vocab], unless it was opened for all of them.
 
         Args:
             content: [batch, tokens] text without BOS; BOS is fed before it unless the prefix holds it.
@@ -91,12 +94,13 @@ def runnable_manifest(bundle: Path) -> Manifest:
     return manifest
 
 
-def open_bundle(bundle: Path, threads: int = 0) -> BundleSession:
+def open_bundle(bundle: Path, threads: int = 0, *, all_logits: bool = False) -> BundleSession:
     """Load a bundle into ONNX Runtime on the CPU.
 
     Args:
         bundle: Folder that export wrote.
         threads: For one operator; 0 for one per core.
+        all_logits: Give the logits of all tokens, also where the bundle gives the last one's only.
 
     Raises:
         ArtifactError: The manifest cannot be read.
@@ -106,9 +110,13 @@ def open_bundle(bundle: Path, threads: int = 0) -> BundleSession:
 
     manifest = runnable_manifest(bundle)
     options = session_options(threads)
+    graph: Path | bytes = bundle / GRAPH_FILE
+    if all_logits and manifest.logits == "last":
+        graph = all_logits_graph(bundle)
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle))
     try:
         with denormals_flushed():
-            session = ort.InferenceSession(bundle / GRAPH_FILE, options, providers=["CPUExecutionProvider"])
+            session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's exceptions have no common type
         raise EngineError(f"{bundle}: ONNX Runtime refuses the graph: {str(error).splitlines()[0]}") from error
     return BundleSession(manifest, session)

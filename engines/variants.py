@@ -55,7 +55,8 @@ def check_variants(
     """
     runnable = options.dtype in CACHE_TYPES and not any(_keeps_bfloat16(variant.recipe) for variant in variants)
     rounds = len(variants) + 1
-    evaluated = options if runnable else replace(options, dtype="float32")
+    # Logits of a last-token bundle are all taken in memory, and what is exported for the check alone gives all.
+    evaluated = replace(options, dtype=options.dtype if runnable else "float32", logits="all")
     bos = checkpoint.bos_token_id
     prefix = _shipped_prefix(variants)
     with reference_logits(load, content, bos, _part(progress, 0, rounds), scratch, prefix) as reference:
@@ -99,7 +100,7 @@ def _evaluate(
     progress: Progress,
 ) -> CheckVariant:
     if variant.bundle is not None and runnable:
-        accuracy = compare(open_bundle(variant.bundle), reference, progress)
+        accuracy = compare(open_bundle(variant.bundle, all_logits=True), reference, progress)
         return _row(variant, load_manifest(variant.bundle), accuracy, reference)
     if variant.bundle is None:
         # Any cache will do; attention over a static one would read all of it.
@@ -138,6 +139,7 @@ def _row(variant: Variant, manifest: Manifest, accuracy: Accuracy, reference: Re
         kl_divergence=accuracy.kl_divergence,
         int8_linears=int8,
         kept_linears=sum(counts.values()),
+        head=manifest.head.format if manifest.head else None,
         prefix_length=manifest.prefix_length,
         activation_range=variant.recipe.scheme.activation_range if variant.recipe and int8 else None,
         shipped=variant.bundle is not None,

@@ -65,14 +65,17 @@ class ContextEmitter:
 
     def emit(self, past_key: ir.Value, kv_heads: int, head_dim: int) -> AttentionContext:
         """Append the nodes; `past_key` is any layer's past, read for its length only."""
-        batch = self._op("Shape", self.input_ids, label="batch", dtype=INT64, start=0, end=1)
+        # Only a prefix has to be repeated for every row.
+        batch = None
+        if self.prefix_length:
+            batch = self._op("Shape", self.input_ids, label="batch", dtype=INT64, start=0, end=1)
         sequence = self._op("Shape", self.input_ids, label="sequence", dtype=INT64, start=1, end=2)
         total = self._op("Shape", self.attention_mask, label="total", dtype=INT64, start=1, end=2)
         earlier = self._op("Sub", total, sequence, label="earlier")
         return AttentionContext(
             positions=self._positions(earlier, total),
             masks=self._masks(batch, earlier, total),
-            prefix=self._prefix(batch, past_key, kv_heads, head_dim) if self.prefix_length else None,
+            prefix=None if batch is None else self._prefix(batch, past_key, kv_heads, head_dim),
         )
 
     def _op(
@@ -92,7 +95,7 @@ class ContextEmitter:
         shifted = self._op("Sub", counted, b.integers(1), label="shifted")
         return self._op("Max", shifted, b.integers(0), label="positions")
 
-    def _masks(self, batch: ir.Value, earlier: ir.Value, total: ir.Value) -> dict[int | None, ir.Value]:
+    def _masks(self, batch: ir.Value | None, earlier: ir.Value, total: ir.Value) -> dict[int | None, ir.Value]:
         b, p = self.builder, self.prefix_length
         slots_total = self._op("Add", total, b.integers(p), label="slots_total") if p else total
         first_query = self._op("Add", earlier, b.integers(p), label="first_query") if p else earlier
@@ -122,9 +125,9 @@ class ContextEmitter:
             near = self._op("Or", near, in_prefix, label="window_near_or_prefix")
         return self._op("And", causal, near, label="window_causal")
 
-    def _visible(self, batch: ir.Value) -> ir.Value:
+    def _visible(self, batch: ir.Value | None) -> ir.Value:
         b, columns = self.builder, self.attention_mask
-        if self.prefix_length:
+        if batch is not None:
             shape = self.builder.op(
                 "Concat", [batch, b.integers(self.prefix_length)], MODULE, label="ones_shape", attributes={"axis": 0}
             )

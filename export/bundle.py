@@ -2,10 +2,11 @@
 
 import hashlib
 import json
+import math
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import onnx_ir as ir
 
 from spike_export.calibration.atomic_write import atomic_path
 from spike_export.calibration.checkpoint import Checkpoint
+from spike_export.calibration.decoder_config import DecoderConfig
 from spike_export.calibration.equivalent_weights import equivalent_checkpoint
 from spike_export.calibration.errors import ArtifactError, RecipeError
 from spike_export.calibration.layerwise import Decoder, Execution
@@ -24,12 +26,14 @@ from spike_export.calibration.recipe import Dtype, ModulePlan, Recipe, recipe_te
 from spike_export.export.architectures import require_exportable
 from spike_export.export.cache_options import CacheOptions, require_capacity
 from spike_export.export.decoder_graph import build_decoder
-from spike_export.export.graph_plan import GraphPlan
+from spike_export.export.graph_plan import GraphPlan, LogitsScope
+from spike_export.export.head import head_plan, own_weight_bytes
 from spike_export.export.linear import number_format
 from spike_export.export.manifest import (
     DATA_FILE,
     GRAPH_FILE,
     BundlePrefix,
+    HeadInfo,
     LinearShare,
     Manifest,
     SourceModel,
@@ -56,10 +60,13 @@ class ExportOptions:
         dtype: Precision of whatever no recipe speaks of: embeddings, residual stream, attention, cache, head, and
             without a recipe the linears too.
         cache: Which cache of keys and values the graph has.
+        logits: Of which tokens the graph gives logits.
     """
 
     dtype: Dtype = "float16"
+    _: KW_ONLY
     cache: CacheOptions = field(default_factory=CacheOptions)
+    logits: LogitsScope = "all"
 
 
 def export_bundle(
@@ -156,10 +163,19 @@ def _graph_plan(checkpoint: Checkpoint, recipe: Recipe | None, options: ExportOp
         kept = ModulePlan(precision=options.dtype)
         router = ModulePlan(precision="float32", reason="router")
         plans = {name: router if is_router(name) else kept for name in linears(checkpoint.config)}
-        return GraphPlan(plans, "int8-per-channel", options.dtype, cache=options.cache)
-    ids = recipe.prefix_ids
+        return GraphPlan(plans, "int8-per-channel", options.dtype, cache=options.cache, logits=options.logits)
+    ids, scheme = recipe.prefix_ids, recipe.scheme
     prefix = Decoder(checkpoint, Execution(resident=False)).prefix_key_values(ids) if ids else ()
-    return GraphPlan(recipe.modules, recipe.scheme.weights, options.dtype, prefix, recipe.attention, options.cache)
+    return GraphPlan(
+        modules=recipe.modules,
+        weights=scheme.weights,
+        dtype=options.dtype,
+        prefix=prefix,
+        attention=recipe.attention,
+        head=scheme.head,
+        cache=options.cache,
+        logits=options.logits,
+    )
 
 
 def _require_space(destination: Path, model: ir.Model) -> None:
@@ -223,6 +239,8 @@ def _manifest(
         eos_token_ids=config.eos_token_ids,
         prefix=_bundle_prefix(checkpoint, recipe),
         linears=_linear_shares(checkpoint, plan),
+        head=_head_info(checkpoint.config, plan),
+        logits=plan.logits,
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         num_hidden_layers=config.num_hidden_layers,
@@ -259,6 +277,16 @@ def _linear_shares(checkpoint: Checkpoint, plan: GraphPlan) -> dict[str, LinearS
         macs[number_format(module)] += needed[split_name(name)[1]]
     total = sum(macs.values())
     return {kind: LinearShare(modules=modules[kind], mac_share=macs[kind] / total) for kind in sorted(modules)}
+
+
+def _head_info(config: DecoderConfig, plan: GraphPlan) -> HeadInfo:
+    macs = config.vocab_size * config.hidden_size
+    linears = config.num_hidden_layers * math.fsum(macs_per_token(config).values())
+    return HeadInfo(
+        format=number_format(head_plan(plan.head, plan.dtype)),
+        mac_share=macs / (macs + linears),
+        weight_bytes=own_weight_bytes(config, plan),
+    )
 
 
 def _tensor_info(value: ir.Value) -> TensorInfo:

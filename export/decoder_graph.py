@@ -2,8 +2,9 @@
 
 With a dynamic cache. Inputs: `input_ids` [batch, sequence] int64, `attention_mask` [batch, total_sequence] int64 (the
 caller's own tokens, past and new), `past_key_values.N.key|value` [batch, kv_heads, past, head_dim]. Outputs: `logits`
-[batch, sequence, vocab] float32, `present.N.key|value`. An empty past means a fresh sequence; `present` then starts
-with the prefix, and from then on `past` is longer by P than the caller's own past.
+[batch, sequence, vocab] float32 (or [batch, 1, vocab], of the last token alone), `present.N.key|value`. An empty past
+means a fresh sequence; `present` then starts with the prefix, and from then on `past` is longer by P than the caller's
+own past.
 
 With a static cache. Inputs: `input_ids`, `write_indices` [batch] int64 (own tokens each row has in the buffer), `fresh`
 [F] bool (F is 1 for new sequences, else 0; absent without a prefix), `past_key_values.N.key|value` [batch, kv_heads,
@@ -23,6 +24,7 @@ from spike_export.export.graph_builder import GraphBuilder, element_type
 from spike_export.export.graph_plan import GraphPlan
 from spike_export.export.head import emit_head
 from spike_export.export.kv_cache import DynamicCache, KvCache
+from spike_export.export.last_token import last_token
 from spike_export.export.norm import rms_norm
 from spike_export.export.rope import RopeEmitter, RotaryTables
 from spike_export.export.sparse_moe import sparse_moe
@@ -69,6 +71,8 @@ def _layer(emission: Emission, attention: AttentionEmitter, index: int, hidden: 
     after_attention, after_mlp = family.post_norms or (None, None)
     attended = attention.emit(index, _normed(emission, layer, family.attention_norm, hidden))
     hidden = _joined(emission, layer, "attention", hidden, _normed(emission, layer, after_attention, attended))
+    if emission.plan.logits == "last" and index == emission.config.num_hidden_layers - 1:
+        hidden = last_token(emission, hidden)
     fed = _feed_forward(emission, layer, _normed(emission, layer, family.mlp_norm, hidden))
     return _joined(emission, layer, "mlp", hidden, _normed(emission, layer, after_mlp, fed))
 

@@ -2,12 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from spike_export.calibration.recipe import AttentionPlan, Dtype, ModulePlan, WeightScheme
+from spike_export.calibration.recipe import AttentionPlan, Dtype, HeadScheme, ModulePlan, WeightScheme
 from spike_export.export.cache_options import CacheOptions
+
+LogitsScope = Literal["all", "last"]
+"""Of which tokens a graph gives logits: of every token, or of each row's last."""
 
 PrefixCache = Sequence[tuple[NDArray[np.float32], NDArray[np.float32]]]
 """Per layer (key, value), each [kv_heads, P, head_dim] float32, keys rotated; empty when there is no prefix."""
@@ -23,7 +27,9 @@ class GraphPlan:
         dtype: Precision of embeddings, residual stream, attention, cache and head.
         prefix: Key/values that stand before every sequence.
         attention: Attention block → steps of its products' operands; blocks that are not named stay as they are.
+        head: How the language-model head computes.
         cache: Which cache of keys and values the graph has.
+        logits: Of which tokens the graph gives logits.
     """
 
     modules: Mapping[str, ModulePlan]
@@ -31,7 +37,9 @@ class GraphPlan:
     dtype: Dtype
     prefix: PrefixCache = ()
     attention: Mapping[str, AttentionPlan] = field(default_factory=dict)
+    head: HeadScheme = "unquantized"
     cache: CacheOptions = field(default_factory=CacheOptions)
+    logits: LogitsScope = "all"
 
     @property
     def prefix_length(self) -> int:

@@ -83,6 +83,7 @@ class LinearEmitter:
         plans: Module name → its plan.
         scheme: How INT8 weights are scaled.
         shapes: Tensor name → shape, from the configuration; a `.bias` is emitted where it is listed.
+        exact_inputs: Whether products of INT8 weights alone see their inputs as they are, in every engine.
     """
 
     builder: GraphBuilder
@@ -90,6 +91,7 @@ class LinearEmitter:
     plans: Mapping[str, ModulePlan]
     scheme: WeightScheme
     shapes: Mapping[str, tuple[int, ...]]
+    exact_inputs: bool = True
     _token_scaled: dict[str, _TokenScaled] = field(default_factory=dict, init=False, repr=False)
 
     def emit(self, module: str, value: ir.Value) -> ir.Value:
@@ -157,8 +159,10 @@ class LinearEmitter:
         return self._plain_weight(module, plan.precision)
 
     def _restored_weight(self, module: str, precision: Dtype, metadata: Mapping[str, str]) -> ir.Value:
-        """Return an INT8 weight dequantized to the kept precision, [1, in_features, out_features]."""
+        """Return an INT8 weight dequantized to the kept precision, [in_features, out_features] or a batch of one."""
         b = self.builder
+        if not self.exact_inputs:
+            return b.cast(self._quantized_weight(module, metadata), ELEMENT_TYPES[precision])
         # Stored as HF does, one scale a row: ONNX Runtime dequantizes rows five times faster than columns, and takes
         # the Transpose into its float32 product.
         weight = self._quantized_weight(module, metadata, transposed=True)

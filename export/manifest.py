@@ -11,6 +11,7 @@ from spike_export.calibration.atomic_write import write_text
 from spike_export.calibration.errors import ArtifactError
 from spike_export.calibration.recipe import Dtype
 from spike_export.export.cache_options import CacheKind
+from spike_export.export.graph_plan import LogitsScope
 
 MANIFEST_FILE = "manifest.json"
 GRAPH_FILE = "model.onnx"
@@ -67,6 +68,21 @@ class LinearShare(_Document):
     mac_share: float
 
 
+class HeadInfo(_Document):
+    """The language-model head.
+
+    Attributes:
+        format: Its number format, as those of `linears`.
+        mac_share: Its part of the multiply-accumulates of head and decoder linears together, for a token whose
+            logits are computed, 0..1.
+        weight_bytes: Of the weight and scales that only the head reads; 0 where it reads the embedding's.
+    """
+
+    format: str
+    mac_share: float
+    weight_bytes: int
+
+
 class TensorInfo(_Document):
     """A graph input or output; a string in `shape` is a symbolic dimension."""
 
@@ -86,6 +102,8 @@ class Manifest(_Document):
         cache_slots: Length of a static cache's buffer: the prefix and the capacity.
         linears: Number format → the decoder linears that have it: `int8` (weights and inputs), a floating-point
             format such as `float16` (neither), or that format with `+int8-weights` (W8A16).
+        head: The language-model head; None in bundles of older versions, where it is in `dtype`.
+        logits: Of which tokens the graph gives logits: of all, or of each row's last.
         max_position_embeddings: Tokens of its own a caller may use; the prefix is not counted.
         sliding_window: Slots a token sees, or None for all.
     """
@@ -101,6 +119,8 @@ class Manifest(_Document):
     eos_token_ids: tuple[int, ...]
     prefix: BundlePrefix | None
     linears: Mapping[str, LinearShare]
+    head: HeadInfo | None = None
+    logits: LogitsScope = "all"
     vocab_size: int
     hidden_size: int
     num_hidden_layers: int

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from benchmarks import accuracy, fetch_models, job_resources, large_model, speed, statistics_overhead
+from benchmarks import accuracy, fetch_models, head_accuracy, job_resources, large_model, speed, statistics_overhead
 from benchmarks.fetch_models import Download, FetchError, PackagedModel, fetch
 from benchmarks.job_resources import START_UP, StageLog, StageUse, descendants, run_measured
 from benchmarks.large_model import FolderError, Shape, write_model
@@ -144,6 +144,23 @@ def test_sessions_take_turns() -> None:
     first, second = (variant.name for variant in calls)
     assert order[-6:] == [first, second, second, first, first, second]
     assert [timing.calls for timing in timings.values()] == [3, 3]
+    ticks = iter(range(100))
+    timed = speed.interleaved(calls, 1, lambda: float(next(ticks)))
+    assert [timing.median for timing in timed.values()] == [1.0, 1.0]
+
+
+def test_speeds_are_compared_with_the_baseline_of_the_same_logits() -> None:
+    def result(variant: speed.Variant, prefill: float, decode: float) -> speed.Result:
+        timings = (speed.Timing(seconds, seconds, 1) for seconds in (prefill, decode))
+        return speed.Result(variant.name, variant.logits, 0, 0, *timings, bundle_bytes=1, peak_rss=1)
+
+    results = [result(speed.BASELINE, 8, 4), result(speed.LAST_BASELINE, 6, 4), result(speed.FASTEST, 2, 2)]
+    fastest = speed.as_json(results, 1, False)["variants"][-1]
+    assert (fastest["prefill_ratio"], fastest["decode_ratio"], fastest["prefill_ratio_to_all_logits"]) == (3, 2, 4)
+    table = speed.table(results)
+    assert f"targets for {speed.FASTEST.name}: prefill 2.5x met, decode 2.0x met" in table
+    slower = speed.table([*results[:2], result(speed.FASTEST, 2.5, 2)])
+    assert "prefill 2.5x missed" in slower
 
 
 @pytest.fixture(scope="module")
@@ -213,6 +230,16 @@ def test_the_quick_recipe_of_the_speed_table(monkeypatch: pytest.MonkeyPatch) ->
     assert recipe.prefix_ids == (1,)
     assert len(recipe.kept()) <= 3
     assert recipe.scheme.activations == "int8-per-tensor-static"
+
+
+def test_every_head_is_evaluated_and_predicted() -> None:
+    checkpoint, content = tiny_bos_llama(), np.random.default_rng(0).integers(3, 99, (4, 20))
+    calibration = Calibration(checkpoint, TokenWindows(content[:2], content[2:]), head_accuracy.CalibrationOptions())
+    rows = head_accuracy.lines(checkpoint, calibration, Corpus("test", ("text",)))
+    assert len(rows) == 9
+    errors = [abs(float(row.split("(")[1].split("%")[0])) for row in rows]
+    assert max(errors) < 0.5  # per cent
+    assert len({row.split("simulated")[1] for row in rows}) == 9
 
 
 TINY = Shape(hidden=32, intermediate=48, layers=4, heads=4, kv_heads=2, vocab=60)

@@ -13,12 +13,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from spike_export.calibration.checkpoint import Checkpoint
 from spike_export.calibration.decoder_config import decoder_config
 from spike_export.calibration.modules import linears
-from spike_export.calibration.recipe import AttentionPlan, Dtype, ModulePlan, Recipe, Scheme, WeightScheme
+from spike_export.calibration.recipe import AttentionPlan, Dtype, HeadScheme, ModulePlan, Recipe, Scheme, WeightScheme
 from spike_export.engines.build_options import BatchRange, BuildOptions
 from spike_export.engines.plan_audit import WEIGHT_ONLY, audit_plan
 from spike_export.engines.plan_backend import TENSORRT_RTX, Machine
 from spike_export.engines.plan_builder import BuildEnvironment, BuildResult, build_plan
 from spike_export.export.bundle import ExportOptions, export_bundle
+from spike_export.export.graph_plan import LogitsScope
 from tests.tiny_models import LLAMA3_ROPE, MemoryTensors, input_scales, tiny_llama, tiny_recipe
 
 pytestmark = pytest.mark.skipif(
@@ -109,11 +110,11 @@ def test_int8_weights_alone_are_told_from_int8_and_from_floating_point(tmp_path:
     assert not audit_plan(result.plan, {KEPT: "int8"}).modules[0].as_planned
 
 
-def wide_llama() -> Checkpoint:
+def wide_llama(vocabulary: int = 96) -> Checkpoint:
     """Wide enough for the compiler to dequantize a decode profile's weights in kernels of their own."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=96,
+        vocab_size=vocabulary,
         hidden_size=512,
         intermediate_size=1408,
         num_hidden_layers=1,
@@ -137,3 +138,32 @@ def test_weights_dequantized_by_a_kernel_of_their_own_are_still_int8(tmp_path: P
     found = {module.module: module.found for module in result.audit.modules}
     assert found.pop(kept) == found.pop("lm_head") == (dtype,)
     assert set(found.values()) == {(WEIGHT_ONLY,)}
+
+
+HEADS: dict[HeadScheme, tuple[str, str]] = {
+    "int8-weights": ("float32+int8-weights", WEIGHT_ONLY),
+    "int8-per-token-dynamic": ("int8", "int8"),
+}
+"""Scheme → what is planned, and what the audit finds."""
+
+
+@pytest.mark.parametrize(
+    ("head", "dtype", "logits"),
+    [
+        ("int8-weights", "float16", "last"),
+        ("int8-weights", "float32", "all"),
+        ("int8-per-token-dynamic", "float16", "all"),
+        ("int8-per-token-dynamic", "bfloat16", "last"),
+        ("int8-per-token-dynamic", "float32", "last"),
+    ],
+)
+def test_a_quantized_head_runs_as_planned(tmp_path: Path, head: HeadScheme, dtype: Dtype, logits: LogitsScope) -> None:
+    checkpoint = wide_llama(vocabulary=1024)
+    recipe = tiny_recipe(checkpoint, dict.fromkeys(linears(checkpoint.config), 0.02), scheme=Scheme(head=head))
+    export_bundle(checkpoint, recipe, ExportOptions(dtype, logits=logits), tmp_path / "bundle")
+    result = build_plan(tmp_path / "bundle", tmp_path / "engine.plan", BuildOptions(targets=("SM86",)), environment=CPU)
+    assert result.deviations == ()
+    found = {module.module: (module.planned, *module.found) for module in result.audit.modules}
+    assert found["lm_head"] == HEADS[head]
+    # Had the head been planned otherwise, the audit would object.
+    assert not audit_plan(result.plan, {"lm_head": dtype}).modules[0].as_planned

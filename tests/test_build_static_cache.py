@@ -33,7 +33,7 @@ def export(folder: Path, prefix: tuple[int, ...], cache: CacheOptions, window: i
     recipe = tiny_recipe(
         model.checkpoint, scales, kept={KEPT: "float16"}, prefix=prefix, scheme=Scheme(unquantized="float16")
     )
-    export_bundle(model.checkpoint, recipe, ExportOptions("float16", cache), folder)
+    export_bundle(model.checkpoint, recipe, ExportOptions("float16", cache=cache), folder)
     return folder
 
 

@@ -58,7 +58,7 @@ def opened(
 ) -> BundleSession:
     """A session over a bundle with a static cache, or with a dynamic one where there is no capacity."""
     cache = CacheOptions() if capacity is None else CacheOptions("static", capacity)
-    options = ExportOptions(dtype, cache)
+    options = ExportOptions(dtype, cache=cache)
     bundle = folder / f"{cache.kind}-{capacity}"
     export_bundle(model.checkpoint, recipe_of(model, prefix, dtype, int8=int8), options, bundle)
     return open_bundle(bundle, threads=1)

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -410,6 +411,28 @@ def test_without_quantization_nothing_is_calibrated(copied: Path) -> None:
     # float32 against transformers' float32: what remains is the order of summation.
     assert check.shipped.increase == pytest.approx(0, abs=1e-5)
     assert check.shipped.kl_divergence == pytest.approx(0, abs=1e-8)
+
+
+def test_a_stage_key_is_the_same_in_every_process() -> None:
+    program = (
+        "from tests.tiny_families import tiny_family\n"
+        "from dataclasses import asdict\n"
+        "from spike_export.cli.run_directory import stage_key\n"
+        "print(stage_key(**{name: asdict(tiny_family(name).checkpoint.config) for name in ('qwen2', 'gemma')}))"
+    )
+    keys = {
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            cwd=Path(__file__).parent.parent,
+            capture_output=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2", "3")
+    }
+    assert len(keys) == 1
+    with pytest.raises(TypeError, match="object cannot be part of a stage's key"):
+        stage_key(model=object())
 
 
 def test_a_stage_is_done_only_with_its_stamp_its_key_and_its_artifacts(tmp_path: Path) -> None:

@@ -1,0 +1,75 @@
+"""Head and last-token logits from the command line to the check."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from spike_export.calibration.recipe import load_recipe
+from spike_export.engines.check_document import load_check
+from spike_export.export.manifest import load_manifest
+from tests.tiny_cli_models import SMALL, call, one_thread, write_corpus, write_model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> object:
+    with one_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("head")
+    write_model(folder / "model")
+    write_corpus(folder / "corpus.txt")
+    head = ("--head", "int8-per-token-dynamic", "--no-smoothing")
+    command = ("calibrate", folder / "model", "--work-dir", folder / "run", "--corpus", folder / "corpus.txt")
+    done = call(*command, *SMALL, *head)
+    assert done.code == 0, done.err
+    return folder
+
+
+def test_the_recipe_holds_the_head_and_export_obeys(folder: Path) -> None:
+    recipe = folder / "run" / "recipe.json"
+    assert load_recipe(recipe).scheme.head == "int8-per-token-dynamic"
+    out = folder / "bundle"
+    done = call("export", folder / "model", "--recipe", recipe, "--logits", "last", "--dtype", "float32", "--out", out)
+    assert done.code == 0, done.err
+    manifest = load_manifest(out)
+    assert manifest.head is not None
+    assert (manifest.head.format, manifest.logits) == ("int8", "last")
+    edited = folder / "edited.json"
+    edited.write_text(recipe.read_text().replace("int8-per-token-dynamic", "int8-weights"))
+    assert call("export", folder / "model", "--recipe", edited, "--out", folder / "other").code == 0
+    other = load_manifest(folder / "other")
+    assert other.head is not None
+    assert (other.head.format, other.logits) == ("float32+int8-weights", "all")
+
+
+def test_a_last_token_bundle_is_checked_like_any_other(folder: Path) -> None:
+    corpus = ("--corpus", folder / "corpus.txt", *SMALL[2:])
+    perplexities = []
+    for logits in ("all", "last"):
+        out = folder / logits
+        recipe = ("--recipe", folder / "run" / "recipe.json", "--dtype", "float32", "--logits", logits)
+        assert call("export", folder / "model", *recipe, "--out", out).code == 0
+        checked = call("check", out, "--reference", folder / "model", *corpus)
+        assert checked.code == 0, checked.out + checked.err
+        perplexities.append([each.perplexity for each in load_check(folder / f"{logits}.check.json").variants])
+    assert perplexities[0] == perplexities[1]
+
+
+def test_inspect_explains_the_head(folder: Path) -> None:
+    assert "head: int8-per-token-dynamic" in call("inspect", folder / "run").out.splitlines()
+    explained = json.loads(call("inspect", folder / "run", "--json", "--explain", "lm_head").out)
+    assert explained["lm_head"]["precision"] == "int8"
+    assert "int8-per-token-dynamic, asked for" in explained["lm_head"]["why"]
+
+
+def test_an_unknown_head_is_refused(folder: Path) -> None:
+    recipe = folder / "run" / "recipe.json"
+    broken = folder / "broken.json"
+    broken.write_text(recipe.read_text().replace("int8-per-token-dynamic", "int4"))
+    done = call("export", folder / "model", "--recipe", broken, "--out", folder / "never")
+    assert done.code == 2
+    assert "scheme.head" in done.err
