@@ -17,10 +17,11 @@ from spike_export.calibration.checkpoint import Checkpoint
 from spike_export.calibration.decoder_config import tensor_shapes
 from spike_export.calibration.equivalent_weights import equivalent_checkpoint
 from spike_export.calibration.errors import ArtifactError, RecipeError
+from spike_export.calibration.float8 import float8_modules
 from spike_export.calibration.layerwise import Decoder, Execution
 from spike_export.calibration.modules import linears
 from spike_export.calibration.progress import Progress, silent
-from spike_export.calibration.recipe import Dtype, ModulePlan, Recipe, recipe_text
+from spike_export.calibration.recipe import Dtype, ModulePlan, NumberFormat, Recipe, recipe_text
 from spike_export.export.architectures import require_exportable
 from spike_export.export.decoder_graph import build_decoder
 from spike_export.export.graph_plan import GraphPlan
@@ -54,9 +55,11 @@ class ExportOptions:
     Attributes:
         dtype: Precision of whatever no recipe speaks of: embeddings, residual stream, attention, cache, head, and
             without a recipe the linears too.
+        number_format: `fp8` writes the linears that a recipe quantizes to INT8 as W8A8 in FP8 instead.
     """
 
     dtype: Dtype = "float16"
+    number_format: NumberFormat = "int8"
 
 
 def export_bundle(
@@ -147,7 +150,8 @@ def _graph_plan(checkpoint: Checkpoint, recipe: Recipe | None, options: ExportOp
         return GraphPlan(dict.fromkeys(names, kept), "int8-per-channel", options.dtype)
     ids = recipe.prefix_ids
     prefix = Decoder(checkpoint, Execution(resident=False)).prefix_key_values(ids) if ids else ()
-    return GraphPlan(recipe.modules, recipe.scheme.weights, options.dtype, prefix, recipe.attention)
+    modules = float8_modules(recipe) if options.number_format == "fp8" else recipe.modules
+    return GraphPlan(modules, recipe.scheme.weights, options.dtype, prefix, recipe.attention)
 
 
 def _require_space(destination: Path, model: ir.Model) -> None:

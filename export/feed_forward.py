@@ -9,7 +9,7 @@ from spike_export.export.graph_builder import ELEMENT_TYPES, element_type
 def feed_forward(emission: Emission, module: str, normed: ir.Value) -> ir.Value:
     """Append down(silu(gate(x)) * up(x)).
 
-    Where gate or up is INT8 their product stays in FP32: spikes reach thousands and FP16 ends at 65,504.
+    Where gate or up is quantized their product stays in FP32: spikes reach thousands and FP16 ends at 65,504.
 
     Args:
         emission: The graph.
@@ -23,8 +23,8 @@ def feed_forward(emission: Emission, module: str, normed: ir.Value) -> ir.Value:
     gate = linears.emit(f"{module}.gate_proj", normed)
     up = linears.emit(f"{module}.up_proj", normed)
     kept = element_type(gate)
-    precision = emission.plan.modules[f"{module}.down_proj"].precision
-    alike = element_type(up) == kept and precision != "int8" and ELEMENT_TYPES[precision] == kept
+    wanted = ELEMENT_TYPES[emission.plan.modules[f"{module}.down_proj"].product_dtype]
+    alike = element_type(up) == kept == wanted
     product_type = kept if alike else ir.DataType.FLOAT
     gate, up = b.cast(gate, product_type), b.cast(up, product_type)
     sigmoid = b.op("Sigmoid", [gate], module)
