@@ -283,7 +283,8 @@ class Pipeline:
 
     def _export_options(self, recipe: Recipe | None) -> ExportOptions:
         """Return the precision of the rest: the recipe's, which may have been edited."""
-        return ExportOptions(self.job.calibration.dtype if recipe is None else recipe.scheme.unquantized)
+        rest = self.job.calibration.dtype if recipe is None else recipe.scheme.unquantized
+        return ExportOptions(rest, self.job.number_format)
 
     def check(self, recipe: Recipe | None, bundle: Path) -> Check:
         """Measure the bundle's accuracy, and what each method contributes, and hold it against the limit."""

@@ -56,6 +56,7 @@ class CheckVariant(_Part):
     top1_agreement: float | None = None
     kl_divergence: float | None = None
     int8_linears: int | None = None
+    fp8_linears: int | None = None
     kept_linears: int | None = None
     prefix_length: int | None = None
     activation_range: str | None = None

@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +53,7 @@ def check_variants(
     """
     runnable = options.dtype in CACHE_TYPES and not any(_keeps_bfloat16(variant.recipe) for variant in variants)
     rounds = len(variants) + 1
-    evaluated_dtype = options if runnable else ExportOptions("float32")
+    evaluated_dtype = options if runnable else replace(options, dtype="float32")
     bos = checkpoint.bos_token_id
     prefix = _shipped_prefix(variants)
     with reference_logits(load, content, bos, _part(progress, 0, rounds), scratch, prefix) as reference:
@@ -116,7 +116,7 @@ def _in_float32(recipe: Recipe | None) -> Recipe | None:
     if recipe is None:
         return None
     modules = {
-        name: plan if plan.precision == "int8" else plan.model_copy(update={"precision": "float32"})
+        name: plan if plan.number_format else plan.model_copy(update={"precision": "float32"})
         for name, plan in recipe.modules.items()
     }
     return recipe.model_copy(update={"modules": modules})
@@ -124,7 +124,7 @@ def _in_float32(recipe: Recipe | None) -> Recipe | None:
 
 def _row(variant: Variant, manifest: Manifest, accuracy: Accuracy, reference: ReferenceLogits) -> CheckVariant:
     counts = {precision: share.modules for precision, share in manifest.linears.items()}
-    int8 = counts.pop("int8", 0)
+    int8, fp8 = counts.pop("int8", 0), counts.pop("fp8", 0)
     return CheckVariant(
         name=variant.name,
         perplexity=accuracy.perplexity,
@@ -132,6 +132,7 @@ def _row(variant: Variant, manifest: Manifest, accuracy: Accuracy, reference: Re
         top1_agreement=accuracy.top1_agreement,
         kl_divergence=accuracy.kl_divergence,
         int8_linears=int8,
+        fp8_linears=fp8,
         kept_linears=sum(counts.values()),
         prefix_length=manifest.prefix_length,
         activation_range=variant.recipe.scheme.activation_range if variant.recipe and int8 else None,

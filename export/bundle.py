@@ -24,6 +24,7 @@ from spike_export.calibration.progress import Progress, silent
 from spike_export.calibration.recipe import Dtype, ModulePlan, NumberFormat, Recipe, recipe_text
 from spike_export.export.architectures import require_exportable
 from spike_export.export.decoder_graph import build_decoder
+from spike_export.export.engine_support import supporting_engines
 from spike_export.export.graph_plan import GraphPlan
 from spike_export.export.linear import number_format
 from spike_export.export.manifest import (
@@ -197,7 +198,7 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 def _manifest(
     checkpoint: Checkpoint, checkpoint_sha256: str, recipe: Recipe | None, plan: GraphPlan, model: ir.Model
 ) -> Manifest:
-    config = checkpoint.config
+    config, linear_shares = checkpoint.config, _linear_shares(checkpoint, plan)
     return Manifest(
         model=SourceModel(
             source=checkpoint.name,
@@ -210,7 +211,8 @@ def _manifest(
         bos_token_id=checkpoint.bos_token_id,
         eos_token_ids=config.eos_token_ids,
         prefix=_bundle_prefix(checkpoint, recipe),
-        linears=_linear_shares(checkpoint, plan),
+        linears=linear_shares,
+        engines=supporting_engines(plan.dtype, linear_shares),
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         num_hidden_layers=config.num_hidden_layers,

@@ -79,8 +79,9 @@ class Manifest(_Document):
     Attributes:
         tools: Package → version that wrote the bundle.
         dtype: Precision of the embeddings, residual stream, attention, cache and head.
-        linears: Number format → the decoder linears that have it: `int8` (weights and inputs), a floating-point
-            format such as `float16` (neither), or that format with `+int8-weights` (W8A16).
+        linears: Number format → the decoder linears that have it: `int8` or `fp8` (weights and inputs), a wider
+            floating-point format such as `float16` (neither), or that format with `+int8-weights` (W8A16).
+        engines: Which engines run the bundle, each with what restricts it.
         max_position_embeddings: Tokens of its own a caller may use; the prefix is not counted.
         sliding_window: Slots a token sees, or None for all.
     """
@@ -94,6 +95,7 @@ class Manifest(_Document):
     eos_token_ids: tuple[int, ...]
     prefix: BundlePrefix | None
     linears: Mapping[str, LinearShare]
+    engines: tuple[str, ...] = ()
     vocab_size: int
     hidden_size: int
     num_hidden_layers: int
