@@ -38,7 +38,7 @@ from spike_export.calibration.recipe import (
 from spike_export.calibration.simulate import QuantizedWeights, Simulation, fake_quantize_tokens
 from spike_export.calibration.smoothing import smoothing_plan
 from spike_export.calibration.weight_quantization import quantize_weight
-from spike_export.export.architectures import ARCHITECTURES, require_exportable
+from spike_export.export.architectures import ARCHITECTURES
 from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.graph_builder import GraphBuilder
 from spike_export.export.linear import LinearEmitter
