@@ -279,6 +279,13 @@ class Recipe(_Document):
                     raise ValueError(f"{name}: precision {plan.precision} needs an activation_scale")
         return self
 
+    @model_validator(mode="after")
+    def _fp8_leaves_attention_alone(self) -> "Recipe":
+        fp8 = next((name for name, plan in self.modules.items() if plan.precision == "fp8"), None)
+        if self.attention and fp8:
+            raise ValueError(f"{fp8}: precision fp8 does not go with operands of attention in INT8; remove either")
+        return self
+
     @property
     def prefix_ids(self) -> tuple[int, ...]:
         """Token ids of the prefix; empty when there is none."""

@@ -22,7 +22,7 @@ from transformers import DynamicCache
 from spike_export.calibration.errors import EngineError, RecipeError
 from spike_export.calibration.float8 import float8_modules
 from spike_export.calibration.layerwise import Decoder
-from spike_export.calibration.recipe import AttentionPlan, Dtype, ModulePlan, Recipe, Scheme, save_recipe
+from spike_export.calibration.recipe import AttentionPlan, Dtype, ModulePlan, Recipe, Scheme, load_recipe, save_recipe
 from spike_export.calibration.simulate import QuantizedWeights, Simulation, fake_quantize, fake_quantize_tokens
 from spike_export.calibration.weight_quantization import quantize_weight
 from spike_export.engines.build_options import BatchRange, BuildOptions, ProfileName
@@ -277,6 +277,26 @@ def test_quantized_attention_is_refused(tmp_path: Path) -> None:
         export_bundle(model.checkpoint, recipe, ExportOptions("float16", "fp8"), tmp_path / "b")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "b").exists()
+
+
+def test_a_recipe_may_hold_fp8_modules_beside_int8_ones(tmp_path: Path) -> None:
+    model = tiny_llama()
+    recipe = int8_recipe(model)
+    mixed = {**recipe.modules, DOWN: float8_modules(recipe)[DOWN]}
+    save_recipe(recipe.model_copy(update={"modules": mixed}), tmp_path / "recipe.json")
+    read = load_recipe(tmp_path / "recipe.json")
+    manifest = export_bundle(model.checkpoint, read, ExportOptions("float32"), tmp_path / "b")
+    assert {kind: share.modules for kind, share in manifest.linears.items()} == {"fp8": 1, "int8": 13}
+    assert np.isfinite(open_bundle(tmp_path / "b").prefill(tokens())).all()
+
+    unscaled = {**mixed, DOWN: ModulePlan(precision="fp8")}
+    save_recipe(read.model_copy(update={"modules": unscaled}), tmp_path / "unscaled.json")
+    with pytest.raises(RecipeError, match="precision fp8 needs an activation_scale"):
+        load_recipe(tmp_path / "unscaled.json")
+    attention = {"model.layers.0.self_attn": AttentionPlan(query=1.0, key=1.0, value=1.0)}
+    save_recipe(read.model_copy(update={"attention": attention}), tmp_path / "both.json")
+    with pytest.raises(RecipeError, match="precision fp8 does not go with operands of attention in INT8"):
+        load_recipe(tmp_path / "both.json")
 
 
 def test_the_command_line_exports_fp8_and_refuses_what_cannot_be_meant(tmp_path: Path) -> None:
