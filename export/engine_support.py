@@ -1,11 +1,17 @@
 """Which engines run a bundle, by the number formats in it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from spike_export.calibration.recipe import Dtype
 
-_FLOAT8_GPUS = "SM89 and later"
-"""Ada, Hopper, Blackwell: the GPUs that multiply FP8."""
+_ENGINES = ("onnxruntime", "tensorrt", "tensorrt-rtx")
+
+_FLOAT8_LIMITS: Mapping[str, str] = {
+    "onnxruntime": "FP8 rounded to and multiplied in float32",
+    "tensorrt": "SM89 and later",
+    "tensorrt-rtx": "SM89 and later",
+}
+"""Ada, Hopper and Blackwell multiply FP8."""
 
 
 def supporting_engines(dtype: Dtype, formats: Iterable[str]) -> tuple[str, ...]:
@@ -16,11 +22,7 @@ def supporting_engines(dtype: Dtype, formats: Iterable[str]) -> tuple[str, ...]:
         formats: Number formats of the linears, as in the manifest.
     """
     found = set(formats)
-    limits = {"onnxruntime": [], "tensorrt": [], "tensorrt-rtx": []}  # type: dict[str, list[str]]
-    if "fp8" in found:
-        limits["onnxruntime"].append("FP8 rounded to and multiplied in float32")
-        limits["tensorrt"].append(_FLOAT8_GPUS)
-        limits["tensorrt-rtx"].append(_FLOAT8_GPUS)
-    if any(kind.startswith("bfloat16") for kind in (dtype, *found)):
-        del limits["onnxruntime"]  # its CPU kernels have no bfloat16 product
-    return tuple(name + (f" ({', '.join(limit)})" if limit else "") for name, limit in limits.items())
+    limits = _FLOAT8_LIMITS if "fp8" in found else {}
+    # ONNX Runtime's CPU kernels have no bfloat16 product.
+    lacking = {"onnxruntime"} if any(kind.startswith("bfloat16") for kind in (dtype, *found)) else set()
+    return tuple(name + (f" ({limits[name]})" if name in limits else "") for name in _ENGINES if name not in lacking)
