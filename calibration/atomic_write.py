@@ -21,7 +21,10 @@ def describe_os_error(error: OSError, path: Path) -> str:
         errno.ENOTDIR: "a part of this path is a file, not a folder; choose another place",
         errno.EEXIST: "a part of this path is a file, not a folder; choose another place",
     }
-    return f"{path}: cannot write: {remedies.get(error.errno or 0, error.strerror or str(error))}"
+    # numpy tells only how much of an array it could write, and not why that was not all.
+    cut_short = f"{error}; the disk is probably full: free space there or choose another place"
+    reason = cut_short if error.errno is None else remedies.get(error.errno, error.strerror or str(error))
+    return f"{path}: cannot write: {reason}"
 
 
 def _remove(path: Path) -> None:

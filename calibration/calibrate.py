@@ -19,6 +19,7 @@ from spike_export.calibration.overflow_guard import module_dtype
 from spike_export.calibration.perplexity import ReferenceStates, Score, reference_states, score, with_bos
 from spike_export.calibration.progress import Progress, silent
 from spike_export.calibration.recipe import (
+    SMALLEST_AMAX,
     AttentionPlan,
     ModulePlan,
     RotationPlan,
@@ -281,7 +282,9 @@ def module_plans(
             rule = options.activation_range
             covered = spikes.range(rule) if scales is None else spikes.smoothed_range(scales, rule)
             scale = activation_scale(clip * covered)
-            plan = ModulePlan(precision="int8", activation_scale=scale, ratio=spikes.ratio)
+            # The search compares many plans and has no use for it.
+            amax = max(spikes.range("max"), SMALLEST_AMAX) if scales is None else None
+            plan = ModulePlan(precision="int8", activation_scale=scale, activation_amax=amax, ratio=spikes.ratio)
         seen = {"noise": transform.noise.get(name), "clip": clip if clip != 1 and plan.activation_scale else None}
         plans.update(dict.fromkeys(siblings(name), plan.model_copy(update=seen)))
     return plans

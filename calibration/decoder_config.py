@@ -117,7 +117,10 @@ def decoder_config(raw: Mapping[str, Any], place: str) -> DecoderConfig:
     _check_sizes(raw, place)
     # Imported here: transformers takes a second, and `--help` must not.
     from transformers import AutoConfig
+    from transformers.utils import logging
 
+    # What it would warn of, such as a rope that it does not know, is refused below, in one line.
+    logging.set_verbosity_error()
     settings = {key: value for key, value in raw.items() if key not in ("model_type", "torch_dtype", "dtype")}
     try:
         hf = AutoConfig.for_model(family.model_type, **settings)

@@ -135,6 +135,21 @@ class GgufSource:
         heads = self.heads.get(name)
         return tensor if heads is None else rope_halves_from_pairs(tensor, heads)
 
+    def read_rows(self, name: str, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Read and dequantize some rows of a matrix: an embedding of hundreds of megabytes has only a few in use.
+
+        Raises:
+            CheckpointError: As `read`.
+            IndexError: There is no such row.
+        """
+        if len(rows) and rows.min() < 0:
+            raise IndexError(f"row {rows.min()} of {name}")
+        record = self.tensors.get(name)
+        # In the file the rows of queries and keys stand in another order; those of a vector are parts of one row.
+        if record is None or name in self.heads or len(self.shapes[name]) != 2:
+            return self.read(name)[rows]
+        return _dequantized(record, record.data.reshape(self.shapes[name][0], -1)[rows], self.path)
+
     def sha256(self) -> str:
         """Hash of the file."""
         return self._sha256
@@ -151,7 +166,8 @@ def _dequantized(record: Any, data: NDArray[Any], path: Path) -> NDArray[np.floa
         return np.array(gguf.dequantize(data, record.tensor_type), dtype=np.float32)
     except NotImplementedError as error:
         raise CheckpointError(
-            f"{path}: tensor {record.name}: type {record.tensor_type.name} cannot be dequantized"
+            f"{path}: tensor {record.name}: type {record.tensor_type.name} cannot be dequantized; take a file of "
+            "another type, such as Q8_0"
         ) from error
 
 
@@ -174,13 +190,30 @@ def _read_file(path: Path) -> Any:
 
     # gguf warns about byte orders and unknown keys on its own logger; a damaged file raises anyway.
     logging.getLogger("gguf").setLevel(logging.ERROR)
+    known = {kind.value for kind in gguf.GGMLQuantizationType}
+
+    class Reader(gguf.GGUFReader):  # type: ignore[misc]  # gguf has no types
+        """Tells a type newer than this reader from damage, before it is looked up."""
+
+        def _build_tensors(self, start: int, fields: Any) -> None:
+            for field in fields:
+                kind = int(field.parts[4][0])
+                if kind not in known:
+                    raise CheckpointError(
+                        f"{path}: tensor {field.name}: type {kind} is not known here; take a file of another type, "
+                        "such as Q8_0, or download it again if it should have one"
+                    )
+            super()._build_tensors(start, fields)
+
     try:
-        reader = gguf.GGUFReader(path)
+        reader = Reader(path)
         # The reader maps the file without looking at the end: touching each record finds a truncated one.
         size = path.stat().st_size
         for tensor in reader.tensors:
             if int(tensor.data_offset) + int(tensor.n_bytes) > size:
                 raise ValueError(f"tensor {tensor.name} ends beyond the end of the file")
+    except CheckpointError:
+        raise
     except Exception as error:  # ValueError, IndexError, struct and numpy errors: all mean a damaged file
         raise CheckpointError(
             f"{path}: damaged or truncated GGUF file ({one_line(error)}); download it again"

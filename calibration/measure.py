@@ -113,11 +113,13 @@ class Recorder:
 
     def _operands_hook(self, layer: Any, name: str) -> Any:
         def hook(*operands: "torch.Tensor") -> "tuple[torch.Tensor, ...]":
+            # A record of some windows alone, none of which is listened to, has this block too.
+            found = self._operands.setdefault(name, {})
             if self._operands_of is not None and not self._operands_of[layer.batch].any():
                 return operands
             tokens = operands[0].shape[2]  # keys and values of a prefix stand before these
             amax = [_sample_amax(each[:, :, -tokens:]) for each in operands]
-            self._operands.setdefault(name, {})[layer.batch] = np.stack(amax, axis=1)
+            found[layer.batch] = np.stack(amax, axis=1)
             return operands
 
         return hook

@@ -45,8 +45,17 @@ Criterion = Literal["ratio", "noise"]
 WindowKind = Literal["packed", "documents"]
 """`packed`: cut from the stream of all documents, one after another; `documents`: each inside one document."""
 
+NumberFormat = Literal["int8", "fp8"]
+"""Of quantized operands: 8-bit integers, or floats of 4 exponent and 3 mantissa bits (E4M3)."""
+
 QMAX = 127
 """Largest quantized magnitude; symmetric, so that a scale is amax / 127."""
+
+SMALLEST_AMAX = 1e-5
+"""Stands in for the largest magnitude of a tensor that is all zeros, so that its scale can be divided by."""
+
+LARGEST: Mapping[NumberFormat, int] = {"int8": QMAX, "fp8": 448}
+"""Number format → the magnitude that a scale maps the covered range's end to."""
 
 
 class _Document(BaseModel):
@@ -106,8 +115,10 @@ class ModulePlan(_Document):
 
     Attributes:
         precision: `int8`, or the format that is kept.
-        activation_scale: Step of the input's per-tensor quantization (range / 127); for int8, None quantizes each
-            token by its own largest magnitude.
+        activation_scale: Scale of the input's per-tensor quantization (range / 127, for fp8 range / 448); where the
+            module is quantized, None scales each token by its own largest magnitude.
+        activation_amax: Largest magnitude that calibration saw in the input. An INT8 scale may cover less, to make its
+            steps finer; an FP8 scale covers it.
         weights: `int8` where a module that is kept holds its weight in INT8 (W8A16); None otherwise.
         ratio: Max-median ratio of the input.
         clip: Share of the calibrated range that the scale covers, where it was searched.
@@ -115,13 +126,28 @@ class ModulePlan(_Document):
         reason: Why a module is not quantized, or not in the precision asked for.
     """
 
-    precision: Literal["int8", "float16", "bfloat16", "float32"]
+    precision: Literal["int8", "fp8", "float16", "bfloat16", "float32"]
     activation_scale: PositiveFloat | None = None
+    activation_amax: PositiveFloat | None = None
     weights: Literal["int8"] | None = None
     ratio: float | None = None
     clip: float | None = None
     noise: float | None = None
     reason: str | None = None
+
+    @property
+    def number_format(self) -> NumberFormat | None:
+        """Format of weight and input; None where the module is kept."""
+        return self.precision if self.precision in ("int8", "fp8") else None
+
+    @property
+    def product_dtype(self) -> Dtype:
+        """Precision in which the graph hands the product its input and takes its result: float32 around quantizers."""
+        match self.precision:
+            case "int8" | "fp8":
+                return "float32"
+            case kept:
+                return kept
 
 
 class AttentionPlan(_Document):
@@ -254,11 +280,18 @@ class Recipe(_Document):
     search: Search = Search()
 
     @model_validator(mode="after")
-    def _static_int8_needs_a_scale(self) -> "Recipe":
+    def _static_quantization_needs_a_scale(self) -> "Recipe":
         if self.scheme.activations == "int8-per-tensor-static":
             for name, plan in self.modules.items():
-                if plan.precision == "int8" and plan.activation_scale is None:
-                    raise ValueError(f"{name}: precision int8 needs an activation_scale")
+                if plan.number_format and plan.activation_scale is None:
+                    raise ValueError(f"{name}: precision {plan.precision} needs an activation_scale")
+        return self
+
+    @model_validator(mode="after")
+    def _fp8_leaves_attention_alone(self) -> "Recipe":
+        fp8 = next((name for name, plan in self.modules.items() if plan.precision == "fp8"), None)
+        if self.attention and fp8:
+            raise ValueError(f"{fp8}: precision fp8 does not go with operands of attention in INT8; remove either")
         return self
 
     @property
@@ -268,7 +301,7 @@ class Recipe(_Document):
 
     def kept(self) -> tuple[str, ...]:
         """Names of the linears that are not quantized, routers included."""
-        return tuple(name for name, plan in self.modules.items() if plan.precision != "int8")
+        return tuple(name for name, plan in self.modules.items() if plan.number_format is None)
 
     def notes(self) -> tuple[str, ...]:
         """What a user has to know: of the prefix, and of a precision that is another than asked for."""
@@ -281,17 +314,17 @@ class Recipe(_Document):
         return tuple(name for name in self.kept() if self.modules[name].reason != "router")
 
 
-def activation_scale(amax: float) -> float:
-    """Return the step of a symmetric INT8 quantizer that covers magnitudes up to `amax`.
+def activation_scale(amax: float, number_format: NumberFormat = "int8") -> float:
+    """Return the scale of a symmetric quantizer that covers magnitudes up to `amax`: the step, for INT8.
 
     The result is a float32 value, so that the recipe, the simulation and the graph agree to the last bit.
-    A tensor that is all zeros gets the smallest step that float32 divides by without overflow.
+    A tensor that is all zeros gets the scale of `SMALLEST_AMAX`.
     """
     import numpy as np
 
     if not math.isfinite(amax) or amax < 0:
         raise RecipeError(f"amax is {amax}; expected a finite value >= 0: the calibration forward overflowed")
-    return float(np.float32(max(amax, 1e-5) / QMAX))
+    return float(np.float32(max(amax, SMALLEST_AMAX) / LARGEST[number_format]))
 
 
 _BY_LINE = ("modules", "attention", "smoothing")

@@ -1,7 +1,7 @@
 """The quantized model simulated in torch, computing what the exported graph computes.
 
-An INT8 linear sees its input rounded to the steps of a static scale, or of each token's own, saturated like ONNX
-QuantizeLinear, and a weight that went through `quantize_weight`; the product is float32, as in the graph.
+A quantized linear sees its input rounded to INT8 or FP8 with a static scale, or with each token's own, saturated like
+ONNX QuantizeLinear, and a weight that went through `quantize_weight`; the product is float32, as in the graph.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from spike_export.calibration.modules import split_name
-from spike_export.calibration.recipe import QMAX, AttentionPlan, ModulePlan, WeightScheme
+from spike_export.calibration.recipe import LARGEST, AttentionPlan, ModulePlan, NumberFormat, WeightScheme
 from spike_export.calibration.weight_quantization import quantize_weight
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ SMALLEST_TOKEN_AMAX = 1e-5
 
 @dataclass(frozen=True)
 class QuantizedWeights:
-    """INT8 weights of one model's linears, made on first use and kept, so that many simulations share them.
+    """8-bit weights of one model's linears, made on first use and kept, so that many simulations share them.
 
     Attributes:
         scheme: How the weights are scaled.
@@ -34,26 +34,37 @@ class QuantizedWeights:
 
     scheme: WeightScheme
     keep: bool = True
-    _known: "dict[str, tuple[torch.Tensor, torch.Tensor]]" = field(default_factory=dict, repr=False)
+    _known: "dict[tuple[str, NumberFormat], tuple[torch.Tensor, torch.Tensor]]" = field(
+        default_factory=dict, repr=False
+    )
 
-    def dequantized(self, module: str, weight: "torch.Tensor", factors: "torch.Tensor | None" = None) -> "torch.Tensor":
-        """Return `weight` [out_features, in_features] after its round trip through INT8, float32.
+    def dequantized(
+        self,
+        module: str,
+        weight: "torch.Tensor",
+        factors: "torch.Tensor | None" = None,
+        number_format: NumberFormat = "int8",
+    ) -> "torch.Tensor":
+        """Return `weight` [out_features, in_features] after its round trip through 8 bits, float32.
 
         `factors` [in_features] multiply the weight's columns first; they are the same in every call for a module.
         """
         import torch
 
-        if module not in self._known:
+        key = (module, number_format)
+        if key not in self._known:
             plain = weight.detach().float()
             quantized, scale = quantize_weight(
-                (plain if factors is None else plain * factors).cpu().numpy(), self.scheme
+                (plain if factors is None else plain * factors).cpu().numpy(), self.scheme, number_format
             )
-            # Stored [in_features, out_features]; the transposed view is torch's layout.
-            entry = (torch.from_numpy(quantized).T, torch.from_numpy(scale.reshape(-1, 1)))
+            # torch takes numpy's integers only. Stored [in_features, out_features]; transposed, in torch's layout.
+            values = torch.from_numpy(quantized.view("i1"))
+            values = values if number_format == "int8" else values.view(torch.float8_e4m3fn)
+            entry = (values.T, torch.from_numpy(scale.reshape(-1, 1)))
             if not self.keep:
                 return _product(*entry).to(weight.device)
-            self._known[module] = entry
-        return _product(*self._known[module]).to(weight.device)
+            self._known[key] = entry
+        return _product(*self._known[key]).to(weight.device)
 
 
 def _product(quantized: "torch.Tensor", scale: "torch.Tensor") -> "torch.Tensor":
@@ -62,15 +73,29 @@ def _product(quantized: "torch.Tensor", scale: "torch.Tensor") -> "torch.Tensor"
     return quantized.to(torch.float32).mul_(scale)
 
 
-def fake_quantize(values: "torch.Tensor", scale: float) -> "torch.Tensor":
-    """Return `values` after a round trip through INT8 with a static per-tensor scale (half to even, saturating)."""
-    return (values / scale).round_().clamp_(-128, 127).mul_(scale)
+def fake_quantize(values: "torch.Tensor", scale: float, number_format: NumberFormat = "int8") -> "torch.Tensor":
+    """Return `values` after a round trip through 8 bits with a static per-tensor scale (half to even, saturating)."""
+    return _rounded(values / scale, number_format).mul_(scale)
 
 
-def fake_quantize_tokens(values: "torch.Tensor") -> "torch.Tensor":
-    """Return `values` [..., channels] after a round trip through INT8 with a scale per token, its abs-max / 127."""
-    scale = values.abs().amax(-1, keepdim=True).clamp_(min=SMALLEST_TOKEN_AMAX) / QMAX
-    return (values / scale).round_().clamp_(-128, 127).mul_(scale)
+def fake_quantize_tokens(values: "torch.Tensor", number_format: NumberFormat = "int8") -> "torch.Tensor":
+    """Return `values` [..., channels] after a round trip through 8 bits with a scale per token.
+
+    A token's scale is its abs-max / 127, or / 448 for FP8.
+    """
+    scale = values.abs().amax(-1, keepdim=True).clamp_(min=SMALLEST_TOKEN_AMAX) / LARGEST[number_format]
+    return _rounded(values / scale, number_format).mul_(scale)
+
+
+def _rounded(scaled: "torch.Tensor", number_format: NumberFormat) -> "torch.Tensor":
+    """Return float32 values, changed in place or not, rounded to those of the format."""
+    import torch
+
+    if number_format == "int8":
+        return scaled.round_().clamp_(-128, 127)
+    # Saturated beforehand: torch's conversion makes NaN of what lies outside.
+    largest = LARGEST[number_format]
+    return scaled.clamp_(-largest, largest).to(torch.float8_e4m3fn).to(torch.float32)
 
 
 @dataclass(frozen=True)
@@ -79,7 +104,7 @@ class Simulation:
 
     Attributes:
         modules: Linear → its plan; linears that are not named stay as they are.
-        weights: INT8 weights of the same model.
+        weights: 8-bit weights of the same model.
         attention: Attention block → steps of its operands; blocks that are not named stay as they are.
         smoothing: Representative module → scales of its input's channels, divided out of the input and multiplied into
             the weight right here. The folded model computes the same with weights that are scaled per channel, where
@@ -97,7 +122,7 @@ class Simulation:
         with ExitStack() as stack:
             for name, plan in self.modules.items():
                 number, inner = split_name(name)
-                if number == index and (plan.precision == "int8" or plan.weights == "int8"):
+                if number == index and (plan.number_format or plan.weights):
                     linear: Any = layer.get_submodule(inner)
                     stack.enter_context(_forward(linear, self._linear(name, linear, plan)))
             attention = self.attention.get(f"model.layers.{index}.self_attn")
@@ -110,14 +135,15 @@ class Simulation:
 
         scales = self.smoothing.get(name)
         factors = None if scales is None else torch.from_numpy(scales).to(linear.weight.device)
-        weight = self.weights.dequantized(name, linear.weight, factors)
+        kind = plan.number_format
+        weight = self.weights.dequantized(name, linear.weight, factors, kind or "int8")
         bias = None if linear.bias is None else linear.bias.float()
 
         def forward(inputs: torch.Tensor) -> torch.Tensor:
             values = inputs.float() if factors is None else inputs.float() / factors
-            if plan.precision == "int8":
+            if kind is not None:
                 scale = plan.activation_scale
-                values = fake_quantize_tokens(values) if scale is None else fake_quantize(values, scale)
+                values = fake_quantize_tokens(values, kind) if scale is None else fake_quantize(values, scale, kind)
             return torch.nn.functional.linear(values, weight, bias).to(inputs.dtype)
 
         return forward

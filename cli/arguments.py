@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Group, Parameter
 
 Dtype = Literal["float16", "bfloat16", "float32"]
+NumberFormat = Literal["int8", "fp8"]
 
 _CALIBRATION = Group("Calibration", sort_key=1)
 _QUANTIZATION = Group("Quantization", sort_key=2)
@@ -141,6 +142,15 @@ class GraphArguments:
     "Logits of all tokens, or of each sequence's last token only, for generating (batches padded on the left)."
 
 
+@Parameter(name="*", group=_QUANTIZATION)
+@dataclass(frozen=True, kw_only=True)
+class FormatArguments:
+    """Number format of what is quantized."""
+
+    number_format: NumberFormat = "int8"
+    "Of quantized weights and activations. fp8 is E4M3, for GPUs from SM89 on; all choices are made as for int8."
+
+
 @Parameter(name="*", group=_CHECK)
 @dataclass(frozen=True, kw_only=True)
 class GateArguments:
@@ -177,7 +187,7 @@ class BuildArguments:
     "Build even when the estimated memory exceeds what is available."
 
     allow_fallback: Annotated[bool, Parameter(negative="")] = False
-    "Accept a plan in which a module planned as INT8 runs in 16 bit."
+    "Accept a plan in which a module planned as INT8 or FP8 runs in 16 bit."
 
 
 @Parameter(name="*", group=_RUN)

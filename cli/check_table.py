@@ -11,7 +11,7 @@ from spike_export.engines.check_document import Check, CheckGate, CheckVariant
 
 NOT_MEASURED = "n/a"
 
-HEADINGS = ("variant", "perplexity", "increase", "top-1 agreement", "KL (nats)", "INT8", "kept", "prefix")
+HEADINGS = ("variant", "perplexity", "increase", "top-1 agreement", "KL (nats)", "8-bit", "kept", "prefix")
 
 
 def number(value: float | None, digits: int = 4) -> str:
@@ -59,10 +59,15 @@ def _row(variant: CheckVariant) -> tuple[str, ...]:
         percent(variant.increase, signed=True),
         percent(variant.top1_agreement),
         number(variant.kl_divergence, 3),
-        count(variant.int8_linears),
+        _quantized(variant),
         count(variant.kept_linears),
         count(variant.prefix_length),
     )
+
+
+def _quantized(variant: CheckVariant) -> str:
+    """Return how many linears are quantized, with the format where it is FP8."""
+    return f"{variant.fp8_linears} FP8" if variant.fp8_linears else count(variant.int8_linears)
 
 
 def corpus_sentence(check: Check) -> str:

@@ -218,10 +218,15 @@ def _headline(loaded: Loaded) -> str:
     if recipe is None:
         return f"{_accuracy_clause(loaded.check)} {_unquantized_clause(loaded)}".strip()
     total, kept = len(recipe.modules), len(recipe.kept())
-    quantized = f"{total - kept} of {total} linears ({_share(total - kept, total)}) run in INT8"
+    quantized = f"{total - kept} of {total} linears ({_share(total - kept, total)}) run in {_format(loaded)}"
     count = len(recipe.prefix_ids)
     prefix = f" behind the prefix “{visible(recipe.prefix.text)}” ({_tokens(count)})" if recipe.prefix else ""
     return f"{_accuracy_clause(loaded.check)} {quantized}{prefix}.".strip()
+
+
+def _format(loaded: Loaded) -> str:
+    """Return what the bundle's quantized linears are in."""
+    return "FP8" if "fp8" in ((loaded.manifest or {}).get("linears") or {}) else "INT8"
 
 
 def _unquantized_clause(loaded: Loaded) -> str:
@@ -375,7 +380,7 @@ def _layer(module: str) -> str:
 def _kept_rows(recipe: Recipe | None) -> list[TableRow]:
     if recipe is None:
         return []
-    plans = [(name, plan) for name, plan in recipe.modules.items() if plan.precision != "int8"]
+    plans = [(name, plan) for name, plan in recipe.modules.items() if plan.number_format is None]
     plans.sort(key=lambda item: -(item[1].ratio or 0.0))
     return [
         TableRow((visible(name), plan.precision, number(plan.ratio), visible(plan.reason or "")))

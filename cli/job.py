@@ -9,7 +9,7 @@ from spike_export.calibration.corpus import Corpus
 from spike_export.calibration.corpus_files import CorpusOptions, load_corpus
 from spike_export.calibration.errors import ArtifactError, RecipeError
 from spike_export.calibration.options import CalibrationOptions
-from spike_export.calibration.recipe import Dtype
+from spike_export.calibration.recipe import Dtype, NumberFormat
 from spike_export.cli.execution import Residency
 from spike_export.engines.build_options import BuildOptions
 from spike_export.export.cache_options import CacheOptions
@@ -29,6 +29,7 @@ class Job:
         plan: The engine plan to write; None ends the run before the build.
         calibration: How to calibrate and choose.
         quantize: False exports the model as it is.
+        number_format: What the linears that calibration quantizes are written in.
         corpus: File, folder or hub name of the user's corpus; None for the default one.
         text_field: Key of the text, or of the messages, in its records; None for the usual keys.
         corpus_split: Split of a dataset; None for `train`.
@@ -49,6 +50,7 @@ class Job:
     plan: Path | None = None
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     quantize: bool = True
+    number_format: NumberFormat = "int8"
     corpus: str | Path | None = None
     text_field: str | None = None
     corpus_split: str | None = None
@@ -66,6 +68,11 @@ class Job:
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
         require_limit(self.max_ppl_increase)
+        require_quantized(self.number_format, self.quantize)
+        if self.number_format == "fp8" and self.calibration.attention != "unquantized":
+            raise RecipeError(
+                f"--attention {self.calibration.attention} does not go with --number-format fp8; leave one of them out"
+            )
         if self.plan is not None and self.plan.is_dir():
             raise ArtifactError(f"{self.plan}: is a folder; give the plan a file name, such as {self.plan}/engine.plan")
         if self.plan is not None and self.plan.suffix == ".json":
@@ -75,6 +82,16 @@ class Job:
         """Return what to calibrate on; conversations are not rendered yet."""
         source = None if self.corpus is None else str(self.corpus)
         return load_corpus(CorpusOptions(source, self.text_field, self.corpus_split, self.chat_template))
+
+
+def require_quantized(number_format: NumberFormat, quantize: bool) -> None:
+    """Refuse a number format for what is not quantized.
+
+    Raises:
+        RecipeError: Names both options.
+    """
+    if number_format != "int8" and not quantize:
+        raise RecipeError(f"--number-format {number_format} and --no-quantize contradict each other; give one")
 
 
 def require_limit(max_ppl_increase: float | None) -> None:
@@ -101,7 +118,7 @@ def require_writable(folder: Path) -> None:
     probe.unlink(missing_ok=True)
 
 
-def require_buildable(options: BuildOptions) -> None:
+def require_buildable(options: BuildOptions, number_format: NumberFormat = "int8") -> None:
     """Find out now, not after the calibration, that no backend here can build what is asked for.
 
     Raises:
@@ -110,7 +127,8 @@ def require_buildable(options: BuildOptions) -> None:
     from spike_export.engines.plan_backend import choose_backend, detect_machine, resolve_targets
 
     machine = detect_machine()
-    resolve_targets(choose_backend(options.backend, machine).backend, options.targets, machine.gpu)
+    backend = choose_backend(options.backend, machine).backend
+    resolve_targets(backend, options.targets, machine.gpu, float8=number_format == "fp8")
 
 
 def require_bundle_or_nothing(folder: Path) -> None:

@@ -20,6 +20,7 @@ from spike_export.cli.arguments import (
     CorpusArguments,
     DtypeArguments,
     ExecutionArguments,
+    FormatArguments,
     GateArguments,
     GraphArguments,
     QuantizationArguments,
@@ -116,6 +117,7 @@ def job(
     corpus: CorpusArguments = CorpusArguments(),
     quantization: QuantizationArguments = QuantizationArguments(),
     dtype: DtypeArguments = DtypeArguments(),
+    number_format: FormatArguments = FormatArguments(),
     execution: ExecutionArguments = ExecutionArguments(),
     graph: GraphArguments = GraphArguments(),
     gate: GateArguments = GateArguments(),
@@ -131,6 +133,7 @@ def job(
         plan=out,
         calibration=_calibration_options(corpus, quantization, dtype),
         quantize=quantize,
+        number_format=number_format.number_format,
         **_corpus_fields(corpus),
         cache=_cache_options(graph),
         logits=graph.logits,
@@ -180,7 +183,7 @@ def _open(work: "Job", options: RunArguments, stages: Sequence[str], console: Co
 
     # What would stop the last stage is said before the first one, which may take hours.
     if work.plan:
-        require_buildable(work.build)
+        require_buildable(work.build, work.number_format)
         require_writable(work.plan.parent)
     require_writable(work.work_dir)
     from spike_export.calibration.chat import rendered
@@ -356,6 +359,7 @@ def export(
         DtypeArguments | None, Parameter(help="Default: the recipe's precision, or float16 without one.")
     ] = None,
     graph: GraphArguments = GraphArguments(),
+    number_format: FormatArguments = FormatArguments(),
     run_options: RunArguments = RunArguments(),
 ) -> int:
     """Write the ONNX bundle of a recipe."""
@@ -369,11 +373,12 @@ def export(
         )
     from spike_export.calibration.checkpoint import open_checkpoint
     from spike_export.calibration.recipe import load_recipe
-    from spike_export.cli.job import require_bundle_or_nothing
+    from spike_export.cli.job import require_bundle_or_nothing, require_quantized
     from spike_export.cli.progress_display import ProgressDisplay
     from spike_export.export.bundle import ExportOptions, export_bundle
 
     kept_cache = _cache_options(graph)
+    require_quantized(number_format.number_format, quantize)
     plan = load_recipe(recipe) if recipe else None
     require_bundle_or_nothing(out)
     kept = dtype.dtype if dtype else plan.scheme.unquantized if plan else "float16"
@@ -383,7 +388,8 @@ def export(
         ProgressDisplay(console, ["bundle"], quiet=run_options.quiet) as display,
         display.stage("bundle") as progress,
     ):
-        export_bundle(checkpoint, plan, ExportOptions(kept, cache=kept_cache, logits=graph.logits), out, progress)
+        wanted = ExportOptions(kept, number_format=number_format.number_format, cache=kept_cache, logits=graph.logits)
+        export_bundle(checkpoint, plan, wanted, out, progress)
     if not run_options.quiet:
         console.print(Text(f"bundle: {out}"), soft_wrap=True)
     return DONE

@@ -283,8 +283,9 @@ class Pipeline:
 
     def _export_options(self, recipe: Recipe | None) -> ExportOptions:
         """Return what the job asks of the graph, in the recipe's precision, which may have been edited."""
-        dtype = self.job.calibration.dtype if recipe is None else recipe.scheme.unquantized
-        return ExportOptions(dtype, cache=self.job.cache, logits=self.job.logits)
+        job = self.job
+        dtype = job.calibration.dtype if recipe is None else recipe.scheme.unquantized
+        return ExportOptions(dtype, number_format=job.number_format, cache=job.cache, logits=job.logits)
 
     def check(self, recipe: Recipe | None, bundle: Path) -> Check:
         """Measure the bundle's accuracy, and what each method contributes, and hold it against the limit."""

@@ -114,7 +114,7 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) ->
 
 
 def _kept(recipe: Recipe) -> dict[str, ModulePlan]:
-    return {name: plan for name, plan in recipe.modules.items() if plan.precision != "int8"}
+    return {name: plan for name, plan in recipe.modules.items() if plan.number_format is None}
 
 
 def _summary(recipe: Recipe) -> dict[str, Any]:
@@ -197,7 +197,7 @@ def _why(recipe: Recipe, plan: ModulePlan) -> str:
         return "a router decides which experts run; it is never quantized"
     if alpha is None or score is None:
         return plan.reason or "QFeM was not used: everything is quantized"
-    if plan.precision == "int8":
+    if plan.number_format:
         return f"its {recipe.criterion} {score:.4g} does not exceed alpha = {alpha:.4g}"
     return f"its {recipe.criterion} {score:.4g} exceeds alpha = {alpha:.4g}" + (
         f" ({plan.reason.partition('; ')[2]})" if plan.reason and "; " in plan.reason else ""

@@ -245,7 +245,7 @@ def _bar_style(name: str, recipe: Recipe | None) -> tuple[str, str | None]:
     plan = recipe.modules.get(name) if recipe is not None else None
     if plan is None:
         return UNDECIDED_COLOUR, None
-    return (INT8_COLOUR, None) if plan.precision == "int8" else (KEPT_COLOUR, "///")
+    return (INT8_COLOUR, None) if plan.number_format else (KEPT_COLOUR, "///")
 
 
 def _bar_legend(names: Sequence[str], recipe: Recipe | None) -> list[Patch | Line2D]:

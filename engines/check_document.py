@@ -57,6 +57,7 @@ class CheckVariant(_Part):
     top1_agreement: float | None = None
     kl_divergence: float | None = None
     int8_linears: int | None = None
+    fp8_linears: int | None = None
     kept_linears: int | None = None
     head: str | None = None
     prefix_length: int | None = None

@@ -1,4 +1,4 @@
-"""Proof of precision: which products a plan really runs in INT8, read from the program text inside the plan.
+"""Proof of precision: which products a plan really runs in INT8 or FP8, read from the program text inside the plan.
 
 TensorRT-RTX 1.7 stores each program as text: declarations of tensors with their types, then operations that name
 the ONNX nodes they stand for. The format is undocumented. A plan without such text is reported as such, and the
@@ -17,6 +17,13 @@ from spike_export.export.manifest import INT8_WEIGHTS
 NOT_FOUND = "not found"
 WEIGHT_ONLY = "int8 weights only"
 """The weight is stored in INT8 and dequantized before a floating-point product: within it, or by a kernel in front."""
+FLOAT8_WEIGHT_ONLY = "fp8 weights only"
+"""The same of FP8; nobody plans that, and it is what becomes of FP8 operands that the compiler cannot multiply."""
+
+_QUANTIZED: Mapping[str, str] = {"int8": "int8", "fp8_e4m3": "fp8"}
+"""The program's type of a quantized operand → its number format."""
+
+_WEIGHT_ONLY: Mapping[str, str] = {"int8": WEIGHT_ONLY, "fp8_e4m3": FLOAT8_WEIGHT_ONLY}
 
 _PROGRAM = b"descriptors {"
 _NAME_SUFFIX = re.compile(r"(_U\d+)?( \[profile \d+\])?$")
@@ -50,7 +57,7 @@ class ModuleAudit:
     """What became of one module.
 
     Attributes:
-        planned: `int8`, a floating-point format, or such a format with `+int8-weights` (W8A16).
+        planned: `int8`, `fp8`, a wider floating-point format, or such a format with `+int8-weights` (W8A16).
         found: Every precision its product has in some profile, sorted; `not found` where a profile lacks it.
     """
 
@@ -60,12 +67,12 @@ class ModuleAudit:
 
     @property
     def as_planned(self) -> bool:
-        """Whether it holds in every profile: INT8 operands, INT8 weights only, or no INT8 at all."""
-        if self.planned == "int8":
-            return self.found == ("int8",)
+        """Whether it holds in every profile: 8-bit operands, INT8 weights only, or no 8 bits at all."""
+        if self.planned in _QUANTIZED.values():
+            return self.found == (self.planned,)
         if self.planned.endswith(INT8_WEIGHTS):
             return self.found == (WEIGHT_ONLY,)
-        return not {"int8", WEIGHT_ONLY, NOT_FOUND} & set(self.found)
+        return not {NOT_FOUND, *_QUANTIZED.values(), *_WEIGHT_ONLY.values()} & set(self.found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +83,14 @@ class PlanAudit:
         targets: Compute capabilities the programs name, e.g. `SM86`.
         profiles: Profiles with a program of their own; 0 when the plan holds no readable program.
         int8_products: Matrix products with two INT8 operands, all profiles together; merged modules are one.
+        fp8_products: The same with two FP8 operands.
         other_products: All other matrix products, those of attention without a fused kernel included.
     """
 
     targets: tuple[str, ...]
     profiles: int
     int8_products: int
+    fp8_products: int
     other_products: int
     modules: tuple[ModuleAudit, ...]
 
@@ -100,7 +109,7 @@ def audit_plan(plan_path: Path, planned: Mapping[str, str]) -> PlanAudit:
     """Compare a plan with what was asked for.
 
     Args:
-        planned: HF module name → `int8`, `float16`, `bfloat16` or `float32`, or one of the latter with
+        planned: HF module name → `int8`, `fp8`, `float16`, `bfloat16` or `float32`, or one of the last three with
             `+int8-weights`. The module's product is the ONNX node `<module>.MatMul`.
 
     Raises:
@@ -116,9 +125,9 @@ def audit_plan(plan_path: Path, planned: Mapping[str, str]) -> PlanAudit:
     modules = tuple(ModuleAudit(name, planned[name], _found(name, findings)) for name in planned)
     products = [precision for program in programs for precision in program.products.values()]
     kernels = sum(finding.in_kernel for found in findings for name, finding in found.items() if name in planned)
-    int8 = products.count("int8")
+    int8, fp8 = products.count("int8"), products.count("fp8")
     targets = {target: None for program in programs for target in program.targets}
-    return PlanAudit(tuple(targets), len(profiles), int8, len(products) - int8 + kernels, modules)
+    return PlanAudit(tuple(targets), len(profiles), int8, fp8, len(products) - int8 - fp8 + kernels, modules)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +136,7 @@ class _Kernel:
 
     Attributes:
         precision: That of its largest constant.
-        restored_weight: An operand is an INT8 weight that another kernel has dequantized.
+        restored_weight: An operand is an 8-bit weight that another kernel has dequantized.
         modules: Those whose products it mentions.
     """
 
@@ -152,17 +161,17 @@ class _Tensors:
         """Return a tensor's type; `unknown` where it is not declared."""
         return self.declared.get(name, ("unknown", 0))[0]
 
-    def restored(self, name: str) -> bool:
-        """Return whether a tensor is made of an INT8 one."""
+    def restored(self, name: str) -> str | None:
+        """Return the 8-bit type that a tensor is made of; None where it is made of none."""
         pending, seen = list(self.made_of.get(name, ())), set()
         while pending:
             source = pending.pop()
-            if self.kind(source) == "int8":
-                return True
+            if self.kind(source) in _QUANTIZED:
+                return self.kind(source)
             if source not in seen:
                 seen.add(source)
                 pending += self.made_of.get(source, ())
-        return False
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,22 +257,23 @@ def _declarations(text: str) -> Iterator[tuple[str, tuple[str, int]]]:
 
 def _product_precision(operands: Sequence[str], tensors: _Tensors) -> str:
     types = [tensors.kind(name) for name in operands[:2]]
-    wider = [kind for kind in types if kind != "int8"]
-    if not wider:
-        return "int8"
+    if len(set(types)) == 1 and types[0] in _QUANTIZED:
+        return _QUANTIZED[types[0]]
     weight = operands[1] if len(operands) > 1 else ""
-    if tensors.kind(weight) == "int8" or tensors.restored(weight):
-        return WEIGHT_ONLY
-    return _PRECISIONS.get(wider[0], wider[0])
+    stored = tensors.kind(weight) if tensors.kind(weight) in _QUANTIZED else tensors.restored(weight)
+    if stored is not None:
+        return _WEIGHT_ONLY[stored]
+    wider = next((kind for kind in types if kind not in _QUANTIZED), "unknown")
+    return _PRECISIONS.get(wider, wider)
 
 
 def _kernel(operands: Sequence[str], modules: tuple[str, ...], tensors: _Tensors) -> _Kernel:
-    """A product inside a kernel is never one of INT8 operands; its weight is the largest constant."""
+    """A product inside a kernel is never one of 8-bit operands; its weight is the largest constant."""
     declared = (tensors.declared[name] for name in operands if name in tensors.declared)
     kind, _ = max(declared, key=lambda tensor: tensor[1], default=("unknown", 0))
-    restored = any(tensors.restored(name) for name in operands)
-    precision = WEIGHT_ONLY if restored or kind == "int8" else _PRECISIONS.get(kind, kind)
-    return _Kernel(precision, restored, modules)
+    restored = next((stored for name in operands if (stored := tensors.restored(name))), None)
+    precision = _WEIGHT_ONLY.get(restored or kind) or _PRECISIONS.get(kind, kind)
+    return _Kernel(precision, restored is not None, modules)
 
 
 def _modules(nodes: Sequence[str]) -> tuple[str, ...]:
@@ -278,15 +288,15 @@ def _findings(programs: Sequence[_Program]) -> dict[str, _Finding]:
     for program in programs:
         for name, precision in program.products.items():
             for module in _modules(name.split("+")):
-                # A module computed twice counts with the product that is not INT8.
-                if module not in found or precision != "int8":
+                # A module computed twice counts with the product that is not of 8 bits.
+                if module not in found or precision not in _QUANTIZED.values():
                     found[module] = _Finding(precision, in_kernel=False)
     # A kernel also names products whose results it merely scales: those have been found above.
     for program in programs:
         for kernel in program.kernels:
             for module in kernel.modules:
                 known = found.setdefault(module, _Finding(kernel.precision, in_kernel=True))
-                # The inner program of a fused kernel sees only its operand, not the INT8 that another made it of.
-                if kernel.restored_weight and known.precision != "int8":
-                    found[module] = _Finding(WEIGHT_ONLY, known.in_kernel)
+                # The inner program of a fused kernel sees only its operand, not the 8 bits that another made it of.
+                if kernel.restored_weight and known.precision not in _QUANTIZED.values():
+                    found[module] = _Finding(kernel.precision, known.in_kernel)
     return found

@@ -65,6 +65,9 @@ BACKENDS: Mapping[BackendName, Backend] = {backend.name: backend for backend in 
 TENSORRT_ONLY_TARGETS = ("SM90", "SM100", "SM103")
 """Data-centre GPUs that TensorRT compiles for and TensorRT-RTX cannot."""
 
+FLOAT8_TARGETS = ("SM89", "SM90", "SM100", "SM103", "SM120", "SM121")
+"""GPUs that multiply FP8; for older ones neither compiler takes a graph that holds any."""
+
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
@@ -161,15 +164,38 @@ def _choose_automatically(machine: Machine) -> ChosenBackend:
     return ChosenBackend(TENSORRT_RTX, reason)
 
 
-def resolve_targets(backend: Backend, asked: tuple[str, ...], gpu: Gpu | None) -> tuple[str, ...]:
+def resolve_targets(
+    backend: Backend, asked: tuple[str, ...], gpu: Gpu | None, *, float8: bool = False
+) -> tuple[str, ...]:
     """Return the compute capabilities to build for, e.g. `("SM80", "SM86")`, without duplicates.
 
     Args:
         asked: Names in any case; empty for the backend's default.
+        gpu: Of this machine.
+        float8: Whether the graph multiplies FP8; the default is then restricted to what can.
 
     Raises:
-        EngineError: A target is unknown, or the backend cannot be asked for it.
+        EngineError: A target is unknown, the backend cannot be asked for it, or it has no FP8.
     """
+    targets = _known_targets(backend, asked, gpu)
+    if not float8:
+        return targets
+    lacking = [target for target in targets if target not in FLOAT8_TARGETS]
+    if lacking and (asked or not backend.targets):
+        raise EngineError(
+            f"{lacking[0]} does not multiply FP8, and the bundle's linears are FP8; give a target from SM89 on, or "
+            "export with --number-format int8"
+        )
+    return tuple(target for target in targets if target not in lacking)
+
+
+def omission(backend: Backend, asked: tuple[str, ...]) -> str | None:
+    """Return why some of the backend's default targets are left out for an FP8 graph; None where none are."""
+    lacking = [target for target in backend.default_targets if target not in FLOAT8_TARGETS]
+    return f"FP8 needs SM89 or later, so that {', '.join(lacking)} are left out" if lacking and not asked else None
+
+
+def _known_targets(backend: Backend, asked: tuple[str, ...], gpu: Gpu | None) -> tuple[str, ...]:
     wanted = tuple(dict.fromkeys(target.upper() for target in asked))
     if not backend.targets:
         here = (gpu.target,) if gpu else ()

@@ -1,7 +1,7 @@
 """From a bundle to `engine.plan` and `engine.json`."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from spike_export.calibration.atomic_write import atomic_path
@@ -14,7 +14,14 @@ from spike_export.engines.bundle_identity import file_size, hash_bundle
 from spike_export.engines.child_process import BUILD_COMMAND, run_build
 from spike_export.engines.host_memory import available_memory, require_memory
 from spike_export.engines.plan_audit import ModuleAudit, PlanAudit
-from spike_export.engines.plan_backend import ChosenBackend, Machine, choose_backend, detect_machine, resolve_targets
+from spike_export.engines.plan_backend import (
+    ChosenBackend,
+    Machine,
+    choose_backend,
+    detect_machine,
+    omission,
+    resolve_targets,
+)
 from spike_export.engines.plan_sidecar import (
     Audit,
     AuditedModule,
@@ -89,8 +96,12 @@ def build_plan(
     if plan == sidecar_path(plan):
         raise EngineError(f"{plan}: the plan's sidecar has this name; choose another ending, such as .plan")
     chosen = choose_backend(options.backend, environment.machine)
-    targets = resolve_targets(chosen.backend, options.targets, environment.machine.gpu)
     manifest = load_manifest(bundle)
+    float8 = "fp8" in manifest.linears
+    targets = resolve_targets(chosen.backend, options.targets, environment.machine.gpu, float8=float8)
+    note = omission(chosen.backend, options.targets) if float8 else None
+    if note is not None:
+        chosen = replace(chosen, reason=f"{chosen.reason}; {note}")
     limits = resolve_limits(options, manifest.prefix_length, manifest.max_position_embeddings, manifest.capacity)
     _require_timing_cache(chosen, options)
     if not options.ignore_memory:
@@ -152,6 +163,7 @@ def _audit(audit: PlanAudit) -> Audit:
     return Audit(
         readable=audit.readable,
         int8_products=audit.int8_products,
+        fp8_products=audit.fp8_products,
         other_products=audit.other_products,
         modules={
             module.module: AuditedModule(planned=module.planned, found=module.found, as_planned=module.as_planned)

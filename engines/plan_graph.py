@@ -17,6 +17,8 @@ _PRECISIONS: Mapping[int, str] = {
     TensorProto.BFLOAT16: "bfloat16",
 }
 
+_QUANTIZED: Mapping[int, str] = {TensorProto.INT8: "int8", TensorProto.FLOAT8E4M3FN: "fp8"}
+
 _PASSED_THROUGH = ("Transpose", "Cast", "Unsqueeze")
 """Operators that may stand between a stored weight and its product."""
 
@@ -80,8 +82,8 @@ def allow_unfused_attention(model: onnx.ModelProto) -> None:
 def planned_precisions(model: onnx.ModelProto) -> dict[str, str]:
     """Return the number format of every product with a stored weight, by HF module name.
 
-    It is `int8`, `float16`, `bfloat16` or `float32`; or one of the latter with `+int8-weights` (W8A16). What the
-    exporter wrote into the node's metadata counts; without it, the quantizers around the product do.
+    It is `int8`, `fp8`, `float16`, `bfloat16` or `float32`; or one of the last three with `+int8-weights` (W8A16).
+    What the exporter wrote into the node's metadata counts; without it, the quantizers around the product do.
     """
     types = {tensor.name: int(tensor.data_type) for tensor in model.graph.initializer}
     producers = {output: node for node in model.graph.node for output in node.output}
@@ -108,7 +110,7 @@ def _precision(
         if node.op_type == "DequantizeLinear":
             first = producers.get(product.input[0])
             if first is not None and first.op_type == "DequantizeLinear":
-                return "int8"
+                return _QUANTIZED.get(types.get(node.input[0], TensorProto.UNDEFINED))
             # A weight is restored in the type of its scale.
             kept = _PRECISIONS.get(cast_to or types.get(node.input[1], TensorProto.UNDEFINED))
             return kept and kept + INT8_WEIGHTS

@@ -69,6 +69,7 @@ class Audit(_Document):
 
     readable: bool
     int8_products: int
+    fp8_products: int = 0
     other_products: int
     modules: Mapping[str, AuditedModule]
 

@@ -122,15 +122,22 @@ def _in_float32(recipe: Recipe | None) -> Recipe | None:
     if recipe is None:
         return None
     modules = {
-        name: plan if plan.precision == "int8" else plan.model_copy(update={"precision": "float32"})
+        name: plan if plan.number_format else plan.model_copy(update={"precision": "float32"})
         for name, plan in recipe.modules.items()
     }
     return recipe.model_copy(update={"modules": modules})
 
 
+def _range(recipe: Recipe | None, int8: int, fp8: int) -> str | None:
+    """Return what the static scales cover: an FP8 one covers the maximum, whatever the recipe's INT8 ones do."""
+    if recipe is None or not (int8 or fp8):
+        return None
+    return recipe.scheme.activation_range if int8 else "max"
+
+
 def _row(variant: Variant, manifest: Manifest, accuracy: Accuracy, reference: ReferenceLogits) -> CheckVariant:
     counts = {precision: share.modules for precision, share in manifest.linears.items()}
-    int8 = counts.pop("int8", 0)
+    int8, fp8 = counts.pop("int8", 0), counts.pop("fp8", 0)
     return CheckVariant(
         name=variant.name,
         perplexity=accuracy.perplexity,
@@ -138,9 +145,10 @@ def _row(variant: Variant, manifest: Manifest, accuracy: Accuracy, reference: Re
         top1_agreement=accuracy.top1_agreement,
         kl_divergence=accuracy.kl_divergence,
         int8_linears=int8,
+        fp8_linears=fp8,
         kept_linears=sum(counts.values()),
         head=manifest.head.format if manifest.head else None,
         prefix_length=manifest.prefix_length,
-        activation_range=variant.recipe.scheme.activation_range if variant.recipe and int8 else None,
+        activation_range=_range(variant.recipe, int8, fp8),
         shipped=variant.bundle is not None,
     )

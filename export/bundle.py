@@ -18,14 +18,16 @@ from spike_export.calibration.checkpoint import Checkpoint
 from spike_export.calibration.decoder_config import DecoderConfig
 from spike_export.calibration.equivalent_weights import equivalent_checkpoint
 from spike_export.calibration.errors import ArtifactError, RecipeError
+from spike_export.calibration.float8 import float8_modules
 from spike_export.calibration.layerwise import Decoder, Execution
 from spike_export.calibration.modules import is_router, linears, split_name
 from spike_export.calibration.progress import Progress, silent
 from spike_export.calibration.qfem import macs_per_token
-from spike_export.calibration.recipe import Dtype, ModulePlan, Recipe, recipe_text
+from spike_export.calibration.recipe import Dtype, ModulePlan, NumberFormat, Recipe, recipe_text
 from spike_export.export.architectures import require_exportable
 from spike_export.export.cache_options import CacheOptions, require_capacity
 from spike_export.export.decoder_graph import build_decoder
+from spike_export.export.engine_support import supporting_engines
 from spike_export.export.graph_plan import GraphPlan, LogitsScope
 from spike_export.export.head import head_plan, own_weight_bytes
 from spike_export.export.linear import number_format
@@ -59,12 +61,14 @@ class ExportOptions:
     Attributes:
         dtype: Precision of whatever no recipe speaks of: embeddings, residual stream, attention, cache, head, and
             without a recipe the linears too.
+        number_format: `fp8` writes the linears that a recipe quantizes to INT8 as W8A8 in FP8 instead.
         cache: Which cache of keys and values the graph has.
         logits: Of which tokens the graph gives logits.
     """
 
     dtype: Dtype = "float16"
     _: KW_ONLY
+    number_format: NumberFormat = "int8"
     cache: CacheOptions = field(default_factory=CacheOptions)
     logits: LogitsScope = "all"
 
@@ -167,7 +171,7 @@ def _graph_plan(checkpoint: Checkpoint, recipe: Recipe | None, options: ExportOp
     ids, scheme = recipe.prefix_ids, recipe.scheme
     prefix = Decoder(checkpoint, Execution(resident=False)).prefix_key_values(ids) if ids else ()
     return GraphPlan(
-        modules=recipe.modules,
+        modules=float8_modules(recipe) if options.number_format == "fp8" else recipe.modules,
         weights=scheme.weights,
         dtype=options.dtype,
         prefix=prefix,
@@ -222,7 +226,7 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 def _manifest(
     checkpoint: Checkpoint, checkpoint_sha256: str, recipe: Recipe | None, plan: GraphPlan, model: ir.Model
 ) -> Manifest:
-    config = checkpoint.config
+    config, linear_shares = checkpoint.config, _linear_shares(checkpoint, plan)
     return Manifest(
         model=SourceModel(
             source=checkpoint.name,
@@ -238,8 +242,9 @@ def _manifest(
         bos_token_id=checkpoint.bos_token_id,
         eos_token_ids=config.eos_token_ids,
         prefix=_bundle_prefix(checkpoint, recipe),
-        linears=_linear_shares(checkpoint, plan),
+        linears=linear_shares,
         head=_head_info(checkpoint.config, plan),
+        engines=supporting_engines(plan.dtype, linear_shares),
         logits=plan.logits,
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,

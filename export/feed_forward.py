@@ -14,7 +14,7 @@ NAMES = ("gate_proj", "up_proj", "down_proj")
 def feed_forward(emission: Emission, module: str, normed: ir.Value, names: tuple[str, str, str] = NAMES) -> ir.Value:
     """Append down(f(gate(x)) * up(x)), f being the family's activation.
 
-    Where gate or up is INT8 their product stays in FP32: spikes reach thousands and FP16 ends at 65,504.
+    Where gate or up is quantized their product stays in FP32: spikes reach thousands and FP16 ends at 65,504.
 
     Args:
         emission: The graph.
@@ -35,8 +35,8 @@ def feed_forward(emission: Emission, module: str, normed: ir.Value, names: tuple
         gate = linears.emit(gate_name, normed)
         up = linears.emit(up_name, normed)
     kept = element_type(gate)
-    precision = emission.plan.modules[down].precision
-    alike = element_type(up) == kept and precision != "int8" and ELEMENT_TYPES[precision] == kept
+    wanted = ELEMENT_TYPES[emission.plan.modules[down].product_dtype]
+    alike = element_type(up) == kept == wanted
     product_type = kept if alike else ir.DataType.FLOAT
     gate, up = b.cast(gate, product_type), b.cast(up, product_type)
     activated = ACTIVATIONS[family.activation](b, module, gate)

@@ -23,7 +23,7 @@ class GraphPlan:
 
     Attributes:
         modules: Every decoder linear → its plan.
-        weights: How INT8 weights are scaled.
+        weights: How 8-bit weights are scaled.
         dtype: Precision of embeddings, residual stream, attention, cache and head.
         prefix: Key/values that stand before every sequence.
         attention: Attention block → steps of its products' operands; blocks that are not named stay as they are.

@@ -1,7 +1,7 @@
 """Emits one linear layer as its plan says.
 
-INT8 with a static scale (pattern P1), INT8 with a scale per token made at run time (P2), INT8 weights under a product
-in the kept precision (W8A16), or weights and product in the kept precision.
+INT8 or FP8 with a static scale (pattern P1), or with a scale per token made at run time (P2), INT8 weights under a
+product in the kept precision (W8A16), or weights and product in the kept precision.
 """
 
 from collections.abc import Mapping
@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from spike_export.calibration.checkpoint import Checkpoint
 from spike_export.calibration.errors import CheckpointError
-from spike_export.calibration.recipe import QMAX, Dtype, ModulePlan, WeightScheme
+from spike_export.calibration.recipe import LARGEST, Dtype, ModulePlan, NumberFormat, WeightScheme
 from spike_export.calibration.simulate import SMALLEST_TOKEN_AMAX
-from spike_export.calibration.weight_quantization import quantize_weight
+from spike_export.calibration.weight_quantization import ELEMENTS, quantize_weight
 from spike_export.export.graph_builder import ELEMENT_TYPES, GraphBuilder
 from spike_export.export.manifest import INT8_WEIGHTS
 
@@ -27,10 +27,12 @@ NUMPY_TYPES: Mapping[Dtype, np.dtype[Any]] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
 
+_STORED: Mapping[NumberFormat, ir.DataType] = {"int8": ir.DataType.INT8, "fp8": ir.DataType.FLOAT8E4M3FN}
+
 
 @dataclass
 class QuantizedWeight:
-    """One module's INT8 weight, read from the checkpoint and quantized when the graph is written.
+    """One module's 8-bit weight, read from the checkpoint and quantized when the graph is written.
 
     The scales are kept once known (a few kilobytes), so that writing them does not quantize a second time.
     """
@@ -38,16 +40,18 @@ class QuantizedWeight:
     checkpoint: Checkpoint
     module: str
     scheme: WeightScheme
+    number_format: NumberFormat = "int8"
     _scale: NDArray[np.float32] | None = field(default=None, init=False)
 
-    def values(self) -> NDArray[np.int8]:
-        """Return [in_features, out_features] int8.
+    def values(self) -> NDArray[Any]:
+        """Return [in_features, out_features] in the number format.
 
         Raises:
             CheckpointError: The weight holds NaN or infinity.
         """
         try:
-            quantized, self._scale = quantize_weight(self.checkpoint.tensor(f"{self.module}.weight"), self.scheme)
+            weight = self.checkpoint.tensor(f"{self.module}.weight")
+            quantized, self._scale = quantize_weight(weight, self.scheme, self.number_format)
         except ValueError as error:
             raise CheckpointError(
                 f"tensor {self.module}.weight: {error}; the checkpoint is damaged, download it again"
@@ -63,8 +67,8 @@ class QuantizedWeight:
 
 
 def number_format(plan: ModulePlan) -> str:
-    """Return a plan's name in manifest and graph: `int8`, `float16`, or for W8A16 `float16+int8-weights`."""
-    return plan.precision + INT8_WEIGHTS if plan.precision != "int8" and plan.weights == "int8" else plan.precision
+    """Return a plan's name in manifest and graph: `int8`, `fp8`, `float16`, or for W8A16 `float16+int8-weights`."""
+    return plan.precision + INT8_WEIGHTS if plan.number_format is None and plan.weights == "int8" else plan.precision
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ class LinearEmitter:
 
     Attributes:
         plans: Module name → its plan.
-        scheme: How INT8 weights are scaled.
+        scheme: How 8-bit weights are scaled.
         shapes: Tensor name → shape, from the configuration; a `.bias` is emitted where it is listed.
         exact_inputs: Whether products of INT8 weights alone see their inputs as they are, in every engine.
     """
@@ -92,7 +96,7 @@ class LinearEmitter:
     scheme: WeightScheme
     shapes: Mapping[str, tuple[int, ...]]
     exact_inputs: bool = True
-    _token_scaled: dict[str, _TokenScaled] = field(default_factory=dict, init=False, repr=False)
+    _token_scaled: dict[tuple[str, NumberFormat], _TokenScaled] = field(default_factory=dict, init=False, repr=False)
 
     def emit(self, module: str, value: ir.Value) -> ir.Value:
         """Append x @ W (+ bias).
@@ -102,70 +106,88 @@ class LinearEmitter:
             value: [batch, sequence, in_features] in any precision; cast as needed.
 
         Returns:
-            [batch, sequence, out_features], float32 for an INT8 module, else in the module's own precision: the
+            [batch, sequence, out_features], float32 for a quantized module, else in the module's own precision: the
             consumer casts, so that a float32 consumer gets no round trip through 16 bit.
         """
         plan = self.plans[module]
         metadata: dict[str, str] = {"precision": number_format(plan)}
         if plan.ratio is not None:
             metadata["ratio"] = repr(plan.ratio)
-        precision: Dtype = "float32" if plan.precision == "int8" else plan.precision
+        precision = plan.product_dtype
         value = self.builder.cast(value, ELEMENT_TYPES[precision])
-        if plan.precision == "int8":
-            product = self._int8_product(module, value, plan.activation_scale, metadata)
+        if plan.number_format is not None:
+            product = self._quantized_product(module, value, plan, plan.number_format, metadata)
         else:
             product = self.builder.op(
                 "MatMul", [value, self._weight(module, plan, metadata)], module, metadata=metadata
             )
         return self._biased(module, product, precision, metadata)
 
-    def _int8_product(self, module: str, value: ir.Value, scale: float | None, metadata: Mapping[str, str]) -> ir.Value:
+    def _quantized_product(
+        self,
+        module: str,
+        value: ir.Value,
+        plan: ModulePlan,
+        number_format: NumberFormat,
+        metadata: Mapping[str, str],
+    ) -> ir.Value:
         """Append the product of an input with a static scale, or of one whose tokens have each their own."""
-        tokens = self._scaled_tokens(value) if scale is None else None
+        scale = plan.activation_scale
+        tokens = self._scaled_tokens(value, number_format) if scale is None else None
         if tokens is not None:
             # The compilers take constant scales only. Tokens divided by their steps beforehand have the scale 1, and
             # a token's step, which all terms of its products have in common, is multiplied in behind the product.
             value = tokens.values
-        quantized = quantize_dequantize(self.builder, module, value, 1.0 if scale is None else scale, metadata=metadata)
-        weight = self._quantized_weight(module, metadata)
+        step = 1.0 if scale is None else scale
+        quantized = quantize_dequantize(
+            self.builder, module, value, step, number_format=number_format, metadata=metadata
+        )
+        if number_format == "int8":
+            weight = self._quantized_weight(module, metadata)
+        else:
+            # ONNX Runtime would take a DequantizeLinear beside a MatMul for INT8 and then refuse the model.
+            weight = self._restored_weight(module, "float32", metadata, number_format)
         product = self.builder.op("MatMul", [quantized, weight], module, metadata=metadata)
         if tokens is None:
             return product
         return self.builder.op("Mul", [product, tokens.step], module, label="token_rescale", metadata=metadata)
 
-    def _scaled_tokens(self, value: ir.Value) -> _TokenScaled:
-        """Append x / (max(max|x|, floor) / 127) per token, once for all linears that read x."""
+    def _scaled_tokens(self, value: ir.Value, number_format: NumberFormat) -> _TokenScaled:
+        """Append x / (max(max|x|, floor) / largest magnitude) per token, once for all linears that read x."""
         name = str(value.name)
-        if name not in self._token_scaled:
+        key = (name, number_format)
+        if key not in self._token_scaled:
             b, producer = self.builder, value.producer()
             # Named after what makes the tensor: no reader has more right to the nodes than its siblings.
             place, stem = ("model", name) if producer is None else (producer.metadata_props["module"], producer.name)
-            label = f"{str(stem).removeprefix(place + '.')}_token"
+            kind = "token" if number_format == "int8" else f"token_{number_format}"
+            label = f"{str(stem).removeprefix(place + '.')}_{kind}"
             keep = {"keepdims": 1}
             with b.beside(value):
                 amax = b.op("Abs", [value], place, label=f"{label}_abs")
                 amax = b.op("ReduceMax", [amax, b.integers(-1)], place, label=f"{label}_amax", attributes=keep)
                 amax = b.op("Max", [amax, b.float32(SMALLEST_TOKEN_AMAX)], place, label=f"{label}_amax_floored")
-                step = b.op("Div", [amax, b.float32(QMAX)], place, label=f"{label}_step")
+                step = b.op("Div", [amax, b.float32(LARGEST[number_format])], place, label=f"{label}_step")
                 scaled = b.op("Div", [value, step], place, label=f"{label}_scaled")
-            self._token_scaled[name] = _TokenScaled(scaled, step)
-        return self._token_scaled[name]
+            self._token_scaled[key] = _TokenScaled(scaled, step)
+        return self._token_scaled[key]
 
     def _weight(self, module: str, plan: ModulePlan, metadata: Mapping[str, str]) -> ir.Value:
         """Return the weight of a product in the kept precision."""
-        assert plan.precision != "int8"
         if plan.weights == "int8":
-            return self._restored_weight(module, plan.precision, metadata)
-        return self._plain_weight(module, plan.precision)
+            return self._restored_weight(module, plan.product_dtype, metadata)
+        return self._plain_weight(module, plan.product_dtype)
 
-    def _restored_weight(self, module: str, precision: Dtype, metadata: Mapping[str, str]) -> ir.Value:
-        """Return an INT8 weight dequantized to the kept precision, [in_features, out_features] or a batch of one."""
+    def _restored_weight(
+        self, module: str, precision: Dtype, metadata: Mapping[str, str], number_format: NumberFormat = "int8"
+    ) -> ir.Value:
+        """Return an 8-bit weight dequantized to a precision, [in_features, out_features] or a batch of one."""
         b = self.builder
         if not self.exact_inputs:
             return b.cast(self._quantized_weight(module, metadata), ELEMENT_TYPES[precision])
         # Stored as HF does, one scale a row: ONNX Runtime dequantizes rows five times faster than columns, and takes
         # the Transpose into its float32 product.
-        weight = self._quantized_weight(module, metadata, transposed=True)
+        weight = self._quantized_weight(module, metadata, number_format, transposed=True)
         # As a batch of one: ONNX Runtime makes of DequantizeLinear and a 2-D MatMul a MatMulNBits that rounds the
         # input to INT8 too (accuracy level 4), an error of half a percent, where the input is to stay exact.
         weight = b.op("Unsqueeze", [weight, b.integers(0)], module, label="weight_unsqueezed", metadata=metadata)
@@ -174,18 +196,25 @@ class LinearEmitter:
         # Float32 scales and a Cast: a float16 scale has 11 bits, and ONNX Runtime dequantizes to its type only.
         return b.cast(weight, ELEMENT_TYPES[precision])
 
-    def _quantized_weight(self, module: str, metadata: Mapping[str, str], *, transposed: bool = False) -> ir.Value:
-        """Return a dequantized INT8 weight, float32: [in_features, out_features], or the other way round."""
-        b = self.builder
-        name, source = f"{module}.weight", QuantizedWeight(self.checkpoint, module, self.scheme)
+    def _quantized_weight(
+        self,
+        module: str,
+        metadata: Mapping[str, str],
+        number_format: NumberFormat = "int8",
+        *,
+        transposed: bool = False,
+    ) -> ir.Value:
+        """Return a dequantized 8-bit weight, float32: [in_features, out_features], or the other way round."""
+        b, stored = self.builder, _STORED[number_format]
+        name, source = f"{module}.weight", QuantizedWeight(self.checkpoint, module, self.scheme, number_format)
         columns, rows = self.shapes[name]
         channels = [columns] if self.scheme == "int8-per-channel" else []
         if transposed:
-            weight = b.lazy(name, ir.DataType.INT8, (columns, rows), lambda: np.ascontiguousarray(source.values().T))
+            weight = b.lazy(name, stored, (columns, rows), lambda: np.ascontiguousarray(source.values().T))
         else:
-            weight = b.lazy(name, ir.DataType.INT8, (rows, columns), source.values)
+            weight = b.lazy(name, stored, (rows, columns), source.values)
         scale = b.lazy(f"{module}.weight_scale", ir.DataType.FLOAT, channels, source.scale)
-        zero = b.initializer(f"{module}.weight_zero_point", np.zeros(channels, np.int8))
+        zero = b.initializer(f"{module}.weight_zero_point", np.zeros(channels, ELEMENTS[number_format]))
         axis = {"axis": 0 if transposed else 1} if channels else None
         label, inputs = "DequantizeLinear_weight", [weight, scale, zero]
         return b.op(
@@ -220,16 +249,18 @@ def quantize_dequantize(
     scale: float,
     *,
     stem: str = "input",
+    number_format: NumberFormat = "int8",
     metadata: Mapping[str, str] | None = None,
 ) -> ir.Value:
-    """Append a symmetric per-tensor INT8 round trip with a static scale.
+    """Append a symmetric per-tensor round trip through 8 bits with a static scale.
 
     Args:
         builder: The graph.
         module: HF path that the nodes and initializers are named after.
         value: Any shape, float32.
-        scale: The step.
+        scale: The step, for FP8 the scale.
         stem: What is quantized, where a module has several such tensors; part of the names.
+        number_format: What is rounded to; values outside its range saturate.
         metadata: Further entries of the nodes' `metadata_props`.
 
     Returns:
@@ -238,8 +269,8 @@ def quantize_dequantize(
     # Every consumer has a pair and a zero point of its own: ONNX Runtime does not fuse a pair shared by several
     # products, and merges duplicated pairs unless their zero points are different initializers.
     step = builder.initializer(f"{module}.{stem}_scale", np.array(scale, np.float32))
-    zero = builder.initializer(f"{module}.{stem}_zero_point", np.array(0, np.int8))
-    for kind, dtype in (("QuantizeLinear", ir.DataType.INT8), ("DequantizeLinear", ir.DataType.FLOAT)):
+    zero = builder.initializer(f"{module}.{stem}_zero_point", np.array(0, ELEMENTS[number_format]))
+    for kind, dtype in (("QuantizeLinear", _STORED[number_format]), ("DequantizeLinear", ir.DataType.FLOAT)):
         label = None if stem == "input" else f"{stem}_{kind}"
         value = builder.op(kind, [value, step, zero], module, dtype=dtype, label=label, metadata=metadata)
     return value

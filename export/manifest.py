@@ -100,8 +100,9 @@ class Manifest(_Document):
         kv_cache: `dynamic` grows with every call; `static` is a buffer of the caller's, written in place.
         capacity: Tokens of its own a sequence may have in a static cache; None for a dynamic one.
         cache_slots: Length of a static cache's buffer: the prefix and the capacity.
-        linears: Number format → the decoder linears that have it: `int8` (weights and inputs), a floating-point
-            format such as `float16` (neither), or that format with `+int8-weights` (W8A16).
+        linears: Number format → the decoder linears that have it: `int8` or `fp8` (weights and inputs), a wider
+            floating-point format such as `float16` (neither), or that format with `+int8-weights` (W8A16).
+        engines: Which engines run the bundle, each with what restricts it.
         head: The language-model head; None in bundles of older versions, where it is in `dtype`.
         logits: Of which tokens the graph gives logits: of all, or of each row's last.
         max_position_embeddings: Tokens of its own a caller may use; the prefix is not counted.
@@ -121,6 +122,7 @@ class Manifest(_Document):
     linears: Mapping[str, LinearShare]
     head: HeadInfo | None = None
     logits: LogitsScope = "all"
+    engines: tuple[str, ...] = ()
     vocab_size: int
     hidden_size: int
     num_hidden_layers: int

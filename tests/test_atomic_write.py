@@ -137,6 +137,15 @@ def test_a_parent_that_is_a_file_is_an_error_with_a_remedy(tmp_path: Path) -> No
     assert names(tmp_path) == ["file"]
 
 
+def test_a_write_that_was_cut_short_for_no_known_reason_has_a_remedy_too(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError) as caught, atomic_path(tmp_path / "a"):
+        raise OSError("4096 requested and 0 written")  # as numpy does
+    assert str(caught.value) == (
+        f"{tmp_path / 'a'}: cannot write: 4096 requested and 0 written; the disk is probably full: free space there or "
+        "choose another place"
+    )
+
+
 @pytest.mark.parametrize(
     ("code", "remedy"),
     [

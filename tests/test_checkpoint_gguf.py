@@ -339,7 +339,9 @@ def test_a_tensor_that_would_be_ignored_is_refused(tmp_path: Path) -> None:
 def test_a_tensor_type_that_is_no_weight_is_refused(tmp_path: Path) -> None:
     whole: dict[str, Any] = {"output_norm.weight": np.ones(64, np.int32)}
     written = write_gguf(tmp_path / "whole.gguf", random_llama(), tensors=whole)
-    assert refusal(written.path).endswith("tensor output_norm.weight: type I32 cannot be dequantized")
+    assert refusal(written.path).endswith(
+        "tensor output_norm.weight: type I32 cannot be dequantized; take a file of another type, such as Q8_0"
+    )
 
 
 def read_back(path: Path, values: NDArray[Any], kind: gguf.GGMLQuantizationType) -> NDArray[np.float32]:

@@ -159,6 +159,19 @@ def test_operands_of_some_samples_only_are_the_same_whatever_the_batches(batch_t
     assert stream_dtype("float16", loud)[0] == "bfloat16"
 
 
+def test_parts_whose_operands_were_not_recorded_merge_with_those_whose_were() -> None:
+    decoder, windows = Decoder(tiny_family("llama").checkpoint), tokens(rows=6)
+    whole = measure_spikes(decoder, windows, operand_stride=4)
+    parts = [
+        measure_spikes(decoder, windows[rows], sample_ids=np.arange(6)[rows], operand_stride=4)
+        for rows in (slice(0, 2), slice(2, 4), slice(4, 6))
+    ]
+    merged = merge_statistics(parts)
+    assert list(merged.operand_amax) == list(whole.operand_amax)
+    for name, operands in whole.operand_amax.items():
+        np.testing.assert_array_equal(merged.operand_amax[name], operands)
+
+
 def test_a_restricted_record_is_part_of_the_whole() -> None:
     decoder, windows = Decoder(tiny_family("llama").checkpoint), tokens()
     module = "model.layers.1.mlp.down_proj"
