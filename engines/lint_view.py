@@ -68,7 +68,7 @@ class Node:
     @property
     def module(self) -> str:
         """The module that its metadata names: our exporter's key, or torch's scopes."""
-        noted = {entry.key: entry.value for entry in self.proto.metadata_props}
+        noted: dict[str, str] = {entry.key: entry.value for entry in self.proto.metadata_props}
         return noted.get("module") or noted.get("pkg.torch.onnx.name_scopes", "")
 
     def input(self, index: int) -> str:

@@ -78,7 +78,7 @@ class Linear:
 
     @property
     def elem(self) -> int:
-        return int({np.float32: FLOAT, np.float16: HALF}[self.scale_type])
+        return int(self.dequantizer.get("output_dtype") or {np.float32: FLOAT, np.float16: HALF}[self.scale_type])
 
     def model(self) -> onnx.ModelProto:
         nodes, tensors, left = [], [], "x"
@@ -131,7 +131,8 @@ def siblings(
         weight = [f"weight_{name}", f"weight_scale_{name}"]
         nodes.append(node("DequantizeLinear", weight, [f"w_{name}"], axis=1))
         nodes.append(node("MatMul", [restored, f"w_{name}"], [f"y_{name}"]))
-    nodes += [node("Add", ["y_a", "y_b"], ["sum"]), node("Mul", ["sum", "y_c"], ["y"])]
+    # No Add: ONNX Runtime would take the product before it for a Gemm.
+    nodes += [node("Mul", ["y_a", "y_b"], ["first"]), node("Mul", ["first", "y_c"], ["y"])]
     return graph(nodes, [value("x", FLOAT, ["rows", size])], [value("y", FLOAT, None)], tensors)
 
 
