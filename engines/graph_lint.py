@@ -2,16 +2,16 @@
 
 from pathlib import Path
 
-from spike_export.calibration.errors import ArtifactError
+from spike_export.calibration.errors import ArtifactError, one_line
 from spike_export.engines.lint_attention import ATTENTION_RULES
 from spike_export.engines.lint_cache import CACHE_RULES
 from spike_export.engines.lint_files import FILE_RULES
-from spike_export.engines.lint_finding import SEVERITIES, LintReport, Rule, finding_of
+from spike_export.engines.lint_finding import SEVERITIES, Finding, LintReport, Rule, finding_of
 from spike_export.engines.lint_operators import OPERATOR_RULES
 from spike_export.engines.lint_products import PRODUCT_RULES
 from spike_export.engines.lint_quantization import QUANTIZER_RULES
 from spike_export.engines.lint_reading import read_model
-from spike_export.engines.lint_view import view_of
+from spike_export.engines.lint_view import GraphModel, view_of
 from spike_export.export.manifest import GRAPH_FILE
 
 RULES: tuple[Rule, ...] = (
@@ -22,6 +22,9 @@ RULES: tuple[Rule, ...] = (
     *OPERATOR_RULES,
     *FILE_RULES,
 )
+
+_OF_AN_INVALID_MODEL = (AttributeError, LookupError, OverflowError, TypeError, ValueError)
+"""What an attribute of the wrong type or a tensor of impossible sizes raises; no rule is to check for all of them."""
 
 
 def lint_model(path: Path) -> LintReport:
@@ -37,6 +40,16 @@ def lint_model(path: Path) -> LintReport:
     if not file.is_file():
         raise ArtifactError(f"{file}: no such file; give an .onnx file or the folder of a bundle")
     model = view_of(read_model(file))
-    findings = [finding_of(rule, hit) for rule in RULES for hit in rule.find(model)]
+    findings = [finding for rule in RULES for finding in _findings(rule, model)]
     # Stable: within one severity the rules' order, and within one rule the graph's.
     return LintReport(str(file), tuple(sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity))))
+
+
+def _findings(rule: Rule, model: GraphModel) -> list[Finding]:
+    try:
+        return [finding_of(rule, hit) for hit in rule.find(model)]
+    except _OF_AN_INVALID_MODEL as error:
+        raise ArtifactError(
+            f"{model.file.path}: rule {rule.id} met what no valid ONNX model holds ({one_line(error)}); see "
+            "onnx.checker, and export the model again"
+        ) from error
