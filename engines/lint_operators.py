@@ -79,6 +79,15 @@ _DATA_DEPENDENT = ("NonZero", "NonMaxSuppression")
 
 _TENSORRT_DOMAIN = "trt"
 
+_NARROW: Mapping[str, str] = {
+    "TRT_MoE": "it runs on compute capability 10.0, 10.3 and 11.0 only, and has no INT8",
+    "TRT_QuantizedAttention": "TensorRT-RTX 1.7 builds it neither in INT8 nor in FP8",
+}
+"""TensorRT's own operator → why it does not serve."""
+
+_LENGTHS = (4, 5, 6, 7)
+"""Inputs of TRT_Attention that hold lengths in one version or another."""
+
 _OLDEST_OPSET, _NEWEST_OPSET, _NEWEST_IR = 22, 26, 13
 """What TensorRT-RTX documents as oldest, and what ONNX Runtime 1.31 reads at most."""
 
@@ -116,6 +125,20 @@ def _tensorrt_only(model: GraphModel) -> Iterator[Hit]:
     for node in model.nodes:
         if node.proto.domain == _TENSORRT_DOMAIN and not _is_local(model, node):
             yield Hit("ONNX Runtime does not know TensorRT's own operator", node)
+
+
+def _narrow(model: GraphModel) -> Iterator[Hit]:
+    for node in model.nodes:
+        if node.proto.domain != _TENSORRT_DOMAIN:
+            continue
+        if node.proto.op_type in _NARROW:
+            yield Hit(_NARROW[node.proto.op_type], node)
+        if node.proto.op_type == "TRT_Attention" and any(node.input(index) for index in _LENGTHS):
+            yield Hit(
+                "lengths are at other inputs in other versions, where a wrong one is ignored; TensorRT 11.1 and 11.2 "
+                "fail with them in float16 and return wrong results in bfloat16",
+                node,
+            )
 
 
 def _topk(model: GraphModel) -> Iterator[Hit]:
@@ -182,6 +205,13 @@ OPERATOR_RULES: tuple[Rule, ...] = (
         "An operator of TensorRT's domain without a body",
         "add a local function of that name whose body is standard operators",
         _tensorrt_only,
+    ),
+    Rule(
+        "operator-tensorrt-narrow",
+        "warning",
+        "An operator of TensorRT's domain that few versions or GPUs run",
+        "use Attention with an explicit mask, and one product per expert",
+        _narrow,
     ),
     Rule("topk-size", "error", "A TopK of too many", f"take at most {LARGEST_TOPK}", _topk),
     Rule(

@@ -17,7 +17,8 @@ from spike_export.engines.lint_operands import (
     operand,
     type_name,
 )
-from spike_export.engines.lint_view import GraphModel, Node
+from spike_export.engines.lint_operators import MISSING
+from spike_export.engines.lint_view import STANDARD_DOMAINS, GraphModel, Node
 
 _ACCEPTED = frozenset(
     {TensorProto.INT8, TensorProto.FLOAT8E4M3FN, TensorProto.INT4, TensorProto.FLOAT4E2M1, TensorProto.UNDEFINED}
@@ -154,8 +155,8 @@ def _constant_consumers(model: GraphModel) -> Iterator[Hit]:
                 continue
             if node.op == DEQUANTIZE or (node.op == QUANTIZE and index == ZERO_POINT) or node.op == "Identity":
                 continue
-            if node.proto.domain not in ("", "ai.onnx"):
-                continue  # an operator of another domain is a finding itself
+            if node.op in MISSING or node.proto.domain not in STANDARD_DOMAINS:
+                continue  # is a finding itself
             yield Hit(f"it reads the quantized constant {name!r}; only DequantizeLinear may", node)
 
 

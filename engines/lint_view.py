@@ -4,6 +4,7 @@ Subgraphs (the bodies of If, Loop, Scan) see the values of the graph around them
 their parameters are is unknown there.
 """
 
+import ast
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -69,7 +70,7 @@ class Node:
     def module(self) -> str:
         """The module that its metadata names: our exporter's key, or torch's scopes."""
         noted: dict[str, str] = {entry.key: entry.value for entry in self.proto.metadata_props}
-        return noted.get("module") or noted.get("pkg.torch.onnx.name_scopes", "")
+        return noted.get("module") or _torch_module(noted.get("pkg.torch.onnx.name_scopes", ""))
 
     def input(self, index: int) -> str:
         """Return an input's name; empty when it is left out."""
@@ -98,6 +99,15 @@ class Node:
     def readers(self, output: int = 0) -> "list[tuple[Node, int]]":
         """Return the nodes that read an output, each with the index of its input."""
         return self.scope.readers.get(self.proto.output[output], [])
+
+
+def _torch_module(scopes: str) -> str:
+    """Return the module of torch's list of scopes, outermost first, whose last entry is the operator."""
+    try:
+        names = ast.literal_eval(scopes)
+    except (ValueError, SyntaxError):
+        return ""
+    return str(names[-2]) if isinstance(names, list) and len(names) > 1 else ""
 
 
 @dataclass(eq=False)

@@ -109,6 +109,14 @@ def int32_bias(quantize: bool = True) -> onnx.ModelProto:
     return model
 
 
+def trt_attention(lengths: bool = False) -> onnx.ModelProto:
+    names = ["q", "k", "v", "", "", "lengths"] if lengths else ["q", "k", "v"]
+    inputs = [value(name, HALF, [1, 4, name, 64]) for name in "qkv"]
+    inputs += [value("lengths", TensorProto.INT32, [1])] if lengths else []
+    attended = node("TRT_Attention", names, ["y"], "trt")
+    return graph([attended], inputs, [value("y", HALF, None)], domains=["trt"])
+
+
 def rotary(tables: type = np.float16, positions: int = INT64) -> onnx.ModelProto:
     tensors = [stored(name, np.ones((32, 8)), tables) for name in ("cos", "sin")]
     inputs = [value("x", HALF, ["b", 2, "s", 16]), value("p", positions, ["b", "s"])]
@@ -354,6 +362,8 @@ CASES: Mapping[str, Case] = {
     "foreign": Case("operator-domain", unary("Foo", "my.ops"), "y.Foo", unary("Relu")),
     "contrib Gelu": Case("operator-contrib", unary("Gelu", "com.microsoft"), "y.Gelu", unary("Gelu")),
     "trt domain": Case("operator-tensorrt-only", unary("TRT_Attention", "trt"), "y.TRT_Attention", unary("Relu")),
+    "trt lengths": Case("operator-tensorrt-narrow", trt_attention(lengths=True), "y.TRT_Attention", trt_attention()),
+    "trt experts": Case("operator-tensorrt-narrow", unary("TRT_MoE", "trt"), "y.TRT_MoE", trt_attention()),
     "topk": Case("topk-size", topk(3841), "y.TopK", topk(3840)),
     "scatter add": Case(
         "scatter-reduction", scattered("ScatterND", "add"), "y.ScatterND", scattered("ScatterND", "none")

@@ -240,7 +240,8 @@ def test_onnx_runtime_leaves_the_product_in_floating_point(name: str, tmp_path: 
 
 def error(linear: Linear, per_row: bool) -> float:
     """Return how far ONNX Runtime's product is from the definition, as a part of the largest result."""
-    x = np.random.default_rng(0).standard_normal((DYNAMIC_SIZE, linear.weight.shape[0])).astype(np.float32)
+    shape = (*linear.weight.shape[:-2], DYNAMIC_SIZE, linear.weight.shape[-2])
+    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     left = np.clip(np.round(x / np.float32(0.02)), -128, 127) * 0.02 if linear.quantize_input else x
     scales = np.asarray(linear.weight_scale)
     expected = left @ (linear.weight * (scales[:, None] if per_row else scales))
@@ -254,6 +255,12 @@ def test_onnx_runtime_takes_scales_of_inputs_for_scales_of_outputs_in_a_square_w
     assert error(SOUND.but(weight_scale=scales, axis=0), per_row=True) > 0.1
     with pytest.raises(Exception, match="MatMulIntegerToFloat"):
         run(SOUND.but(weight=ints(64, 48), axis=0).model())
+
+
+@pytest.mark.parametrize("shape", [(4, 48, 64), (4, 64, 64), (4, 64, 48)])
+def test_onnx_runtime_takes_stacked_weights_with_scales_per_output(shape: tuple[int, ...]) -> None:
+    scales = np.random.default_rng(1).uniform(0.001, 0.02, shape[2]).astype(np.float32)
+    assert error(SOUND.but(weight=ints(*shape), axis=2, weight_scale=scales, leading=(4, "rows")), per_row=False) < 1e-5
 
 
 def test_onnx_runtime_rounds_the_input_of_a_plain_int8_weight(tmp_path: Path) -> None:

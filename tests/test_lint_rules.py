@@ -123,3 +123,9 @@ def test_old_opsets_are_linted_too(tmp_path: Path, opset: int) -> None:
     model.ir_version = 8
     rules = {finding.rule for finding in found(model, tmp_path)}
     assert {"scale-not-positive", "weight-scale-per-input"} <= rules
+
+
+def test_the_document_lists_every_rule() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "decisions" / "lint.md").read_text(encoding="utf-8")
+    rows = [f"| `{rule.id}` | {rule.severity} | {rule.title} |" for rule in RULES]
+    assert [line for line in text.partition("## Rules")[2].splitlines() if line.startswith("| `")] == rows
