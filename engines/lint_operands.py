@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from onnx import TensorProto
 
 from spike_export.engines.lint_view import GraphModel, Node
 
@@ -131,7 +132,7 @@ class Product:
     @property
     def int8(self) -> bool:
         """Whether both operands come from quantizers, so that INT8 arithmetic is meant."""
-        return self.activation.quantizer is not None and self.weight.quantizer is not None
+        return all(side.quantizer is not None and is_int8(side.quantizer) for side in (self.activation, self.weight))
 
 
 def products(model: GraphModel) -> Iterator[Product]:
@@ -140,6 +141,20 @@ def products(model: GraphModel) -> Iterator[Product]:
         left, right = operand(node, 0), operand(node, 1)
         if left.stored != right.stored:
             yield Product(node, right, left) if left.stored else Product(node, left, right)
+
+
+def quantized_type(node: Node) -> int:
+    """Return the quantized type of a QuantizeLinear or DequantizeLinear; 0 when unknown."""
+    if node.op == DEQUANTIZE:
+        return node.input_type(0).elem or node.input_type(ZERO_POINT).elem
+    if node.input(ZERO_POINT):
+        return node.input_type(ZERO_POINT).elem
+    return int(node.attribute("output_dtype", 0)) or TensorProto.UINT8
+
+
+def is_int8(node: Node) -> bool:
+    """Whether a quantizer is of 8 bit integers, as far as is known; not of FP8, INT4 or FP4."""
+    return quantized_type(node) in (TensorProto.INT8, TensorProto.UINT8, TensorProto.UNDEFINED)
 
 
 def has_channels(node: Node) -> bool:
@@ -153,7 +168,5 @@ def has_channels(node: Node) -> bool:
 
 def type_name(elem: int) -> str:
     """Return an element type as ONNX names it."""
-    from onnx import TensorProto
-
     known = TensorProto.DataType.items()
     return next((name.lower() for name, value in known if value == elem), "unknown")

@@ -70,11 +70,6 @@ MISSING: Mapping[str, str] = {
 }
 """Standard operator that TensorRT's importer lacks → what to do (tests/test_lint_proofs.py compares)."""
 
-TAKEN_AS_STANDARD = ("DequantizeLinear", "Gelu", "QuantizeLinear")
-"""Operators of ONNX Runtime's domain that TensorRT's importer takes for the standard ones of the same name."""
-
-_ONNX_RUNTIME_DOMAIN = "com.microsoft"
-
 _DATA_DEPENDENT = ("NonZero", "NonMaxSuppression")
 
 _TENSORRT_DOMAIN = "trt"
@@ -101,24 +96,20 @@ def _missing(model: GraphModel) -> Iterator[Hit]:
 def _foreign(model: GraphModel) -> Iterator[Hit]:
     for node in model.nodes:
         domain = node.proto.domain
-        if domain in (*STANDARD_DOMAINS, _TENSORRT_DOMAIN) or _is_local(model, node) or _is_taken_as_standard(node):
+        if domain in (*STANDARD_DOMAINS, _TENSORRT_DOMAIN) or _is_local(model, node) or node.is_taken_as_standard:
             continue
         yield Hit(f"it is of the domain {domain!r}, which TensorRT knows through plugins only", node)
 
 
 def _contrib(model: GraphModel) -> Iterator[Hit]:
     for node in model.nodes:
-        if _is_taken_as_standard(node) and not _is_local(model, node):
+        if node.is_taken_as_standard and not _is_local(model, node):
             yield Hit("it is ONNX Runtime's own operator; TensorRT takes it for the standard one of that name", node)
 
 
 def _is_local(model: GraphModel, node: Node) -> bool:
     """Whether a node calls a function of the model itself."""
     return (node.proto.domain, node.proto.op_type) in model.functions
-
-
-def _is_taken_as_standard(node: Node) -> bool:
-    return node.proto.domain == _ONNX_RUNTIME_DOMAIN and node.proto.op_type in TAKEN_AS_STANDARD
 
 
 def _tensorrt_only(model: GraphModel) -> Iterator[Hit]:

@@ -6,7 +6,16 @@ from collections.abc import Iterator
 from onnx import TensorProto
 
 from spike_export.engines.lint_finding import Hit, Rule
-from spike_export.engines.lint_operands import PRODUCTS, SCALE, ZERO_POINT, has_channels, products, type_name
+from spike_export.engines.lint_operands import (
+    PRODUCTS,
+    SCALE,
+    ZERO_POINT,
+    has_channels,
+    is_int8,
+    products,
+    quantized_type,
+    type_name,
+)
 from spike_export.engines.lint_view import GraphModel
 
 _SMALLEST = 16
@@ -70,13 +79,14 @@ def _casts(model: GraphModel) -> Iterator[Hit]:
 def _weights_only(model: GraphModel) -> Iterator[Hit]:
     for product in products(model):
         if product.weight.quantizer is not None and product.activation.quantizer is None:
-            yield Hit("INT8 weights under a floating-point product (W8A16): saves memory, not arithmetic", product.node)
+            kind = type_name(quantized_type(product.weight.quantizer))
+            yield Hit(f"{kind} weights under a floating-point product: saves memory, not arithmetic", product.node)
 
 
 def _rounded_inputs(model: GraphModel) -> Iterator[Hit]:
     for product in products(model):
         weight = product.weight
-        if weight.quantizer is None or product.activation.quantizer is not None:
+        if weight.quantizer is None or product.activation.quantizer is not None or not is_int8(weight.quantizer):
             continue
         shape = weight.quantizer.input_type(0).shape
         plain = shape is not None and len(shape) == 2 and all(node.op == "Transpose" for node in weight.between)
@@ -170,7 +180,7 @@ PRODUCT_RULES: tuple[Rule, ...] = (
     Rule(
         "weights-only",
         "note",
-        "INT8 weights under a floating-point product",
+        "Quantized weights under a floating-point product (W8A16)",
         "quantize its input too if INT8 arithmetic is meant",
         _weights_only,
     ),

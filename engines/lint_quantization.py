@@ -8,13 +8,16 @@ from onnx import TensorProto
 
 from spike_export.engines.lint_finding import Hit, Rule
 from spike_export.engines.lint_operands import (
+    DEFAULT_AXIS,
     DEQUANTIZE,
     PRODUCTS,
     QUANTIZE,
     SCALE,
     ZERO_POINT,
     has_channels,
+    is_int8,
     operand,
+    quantized_type,
     type_name,
 )
 from spike_export.engines.lint_operators import MISSING
@@ -26,6 +29,10 @@ _ACCEPTED = frozenset(
 """Quantized types of TensorRT."""
 
 _HALF = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
+
+
+_NEAR = 0.01
+"""Relative difference up to which scales of one tensor are meant to be equal."""
 
 
 def _quantizers(model: GraphModel) -> Iterator[Node]:
@@ -66,9 +73,14 @@ def _scale_at_run_time(model: GraphModel) -> Iterator[Hit]:
 def _zero_point_values(model: GraphModel) -> Iterator[Hit]:
     for node in _quantizers(model):
         values = node.constant(ZERO_POINT)
-        if values is not None and values.dtype.kind in "iu" and values.any():
-            shown = values.reshape(-1)[np.flatnonzero(values)[0]]
-            yield Hit(f"its zero point is {shown}; TensorRT quantizes symmetrically only", node)
+        if values is None or values.dtype.kind not in "iufV":
+            continue
+        numbers = values.astype(np.float32).reshape(-1)
+        if numbers.any():
+            yield Hit(
+                f"its zero point is {numbers[np.flatnonzero(numbers)[0]]:g}; TensorRT quantizes symmetrically only",
+                node,
+            )
 
 
 def _zero_point_at_run_time(model: GraphModel) -> Iterator[Hit]:
@@ -78,18 +90,9 @@ def _zero_point_at_run_time(model: GraphModel) -> Iterator[Hit]:
             yield Hit(f"its zero point {name!r} is no constant", node)
 
 
-def _quantized_type(node: Node) -> int:
-    """Return the quantized type of a QuantizeLinear or DequantizeLinear; 0 when unknown."""
-    if node.op == DEQUANTIZE:
-        return node.input_type(0).elem or node.input_type(ZERO_POINT).elem
-    if node.input(ZERO_POINT):
-        return node.input_type(ZERO_POINT).elem
-    return int(node.attribute("output_dtype", 0)) or TensorProto.UINT8
-
-
 def _types(model: GraphModel) -> Iterator[Hit]:
     for node in _quantizers(model):
-        elem = _quantized_type(node)
+        elem = quantized_type(node)
         judged = elem not in _ACCEPTED and elem != TensorProto.INT32
         if not judged or (node.op == DEQUANTIZE and _made_by_quantizer(node)):
             continue
@@ -113,10 +116,22 @@ def _activation_channels(model: GraphModel) -> Iterator[Hit]:
             yield Hit("it has several scales on an activation; its product falls back to 16 bit", node)
 
 
+def _scale_counts(model: GraphModel) -> Iterator[Hit]:
+    for node in _quantizers(model):
+        data, scale = node.input_type(0).shape, node.input_type(SCALE).shape
+        if data is None or scale is None or len(scale) != 1 or scale[0] == 1 or node.attribute("block_size", 0):
+            continue
+        axis = int(node.attribute("axis", DEFAULT_AXIS))
+        if not -len(data) <= axis < len(data):
+            yield Hit(f"its scales run along axis {axis} of a tensor of {len(data)}", node)
+        elif isinstance(scale[0], int) and isinstance(data[axis], int) and scale[0] != data[axis]:
+            yield Hit(f"it has {scale[0]} scales for the {data[axis]} channels of axis {axis}", node)
+
+
 def _int8_blocks(model: GraphModel) -> Iterator[Hit]:
     for node in _quantizers(model):
         block = int(node.attribute("block_size", 0))
-        if block and _quantized_type(node) == TensorProto.INT8:
+        if block and quantized_type(node) == TensorProto.INT8:
             yield Hit(f"it scales INT8 in blocks of {block}", node)
 
 
@@ -173,7 +188,7 @@ def _product_readers(node: Node) -> list[Node]:
 
 def _shared(model: GraphModel) -> Iterator[Hit]:
     for node in model.of(QUANTIZE):
-        if node.scope.is_constant(node.input(0)):
+        if node.scope.is_constant(node.input(0)) or not is_int8(node):
             continue
         readers = [reader for restored in _pair_of(node) for reader in _product_readers(restored)]
         if len(readers) > 1:
@@ -185,8 +200,8 @@ def _siblings(model: GraphModel) -> Iterator[list[Node]]:
     """Yield the quantizers of one tensor whose results go to products, where there are several."""
     groups: dict[tuple[int, str], list[Node]] = defaultdict(list)
     for node in model.of(QUANTIZE):
-        constant = node.scope.is_constant(node.input(0))
-        if not constant and any(_product_readers(restored) for restored in _pair_of(node)):
+        judged = is_int8(node) and not node.scope.is_constant(node.input(0))
+        if judged and any(_product_readers(restored) for restored in _pair_of(node)):
             groups[id(node.scope), node.input(0)].append(node)
     return (group for group in groups.values() if len(group) > 1)
 
@@ -210,16 +225,30 @@ def _merged(model: GraphModel) -> Iterator[Hit]:
                 )
 
 
-def _sibling_scales(model: GraphModel) -> Iterator[Hit]:
+def _sibling_spread(group: Sequence[Node]) -> tuple[float, float] | None:
+    """Return the smallest and the largest scale of one tensor's quantizers, or None where all are equal."""
+    scales = {bits: node.constant(SCALE) for node in group if (bits := _scale_bits(node)) is not None}
+    numbers = [float(values.reshape(-1)[0]) for values in scales.values() if values is not None and values.size == 1]
+    return (min(numbers), max(numbers)) if len(scales) > 1 and len(numbers) == len(scales) else None
+
+
+def _sibling_scales(model: GraphModel, *, near: bool) -> Iterator[Hit]:
     for group in _siblings(model):
-        scales = {bits: node for node in group if (bits := _scale_bits(node)) is not None}
-        if len(scales) > 1:
-            numbers = sorted(float(node.constant(SCALE).reshape(-1)[0]) for node in scales.values())  # type: ignore[union-attr]
+        spread = _sibling_spread(group)
+        if spread is not None and (spread[1] - spread[0] <= _NEAR * abs(spread[1])) is near:
             yield Hit(
-                f"the quantizers of {group[0].input(0)!r} have {len(scales)} different scales, {numbers[0]!r} to "
-                f"{numbers[-1]!r}; TensorRT cannot merge their products into one",
+                f"the quantizers of {group[0].input(0)!r} have scales from {spread[0]!r} to {spread[1]!r}; TensorRT "
+                "merges only products whose scales are equal to the last bit",
                 group[0],
             )
+
+
+def _almost_equal_scales(model: GraphModel) -> Iterator[Hit]:
+    return _sibling_scales(model, near=True)
+
+
+def _different_scales(model: GraphModel) -> Iterator[Hit]:
+    return _sibling_scales(model, near=False)
 
 
 def _residual(model: GraphModel) -> Iterator[Hit]:
@@ -296,6 +325,13 @@ QUANTIZER_RULES: tuple[Rule, ...] = (
         _activation_channels,
     ),
     Rule(
+        "scale-count",
+        "error",
+        "Another number of scales than channels",
+        "give each channel of the axis one scale, or the tensor one",
+        _scale_counts,
+    ),
+    Rule(
         "int8-blocks",
         "error",
         "INT8 with a scale per block",
@@ -354,9 +390,16 @@ QUANTIZER_RULES: tuple[Rule, ...] = (
     Rule(
         "sibling-scales",
         "warning",
-        "Quantizers of one tensor have different scales",
+        "Quantizers of one tensor have almost equal scales",
         "give them the very same scale, to the last bit",
-        _sibling_scales,
+        _almost_equal_scales,
+    ),
+    Rule(
+        "sibling-scales-apart",
+        "note",
+        "Quantizers of one tensor have different scales",
+        "give them the largest of their scales, if they need not differ",
+        _different_scales,
     ),
     Rule(
         "residual-quantized",

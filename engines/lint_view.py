@@ -21,6 +21,10 @@ Dimension = int | str | None
 """A size, a symbol, or unknown."""
 
 STANDARD_DOMAINS = ("", "ai.onnx")
+ONNX_RUNTIME_DOMAIN = "com.microsoft"
+
+TAKEN_AS_STANDARD = ("DequantizeLinear", "Gelu", "QuantizeLinear")
+"""Operators of ONNX Runtime's domain that TensorRT's importer takes for the standard ones of the same name."""
 
 _SMALL = 1 << 12
 """Bytes of an external tensor that shape inference may need: shapes, axes, splits."""
@@ -51,8 +55,14 @@ class Node:
 
     @property
     def op(self) -> str:
-        """Name of a standard operator; with its domain where it is of another one."""
-        return str(self.proto.op_type) if self.proto.domain in STANDARD_DOMAINS else self.kind
+        """Name of a standard operator, or of one that is taken for it; with its domain where it is of another one."""
+        standard = self.proto.domain in STANDARD_DOMAINS or self.is_taken_as_standard
+        return str(self.proto.op_type) if standard else self.kind
+
+    @property
+    def is_taken_as_standard(self) -> bool:
+        """Whether it is of ONNX Runtime's domain, and TensorRT takes it for the standard operator of that name."""
+        return self.proto.domain == ONNX_RUNTIME_DOMAIN and self.proto.op_type in TAKEN_AS_STANDARD
 
     @property
     def kind(self) -> str:
@@ -79,7 +89,7 @@ class Node:
     def attribute(self, name: str, default: Any = None) -> Any:
         """Return an attribute's value."""
         for attribute in self.proto.attribute:
-            if attribute.name == name:
+            if attribute.name == name and not attribute.ref_attr_name:  # which the function's caller gives
                 value = onnx.helper.get_attribute_value(attribute)
                 return value.decode(errors="replace") if isinstance(value, bytes) else value
         return default

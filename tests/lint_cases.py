@@ -117,6 +117,27 @@ def trt_attention(lengths: bool = False) -> onnx.ModelProto:
     return graph([attended], inputs, [value("y", HALF, None)], domains=["trt"])
 
 
+def contrib(zero: int = 0) -> onnx.ModelProto:
+    model = SOUND.but(zero_point=np.int8(zero)).model()
+    model.opset_import.add(domain="com.microsoft", version=1)
+    for made in model.graph.node:
+        if made.op_type != "MatMul":
+            made.domain = "com.microsoft"
+    return model
+
+
+def float8(zero: float = 0.0) -> Linear:
+    """FP8 weights and activations, whose scales may well be float16."""
+    weight = ints(64, 64).astype(np.float32).astype(ml_dtypes.float8_e4m3fn)
+    return SOUND.but(
+        weight=weight,
+        zero_point=np.asarray(zero, ml_dtypes.float8_e4m3fn),
+        weight_zero_point=np.zeros(64, ml_dtypes.float8_e4m3fn),
+        scale_type=np.float16,
+        input_type=HALF,
+    )
+
+
 def rotary(tables: type = np.float16, positions: int = INT64) -> onnx.ModelProto:
     tensors = [stored(name, np.ones((32, 8)), tables) for name in ("cos", "sin")]
     inputs = [value("x", HALF, ["b", 2, "s", 16]), value("p", positions, ["b", "s"])]
@@ -266,6 +287,21 @@ CASES: Mapping[str, Case] = {
         "q_a.QuantizeLinear",
         siblings(),
     ),
+    "scales apart": Case(
+        "sibling-scales-apart", siblings((0.02, 0.03, 0.02)), "q_a.QuantizeLinear", siblings((0.02, 0.0201, 0.02))
+    ),
+    "scales of other channels": Case(
+        "scale-count",
+        SOUND.but(weight=ints(64, 48), weight_scale=np.full(64, 0.01)).model(),
+        W,
+        SOUND.but(weight=ints(64, 48)).model(),
+    ),
+    "axis that is not there": Case(
+        "scale-count", SOUND.but(axis=2, weight_scale=np.ones(64)).model(), W, SOUND.model()
+    ),
+    "contrib quantizer": Case("operator-contrib", contrib(), "q.QuantizeLinear", SOUND.model()),
+    "contrib zero point": Case("zero-point-not-zero", contrib(3), "q.QuantizeLinear", contrib()),
+    "fp8 zero point": Case("zero-point-not-zero", float8(1.0).model(), Q, float8().model()),
     "residual": Case("residual-quantized", residual(), Q, residual(quantize=False)),
     "scores": Case("attention-products-quantized", scores(), Y, scores(both=False)),
     "scale per input": Case("weight-scale-per-input", SOUND.but(axis=0).model(), Y, SOUND.model()),

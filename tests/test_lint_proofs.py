@@ -13,7 +13,8 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from spike_export.engines.lint_operators import MISSING, TAKEN_AS_STANDARD
+from spike_export.engines.lint_operators import MISSING
+from spike_export.engines.lint_view import TAKEN_AS_STANDARD
 from spike_export.engines.plan_audit import audit_plan
 from spike_export.engines.plan_backend import TENSORRT_RTX
 from tests.lint_cases import CASES, SOUND, WEIGHTS_ONLY
@@ -78,6 +79,9 @@ REFUSED_BY_TENSORRT = (
     "int16",
     "uint8 weight",
     "int32 bias",
+    "scales of other channels",
+    "axis that is not there",
+    "contrib zero point",
     "gathered int8",
     "softcap",
     "softmax precision",

@@ -9,7 +9,7 @@ from onnx import TensorProto, helper
 
 from spike_export.engines.graph_lint import RULES, lint_model
 from spike_export.engines.lint_finding import SEVERITIES, Finding
-from tests.lint_cases import CASES, SOUND, cache, quantized, rotary, unary
+from tests.lint_cases import CASES, SOUND, cache, float8, quantized, rotary, unary
 from tests.lint_graphs import FLOAT, attention, graph, node, save, scatter, siblings, stored, value
 
 
@@ -40,7 +40,9 @@ def test_every_rule_has_a_planted_fault() -> None:
     assert {rule.severity for rule in RULES} == set(SEVERITIES)
 
 
-@pytest.mark.parametrize("model", [SOUND.model(), siblings(), attention(), scatter(), rotary(), cache()])
+@pytest.mark.parametrize(
+    "model", [SOUND.model(), float8().model(), siblings(), attention(), scatter(), rotary(), cache()]
+)
 def test_the_shipped_patterns_are_clean(tmp_path: Path, model: onnx.ModelProto) -> None:
     assert found(model, tmp_path) == []
 
