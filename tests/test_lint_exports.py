@@ -103,6 +103,7 @@ def test_a_fault_in_a_bundle_is_found_with_its_module(tmp_path: Path) -> None:
     path.write_bytes(proto.SerializeToString())
     assert {(f.rule, f.module) for f in lint_model(tmp_path / "bundle").findings} == {
         ("weight-scale-per-input", DOWN),
+        ("scale-count", DOWN),  # the weight is not square
         ("merged-quantizers", "model.layers.0.self_attn.q_proj"),
         ("merged-quantizers", "model.layers.1.self_attn.q_proj"),
         ("attention-causal", "model.layers.0.self_attn"),
