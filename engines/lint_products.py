@@ -123,6 +123,23 @@ def _gemm(model: GraphModel) -> Iterator[Hit]:
             yield Hit("ONNX Runtime fuses a Gemm only where both quantizers have zero points", product.node)
 
 
+def _outer_constants(model: GraphModel) -> Iterator[Hit]:
+    for product in products(model):
+        scope = product.node.scope
+        quantizers = (product.activation.quantizer, product.weight.quantizer)
+        if not product.int8 or scope.parent is None:
+            continue
+        names = [q.input(index) for q in quantizers if q for index in (SCALE, ZERO_POINT)]
+        if product.weight.quantizer is not None:
+            names.append(product.weight.quantizer.input(0))
+        outer = [name for name in names if name and scope.home(name) is not scope]
+        if outer:
+            yield Hit(
+                f"it is in a branch and its constant {outer[0]!r} in the graph around; ONNX Runtime does not fuse it",
+                product.node,
+            )
+
+
 def _bfloat16(model: GraphModel) -> Iterator[Hit]:
     for node in model.of(*PRODUCTS, "Attention"):
         if TensorProto.BFLOAT16 in (node.input_type(0).elem, node.input_type(1).elem):
@@ -186,9 +203,9 @@ PRODUCT_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "weights-only-rounded",
-        "warning",
+        "note",
         "INT8 weights that ONNX Runtime turns into a product with a rounded input",
-        "let the weight enter as a batch of one (Unsqueeze behind DequantizeLinear)",
+        "accept it (it is fast), or let the weight enter as a batch of one (Unsqueeze behind DequantizeLinear)",
         _rounded_inputs,
     ),
     Rule(
@@ -211,6 +228,13 @@ PRODUCT_RULES: tuple[Rule, ...] = (
         "A quantized Gemm without zero points",
         "give both quantizers int8 zero points, or spell it as MatMul and Add",
         _gemm,
+    ),
+    Rule(
+        "branch-constants",
+        "warning",
+        "An INT8 product in a branch whose constants are outside",
+        "store weight, scales and zero points in the branch itself",
+        _outer_constants,
     ),
     Rule(
         "bfloat16-on-cpu",

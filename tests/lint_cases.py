@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 import onnx
-from onnx import TensorProto
+from onnx import TensorProto, helper
 
 from tests.lint_graphs import (
     FLOAT,
@@ -136,6 +136,17 @@ def float8(zero: float = 0.0) -> Linear:
         scale_type=np.float16,
         input_type=HALF,
     )
+
+
+def branched(inside: bool) -> onnx.ModelProto:
+    """The sound product as a branch of If, its constants inside or outside."""
+    body = SOUND.model().graph
+    tensors = list(body.initializer)
+    then = helper.make_graph(list(body.node), "then", [], list(body.output), tensors if inside else [])
+    other = helper.make_graph([node("Identity", ["x"], ["same"])], "else", [], [value("same", FLOAT, None)])
+    chosen = node("If", ["flag"], ["result"], then_branch=then, else_branch=other)
+    inputs = [value("flag", TensorProto.BOOL, []), *body.input]
+    return graph([chosen], inputs, [value("result", FLOAT, None)], [] if inside else tensors)
 
 
 def rotary(tables: type = np.float16, positions: int = INT64) -> onnx.ModelProto:
@@ -335,6 +346,7 @@ CASES: Mapping[str, Case] = {
         "y.Gemm",
         SOUND.but(op="Gemm", weight_zero_point=np.zeros(64, np.int8)).model(),
     ),
+    "branch": Case("branch-constants", branched(inside=False), Y, branched(inside=True)),
     "bfloat16": Case("bfloat16-on-cpu", bfloat16(), Y, bfloat16(HALF)),
     "unnamed": Case("product-name", named("a", "", "c"), "(unnamed, makes y_b)", named("a", "b", "c")),
     "plus": Case("product-name", named("a", "b+b", "c"), "b+b", named("a", "b", "c")),

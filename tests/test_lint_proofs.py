@@ -242,6 +242,14 @@ def test_onnx_runtime_leaves_the_product_in_floating_point(name: str, tmp_path: 
     assert fused(CASES[name].sound, tmp_path) == NOT_FUSED_BY_ONNX_RUNTIME[name]
 
 
+def test_onnx_runtime_fuses_in_a_branch_only_what_has_its_constants_there(tmp_path: Path) -> None:
+    for name, expected in (("planted", 0), ("sound", 1)):
+        session(getattr(CASES["branch"], name), tmp_path / "optimized.onnx")
+        (chosen,) = (n for n in onnx.load(tmp_path / "optimized.onnx").graph.node if n.op_type == "If")
+        found = Counter(n.op_type for attribute in chosen.attribute for n in attribute.g.node)
+        assert found["MatMulIntegerToFloat"] == expected
+
+
 def error(linear: Linear, per_row: bool) -> float:
     """Return how far ONNX Runtime's product is from the definition, as a part of the largest result."""
     shape = (*linear.weight.shape[:-2], DYNAMIC_SIZE, linear.weight.shape[-2])
