@@ -71,6 +71,13 @@ class Operand:
         return max(rank - 2, 0) if self.index else rank - 1
 
     @property
+    def terms(self) -> int | None:
+        """How many products are summed up to one result."""
+        axis, shape = self.contraction_axis, self.product.input_type(self.index).shape
+        size = shape[axis] if shape is not None and axis is not None and axis < len(shape) else None
+        return size if isinstance(size, int) else None
+
+    @property
     def rank(self) -> int | None:
         """Number of the operand's axes as the product sees it."""
         shape = self.product.input_type(self.index).shape

@@ -52,11 +52,9 @@ def _half_scales(model: GraphModel) -> Iterator[Hit]:
         quantizers = (product.activation.quantizer, product.weight.quantizer)
         if not product.int8 or all(q is None or q.input_type(SCALE).elem != TensorProto.FLOAT16 for q in quantizers):
             continue
-        weight = product.weight.quantizer
-        shape = weight.input_type(0).shape if weight else None
-        terms = next((size for size in (shape or ()) if isinstance(size, int)), None)
+        weight, terms = product.weight.quantizer, product.weight.terms
         if weight is not None and has_channels(weight):
-            largest = f" (up to {terms * _INT8_PRODUCT} with {terms} rows)" if terms else ""
+            largest = f" (up to {terms * _INT8_PRODUCT} with {terms} terms)" if terms else ""
             reason = (
                 f"with float16 scales per channel TensorRT stores the integer sums{largest} in float16, which ends at "
                 f"{_HALF_MAX}"

@@ -17,7 +17,7 @@ from spike_export.engines.lint_operators import MISSING
 from spike_export.engines.lint_view import TAKEN_AS_STANDARD
 from spike_export.engines.plan_audit import audit_plan
 from spike_export.engines.plan_backend import TENSORRT_RTX
-from tests.lint_cases import CASES, SOUND, WEIGHTS_ONLY
+from tests.lint_cases import CASES, SOUND, WEIGHTS_ONLY, versioned
 from tests.lint_graphs import FLOAT, HALF, Linear, attention, ints, siblings
 
 needs_rtx = pytest.mark.skipif(
@@ -123,6 +123,13 @@ def test_head_sizes_with_a_fused_kernel(compiler: Compiler, size: int) -> None:
     model = attention((1, 4, "s", size), (1, 4, "k", size))
     fused = [compiler.plan(model, single) is not None for single in ((), ("q", "mask"))]
     assert all(fused) is (16 <= size <= 256)
+    assert size != 8 or fused == [False, True]  # a kernel for one query only
+
+
+@needs_rtx
+@pytest.mark.parametrize(("opset", "ir_version"), [(13, 11), (21, 11), (27, 11), (24, 8), (24, 14)])
+def test_tensorrt_parses_more_versions_than_it_documents(compiler: Compiler, opset: int, ir_version: int) -> None:
+    assert compiler.plan(versioned(opset, ir_version)) is not None
 
 
 def precision(compiler: Compiler, model: onnx.ModelProto, folder: Path, *names: str) -> set[str]:
@@ -240,6 +247,11 @@ NOT_FUSED_BY_ONNX_RUNTIME = {
 def test_onnx_runtime_leaves_the_product_in_floating_point(name: str, tmp_path: Path) -> None:
     assert fused(CASES[name].planted, tmp_path) == 0
     assert fused(CASES[name].sound, tmp_path) == NOT_FUSED_BY_ONNX_RUNTIME[name]
+
+
+def test_onnx_runtime_makes_a_gemm_of_a_product_and_its_bias(tmp_path: Path) -> None:
+    found = kinds(CASES["int32 bias"].sound, tmp_path)
+    assert (found["Gemm"], found["MatMulIntegerToFloat"]) == (1, 0)
 
 
 def test_onnx_runtime_fuses_in_a_branch_only_what_has_its_constants_there(tmp_path: Path) -> None:
