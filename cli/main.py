@@ -397,16 +397,27 @@ def export(
 
 @app.command
 def check(
-    bundle: Bundle,
+    bundle: Annotated[Path, Parameter(help="Folder that export wrote; with --lint also any .onnx file.")],
     /,
     *,
-    reference: Annotated[str, Parameter(help="The model the bundle was made of.")],
+    reference: Annotated[str | None, Parameter(help="The model the bundle was made of; not with --lint.")] = None,
+    lint: Annotated[
+        bool, Parameter(negative="", help="Look for what TensorRT and ONNX Runtime refuse or compute slowly.")
+    ] = False,
+    json_file: Annotated[Path | None, Parameter(name="--json", help="With --lint: write the findings there.")] = None,
     out: Annotated[Path | None, Parameter(help="Default: BUNDLE.check.json, beside the bundle.")] = None,
     corpus: CorpusArguments = CorpusArguments(),
     gate: GateArguments = GateArguments(),
     run_options: RunArguments = RunArguments(),
 ) -> int:
-    """Compare a bundle with the unquantized model: perplexity, top-1 agreement, KL divergence."""
+    """Compare a bundle with the unquantized model: perplexity, top-1 agreement, KL divergence. Or lint its graph."""
+    if lint:
+        if reference is not None or out is not None:
+            raise ArtifactError("check --lint looks at the graph alone; leave --reference and --out away")
+        return _lint(bundle, json_file, run_options)
+    if reference is None or json_file is not None:
+        wrong = "needs --reference MODEL, or --lint" if reference is None else "writes --json with --lint only"
+        raise ArtifactError(f"check {wrong}")
     from spike_export.cli.bundle_check import check_bundle
     from spike_export.cli.check_table import print_check
     from spike_export.cli.job import require_limit
@@ -423,6 +434,21 @@ def check(
         print_check(result, console)
         console.print(Text(f"check: {path}"), soft_wrap=True)
     return _verdict(result.passed, (), allow_fallback=True)
+
+
+def _lint(model: Path, json_file: Path | None, options: RunArguments) -> int:
+    import json
+
+    from spike_export.calibration.atomic_write import write_text
+    from spike_export.cli.lint_table import print_lint
+    from spike_export.engines.graph_lint import lint_model
+
+    result = lint_model(model)
+    if json_file is not None:
+        write_text(json_file, json.dumps(result.document(), indent=2) + "\n")
+    if not options.quiet:
+        print_lint(result, Console())
+    return DONE if result.passed else GATE_MISSED
 
 
 @app.command
