@@ -170,7 +170,7 @@ def test_a_rotation_that_is_demanded_takes_the_norms_place() -> None:
     assert inner <= {"self_attn.o_proj", "mlp.down_proj"}
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gemma3_text"])
+@pytest.mark.parametrize("name", ["gemma2", "gemma3_text", "olmo2"])
 def test_a_family_that_cannot_be_rotated(name: str) -> None:
     calibration = calibration_of(name, rotation="always")
     statistics = calibration.measure(())
@@ -178,6 +178,13 @@ def test_a_family_that_cannot_be_rotated(name: str) -> None:
         choose_transform(calibration, statistics)
     automatic = calibration.with_options(replace(calibration.options, rotation="auto"))
     assert [each.name for each in choose_transform(automatic, statistics).candidates] == ["smoothing"]
+
+
+def test_inputs_that_no_norm_makes_are_searched_for_clips_but_not_smoothed() -> None:
+    calibration = calibration_of("olmo2")
+    choice = choose_transform(calibration, calibration.measure(()))
+    assert {split_name(name)[1] for name in choice.transform.smoothing} <= {"self_attn.o_proj", "mlp.down_proj"}
+    assert set(choice.transform.clips) == set(representatives(calibration.checkpoint.config))
 
 
 def test_without_a_search_nothing_is_transformed() -> None:
