@@ -1,10 +1,12 @@
 """Every dense family's graph becomes a TensorRT-RTX plan whose linears are INT8; with the ropes that are computed."""
 
 import importlib.util
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from spike_export.engines.build_options import BuildOptions
@@ -62,3 +64,20 @@ def test_every_linear_of_a_family_is_int8_in_the_plan(tmp_path: Path, name: str)
     planned = {module.module: module.planned for module in result.audit.modules}
     assert planned == dict.fromkeys(recipe.modules, "int8") | {"lm_head": "float16"}
     assert result.audit.int8_products == PRODUCTS * layers
+
+
+def test_the_compiler_multiplies_by_the_scale_of_the_scores(tmp_path: Path) -> None:
+    """The importer ignores some attributes in silence; this one stands in the plan, as its root for query and key."""
+    scales, plans = (0.3391, 0.0737), []
+    for scale in scales:
+        model, folder = tiny_family("granite", num_hidden_layers=1, head_dim=16, attention_multiplier=scale), tmp_path
+        export_bundle(model.checkpoint, None, ExportOptions("float16"), folder / f"{scale}")
+        options = BuildOptions(targets=("SM86",), profiles=("decode",))
+        result = build_plan(folder / f"{scale}", folder / f"{scale}.plan", options, environment=CPU)
+        plans.append(places(result.plan.read_bytes(), np.float16(scale**0.5).tobytes()))
+    # Two bytes occur by chance somewhere, but not each root at the same place of its own plan.
+    assert plans[0] & plans[1]
+
+
+def places(content: bytes, pattern: bytes) -> set[int]:
+    return {match.start() for match in re.finditer(re.escape(pattern), content)}
