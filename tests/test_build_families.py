@@ -39,12 +39,15 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     # Two layers have the two kinds of window, and of rope.
     "gemma2": {"num_hidden_layers": 2},
     "gemma3_text": {"num_hidden_layers": 2},
-    "granite": {"rope_parameters": DYNAMIC},
-    "olmo2": {},
-    "phi3": {"rope_parameters": PARTIAL},
+    "granite": {"head_dim": 16, "rope_parameters": DYNAMIC},
+    "olmo2": {"head_dim": 16},
+    "phi3": {"head_dim": 16, "rope_parameters": PARTIAL},
     "qwen3": {"head_dim": 16, "rope_parameters": LONG},
 }
-"""Families whose blocks are not LLaMA's → changes; the ropes that are more than a table are spread over them."""
+"""Families whose blocks are not LLaMA's → changes; the ropes that are more than a table are spread over them.
+
+Heads are 16 wide: with 12, which no real model has, the compiler fails at some graphs, those of LLaMA included.
+"""
 
 PRODUCTS = 4
 """INT8 products of a layer once siblings are merged: q with k and v, o, gate with up, down."""
