@@ -211,10 +211,10 @@ def _check_rope(hf: Any, place: str) -> None:
             raise CheckpointError(f"{place}: rope type {rope_type!r} is not supported (supported: {supported})")
         if rope_type == "default":
             continue
-        longest = rope.get("original_max_position_embeddings", hf.max_position_embeddings) + 1
         try:
             # Within the original length and beyond it, where kinds that look at the length read other parameters.
-            for length in (None, longest):
+            original = rope.get("original_max_position_embeddings", hf.max_position_embeddings)
+            for length in (None, original + 1):
                 ROPE_INIT_FUNCTIONS[rope_type](hf, None, seq_len=length, layer_type=kind)
         except Exception as error:  # whatever numbers of the wrong kind or count make torch raise
             raise CheckpointError(

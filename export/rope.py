@@ -1,5 +1,7 @@
 """Rotary embedding: cosines and sines by position, from constant tables or, where they depend on the length, computed.
 
+The length is each row's own, so that a row does not depend on its neighbours; transformers takes the longest row's.
+
 The tables are made by transformers' own rotary module of the family, so that scaling is exactly the reference's, a
 factor on the attention (yarn, longrope) included.
 """
@@ -127,7 +129,7 @@ class RopeEmitter:
         both = (self.tables.rows(rows, self.kind) for rows in (original, self._rows))
         cos, sin = (np.concatenate(pair) for pair in zip(*both, strict=True))
         b = self.emission.builder
-        last = self._op("ReduceMax", b.cast(self.positions, FLOAT), b.integers(0, 1), label="last_position")
+        last = self._op("ReduceMax", b.cast(self.positions, FLOAT), b.integers(1), label="last_position")
         long = self._op("GreaterOrEqual", last, b.float32(original), label="is_long", dtype=BOOL)
         first = self._op("Where", long, b.integers(original), b.integers(0), label="first_row", dtype=ir.DataType.INT64)
         return self._rope(cos, sin, self._op("Add", self.positions, first, label="rows"))
@@ -142,8 +144,8 @@ class RopeEmitter:
         factor = float(self._parameters["factor"])
         plain = self.tables.inverse_frequencies(self.kind)
         half = len(plain)
-        positions = b.cast(self.positions, FLOAT)
-        last = self._op("ReduceMax", positions, b.integers(0, 1), label="last_position")
+        positions = self._op("Unsqueeze", b.cast(self.positions, FLOAT), b.integers(2), label="columns")
+        last = self._op("ReduceMax", positions, b.integers(1), label="last_position")
         length = self._op("Max", self._op("Add", last, b.float32(1), label="length"), b.float32(limit), label="scaled")
         grown = self._op("Mul", length, b.float32(factor / limit), label="stretch")
         ratio = self._op("Sub", grown, b.float32(factor - 1), label="ratio")
@@ -151,8 +153,7 @@ class RopeEmitter:
         slower = self._op("Pow", ratio, exponents, label="slower")
         stored = b.initializer(f"{self._module}.inv_freq", plain)
         frequencies = self._op("Mul", slower, stored, label="frequencies")
-        columns = self._op("Unsqueeze", positions, b.integers(2), label="columns")
-        angles = self._op("Mul", columns, frequencies, label="angles")
+        angles = self._op("Mul", positions, frequencies, label="angles")
         cos, sin = (self.emission.cast(self._op(kind, angles, label=kind.lower())) for kind in ("Cos", "Sin"))
         return Rope(cos, sin, None, self._partial(2 * half))
 

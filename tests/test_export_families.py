@@ -264,6 +264,19 @@ def test_every_rope_equals_transformers_within_and_beyond_the_original_length(
             assert error(cached_logits(model, fed, (LENGTH,), prefix), expected) > 1e-3
 
 
+@pytest.mark.parametrize("kind", BY_LENGTH)
+def test_the_length_is_each_rows_own(tmp_path: Path, kind: str) -> None:
+    family, changes = ROPES[kind]
+    model, ids, pads = small(family, **changes), tokens(rows=2, length=LENGTH), (0, 14)
+    mask = (np.arange(LENGTH)[None] >= np.array(pads)[:, None]).astype(np.int64)
+    session = export(tmp_path, model)
+    session.reset(2)
+    logits = session.step(ids, mask)
+    for row, pad in enumerate(pads):
+        alone = ids[row : row + 1, pad:]
+        assert error(logits[row : row + 1, pad:], cached_logits(model, alone, (LENGTH - pad,))) < EXACT
+
+
 @pytest.mark.parametrize("kind", ROPES)
 def test_a_rope_is_none_in_name_only(kind: str) -> None:
     family, changes = ROPES[kind]

@@ -14,7 +14,7 @@ from spike_export.calibration.calibrate import NO_TRANSFORM, Calibration, channe
 from spike_export.calibration.corpus import Corpus
 from spike_export.calibration.errors import RecipeError
 from spike_export.calibration.module_choice import NOTHING_KEPT
-from spike_export.calibration.modules import input_sites, is_router, siblings, split_name
+from spike_export.calibration.modules import input_sites, is_router, representatives, siblings, split_name
 from spike_export.calibration.options import CalibrationOptions
 from spike_export.calibration.overflow_guard import FLOAT16_MAX, HEADROOM, module_dtype, near_limit, stream_dtype
 from spike_export.calibration.perplexity import Likelihood
@@ -22,7 +22,7 @@ from spike_export.calibration.qfem import ModuleChoice
 from spike_export.calibration.recipe import Dtype, Recipe
 from spike_export.calibration.recipe_writer import build_recipe
 from spike_export.calibration.smoothing import plan_scales
-from spike_export.calibration.smoothing_search import CLIPS, SiteChoice, SmoothingSearch
+from spike_export.calibration.smoothing_search import CLIPS, SiteChoice, SmoothingSearch, default_smoothing
 from spike_export.calibration.spikes import ModuleSpikes, SpikeStatistics
 from spike_export.calibration.token_windows import TokenWindows
 from spike_export.calibration.transform_choice import choose_transform
@@ -170,7 +170,7 @@ def test_a_rotation_that_is_demanded_takes_the_norms_place() -> None:
     assert inner <= {"self_attn.o_proj", "mlp.down_proj"}
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gemma3_text"])
+@pytest.mark.parametrize("name", ["gemma2", "gemma3_text", "olmo2"])
 def test_a_family_that_cannot_be_rotated(name: str) -> None:
     calibration = calibration_of(name, rotation="always")
     statistics = calibration.measure(())
@@ -178,6 +178,17 @@ def test_a_family_that_cannot_be_rotated(name: str) -> None:
         choose_transform(calibration, statistics)
     automatic = calibration.with_options(replace(calibration.options, rotation="auto"))
     assert [each.name for each in choose_transform(automatic, statistics).candidates] == ["smoothing"]
+
+
+def test_inputs_that_no_norm_makes_are_searched_for_clips_but_not_smoothed() -> None:
+    calibration = calibration_of("olmo2")
+    statistics, config = calibration.measure(()), calibration.checkpoint.config
+    choice = choose_transform(calibration, statistics)
+    fixed = default_smoothing(statistics, config, calibration.column_amax, rotated=False)
+    smoothable = {"self_attn.o_proj", "mlp.down_proj"}
+    assert {split_name(name)[1] for name in choice.transform.smoothing} <= smoothable
+    assert {split_name(name)[1] for name in fixed} == smoothable
+    assert set(choice.transform.clips) == set(representatives(config))
 
 
 def test_without_a_search_nothing_is_transformed() -> None:
