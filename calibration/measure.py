@@ -112,12 +112,15 @@ class Recorder:
         return hook
 
     def _operands_hook(self, layer: Any, name: str) -> Any:
+        # Known also where none of the windows is recorded: the records of parts are to merge.
+        self._operands.setdefault(name, {})
+
         def hook(*operands: "torch.Tensor") -> "tuple[torch.Tensor, ...]":
             if self._operands_of is not None and not self._operands_of[layer.batch].any():
                 return operands
             tokens = operands[0].shape[2]  # keys and values of a prefix stand before these
             amax = [_sample_amax(each[:, :, -tokens:]) for each in operands]
-            self._operands.setdefault(name, {})[layer.batch] = np.stack(amax, axis=1)
+            self._operands[name][layer.batch] = np.stack(amax, axis=1)
             return operands
 
         return hook

@@ -413,3 +413,16 @@ def test_every_representative_is_recorded_in_execution_order() -> None:
         found = measure_spikes(Decoder(checkpoint), tokens())
         assert tuple(found.modules) == representatives(checkpoint.config)
         assert list(found.operand_amax) == [f"model.layers.{layer}.self_attn" for layer in range(4)]
+
+
+def test_parts_without_a_window_whose_operands_are_recorded_merge_too() -> None:
+    decoder, windows = Decoder(tiny_family("llama").checkpoint), tokens(rows=6)
+    rows = np.arange(6)
+    whole = measure_spikes(decoder, windows, sample_ids=rows, operand_stride=4, batch_tokens=1)
+    parts = [
+        measure_spikes(decoder, windows[part], sample_ids=part, operand_stride=4, batch_tokens=1)
+        for part in (rows[:1], rows[1:3], rows[3:])
+    ]
+    assert_identical(merge_statistics(parts), whole)
+    recorded = ~np.isnan(next(iter(whole.operand_amax.values()))).any(axis=1)
+    assert recorded.tolist() == [True, False, False, False, True, False]
