@@ -28,8 +28,11 @@ from spike_export.calibration.recipe import (
 )
 from spike_export.calibration.simulate import QuantizedWeights, Simulation
 from spike_export.calibration.smoothing import is_per_value_head, plan_scales, repeated_for_group
-from spike_export.calibration.spikes import SpikeStatistics, covered_range, require_reached
+from spike_export.calibration.spikes import SpikeStatistics, covered_range
 from spike_export.calibration.token_windows import TokenWindows
+
+UNREACHED = "no token was sent here in calibration"
+"""Why an expert is kept of which calibration saw nothing."""
 
 PEAK_STRIDE = 8
 """Attention's operands are recorded in every eighth window where only the overflow guard asks for them: norms bound
@@ -155,9 +158,7 @@ class Calibration:
     ) -> SpikeStatistics:
         """Record the statistics of all calibration windows behind a prefix."""
         content = self.windows.calibration
-        statistics = self.measure_windows(content, np.arange(len(content)), prefix, transform, progress)
-        require_reached(statistics)
-        return statistics
+        return self.measure_windows(content, np.arange(len(content)), prefix, transform, progress)
 
     def measure_windows(
         self,
@@ -167,17 +168,13 @@ class Calibration:
         transform: Transform = NO_TRANSFORM,
         progress: Progress = silent,
     ) -> SpikeStatistics:
-        """Record the statistics of some windows [samples, tokens] behind a prefix.
-
-        An expert that none of their tokens reached is no fault here: other windows may reach it.
-        """
+        """Record the statistics of some windows [samples, tokens] behind a prefix."""
         return measure_spikes(
             self.transformed(transform).decoder,
             self.fed(content, prefix),
             prefix,
             sample_ids=sample_ids,
             operand_stride=PEAK_STRIDE if self.options.attention == "unquantized" else 1,
-            shard=True,
             progress=progress,
         )
 
@@ -277,6 +274,10 @@ def module_plans(
             plan = ModulePlan(precision=dtype, weights=weights, ratio=spikes.ratio, reason=reason)
         elif options.activations == "int8-per-token-dynamic":
             plan = ModulePlan(precision="int8", ratio=spikes.ratio)
+        elif not spikes.reached:
+            # Neither its scale nor its peak is known: only float32 holds whatever may come.
+            weights = "int8" if options.excluded_weights == "int8" else None
+            plan = ModulePlan(precision="float32", weights=weights, reason=UNREACHED)
         else:
             scales = (smoothed or {}).get(name)
             rule = options.activation_range

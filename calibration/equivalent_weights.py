@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spike_export.calibration.checkpoint import EMBEDDING, LM_HEAD, Checkpoint
-from spike_export.calibration.decoder_config import DecoderConfig, tensor_shapes
+from spike_export.calibration.decoder_config import DecoderConfig, linear_shapes
 from spike_export.calibration.errors import RecipeError
 from spike_export.calibration.modules import InputSite, input_sites, is_down_projection, split_name
 from spike_export.calibration.recipe import RotationPlan, SmoothingPlan
@@ -104,8 +104,7 @@ def _width(config: DecoderConfig, site: InputSite) -> int:
     """Return the number of scales of a site: its channels, or the value heads' for attention's output."""
     if is_per_value_head(site):
         return config.num_key_value_heads * config.head_dim
-    shape = tensor_shapes(config)[f"model.layers.0.{site.representative}.weight"]
-    return int(shape[1])
+    return linear_shapes(config)[site.representative][1]
 
 
 @dataclass(frozen=True)

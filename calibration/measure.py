@@ -17,7 +17,7 @@ from spike_export.calibration.layerwise import Decoder, batches
 from spike_export.calibration.modules import input_sites, split_name
 from spike_export.calibration.progress import Progress, silent
 from spike_export.calibration.sparse_moe import routed_positions
-from spike_export.calibration.spikes import Floats, ModuleSpikes, SpikeStatistics, require_reached
+from spike_export.calibration.spikes import Floats, ModuleSpikes, SpikeStatistics
 
 if TYPE_CHECKING:
     import torch
@@ -112,14 +112,15 @@ class Recorder:
         return hook
 
     def _operands_hook(self, layer: Any, name: str) -> Any:
+        # Known also where none of the windows is recorded: the records of parts are to merge.
+        self._operands.setdefault(name, {})
+
         def hook(*operands: "torch.Tensor") -> "tuple[torch.Tensor, ...]":
-            # A record of some windows alone, none of which is listened to, has this block too.
-            found = self._operands.setdefault(name, {})
             if self._operands_of is not None and not self._operands_of[layer.batch].any():
                 return operands
             tokens = operands[0].shape[2]  # keys and values of a prefix stand before these
             amax = [_sample_amax(each[:, :, -tokens:]) for each in operands]
-            found[layer.batch] = np.stack(amax, axis=1)
+            self._operands[name][layer.batch] = np.stack(amax, axis=1)
             return operands
 
         return hook
@@ -227,7 +228,6 @@ def measure_spikes(
     operand_stride: int = 1,
     layers: int | None = None,
     batch_tokens: int = 1,
-    shard: bool = False,
     progress: Progress = silent,
 ) -> SpikeStatistics:
     """Record token and channel maxima over windows [samples, length].
@@ -245,19 +245,14 @@ def measure_spikes(
         operand_stride: Attention's operands are recorded of the samples whose id it divides; NaN stands for others.
         layers: Number of layers to pass; all by default.
         batch_tokens: Tokens per forward call.
-        shard: Whether the record is to be merged with others: an expert that no token reached is no fault then, and
-            whoever merges calls `require_reached` at the end.
         progress: Told after each layer.
 
     Raises:
-        CalibrationError: An input was not finite, or an expert never got a token; names the place.
+        CalibrationError: An input was not finite; names the place.
     """
     ids = np.arange(len(windows), dtype=np.int64) if sample_ids is None else sample_ids
     parts = batches(windows, batch_tokens)
     starts = np.cumsum([len(part) for part in parts])[:-1]
     recorder = Recorder(decoder, modules, np.split(ids % operand_stride == 0, starts))
     decoder.run(windows, prefix, layers=layers, visits=(recorder.visit,), batch_tokens=batch_tokens, progress=progress)
-    statistics = recorder.statistics(parts, prefix, ids)
-    if not shard:
-        require_reached(statistics)
-    return statistics
+    return recorder.statistics(parts, prefix, ids)

@@ -14,7 +14,6 @@ from spike_export.calibration.spikes import (
     load_description,
     load_spikes,
     merge_statistics,
-    require_reached,
     save_spikes,
 )
 
@@ -109,5 +108,4 @@ def merge_shards(stems: list[Path]) -> tuple[SpikeStatistics, dict[str, object]]
     missing = np.setdiff1d(np.arange(total), merged.sample_ids)
     if len(missing):
         raise ArtifactError(f"{len(missing)} of {total} windows lack, the first is {missing[0]}; merge all shards")
-    require_reached(merged)
     return merged, {name: descriptions[0][name] for name in ("key", "samples", "model", "corpus")}

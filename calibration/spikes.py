@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spike_export.calibration.atomic_write import atomic_path, write_text
-from spike_export.calibration.errors import ArtifactError, CalibrationError
+from spike_export.calibration.errors import ArtifactError
 from spike_export.calibration.quantile_sketch import QuantileSketch
 from spike_export.calibration.recipe import ActivationRange
 
@@ -42,6 +42,11 @@ class ModuleSpikes:
     token_amax: Floats
     sample_channel_amax: Floats
     output_amax: Floats
+
+    @property
+    def reached(self) -> bool:
+        """Whether any token came here; a mixture's router may have sent an expert none."""
+        return not bool(np.isnan(self.token_amax).all())
 
     @property
     def amax(self) -> float:
@@ -220,20 +225,6 @@ def merge_statistics(parts: Sequence[SpikeStatistics]) -> SpikeStatistics:
         joined(part.hidden_amax for part in parts),
         {name: joined(part.operand_amax[name] for part in parts) for name in first.operand_amax},
     )
-
-
-def require_reached(statistics: SpikeStatistics) -> None:
-    """Refuse a record that is complete and yet holds an expert without a token: its scale is unknown.
-
-    Raises:
-        CalibrationError: Names the first such expert.
-    """
-    for name, spikes in statistics.modules.items():
-        if np.isnan(spikes.token_amax).all():
-            raise CalibrationError(
-                f"{name}: the router sent no token of {len(statistics.sample_ids)} windows to this expert, so that its "
-                "scale is unknown; calibrate on more samples, or on a corpus nearer to the model's use"
-            )
 
 
 TOP_TOKENS = 8

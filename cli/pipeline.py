@@ -29,7 +29,7 @@ from spike_export.calibration.prefix_choice import PrefixChoice, choose_prefix
 from spike_export.calibration.progress import Progress
 from spike_export.calibration.recipe import Recipe, Search, load_recipe, save_recipe
 from spike_export.calibration.recipe_writer import build_recipe
-from spike_export.calibration.spikes import SpikeStatistics, load_spikes, require_reached, save_spikes
+from spike_export.calibration.spikes import SpikeStatistics, load_spikes, save_spikes
 from spike_export.calibration.token_windows import TokenWindows, token_windows
 from spike_export.calibration.transform_choice import TransformChoice, choose_transform
 from spike_export.cli.execution import execution_of
@@ -195,8 +195,6 @@ class Pipeline:
 
         def work(progress: Progress) -> None:
             statistics = measure_in_parts(measure, chosen, part_size, parts, whole, progress)
-            if not shard:
-                require_reached(statistics)
             save_spikes(statistics, place, description, self._decode)
             discard_parts(parts)
 

@@ -45,7 +45,8 @@ class GraphBuilder:
 
     A node is named `<module>.<label>`, so that one node more or less leaves every other name as it is. Names are
     unique and hold no `+`, which TensorRT uses to join the names of merged layers. Values know their element type
-    but no shape: ONNX Runtime and TensorRT infer shapes themselves.
+    but no shape: ONNX Runtime and TensorRT infer shapes themselves. Weights stay in the branch that uses them, because
+    ONNX Runtime fuses quantized products with the weights of the same graph only.
     """
 
     def __init__(self) -> None:

@@ -30,16 +30,15 @@ def sparse_moe(emission: Emission, module: str, normed: ir.Value, experts: Exper
     """
     b = emission.builder
     shares = _shares(emission, module, normed)
-    over_tokens = {"keepdims": 0}
-    largest = b.op("ReduceMax", [shares, b.integers(0, 1)], module, label="largest_shares", attributes=over_tokens)
+    rows_and_tokens, drop = b.integers(0, 1), {"keepdims": 0}
+    largest = b.op("ReduceMax", [shares, rows_and_tokens], module, label="largest_shares", attributes=drop)
     used = b.op("Greater", [largest, b.float32(0.0)], module, dtype=BOOL, label="used")
     shape = b.op("Shape", [normed], module, dtype=ir.DataType.INT64, label="states_shape")
     total = b.op("Expand", [b.float32(0.0), shape], module, label="no_states")
     for index in range(emission.config.num_experts):
         expert = _Expert(emission, f"{module}.experts.{index}", index, experts, shares)
         is_used = b.op("Gather", [used, b.integer(index)], expert.module, label="is_used")
-        with_expert = partial(expert.add, normed, total)
-        total = b.conditional(is_used, with_expert, total, expert.module)
+        total = b.conditional(is_used, partial(expert.add, normed, total), total, expert.module)
     return total
 
 

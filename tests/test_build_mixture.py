@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from spike_export.calibration.modules import is_router
+from spike_export.calibration.modules import expert_of, is_down_projection, is_router, split_name
 from spike_export.calibration.recipe import ModulePlan
 from spike_export.engines.build_options import BuildOptions
 from spike_export.engines.plan_audit import WEIGHT_ONLY, audit_plan
@@ -60,7 +60,13 @@ def test_every_expert_runs_as_planned(tmp_path: Path, name: str, case: Case, fou
     # Must fail: had an expert that is kept been planned in INT8, or the other way round, the audit would object.
     swapped = {expert(name, 1, 2, "down"): "int8", expert(name, 1, 1, "down"): "float16"}
     assert {module.module for module in audit_plan(result.plan, swapped).deviations} == set(swapped)
-    if case.per_token:
-        # Gate and up of all experts of a layer, whose input has one scale, are one product: q+k+v, o, those, downs.
-        downs = 2 * checkpoint.config.num_experts - 1
-        assert result.audit.int8_products == result.audit.profiles * (2 * 3 + downs)
+    # Gate and up of all experts whose input has the same scale (per token: one for all) are one product.
+    quantized = {module: plan for module, plan in recipe.modules.items() if plan.precision == "int8"}
+    scales = {
+        (split_name(module)[0], plan.activation_scale)
+        for module, plan in quantized.items()
+        if expert_of(module) is not None and not is_down_projection(module)
+    }
+    downs = [module for module in quantized if is_down_projection(module)]
+    attention = 2 * 2  # q+k+v and o of two layers
+    assert result.audit.int8_products == result.audit.profiles * (attention + len(scales) + len(downs))
