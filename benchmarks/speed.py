@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from benchmarks.fetch_models import smollm2_path
 from benchmarks.peak_memory import in_own_process, peak_rss
@@ -29,7 +29,9 @@ PREFILL_TOKENS = 256
 PREFILL_TARGET, DECODE_TARGET = 1.8, 1.5
 """Times faster than the unquantized float32 bundle."""
 
-_WARM_UP_CALLS = 2
+WARM_UP_CALLS = 2
+
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def build_bundles(arguments: argparse.Namespace, folder: Path) -> dict[Variant, 
     checkpoint = open_checkpoint(arguments.model or str(smollm2_path()))
     recipe = None
     if any(variant.quantized for variant in missing):
-        recipe = _recipe(checkpoint, arguments)
+        recipe = quick_recipe(checkpoint, arguments)
     for variant in missing:
         _say(f"exporting {variant.name}")
         recipe_or_none = recipe if variant.quantized else None
@@ -124,7 +126,7 @@ def build_bundles(arguments: argparse.Namespace, folder: Path) -> dict[Variant, 
     return bundles
 
 
-def _recipe(checkpoint: "Checkpoint", arguments: argparse.Namespace) -> "Recipe":
+def quick_recipe(checkpoint: "Checkpoint", arguments: argparse.Namespace) -> "Recipe":
     """Return the recipe given, or a quick one: the prefix [BOS] where there is a BOS, static per-tensor scales."""
     from spike_export.calibration.calibrate import NO_TRANSFORM, Calibration
     from spike_export.calibration.corpus import default_corpus
@@ -151,7 +153,7 @@ def measure(bundles: dict[Variant, Path], arguments: argparse.Namespace) -> list
     from spike_export.export.manifest import DATA_FILE, load_manifest
 
     manifests = {variant: load_manifest(folder) for variant, folder in bundles.items()}
-    sessions = {variant: _session(folder, arguments.threads) for variant, folder in bundles.items()}
+    sessions = {variant: open_session(folder, arguments.threads) for variant, folder in bundles.items()}
     _say("measuring prefill")
     prefill = interleaved(
         {v: _bound_call(sessions[v], manifests[v], PREFILL_TOKENS, 0) for v in bundles}, arguments.prefills
@@ -178,12 +180,12 @@ def measure(bundles: dict[Variant, Path], arguments: argparse.Namespace) -> list
     return results
 
 
-def interleaved(calls: dict[Variant, Callable[[], None]], rounds: int) -> dict[Variant, Timing]:
+def interleaved(calls: dict[Key, Callable[[], object]], rounds: int) -> dict[Key, Timing]:
     """Time `rounds` calls of each, taking turns; every second round goes backwards, so that none always leads."""
     for call in calls.values():
-        for _ in range(_WARM_UP_CALLS):
+        for _ in range(WARM_UP_CALLS):
             call()
-    seconds: dict[Variant, list[float]] = {variant: [] for variant in calls}
+    seconds: dict[Key, list[float]] = {variant: [] for variant in calls}
     for turn in range(rounds):
         order = list(calls) if turn % 2 == 0 else list(reversed(calls))
         for variant in order:
@@ -193,7 +195,7 @@ def interleaved(calls: dict[Variant, Callable[[], None]], rounds: int) -> dict[V
     return {variant: Timing.of(durations) for variant, durations in seconds.items()}
 
 
-def _session(folder: Path, threads: int) -> "ort.InferenceSession":
+def open_session(folder: Path, threads: int) -> "ort.InferenceSession":
     import onnxruntime as ort
 
     from spike_export.engines.onnx_session import session_options
@@ -239,7 +241,7 @@ def _use_alone(folder: Path, threads: int) -> int:
     """Return the peak resident memory of this process, which uses the bundle and nothing else."""
     from spike_export.export.manifest import load_manifest
 
-    session, manifest = _session(folder, threads), load_manifest(folder)
+    session, manifest = open_session(folder, threads), load_manifest(folder)
     _bound_call(session, manifest, PREFILL_TOKENS, 0)()
     _bound_call(session, manifest, 1, PREFILL_TOKENS)()
     return peak_rss()
