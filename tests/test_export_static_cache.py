@@ -312,11 +312,26 @@ def test_tokens_beyond_the_capacity_are_refused_before_onnx_runtime_sees_them(
     monkeypatch.setattr(sequences.session, "run_with_iobinding", None)
     with pytest.raises(EngineError, match=rf"row \d has {before} tokens and {more} more do not fit .* of {CAPACITY}"):
         sequences.step(tokens(2, more))
-    with pytest.raises(EngineError, match=rf"row \d has 0 tokens and {CAPACITY + 1} more do not fit"):
-        sequences.admit(0, tokens(1, CAPACITY + 1)[0])
+    with pytest.raises(EngineError, match=rf"row 1 has 0 tokens and {CAPACITY + 1} more do not fit"):
+        sequences.admit(1, tokens(1, CAPACITY + 1)[0])
     assert sequences.lengths.max() == before
     for old, buffer in zip(kept, sequences.buffers, strict=True):
         np.testing.assert_array_equal(buffer, old)
+
+
+def test_a_refused_call_leaves_the_batch_as_it_was(tmp_path: Path) -> None:
+    model, prefix = tiny_llama(), PREFIXES[-1]
+    ids = tokens(2, 6)
+    sequences = static(opened(tmp_path, model, prefix), 2)
+    refused = [(0, tokens(1, CAPACITY + 1)[0]), (2, ids[0]), (-1, ids[0]), (0, ids[0, :0])]
+    for row, new in refused:
+        with pytest.raises(EngineError):
+            sequences.admit(row, new)
+    # Still not begun: the first step brings the prefix.
+    assert_close(sequences.step(ids)[1], reference(model, ids[1], prefix))
+    # A released row keeps the prefix, and begins anew with the next tokens.
+    sequences.release(0)
+    assert_close(sequences.step(ids[:, :2])[0], reference(model, ids[0, :2], prefix))
 
 
 @pytest.mark.parametrize(
