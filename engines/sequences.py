@@ -164,8 +164,8 @@ class StaticSequences:
         row = int(lengths.argmax())
         if lengths[row] + sequence > capacity:
             raise EngineError(
-                f"row {first_row + row} has {lengths[row]} tokens and {sequence} more do not fit into the cache's capacity "
-                f"of {capacity}; feed fewer, or export with a larger --capacity"
+                f"row {first_row + row} has {lengths[row]} tokens and {sequence} more do not fit into the cache's "
+                f"capacity of {capacity}; feed fewer, or export with a larger --capacity"
             )
 
 
