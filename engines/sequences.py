@@ -84,9 +84,11 @@ class DynamicSequences:
         run_bound(self.session, binding, sequence)
         logits, *self._cache = binding.get_outputs()
         self._mask, self.lengths = mask, self.lengths + counts
-        moved: NDArray[np.float32] = logits.numpy()
+        given: NDArray[np.float32] = logits.numpy()
+        if not pads.any():
+            return given
         back = (np.arange(sequence) + pads[:, None]) % sequence
-        return np.take_along_axis(moved, back[:, :, None], axis=1) if pads.any() else moved
+        return np.take_along_axis(given, back[:, :, None], axis=1)
 
 
 @dataclass
