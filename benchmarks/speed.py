@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from benchmarks.fetch_models import smollm2_path
 from benchmarks.peak_memory import in_own_process, peak_rss
@@ -30,7 +30,9 @@ PREFILL_TOKENS = 256
 PREFILL_TARGET, DECODE_TARGET = 2.5, 2.0
 """Times faster than the unquantized float32 bundle that gives the same logits."""
 
-_WARM_UP_CALLS = 2
+WARM_UP_CALLS = 2
+
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ def build_bundles(arguments: argparse.Namespace, folder: Path) -> dict[Variant, 
     checkpoint = open_checkpoint(arguments.model or str(smollm2_path()))
     recipe = None
     if any(variant.quantized for variant in missing):
-        recipe = _recipe(checkpoint, arguments)
+        recipe = quick_recipe(checkpoint, arguments)
     for variant in missing:
         _say(f"exporting {variant.name}")
         plan = _with_head(recipe, variant.head) if recipe is not None and variant.quantized else None
@@ -152,7 +154,7 @@ def _with_head(recipe: "Recipe", head: "HeadScheme") -> "Recipe":
     return recipe.model_copy(update={"scheme": recipe.scheme.model_copy(update={"head": head})})
 
 
-def _recipe(checkpoint: "Checkpoint", arguments: argparse.Namespace) -> "Recipe":
+def quick_recipe(checkpoint: "Checkpoint", arguments: argparse.Namespace) -> "Recipe":
     """Return the recipe given, or a quick one: the prefix [BOS] where there is a BOS, static per-tensor scales."""
     from spike_export.calibration.calibrate import NO_TRANSFORM, Calibration
     from spike_export.calibration.corpus import default_corpus
@@ -179,7 +181,7 @@ def measure(bundles: dict[Variant, Path], arguments: argparse.Namespace) -> list
     from spike_export.export.manifest import DATA_FILE, load_manifest
 
     manifests = {variant: load_manifest(folder) for variant, folder in bundles.items()}
-    sessions = {variant: _session(folder, arguments.threads) for variant, folder in bundles.items()}
+    sessions = {variant: open_session(folder, arguments.threads) for variant, folder in bundles.items()}
     _say("measuring prefill")
     clock = time.process_time if arguments.cpu_time else time.perf_counter
     prefill = interleaved(
@@ -209,13 +211,13 @@ def measure(bundles: dict[Variant, Path], arguments: argparse.Namespace) -> list
 
 
 def interleaved(
-    calls: dict[Variant, Callable[[], None]], rounds: int, clock: Callable[[], float] = time.perf_counter
-) -> dict[Variant, Timing]:
+    calls: dict[Key, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[Key, Timing]:
     """Time `rounds` calls of each, taking turns; every second round goes backwards, so that none always leads."""
     for call in calls.values():
-        for _ in range(_WARM_UP_CALLS):
+        for _ in range(WARM_UP_CALLS):
             call()
-    seconds: dict[Variant, list[float]] = {variant: [] for variant in calls}
+    seconds: dict[Key, list[float]] = {variant: [] for variant in calls}
     for turn in range(rounds):
         order = list(calls) if turn % 2 == 0 else list(reversed(calls))
         for variant in order:
@@ -225,7 +227,7 @@ def interleaved(
     return {variant: Timing.of(durations) for variant, durations in seconds.items()}
 
 
-def _session(folder: Path, threads: int) -> "ort.InferenceSession":
+def open_session(folder: Path, threads: int) -> "ort.InferenceSession":
     import onnxruntime as ort
 
     from spike_export.engines.onnx_session import session_options
@@ -271,7 +273,7 @@ def _use_alone(folder: Path, threads: int) -> int:
     """Return the peak resident memory of this process, which uses the bundle and nothing else."""
     from spike_export.export.manifest import load_manifest
 
-    session, manifest = _session(folder, threads), load_manifest(folder)
+    session, manifest = open_session(folder, threads), load_manifest(folder)
     _bound_call(session, manifest, PREFILL_TOKENS, 0)()
     _bound_call(session, manifest, 1, PREFILL_TOKENS)()
     return peak_rss()

@@ -84,16 +84,19 @@ class DynamicSequences:
         run_bound(self.session, binding, sequence)
         logits, *self._cache = binding.get_outputs()
         self._mask, self.lengths = mask, self.lengths + counts
+        given: NDArray[np.float32] = logits.numpy()
+        if not pads.any():
+            return given
         back = (np.arange(sequence) + pads[:, None]) % sequence
-        aligned: NDArray[np.float32] = np.take_along_axis(logits.numpy(), back[:, :, None], axis=1)
-        return aligned
+        return np.take_along_axis(given, back[:, :, None], axis=1)
 
 
 @dataclass
 class StaticSequences:
     """Over buffers of fixed size that this object owns and ONNX Runtime writes in place.
 
-    Each row has a length of its own. A row is a sequence's place: `admit` gives it to a new one at any time.
+    Each row has a length of its own. A row is a sequence's place: `admit` gives it to a new one at any time. Rows begin
+    together by the first `step`, or else each by `admit`; what a row says before that is of no use.
 
     Attributes:
         buffers: Per layer key, value: [batch, kv_heads, slots, head_dim]; finite everywhere, because a slot that a
@@ -128,27 +131,26 @@ class StaticSequences:
         Raises:
             EngineError: The tokens do not fit, or ONNX Runtime fails.
         """
-        self._begin_rows()
+        _counts(tokens[None], None, 1)
+        if not 0 <= row < len(self.lengths):
+            raise EngineError(f"row {row} of a batch of {len(self.lengths)}: expected 0 to {len(self.lengths) - 1}")
         # A row's part of a buffer lies in one piece, so that the graph can write it in place with a batch of one.
         binding = _bound(self.session, self.manifest, [buffer[row : row + 1] for buffer in self.buffers])
-        logits = self._run(binding, tokens[None], np.zeros(1, np.int64), fresh=True)
+        logits = self._run(binding, tokens[None], np.zeros(1, np.int64), fresh=True, first_row=row)
+        # From now on a fresh step would give all rows the prefix anew.
+        self._begun = True
         self.lengths[row] = len(tokens)
         return logits
 
     def release(self, row: int) -> None:
-        """Forget a row's tokens; it may take padding again, and waits for `admit`."""
-        self._begin_rows()
+        """Forget a row's tokens, so that it has room for padding again; the prefix stays."""
         self.lengths[row] = 0
 
-    def _begin_rows(self) -> None:
-        """From now on rows begin by `admit` only: a fresh call would give all of them the prefix anew."""
-        self._begun = True
-
     def _run(
-        self, binding: Any, tokens: NDArray[np.int64], lengths: NDArray[np.int64], *, fresh: bool
+        self, binding: Any, tokens: NDArray[np.int64], lengths: NDArray[np.int64], *, fresh: bool, first_row: int = 0
     ) -> NDArray[np.float32]:
         sequence = tokens.shape[1]
-        self._require_room(lengths, sequence)
+        self._require_room(lengths, sequence, first_row)
         binding.bind_cpu_input("input_ids", np.ascontiguousarray(tokens, np.int64))
         binding.bind_cpu_input("write_indices", lengths.copy())
         if self.manifest.prefix is not None:
@@ -158,14 +160,14 @@ class StaticSequences:
         logits: NDArray[np.float32] = binding.get_outputs()[0].numpy()
         return logits
 
-    def _require_room(self, lengths: NDArray[np.int64], sequence: int) -> None:
+    def _require_room(self, lengths: NDArray[np.int64], sequence: int, first_row: int) -> None:
         capacity = self.manifest.capacity
         assert capacity is not None, "a static cache has a capacity"
         row = int(lengths.argmax())
         if lengths[row] + sequence > capacity:
             raise EngineError(
-                f"row {row} has {lengths[row]} tokens and {sequence} more do not fit into the cache's capacity of "
-                f"{capacity}; feed fewer, or export with a larger --capacity"
+                f"row {first_row + row} has {lengths[row]} tokens and {sequence} more do not fit into the cache's "
+                f"capacity of {capacity}; feed fewer, or export with a larger --capacity"
             )
 
 

@@ -226,7 +226,7 @@ def test_the_quick_recipe_of_the_speed_table(monkeypatch: pytest.MonkeyPatch) ->
     windows = TokenWindows(content[:2], content[2:])
     monkeypatch.setattr("spike_export.calibration.token_windows.token_windows", lambda *_: windows)
     arguments = argparse.Namespace(recipe=None, samples=2, kept=3)
-    recipe = speed._recipe(tiny_bos_llama(), arguments)
+    recipe = speed.quick_recipe(tiny_bos_llama(), arguments)
     assert recipe.prefix_ids == (1,)
     assert len(recipe.kept()) <= 3
     assert recipe.scheme.activations == "int8-per-tensor-static"

@@ -195,6 +195,35 @@ def test_rows_may_be_admitted_one_after_another_into_an_empty_batch(tmp_path: Pa
     assert sequences.lengths.tolist() == [0, 6]
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_any_schedule_of_steps_admissions_and_releases_equals_the_rows_alone(tmp_path: Path, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    prefix, window = PREFIXES[seed % 3], (None, WINDOW)[seed % 2]
+    model = tiny_llama(sliding_window=window)
+    sequences = static(opened(tmp_path, model, prefix), 3)
+    held: list[list[int]] = [[97], [97], [97]]
+    sequences.step(np.full((3, 1), 97))
+    for _ in range(14):
+        row = int(random.integers(3))
+        if random.random() < 0.3:
+            held[row] = random.integers(0, 99, random.integers(1, 9)).tolist()
+            assert_close(sequences.admit(row, np.array(held[row]))[0], reference(model, np.array(held[row]), prefix))
+            continue
+        length = int(random.integers(1, 5))
+        for other in range(3):
+            if len(held[other]) + length > CAPACITY:
+                sequences.release(other)
+                sequences.admit(other, np.array([96]))
+                held[other] = [96]
+        chunk, counts = random.integers(0, 99, (3, length)), random.integers(0, length + 1, 3)
+        logits = sequences.step(chunk, counts)
+        for other, count in enumerate(counts):
+            held[other] += chunk[other, :count].tolist()
+            if count:
+                assert_close(logits[other, :count], reference(model, np.array(held[other]), prefix)[-count:])
+        assert sequences.lengths.tolist() == [len(own) for own in held]
+
+
 @prefixes
 def test_a_call_writes_its_own_slots_of_the_callers_memory_and_nothing_else(
     tmp_path: Path, prefix: tuple[int, ...]
@@ -283,11 +312,26 @@ def test_tokens_beyond_the_capacity_are_refused_before_onnx_runtime_sees_them(
     monkeypatch.setattr(sequences.session, "run_with_iobinding", None)
     with pytest.raises(EngineError, match=rf"row \d has {before} tokens and {more} more do not fit .* of {CAPACITY}"):
         sequences.step(tokens(2, more))
-    with pytest.raises(EngineError, match=rf"row \d has 0 tokens and {CAPACITY + 1} more do not fit"):
-        sequences.admit(0, tokens(1, CAPACITY + 1)[0])
+    with pytest.raises(EngineError, match=rf"row 1 has 0 tokens and {CAPACITY + 1} more do not fit"):
+        sequences.admit(1, tokens(1, CAPACITY + 1)[0])
     assert sequences.lengths.max() == before
     for old, buffer in zip(kept, sequences.buffers, strict=True):
         np.testing.assert_array_equal(buffer, old)
+
+
+def test_a_refused_call_leaves_the_batch_as_it_was(tmp_path: Path) -> None:
+    model, prefix = tiny_llama(), PREFIXES[-1]
+    ids = tokens(2, 6)
+    sequences = static(opened(tmp_path, model, prefix), 2)
+    refused = [(0, tokens(1, CAPACITY + 1)[0]), (2, ids[0]), (-1, ids[0]), (0, ids[0, :0])]
+    for row, new in refused:
+        with pytest.raises(EngineError):
+            sequences.admit(row, new)
+    # Still not begun: the first step brings the prefix.
+    assert_close(sequences.step(ids)[1], reference(model, ids[1], prefix))
+    # A released row keeps the prefix, and begins anew with the next tokens.
+    sequences.release(0)
+    assert_close(sequences.step(ids[:, :2])[0], reference(model, ids[0, :2], prefix))
 
 
 @pytest.mark.parametrize(

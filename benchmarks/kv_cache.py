@@ -1,0 +1,171 @@
+"""Decode with a static cache, written in place, against a dynamic one, which every call copies.
+
+W8A8 bundles with float32 for the rest, in ONNX Runtime on this machine's CPU. At each context there are the dynamic
+cache, a static one whose capacity is just enough, and a static one of the largest context's capacity: attention reads
+the whole buffer, so that room nobody uses costs time. All take turns, call by call.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.fetch_models import smollm2_path
+from benchmarks.peak_memory import in_own_process, peak_rss
+from benchmarks.speed import WARM_UP_CALLS, Timing, interleaved, open_session, quick_recipe
+
+CONTEXTS = (256, 1024)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One cache at one context.
+
+    Attributes:
+        capacity: Of the static cache; None for the dynamic one.
+        decode: Calls of one token.
+        peak_rss: Bytes; of a process of its own that reads the context and decodes.
+    """
+
+    context: int
+    capacity: int | None
+    decode: Timing
+    peak_rss: int
+
+    @property
+    def name(self) -> str:
+        """For reading."""
+        return "dynamic" if self.capacity is None else f"static {self.capacity}"
+
+
+def main() -> int:
+    """Build the bundles, measure, print; return the exit code."""
+    arguments = _arguments()
+    with tempfile.TemporaryDirectory(prefix="spike-export-kv-cache-") as temporary:
+        folder = arguments.bundles or Path(temporary)
+        before = os.getloadavg()[0]
+        results = measure(arguments, folder)
+    print(table(results))
+    print(f"{arguments.threads} threads, load average {before:.1f} before and {os.getloadavg()[0]:.1f} after")
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(as_json(results, arguments.threads), indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", nargs="?", help="HF directory or .gguf file; SmolLM2-135M-Instruct without")
+    parser.add_argument("--recipe", type=Path, help="quantize by this recipe instead of a quick calibration")
+    parser.add_argument("--samples", type=int, default=8, help="windows of the quick calibration")
+    parser.add_argument("--kept", type=int, default=0, help="linears the quick calibration keeps in 16 bit")
+    parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS, help="tokens in the cache")
+    parser.add_argument("--bundles", type=Path, help="keep the bundles here, and use again what is here")
+    parser.add_argument("--threads", type=int, default=2, help="intra-op threads of each session")
+    parser.add_argument("--decodes", type=int, default=41, help="calls of one token per cache and context")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
+    return parser.parse_args()
+
+
+def capacities(contexts: Sequence[int], decodes: int) -> dict[int, tuple[int | None, ...]]:
+    """Return the caches to compare at each context: the dynamic one, and the static ones by their capacity."""
+    room = decodes + WARM_UP_CALLS
+    largest = max(contexts) + room
+    return {context: tuple(dict.fromkeys((None, context + room, largest))) for context in contexts}
+
+
+def build_bundles(arguments: argparse.Namespace, folder: Path, wanted: set[int | None]) -> dict[int | None, Path]:
+    """Export what is not in `folder` yet; return the bundles by capacity, None standing for the dynamic cache."""
+    bundles = {capacity: folder / ("dynamic" if capacity is None else f"static-{capacity}") for capacity in wanted}
+    missing = [capacity for capacity in wanted if not (bundles[capacity] / "manifest.json").is_file()]
+    if not missing:
+        return bundles
+    from spike_export.calibration.checkpoint import open_checkpoint
+    from spike_export.export.bundle import ExportOptions, export_bundle
+    from spike_export.export.cache_options import CacheOptions
+
+    checkpoint = open_checkpoint(arguments.model or str(smollm2_path()))
+    recipe = quick_recipe(checkpoint, arguments)
+    for capacity in missing:
+        cache = CacheOptions() if capacity is None else CacheOptions("static", capacity)
+        _say(f"exporting {bundles[capacity].name}")
+        export_bundle(checkpoint, recipe, ExportOptions("float32", cache), bundles[capacity])
+    return bundles
+
+
+def measure(arguments: argparse.Namespace, folder: Path) -> list[Result]:
+    """Time the caches against each other, then use each alone for its memory."""
+    compared = capacities(arguments.contexts, arguments.decodes)
+    bundles = build_bundles(arguments, folder, {capacity for each in compared.values() for capacity in each})
+    results = []
+    for context, chosen in compared.items():
+        _say(f"measuring at {context} tokens")
+        decoders = {capacity: Decoding(bundles[capacity], context, arguments.threads) for capacity in chosen}
+        timings = interleaved({capacity: decoder.step for capacity, decoder in decoders.items()}, arguments.decodes)
+        decoders.clear()
+        for capacity in chosen:
+            peak = in_own_process(_use_alone, bundles[capacity], context, arguments.threads, arguments.decodes)
+            results.append(Result(context, capacity, timings[capacity], peak))
+    return results
+
+
+class Decoding:
+    """One sequence that has read `context` tokens, and goes on by one token per step."""
+
+    def __init__(self, bundle: Path, context: int, threads: int) -> None:
+        import numpy as np
+
+        from spike_export.engines.onnx_session import BundleSession
+        from spike_export.export.manifest import load_manifest
+
+        manifest = load_manifest(bundle)
+        self._sequences = BundleSession(manifest, open_session(bundle, threads)).begin(1)
+        tokens = np.random.default_rng(0).integers(0, manifest.vocab_size, (1, context + 1))
+        self._next = tokens[:, context:]
+        self._sequences.step(tokens[:, :context])
+
+    def step(self) -> None:
+        """Decode one token."""
+        self._sequences.step(self._next)
+
+
+def _use_alone(bundle: Path, context: int, threads: int, decodes: int) -> int:
+    """Return the peak resident memory of this process, which reads a context, decodes, and does nothing else."""
+    decoding = Decoding(bundle, context, threads)
+    for _ in range(decodes):
+        decoding.step()
+    return peak_rss()
+
+
+def ratio(results: Sequence[Result], result: Result) -> float:
+    """Return how many times faster than the dynamic cache at the same context, by medians."""
+    (dynamic,) = (other for other in results if other.context == result.context and other.capacity is None)
+    return dynamic.decode.median / result.decode.median
+
+
+def table(results: Sequence[Result]) -> str:
+    """Return the figures for reading."""
+    lines = [f"{'context':>7} {'cache':14} | {'decode: ms':>10} {'min':>6} {'ratio':>6} | {'peak RSS MB':>11}"]
+    lines += [
+        f"{r.context:7} {r.name:14} | {r.decode.median * 1e3:10.1f} {r.decode.minimum * 1e3:6.1f}"
+        f" {ratio(results, r):5.2f}x | {r.peak_rss / 1e6:11.0f}"
+        for r in results
+    ]
+    return "\n".join(lines)
+
+
+def as_json(results: Sequence[Result], threads: int) -> dict[str, Any]:
+    """Return the figures for programs: seconds, bytes, and ratios of medians to the dynamic cache."""
+    return {"threads": threads, "caches": [asdict(result) | {"ratio": ratio(results, result)} for result in results]}
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
