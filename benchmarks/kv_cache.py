@@ -93,7 +93,7 @@ def build_bundles(arguments: argparse.Namespace, folder: Path, wanted: set[int |
     for capacity in missing:
         cache = CacheOptions() if capacity is None else CacheOptions("static", capacity)
         _say(f"exporting {bundles[capacity].name}")
-        export_bundle(checkpoint, recipe, ExportOptions("float32", cache), bundles[capacity])
+        export_bundle(checkpoint, recipe, ExportOptions("float32", cache=cache), bundles[capacity])
     return bundles
 
 

@@ -147,7 +147,7 @@ def measure(sessions: "dict[str, ort.InferenceSession]", rows: int, new: int, ca
     random = np.random.default_rng(0)
     for turn in range(-_WARM_UP_CALLS, calls):
         ids = random.integers(0, _VOCAB, (rows, new))
-        feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+        feeds: dict[str, NDArray[Any]] = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
         empty = np.zeros((rows, _KV_HEADS, 0, _HEAD_DIM), np.float32)
         feeds |= {f"past_key_values.0.{kind}": empty for kind in ("key", "value")}
         names = list(sessions) if turn % 2 else list(reversed(sessions))

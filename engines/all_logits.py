@@ -7,8 +7,7 @@ nothing is exported or stored a second time, and what is checked differs from wh
 from pathlib import Path
 
 from spike_export.calibration.errors import EngineError
-from spike_export.export.last_token import LAST_TOKEN_NODE
-from spike_export.export.manifest import GRAPH_FILE
+from spike_export.export.manifest import GRAPH_FILE, LAST_TOKEN_NODE
 
 
 def all_logits_graph(bundle: Path) -> bytes:

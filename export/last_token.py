@@ -8,15 +8,11 @@ import numpy as np
 import onnx_ir as ir
 
 from spike_export.export.emission import Emission
-
-MODULE = "model.last_token"
-
-LAST_TOKEN_NODE = f"{MODULE}.Slice"
-"""The node that drops all positions but the last; without it the graph gives all logits."""
+from spike_export.export.manifest import LAST_TOKEN_NODE
 
 
 def last_token(emission: Emission, hidden: ir.Value) -> ir.Value:
     """Append the choice of the last position: [batch, sequence, hidden] → [batch, 1, hidden]."""
     b = emission.builder
     bounds = [b.integers(-1), b.integers(np.iinfo(np.int64).max), b.integers(1)]
-    return b.op("Slice", [hidden, *bounds], MODULE)
+    return b.op("Slice", [hidden, *bounds], LAST_TOKEN_NODE.removesuffix(".Slice"))

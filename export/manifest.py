@@ -21,6 +21,10 @@ INT8_WEIGHTS = "+int8-weights"
 """Behind a floating-point format: the product is in that format, the weight is stored in INT8 (W8A16)."""
 
 
+LAST_TOKEN_NODE = "model.last_token.Slice"
+"""The node of a last-token graph that drops all positions but the last; without it the graph gives all logits."""
+
+
 class _Document(BaseModel):
     """A part of the manifest: immutable, and unknown keys are refused."""
 

@@ -14,7 +14,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from benchmarks import accuracy, fetch_models, head_accuracy, job_resources, large_model, speed, statistics_overhead
+from benchmarks import (
+    accuracy,
+    fetch_models,
+    head_accuracy,
+    job_resources,
+    large_model,
+    operator_profile,
+    speed,
+    statistics_overhead,
+)
 from benchmarks.fetch_models import Download, FetchError, PackagedModel, fetch
 from benchmarks.job_resources import START_UP, StageLog, StageUse, descendants, run_measured
 from benchmarks.large_model import FolderError, Shape, write_model
@@ -25,6 +34,7 @@ from spike_export.calibration.checkpoint import Checkpoint, open_checkpoint
 from spike_export.calibration.corpus import Corpus
 from spike_export.calibration.decoder_config import tensor_shapes
 from spike_export.calibration.token_windows import TokenWindows
+from spike_export.export.bundle import ExportOptions, export_bundle
 from tests.tiny_models import tiny_llama
 
 PARTS = {"one": b"a mo", "two": b"del"}
@@ -240,6 +250,16 @@ def test_every_head_is_evaluated_and_predicted() -> None:
     errors = [abs(float(row.split("(")[1].split("%")[0])) for row in rows]
     assert max(errors) < 0.5  # per cent
     assert len({row.split("simulated")[1] for row in rows}) == 9
+
+
+def test_the_profile_counts_every_product(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    export_bundle(tiny_llama(max_positions=512).checkpoint, None, ExportOptions("float32"), tmp_path / "bundle")
+    times = {time.operator: time for time in operator_profile.profile(tmp_path / "bundle", 5, 0, 2)}
+    assert times["MatMul"].nodes == 15
+    assert times["Attention"].nodes == 2
+    assert times["MatMul"].seconds > 0
+    operator_profile.main([str(tmp_path / "bundle"), "--calls", "1", "--rows", "2"])
+    assert capsys.readouterr().out.count(" ms  ") == 4
 
 
 TINY = Shape(hidden=32, intermediate=48, layers=4, heads=4, kv_heads=2, vocab=60)

@@ -1,6 +1,7 @@
 """Head and last-token logits from the command line to the check."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from spike_export.calibration.recipe import load_recipe
 from spike_export.engines.check_document import load_check
 from spike_export.export.manifest import load_manifest
+from tests.killed_runs import job, pipeline_of, run_to_the_report
 from tests.tiny_cli_models import SMALL, call, one_thread, write_corpus, write_model
 
 
@@ -73,3 +75,27 @@ def test_an_unknown_head_is_refused(folder: Path) -> None:
     done = call("export", folder / "model", "--recipe", broken, "--out", folder / "never")
     assert done.code == 2
     assert "scheme.head" in done.err
+
+
+def test_the_job_checks_what_the_head_costs_and_the_page_names_it(folder: Path) -> None:
+    work = job(folder / "model", folder / "corpus.txt", folder / "job", samples=4, head="int8-weights", smoothing=False)
+    pipeline = pipeline_of(replace(work, logits="last"))
+    run_to_the_report(pipeline)
+    check = load_check(folder / "job" / "check.json")
+    *_, before, shipped = check.variants
+    assert shipped.shipped
+    assert shipped.name == f"{before.name}+head int8-weights"
+    assert (before.head, shipped.head) == ("float16", "float32+int8-weights")
+    # The rest is alike; the paper's variants have a head that is not quantized.
+    assert (before.int8_linears, before.prefix_length) == (shipped.int8_linears, shipped.prefix_length)
+    assert {each.head for each in check.variants[:-1]} == {"float16"}
+    assert 0 < abs(shipped.perplexity / before.perplexity - 1) < 0.02
+    assert load_manifest(folder / "job" / "bundle").logits == "last"
+    page = (folder / "job" / "report.html").read_text(encoding="utf-8")
+    assert "<dt>Head</dt>" in page
+    assert "int8-weights" in page
+    # Other logits are another bundle of the same recipe.
+    again = pipeline_of(work)
+    again.calibrate()
+    again.export(load_recipe(folder / "job" / "recipe.json"))
+    assert load_manifest(folder / "job" / "bundle").logits == "all"

@@ -21,8 +21,7 @@ from spike_export.engines.onnx_session import open_bundle
 from spike_export.engines.variants import Variant, check_variants
 from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.graph_plan import LogitsScope
-from spike_export.export.last_token import LAST_TOKEN_NODE
-from spike_export.export.manifest import Manifest
+from spike_export.export.manifest import LAST_TOKEN_NODE, Manifest
 from tests.tiny_families import one_torch_thread
 from tests.tiny_models import CachedSession, TinyModel, input_scales, tiny_llama, tiny_recipe
 
