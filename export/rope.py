@@ -138,7 +138,7 @@ class RopeEmitter:
         """The base grows with the sequence beyond the model's length, so that cosines and sines are computed.
 
         With n the length, L the model's and c the rotated channels, frequency i of the base becomes slower by
-        (factor * n / L - (factor - 1)) ** (2 i / (c - 2)); transformers writes this as a power of the base.
+        (1 + factor * (n - L) / L) ** (2 i / (c - 2)); transformers writes this as a power of the base.
         """
         b, limit = self.emission.builder, self.emission.config.max_position_embeddings
         factor = float(self._parameters["factor"])
@@ -146,9 +146,11 @@ class RopeEmitter:
         half = len(plain)
         positions = self._op("Unsqueeze", b.cast(self.positions, FLOAT), b.integers(2), label="columns")
         last = self._op("ReduceMax", positions, b.integers(1), label="last_position")
-        length = self._op("Max", self._op("Add", last, b.float32(1), label="length"), b.float32(limit), label="scaled")
-        grown = self._op("Mul", length, b.float32(factor / limit), label="stretch")
-        ratio = self._op("Sub", grown, b.float32(factor - 1), label="ratio")
+        # Reckoned from the excess, so that within the model's length the ratio is 1 exactly.
+        excess = self._op("Sub", last, b.float32(limit - 1), label="excess")
+        excess = self._op("Max", excess, b.float32(0), label="excess_or_none")
+        stretch = self._op("Mul", excess, b.float32(factor / limit), label="stretch")
+        ratio = self._op("Add", stretch, b.float32(1), label="ratio")
         exponents = b.initializer(f"{self._module}.exponents", -(np.arange(half) / (half - 1)).astype(np.float32))
         slower = self._op("Pow", ratio, exponents, label="slower")
         stored = b.initializer(f"{self._module}.inv_freq", plain)
