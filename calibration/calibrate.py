@@ -20,6 +20,7 @@ from spike_export.calibration.perplexity import ReferenceStates, Score, referenc
 from spike_export.calibration.progress import Progress, silent
 from spike_export.calibration.recipe import (
     SMALLEST_AMAX,
+    UNREACHED,
     AttentionPlan,
     ModulePlan,
     RotationPlan,
@@ -30,9 +31,6 @@ from spike_export.calibration.simulate import QuantizedWeights, Simulation
 from spike_export.calibration.smoothing import is_per_value_head, plan_scales, repeated_for_group
 from spike_export.calibration.spikes import SpikeStatistics, covered_range
 from spike_export.calibration.token_windows import TokenWindows
-
-UNREACHED = "no token was sent here in calibration"
-"""Why an expert is kept of which calibration saw nothing."""
 
 PEAK_STRIDE = 8
 """Attention's operands are recorded in every eighth window where only the overflow guard asks for them: norms bound

@@ -37,6 +37,9 @@ ActivationRange = Literal["max", "sample-mean", "percentile", "mse"]
 sample's largest (averaged min-max), which clips the rare spike that only a few samples have; the 99.9th percentile of
 the tokens' largest; or the share of the largest that makes the least error on held-out windows."""
 
+UNREACHED = "no token was sent here in calibration"
+"""Reason of an expert that is kept because nothing is known of its input."""
+
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 Criterion = Literal["ratio", "noise"]
@@ -307,7 +310,9 @@ class Recipe(_Document):
         """What a user has to know: of the prefix, and of a precision that is another than asked for."""
         reason = self.scheme.unquantized_reason
         changed = (f"what is not quantized is {self.scheme.unquantized}: {reason}",) if reason else ()
-        return (*changed, *(self.prefix.notes if self.prefix else ()))
+        unreached = sum(plan.reason == UNREACHED for plan in self.modules.values())
+        blind = f"{unreached} linears of experts stay in float32: calibration sent them no token; give more samples"
+        return (*changed, *((blind,) if unreached else ()), *(self.prefix.notes if self.prefix else ()))
 
     def kept_linears(self) -> tuple[str, ...]:
         """Names of the linears that are not quantized although they might be: routers left out."""

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from spike_export.calibration.calibrate import NO_TRANSFORM, UNREACHED, module_plans
+from spike_export.calibration.calibrate import NO_TRANSFORM, module_plans
 from spike_export.calibration.checkpoint import Checkpoint
 from spike_export.calibration.errors import ArtifactError, CalibrationError
 from spike_export.calibration.layerwise import BATCH_TOKENS, Decoder
@@ -18,9 +18,10 @@ from spike_export.calibration.measure import measure_spikes
 from spike_export.calibration.modules import representatives
 from spike_export.calibration.options import CalibrationOptions
 from spike_export.calibration.overflow_guard import stream_dtype
+from spike_export.calibration.recipe import UNREACHED
 from spike_export.calibration.spikes import ModuleSpikes, SpikeStatistics, merge_statistics
 from tests.tiny_families import replaced, tiny_family, tokens
-from tests.tiny_models import TinyModel
+from tests.tiny_models import TinyModel, tiny_recipe
 
 PREFIX = (1, 7)
 MOE = "block_sparse_moe"
@@ -374,7 +375,8 @@ def test_an_expert_that_no_token_reaches_is_kept_in_float32() -> None:
     router = checkpoint.tensor(name).copy()
     router[1] = -router[0]
     router[3] = 0  # never above both of two opposite logits
-    found = measure_spikes(Decoder(replaced(checkpoint, {name: router})), tokens())
+    decoder = Decoder(replaced(checkpoint, {name: router}))
+    found = measure_spikes(decoder, tokens())
     expert = f"model.layers.2.{MOE}.experts.3"
     assert [module for module, spikes in found.modules.items() if not spikes.reached] == [
         f"{expert}.w3",
@@ -385,6 +387,10 @@ def test_an_expert_that_no_token_reaches_is_kept_in_float32() -> None:
     unreached = {f"{expert}.{linear}" for linear in ("w1", "w2", "w3")}
     assert {module for module, plan in plans.items() if plan.reason == UNREACHED} == unreached
     assert {(plans[module].precision, plans[module].weights) for module in unreached} == {("float32", None)}
+    recipe = tiny_recipe(decoder.checkpoint, dict.fromkeys(plans, 1.0)).model_copy(update={"modules": plans})
+    assert recipe.notes() == (
+        "3 linears of experts stay in float32: calibration sent them no token; give more samples",
+    )
     stored = module_plans(found, (), NO_TRANSFORM, replace(static, excluded_weights="int8"))
     assert {(stored[module].precision, stored[module].weights) for module in unreached} == {("float32", "int8")}
     # A token's own scale is made at run time: nothing has to be known beforehand.
