@@ -144,7 +144,7 @@ def build_bundles(arguments: argparse.Namespace, folder: Path) -> dict[Variant, 
     for variant in missing:
         _say(f"exporting {variant.name}")
         plan = _with_head(recipe, variant.head) if recipe is not None and variant.quantized else None
-        export_bundle(checkpoint, plan, ExportOptions(variant.dtype, variant.logits), bundles[variant])
+        export_bundle(checkpoint, plan, ExportOptions(variant.dtype, logits=variant.logits), bundles[variant])
     return bundles
 
 

@@ -368,7 +368,7 @@ def export(
         ProgressDisplay(console, ["bundle"], quiet=run_options.quiet) as display,
         display.stage("bundle") as progress,
     ):
-        export_bundle(checkpoint, plan, ExportOptions(kept, graph.logits), out, progress)
+        export_bundle(checkpoint, plan, ExportOptions(kept, logits=graph.logits), out, progress)
     if not run_options.quiet:
         console.print(Text(f"bundle: {out}"), soft_wrap=True)
     return DONE

@@ -284,7 +284,7 @@ class Pipeline:
     def _export_options(self, recipe: Recipe | None) -> ExportOptions:
         """Return the precision of the rest: the recipe's, which may have been edited."""
         dtype = self.job.calibration.dtype if recipe is None else recipe.scheme.unquantized
-        return ExportOptions(dtype, self.job.logits)
+        return ExportOptions(dtype, logits=self.job.logits)
 
     def check(self, recipe: Recipe | None, bundle: Path) -> Check:
         """Measure the bundle's accuracy, and what each method contributes, and hold it against the limit."""

@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +54,7 @@ def check_variants(
     runnable = options.dtype in CACHE_TYPES and not any(_keeps_bfloat16(variant.recipe) for variant in variants)
     rounds = len(variants) + 1
     # What is exported for the check alone gives all logits; of a last-token bundle they are taken in memory.
-    evaluated_dtype = ExportOptions(options.dtype if runnable else "float32")
+    evaluated_dtype = replace(options, dtype=options.dtype if runnable else "float32", logits="all")
     bos = checkpoint.bos_token_id
     prefix = _shipped_prefix(variants)
     with reference_logits(load, content, bos, _part(progress, 0, rounds), scratch, prefix) as reference:

@@ -154,7 +154,13 @@ def _graph_plan(checkpoint: Checkpoint, recipe: Recipe | None, options: ExportOp
     prefix = Decoder(checkpoint, Execution(resident=False)).prefix_key_values(ids) if ids else ()
     scheme = recipe.scheme
     return GraphPlan(
-        recipe.modules, scheme.weights, options.dtype, prefix, recipe.attention, scheme.head, options.logits
+        recipe.modules,
+        scheme.weights,
+        options.dtype,
+        prefix,
+        recipe.attention,
+        head=scheme.head,
+        logits=options.logits,
     )
 
 

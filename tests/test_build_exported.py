@@ -160,7 +160,7 @@ HEADS: dict[HeadScheme, tuple[str, str]] = {
 def test_a_quantized_head_runs_as_planned(tmp_path: Path, head: HeadScheme, dtype: Dtype, logits: LogitsScope) -> None:
     checkpoint = wide_llama(vocabulary=1024)
     recipe = tiny_recipe(checkpoint, dict.fromkeys(linears(checkpoint.config), 0.02), scheme=Scheme(head=head))
-    export_bundle(checkpoint, recipe, ExportOptions(dtype, logits), tmp_path / "bundle")
+    export_bundle(checkpoint, recipe, ExportOptions(dtype, logits=logits), tmp_path / "bundle")
     result = build_plan(tmp_path / "bundle", tmp_path / "engine.plan", BuildOptions(targets=("SM86",)), environment=CPU)
     assert result.deviations == ()
     found = {module.module: (module.planned, *module.found) for module in result.audit.modules}

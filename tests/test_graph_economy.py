@@ -59,7 +59,7 @@ def export(
     if recipe is not None and kind == "P2":
         modules = dict.fromkeys(recipe.modules, ModulePlan(precision="int8"))
         recipe = recipe.model_copy(update={"modules": modules})
-    export_bundle(model.checkpoint, recipe, ExportOptions(dtype, logits), folder)
+    export_bundle(model.checkpoint, recipe, ExportOptions(dtype, logits=logits), folder)
     graph: onnx.GraphProto = onnx.load(folder / "model.onnx", load_external_data=False).graph
     return graph
 

@@ -54,7 +54,7 @@ def recipe_with(model: TinyModel, head: HeadScheme, *, kept: bool = True, prefix
 def exported(
     folder: Path, model: TinyModel, recipe: Recipe | None, logits: LogitsScope = "all", dtype: Dtype = "float32"
 ) -> Manifest:
-    return export_bundle(model.checkpoint, recipe, ExportOptions(dtype, logits), folder)
+    return export_bundle(model.checkpoint, recipe, ExportOptions(dtype, logits=logits), folder)
 
 
 def final_states(model: TinyModel, ids: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -245,7 +245,7 @@ def test_the_check_of_a_last_token_bundle_meets_the_simulated_perplexity(tmp_pat
         Corpus("none", ("x",)),
         content,
         [Variant("before", plain), Variant("shipped", recipe, tmp_path)],
-        ExportOptions("float32", "last"),
+        ExportOptions("float32", logits="last"),
     )
     simulation = Simulation(recipe.modules, QuantizedWeights(recipe.scheme.weights))
 
