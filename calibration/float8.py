@@ -8,7 +8,7 @@ def float8_modules(recipe: Recipe) -> dict[str, ModulePlan]:
     """Return the recipe's plans with FP8 where they say INT8; prefix, smoothing and kept modules stay as they are.
 
     An INT8 scale may leave out the rarest values to make its steps finer. The steps of a float grow with the value, so
-    that a scale covering all of them costs the others nothing: an FP8 scale covers whatever calibration saw.
+    that a scale covering all of them costs the others next to nothing: an FP8 scale covers whatever calibration saw.
 
     Raises:
         RecipeError: The recipe quantizes attention's operands too, which is done in INT8 only.
