@@ -40,7 +40,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_whole_job(folder: Path) -> None:
     arguments = [
         *(folder / "model", "--out", folder / "engine.plan", "--corpus", folder / "corpus.txt", *SMALL),
-        *("--no-smoothing", "--dtype", "float32", "--backend", "tensorrt-rtx", "--target", "SM86"),
+        *("--no-smoothing", "--dtype", "float32"),
+        *("--backend", "tensorrt-rtx", "--target", "SM86"),
     ]
     program = [*PROGRAM, *map(str, arguments), *STATIC]
     finished = subprocess.run(program, capture_output=True, check=False, text=True)

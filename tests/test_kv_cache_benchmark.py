@@ -20,6 +20,7 @@ def test_it_compares_the_dynamic_cache_with_buffers_that_just_fit_and_that_are_t
     )
     monkeypatch.setattr("spike_export.calibration.checkpoint.open_checkpoint", lambda _: model.checkpoint)
     monkeypatch.setattr(kv_cache, "quick_recipe", lambda *_: recipe)
+    monkeypatch.setattr(kv_cache, "in_own_process", lambda use, *given: use(*given))
     arguments = argparse.Namespace(model="tiny", contexts=[4, 16], decodes=3, threads=1)
     results = kv_cache.measure(arguments, tmp_path)
     assert [(result.context, result.name) for result in results] == [
