@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import cyclopts
 from cyclopts import App, Parameter
@@ -338,6 +338,13 @@ def export(
     dtype: Annotated[
         DtypeArguments | None, Parameter(help="Default: the recipe's precision, or float16 without one.")
     ] = None,
+    prefix_in: Annotated[
+        Literal["cache", "attention"],
+        Parameter(
+            help="Where the prefix lives: in the cache, or before it, in attention, at the cost of a copy of the cache "
+            "per call: then onnxruntime-genai can run the bundle."
+        ),
+    ] = "cache",
     run_options: RunArguments = RunArguments(),
 ) -> int:
     """Write the ONNX bundle of a recipe."""
@@ -364,7 +371,7 @@ def export(
         ProgressDisplay(console, ["bundle"], quiet=run_options.quiet) as display,
         display.stage("bundle") as progress,
     ):
-        export_bundle(checkpoint, plan, ExportOptions(kept), out, progress)
+        export_bundle(checkpoint, plan, ExportOptions(kept, prefix_in), out, progress)
     if not run_options.quiet:
         console.print(Text(f"bundle: {out}"), soft_wrap=True)
     return DONE

@@ -108,7 +108,7 @@ def build_plan(
 def _limits(options: BuildOptions, manifest: Manifest) -> Limits:
     if manifest.kv_cache != "dynamic":
         raise EngineError(f"the bundle has a {manifest.kv_cache} cache; plans are built from the dynamic one only")
-    return resolve_limits(options, manifest.prefix_length, manifest.max_position_embeddings)
+    return resolve_limits(options, manifest.cached_prefix_length, manifest.max_position_embeddings)
 
 
 def _require_timing_cache(chosen: ChosenBackend, options: BuildOptions) -> None:

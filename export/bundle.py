@@ -23,7 +23,7 @@ from spike_export.calibration.progress import Progress, silent
 from spike_export.calibration.recipe import Dtype, ModulePlan, Recipe, recipe_text
 from spike_export.export.architectures import require_exportable
 from spike_export.export.decoder_graph import build_decoder
-from spike_export.export.graph_plan import GraphPlan
+from spike_export.export.graph_plan import GraphPlan, PrefixHome
 from spike_export.export.linear import number_format
 from spike_export.export.manifest import (
     DATA_FILE,
@@ -35,7 +35,7 @@ from spike_export.export.manifest import (
     TensorInfo,
     save_manifest,
 )
-from spike_export.export.model_files import genai_config, generation_config, hf_config
+from spike_export.export.model_files import GENAI, genai_config, genai_obstacle, generation_config, hf_config
 from spike_export.export.tokenizer_files import save_tokenizer
 
 _ALIGNMENT = 4096
@@ -54,9 +54,12 @@ class ExportOptions:
     Attributes:
         dtype: Precision of whatever no recipe speaks of: embeddings, residual stream, attention, cache, head, and
             without a recipe the linears too.
+        prefix_in: Where the recipe's prefix lives: `cache` costs nothing after the first call; `attention` copies the
+            cache once more in every call, and leaves it to runtimes that allocate it themselves.
     """
 
     dtype: Dtype = "float16"
+    prefix_in: PrefixHome = "cache"
 
 
 def export_bundle(
@@ -147,7 +150,14 @@ def _graph_plan(checkpoint: Checkpoint, recipe: Recipe | None, options: ExportOp
         return GraphPlan(dict.fromkeys(names, kept), "int8-per-channel", options.dtype)
     ids = recipe.prefix_ids
     prefix = Decoder(checkpoint, Execution(resident=False)).prefix_key_values(ids) if ids else ()
-    return GraphPlan(recipe.modules, recipe.scheme.weights, options.dtype, prefix, recipe.attention)
+    return GraphPlan(
+        recipe.modules,
+        recipe.scheme.weights,
+        options.dtype,
+        prefix=prefix,
+        prefix_in=options.prefix_in,
+        attention=recipe.attention,
+    )
 
 
 def _require_space(destination: Path, model: ir.Model) -> None:
@@ -180,7 +190,7 @@ def _write_graph(model: ir.Model, folder: Path, progress: Progress) -> None:
 def _write_companions(checkpoint: Checkpoint, manifest: Manifest, folder: Path) -> None:
     _write_json(folder / "config.json", hf_config(checkpoint, manifest.dtype))
     _write_json(folder / "generation_config.json", generation_config(checkpoint))
-    _write_json(folder / "genai_config.json", genai_config(checkpoint))
+    _write_json(folder / "genai_config.json", genai_config(checkpoint, manifest.unsupported.get(GENAI)))
     if checkpoint.tokenizer is not None:
         holds_bos = manifest.prefix is not None and manifest.prefix.holds_bos
         save_tokenizer(checkpoint.tokenizer, folder, holds_bos)
@@ -193,7 +203,7 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 def _manifest(
     checkpoint: Checkpoint, checkpoint_sha256: str, recipe: Recipe | None, plan: GraphPlan, model: ir.Model
 ) -> Manifest:
-    config = checkpoint.config
+    config, obstacle = checkpoint.config, genai_obstacle(plan)
     return Manifest(
         model=SourceModel(
             source=checkpoint.name,
@@ -205,7 +215,7 @@ def _manifest(
         dtype=plan.dtype,
         bos_token_id=checkpoint.bos_token_id,
         eos_token_ids=config.eos_token_ids,
-        prefix=_bundle_prefix(checkpoint, recipe),
+        prefix=_bundle_prefix(checkpoint, recipe, plan),
         linears=_linear_shares(checkpoint, plan),
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
@@ -217,6 +227,7 @@ def _manifest(
         sliding_window=config.sliding_window,
         inputs=tuple(_tensor_info(value) for value in model.graph.inputs),
         outputs=tuple(_tensor_info(value) for value in model.graph.outputs),
+        unsupported={} if obstacle is None else {GENAI: obstacle},
     )
 
 
@@ -225,12 +236,16 @@ def recipe_sha256(recipe: Recipe) -> str:
     return hashlib.sha256(recipe_text(recipe).encode()).hexdigest()
 
 
-def _bundle_prefix(checkpoint: Checkpoint, recipe: Recipe | None) -> BundlePrefix | None:
+def _bundle_prefix(checkpoint: Checkpoint, recipe: Recipe | None, plan: GraphPlan) -> BundlePrefix | None:
     if recipe is None or recipe.prefix is None:
         return None
     ids = recipe.prefix.token_ids
     return BundlePrefix(
-        token_ids=ids, text=recipe.prefix.text, length=len(ids), holds_bos=checkpoint.bos_token_id in ids
+        token_ids=ids,
+        text=recipe.prefix.text,
+        length=len(ids),
+        holds_bos=checkpoint.bos_token_id in ids,
+        in_cache=plan.prefix_in == "cache",
     )
 
 

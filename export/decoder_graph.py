@@ -3,20 +3,23 @@
 Inputs: `input_ids` [batch, sequence] int64, `attention_mask` [batch, total_sequence] int64 (the caller's own tokens,
 past and new), `past_key_values.N.key|value` [batch, kv_heads, past, head_dim]. Outputs: `logits` [batch, sequence,
 vocab] float32, `present.N.key|value`. An empty past means a fresh sequence; `present` then starts with the prefix,
-and from then on `past` is longer by P than the caller's own past.
+and from then on `past` is longer by P than the caller's own past. A graph whose prefix lives in attention has no prefix
+in `present`: there, `past` is as long as the caller's own past.
 """
 
+from collections.abc import Mapping
 from importlib.metadata import version
 
 import onnx_ir as ir
 
 from spike_export.calibration.checkpoint import EMBEDDING, Checkpoint
+from spike_export.export.attached_prefix import AttachedPrefixCache
 from spike_export.export.attention import AttentionEmitter
 from spike_export.export.attention_context import ContextEmitter
 from spike_export.export.emission import Emission
 from spike_export.export.feed_forward import feed_forward
 from spike_export.export.graph_builder import GraphBuilder
-from spike_export.export.graph_plan import GraphPlan
+from spike_export.export.graph_plan import GraphPlan, PrefixHome
 from spike_export.export.head import emit_head
 from spike_export.export.kv_cache import DynamicCache
 from spike_export.export.norm import rms_norm
@@ -26,6 +29,8 @@ PRODUCER = "spike-export"
 
 INT64 = ir.DataType.INT64
 
+_CACHES: Mapping[PrefixHome, type[DynamicCache]] = {"cache": DynamicCache, "attention": AttachedPrefixCache}
+
 
 def build_decoder(checkpoint: Checkpoint, plan: GraphPlan) -> ir.Model:
     """Return the decoder's graph; its weights are read when it is saved."""
@@ -33,8 +38,9 @@ def build_decoder(checkpoint: Checkpoint, plan: GraphPlan) -> ir.Model:
     b, config = emission.builder, emission.config
     ids = b.input("input_ids", INT64, ["batch", "sequence"])
     mask = b.input("attention_mask", INT64, ["batch", "total_sequence"])
-    cache = DynamicCache.declare(emission)
-    context_emitter = ContextEmitter(b, ids, mask, plan.prefix_length, config.windows)
+    cache = _CACHES[plan.prefix_in].declare(emission)
+    cached = plan.prefix_in == "cache"
+    context_emitter = ContextEmitter(b, ids, mask, plan.prefix_length, config.windows, prefix_cached=cached)
     context = context_emitter.emit(cache.pasts[0][0], config.num_key_value_heads, config.head_dim)
     attention = AttentionEmitter(emission, context, cache, _rope_tables(emission))
     shape = (config.vocab_size, config.hidden_size)

@@ -2,11 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from spike_export.calibration.recipe import AttentionPlan, Dtype, ModulePlan, WeightScheme
+
+PrefixHome = Literal["cache", "attention"]
+"""Where the prefix lives: in `present` from the first call on, or before it in every call's attention only."""
 
 PrefixCache = Sequence[tuple[NDArray[np.float32], NDArray[np.float32]]]
 """Per layer (key, value), each [kv_heads, P, head_dim] float32, keys rotated; empty when there is no prefix."""
@@ -21,6 +25,7 @@ class GraphPlan:
         weights: How INT8 weights are scaled.
         dtype: Precision of embeddings, residual stream, attention, cache and head.
         prefix: Key/values that stand before every sequence.
+        prefix_in: Where the prefix lives; says nothing where there is none.
         attention: Attention block → steps of its products' operands; blocks that are not named stay as they are.
     """
 
@@ -28,6 +33,7 @@ class GraphPlan:
     weights: WeightScheme
     dtype: Dtype
     prefix: PrefixCache = ()
+    prefix_in: PrefixHome = "cache"
     attention: Mapping[str, AttentionPlan] = field(default_factory=dict)
 
     @property

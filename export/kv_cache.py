@@ -45,8 +45,7 @@ class DynamicCache:
         b, module, kind = self.emission.builder, f"model.layers.{index}.self_attn", KINDS[slot]
         parts = [self.pasts[index][slot], new]
         if context.prefix is not None:
-            cached = self.emission.plan.prefix[index][slot][None]
-            stored = b.initializer(f"{module}.prefix_{kind}", cached.astype(self.emission.numpy_dtype))
+            stored = stored_prefix(self.emission, index, slot)
             ends = [b.integers(0), context.prefix.length, b.integers(2)]
             part = b.op("Slice", [stored, *ends], module, label=f"prefix_{kind}_slice")
             part = b.op("Expand", [part, context.prefix.shape], module, label=f"prefix_{kind}_expand")
@@ -61,3 +60,10 @@ class DynamicCache:
         for value in self._presents:
             shape: list[int | str] = ["batch", config.num_key_value_heads, "present", config.head_dim]
             self.emission.builder.output(value, shape)
+
+
+def stored_prefix(emission: Emission, index: int, slot: int) -> ir.Value:
+    """Add a layer's prefix keys (slot 0) or values (1) as a constant [1, kv_heads, P, head_dim]."""
+    cached = emission.plan.prefix[index][slot][None]
+    name = f"model.layers.{index}.self_attn.prefix_{KINDS[slot]}"
+    return emission.builder.initializer(name, cached.astype(emission.numpy_dtype))
