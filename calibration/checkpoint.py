@@ -69,6 +69,10 @@ class Checkpoint:
             return self.tensors.read_rows(name, rows)
         return self.tensors.read(name)[rows]
 
+    def stored_shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of the tensor that `tensor` would read."""
+        return self.tensors.shapes[self._stored_name(name)]
+
     def _stored_name(self, name: str) -> str:
         if name not in self.tensors.shapes and self.config.tie_word_embeddings and name in (LM_HEAD, EMBEDDING):
             return EMBEDDING if name == LM_HEAD else LM_HEAD

@@ -3,13 +3,11 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from spike_export.calibration.blocked_transpose import TILE_ROWS, transposed
 from spike_export.calibration.recipe import QMAX, WeightScheme
 
 _SMALLEST_AMAX = np.float32(1e-12)
 """Stands in for the amax of an all-zero channel, because TensorRT refuses a scale of zero."""
-
-_BLOCK_VALUES = 1 << 22
-"""Weights quantized at a time: 16 MiB of float32 temporaries, whatever the weight's size."""
 
 
 def quantize_weight(weight: NDArray[np.float32], scheme: WeightScheme) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
@@ -28,18 +26,22 @@ def quantize_weight(weight: NDArray[np.float32], scheme: WeightScheme) -> tuple[
 
     Source: arXiv 2405.14428, section "quantization scheme"; -128 is left unused to stay symmetric.
     """
-    axis = 1 if scheme == "int8-per-channel" else None
-    # Two reductions instead of max(abs(w)), which would copy the whole weight.
-    amax = np.asarray(np.maximum(weight.max(axis=axis), -weight.min(axis=axis)), np.float32)
+    height, width = weight.shape
+    amax = np.empty(height, np.float32)
+    for start in range(0, height, TILE_ROWS):
+        rows = weight[start : start + TILE_ROWS]
+        # Two reductions instead of max(abs(w)), which would copy the rows.
+        np.maximum(rows.max(axis=1), -rows.min(axis=1), out=amax[start : start + TILE_ROWS])
+    amax = amax if scheme == "int8-per-channel" else np.asarray(amax.max())
     if not np.isfinite(amax).all():
         raise ValueError("the weight holds NaN or infinity")
     scale = np.asarray(np.maximum(amax, _SMALLEST_AMAX) / np.float32(QMAX), np.float32)
-    divisor = np.broadcast_to(scale.reshape(-1, 1), (weight.shape[0], 1))
-    quantized = np.empty(weight.shape[::-1], np.int8)
-    rows = max(1, _BLOCK_VALUES // weight.shape[1])
-    for start in range(0, weight.shape[0], rows):
-        block = weight[start : start + rows] / divisor[start : start + rows]
-        np.rint(block, out=block)
-        np.clip(block, -QMAX, QMAX, out=block)
-        quantized[:, start : start + rows] = block.T
-    return quantized, scale
+    divisor = np.broadcast_to(scale.reshape(-1, 1), (height, 1))
+
+    def tile(rows: slice, columns: slice) -> NDArray[np.int8]:
+        steps = weight[rows, columns] / divisor[rows]
+        # No clipping: |w| / s exceeds 127 by the roundings of s and of the quotient only.
+        rounded: NDArray[np.int8] = np.rint(steps, out=steps).astype(np.int8)
+        return rounded
+
+    return transposed((height, width), np.int8, tile), scale

@@ -1,7 +1,9 @@
 """Writes the bundle: the ONNX graph with its weights, the tokenizer, and the files that say how to use them."""
 
 import hashlib
+import itertools
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Mapping
@@ -45,6 +47,11 @@ _TOOLS = ("spike-export", "numpy", "onnx", "onnx-ir", "transformers")
 
 _SLACK = 64 << 20
 """Bytes beside the weights: graph, tokenizer, alignment."""
+
+_MOST_THREADS = 4
+
+_WORTH_THREADS = 64 << 20
+"""Bytes of weights; threads of their own gain nothing on less."""
 
 
 @dataclass(frozen=True)
@@ -160,9 +167,18 @@ def _graph_plan(checkpoint: Checkpoint, recipe: Recipe | None, options: ExportOp
     )
 
 
-def _require_space(destination: Path, model: ir.Model) -> None:
+def _weight_bytes(model: ir.Model) -> int:
     tensors = [value.const_value for value in model.graph.initializers.values()]
-    needed = sum(tensor.nbytes for tensor in tensors if tensor is not None) + _SLACK
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def _threads(model: ir.Model) -> int:
+    """Return how many tensors are made at a time: each takes its float32 values' memory."""
+    return 1 if _weight_bytes(model) < _WORTH_THREADS else min(_MOST_THREADS, os.cpu_count() or 1)
+
+
+def _require_space(destination: Path, model: ir.Model) -> None:
+    needed = _weight_bytes(model) + _SLACK
     existing = destination.absolute().parent
     while not existing.exists():
         existing = existing.parent
@@ -178,11 +194,22 @@ def _write_graph(model: ir.Model, folder: Path, progress: Progress) -> None:
     # onnx.checker takes a while to import, and `--help` must not wait for it.
     import onnx
 
+    done = itertools.count(1)
+
     def written(_: ir.TensorProtocol, info: Any) -> None:
-        progress("tensors", info.index + 1, info.total)
+        progress("tensors", next(done), info.total)
 
     path = folder / GRAPH_FILE
-    ir.save(model, path, external_data=DATA_FILE, alignment=_ALIGNMENT, align_threshold=0, callback=written)
+    ir.save(
+        model,
+        path,
+        external_data=DATA_FILE,
+        alignment=_ALIGNMENT,
+        align_threshold=0,
+        callback=written,
+        # Each tensor's place in the file is known beforehand: the bytes do not depend on who writes what when.
+        max_workers=_threads(model),
+    )
     # onnx-ir checks nothing. By path, the checker reads the graph and leaves the weights on the disk.
     onnx.checker.check_model(path, full_check=True)
 

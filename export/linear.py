@@ -4,6 +4,7 @@ INT8 with a static scale (pattern P1), INT8 with a scale per token made at run t
 in the kept precision (W8A16), or weights and product in the kept precision.
 """
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from spike_export.calibration.blocked_transpose import transposed_copy
 from spike_export.calibration.checkpoint import Checkpoint
 from spike_export.calibration.errors import CheckpointError
 from spike_export.calibration.recipe import QMAX, Dtype, ModulePlan, WeightScheme
@@ -32,13 +34,15 @@ NUMPY_TYPES: Mapping[Dtype, np.dtype[Any]] = {
 class QuantizedWeight:
     """One module's INT8 weight, read from the checkpoint and quantized when the graph is written.
 
-    The scales are kept once known (a few kilobytes), so that writing them does not quantize a second time.
+    The scales are kept once known (a few kilobytes), so that writing them does not quantize a second time. Threads may
+    ask for both at once.
     """
 
     checkpoint: Checkpoint
     module: str
     scheme: WeightScheme
     _scale: NDArray[np.float32] | None = field(default=None, init=False)
+    _lock: threading.RLock = field(default_factory=threading.RLock, init=False, repr=False)
 
     def values(self) -> NDArray[np.int8]:
         """Return [in_features, out_features] int8.
@@ -46,20 +50,22 @@ class QuantizedWeight:
         Raises:
             CheckpointError: The weight holds NaN or infinity.
         """
-        try:
-            quantized, self._scale = quantize_weight(self.checkpoint.tensor(f"{self.module}.weight"), self.scheme)
-        except ValueError as error:
-            raise CheckpointError(
-                f"tensor {self.module}.weight: {error}; the checkpoint is damaged, download it again"
-            ) from error
-        return quantized
+        with self._lock:
+            try:
+                quantized, self._scale = quantize_weight(self.checkpoint.tensor(f"{self.module}.weight"), self.scheme)
+            except ValueError as error:
+                raise CheckpointError(
+                    f"tensor {self.module}.weight: {error}; the checkpoint is damaged, download it again"
+                ) from error
+            return quantized
 
     def scale(self) -> NDArray[np.float32]:
         """Return [out_features] float32 (per channel) or a 0-D array (per tensor)."""
-        if self._scale is None:
-            self.values()
-        assert self._scale is not None
-        return self._scale
+        with self._lock:
+            if self._scale is None:
+                self.values()
+            assert self._scale is not None
+            return self._scale
 
 
 def number_format(plan: ModulePlan) -> str:
@@ -176,7 +182,7 @@ class LinearEmitter:
         columns, rows = self.shapes[name]
         channels = [columns] if self.scheme == "int8-per-channel" else []
         if transposed:
-            weight = b.lazy(name, ir.DataType.INT8, (columns, rows), lambda: np.ascontiguousarray(source.values().T))
+            weight = b.lazy(name, ir.DataType.INT8, (columns, rows), lambda: transposed_copy(source.values(), np.int8))
         else:
             weight = b.lazy(name, ir.DataType.INT8, (rows, columns), source.values)
         scale = b.lazy(f"{module}.weight_scale", ir.DataType.FLOAT, channels, source.scale)
@@ -192,7 +198,7 @@ class LinearEmitter:
         columns, rows = self.shapes[name]
 
         def read() -> NDArray[Any]:
-            return np.ascontiguousarray(self.checkpoint.tensor(name).astype(NUMPY_TYPES[precision], copy=False).T)
+            return transposed_copy(self.checkpoint.tensor(name), NUMPY_TYPES[precision])
 
         return self.builder.lazy(name, ELEMENT_TYPES[precision], (rows, columns), read)
 
