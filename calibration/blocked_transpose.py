@@ -10,40 +10,41 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-TILE_ROWS = 64
-TILE_COLUMNS = 512
-_GATHERED_ROWS = 512
+PANEL_ROWS = 256
+"""Rows of the matrix that are worked on together."""
+
+_TILE_ROWS = 64
+_TILE_COLUMNS = 512
 
 Tile = Callable[[slice, slice], NDArray[Any]]
-"""Rows and columns → that part of a matrix."""
+"""Rows and columns of a panel → their values, to be stored."""
 
 
-def transposed(shape: tuple[int, int], dtype: DTypeLike, tile: Tile) -> NDArray[Any]:
-    """Return the transpose, contiguous, of a matrix that is made tile by tile.
+def store_transposed(out: NDArray[Any], top: int, bottom: int, tile: Tile) -> None:
+    """Store a panel, made tile by tile, as columns `top` to `bottom` of the result.
 
     Args:
-        shape: Of the matrix, [rows, columns].
-        dtype: Of the result; a tile's values are converted.
-        tile: Makes at most `TILE_ROWS` by `TILE_COLUMNS` values; called once for each part.
-
-    Returns:
-        [columns, rows].
+        out: [columns, rows] of the matrix.
+        top: First row of the matrix that is in the panel.
+        bottom: The row after the last one.
+        tile: Called once for each part, with rows counted from `top`; the cache holds what it returns.
     """
-    height, width = shape
-    out = np.empty((width, height), dtype)
-    gathered = np.empty((min(width, TILE_COLUMNS), min(height, _GATHERED_ROWS)), dtype)
-    for top in range(0, height, _GATHERED_ROWS):
-        bottom = min(top + _GATHERED_ROWS, height)
-        for left in range(0, width, TILE_COLUMNS):
-            right = min(left + TILE_COLUMNS, width)
-            for start in range(top, bottom, TILE_ROWS):
-                stop = min(start + TILE_ROWS, bottom)
-                gathered[: right - left, start - top : stop - top] = tile(slice(start, stop), slice(left, right)).T
-            out[left:right, top:bottom] = gathered[: right - left, : bottom - top]
-    return out
+    height, width = bottom - top, out.shape[0]
+    gathered = np.empty((min(width, _TILE_COLUMNS), height), out.dtype)
+    for left in range(0, width, _TILE_COLUMNS):
+        columns = slice(left, min(left + _TILE_COLUMNS, width))
+        part = gathered[: columns.stop - left]
+        for start in range(0, height, _TILE_ROWS):
+            rows = slice(start, min(start + _TILE_ROWS, height))
+            part[:, rows] = tile(rows, columns).T
+        out[columns, top:bottom] = part
 
 
 def transposed_copy(matrix: NDArray[Any], dtype: DTypeLike) -> NDArray[Any]:
     """Return a matrix's transpose in another precision, contiguous."""
     height, width = matrix.shape
-    return transposed((height, width), dtype, lambda rows, columns: matrix[rows, columns])
+    out = np.empty((width, height), dtype)
+    for top in range(0, height, PANEL_ROWS):
+        panel = matrix[top : top + PANEL_ROWS]
+        store_transposed(out, top, top + len(panel), lambda rows, columns, panel=panel: panel[rows, columns])  # type: ignore[misc]
+    return out

@@ -19,9 +19,10 @@ from spike_export.calibration.checkpoint import Checkpoint
 from spike_export.calibration.errors import CheckpointError
 from spike_export.calibration.recipe import QMAX, Dtype, ModulePlan, WeightScheme
 from spike_export.calibration.simulate import SMALLEST_TOKEN_AMAX
-from spike_export.calibration.weight_quantization import quantize_weight
+from spike_export.calibration.weight_quantization import quantize_rows
 from spike_export.export.graph_builder import ELEMENT_TYPES, GraphBuilder
 from spike_export.export.manifest import INT8_WEIGHTS
+from spike_export.export.weight_layout import transposed_tensor
 
 NUMPY_TYPES: Mapping[Dtype, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
@@ -50,12 +51,15 @@ class QuantizedWeight:
         Raises:
             CheckpointError: The weight holds NaN or infinity.
         """
+        name = f"{self.module}.weight"
+        height, width = self.checkpoint.stored_shape(name)
         with self._lock:
             try:
-                quantized, self._scale = quantize_weight(self.checkpoint.tensor(f"{self.module}.weight"), self.scheme)
+                read = self.checkpoint.row_reader(name)
+                quantized, self._scale = quantize_rows((height, width), read, self.scheme)
             except ValueError as error:
                 raise CheckpointError(
-                    f"tensor {self.module}.weight: {error}; the checkpoint is damaged, download it again"
+                    f"tensor {name}: {error}; the checkpoint is damaged, download it again"
                 ) from error
             return quantized
 
@@ -198,7 +202,7 @@ class LinearEmitter:
         columns, rows = self.shapes[name]
 
         def read() -> NDArray[Any]:
-            return transposed_copy(self.checkpoint.tensor(name), NUMPY_TYPES[precision])
+            return transposed_tensor(self.checkpoint, name, NUMPY_TYPES[precision])
 
         return self.builder.lazy(name, ELEMENT_TYPES[precision], (rows, columns), read)
 
