@@ -100,6 +100,7 @@ def export_bundle(
     plan = _graph_plan(checkpoint, recipe, options)
     model = build_decoder(checkpoint, plan)
     manifest = _manifest(checkpoint, checkpoint_sha256, recipe, plan, model)
+    model.metadata_props.update(_model_metadata(manifest))
     _require_space(destination, model)
     with atomic_path(destination) as folder:
         folder.mkdir()
@@ -256,6 +257,25 @@ def _manifest(
         outputs=tuple(_tensor_info(value) for value in model.graph.outputs),
         unsupported={} if obstacle is None else {GENAI: obstacle},
     )
+
+
+def _model_metadata(manifest: Manifest) -> dict[str, str]:
+    """Return what a viewer of the graph shows of the manifest."""
+    prefix = manifest.prefix
+    entries = {
+        "bundle_format": str(manifest.format),
+        "source_model": manifest.model.source,
+        "architecture": manifest.model.architecture,
+        "checkpoint_sha256": manifest.model.checkpoint_sha256,
+        "recipe_sha256": manifest.model.recipe_sha256,
+        "dtype": manifest.dtype,
+        "kv_cache": manifest.kv_cache,
+        "linears": ", ".join(f"{kind}: {share.modules}" for kind, share in manifest.linears.items()),
+        "prefix_text": prefix.text if prefix else None,
+        "prefix_token_ids": " ".join(map(str, prefix.token_ids)) if prefix else None,
+        "prefix_in": ("cache" if prefix.in_cache else "attention") if prefix else None,
+    }
+    return {key: value for key, value in entries.items() if value is not None}
 
 
 def recipe_sha256(recipe: Recipe) -> str:
