@@ -1,5 +1,6 @@
 """A prefix that lives in attention instead of the cache: the same numbers, and a cache of the caller's tokens only."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -7,13 +8,18 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from spike_export.calibration.recipe import Dtype
+from spike_export.calibration.checkpoint import open_checkpoint
+from spike_export.calibration.modules import linears
+from spike_export.calibration.recipe import Dtype, save_recipe
 from spike_export.engines.build_options import BuildOptions
 from spike_export.engines.build_profiles import GraphInput, make_profiles, resolve_limits
+from spike_export.engines.plan_backend import TENSORRT_RTX, Machine
+from spike_export.engines.plan_builder import BuildEnvironment, build_plan
 from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.graph_plan import PrefixHome
-from spike_export.export.manifest import Manifest
+from spike_export.export.manifest import Manifest, load_manifest
 from spike_export.export.model_files import GENAI
+from tests.tiny_cli_models import call, write_model
 from tests.tiny_models import CachedSession, TinyModel, input_scales, tiny_llama, tiny_recipe
 
 PREFIX = (1, 7, 12)
@@ -101,3 +107,29 @@ def test_profiles_of_a_plan_take_the_callers_own_cache(tmp_path: Path) -> None:
     (decode,) = make_profiles([past], ["decode"], limits)
     assert decode.shapes[past.name].smallest[2] == 1
     assert decode.shapes[past.name].largest[2] == 127
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec(TENSORRT_RTX.module) is None,
+    reason=f"TensorRT-RTX is not installed: {TENSORRT_RTX.install}",
+)
+def test_a_plan_runs_every_linear_as_planned(tmp_path: Path) -> None:
+    export(tmp_path / "b", tiny_llama(), "attention", int8=True, dtype="float16")
+    machine = BuildEnvironment(Machine(frozenset({"tensorrt-rtx"}), gpu=None), available=None)
+    result = build_plan(tmp_path / "b", tmp_path / "engine.plan", BuildOptions(targets=("SM86",)), environment=machine)
+    assert result.audit.readable
+    assert result.deviations == ()
+    assert result.sidecar.prefix == 0
+
+
+def test_the_command_says_where_the_prefix_lives(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model")
+    checkpoint = open_checkpoint(str(folder))
+    scales = dict.fromkeys(linears(checkpoint.config), 0.05)
+    save_recipe(tiny_recipe(checkpoint, scales, prefix=PREFIX), tmp_path / "recipe.json")
+    options = ("--recipe", tmp_path / "recipe.json", "--prefix-in", "attention", "--out", tmp_path / "b", "--quiet")
+    exported = call("export", folder, *options)
+    assert (exported.code, exported.out, exported.err) == (0, "", "")
+    manifest = load_manifest(tmp_path / "b")
+    assert manifest.prefix is not None
+    assert not manifest.prefix.in_cache
