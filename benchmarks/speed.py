@@ -261,7 +261,7 @@ def _inputs(session: "ort.InferenceSession", manifest: "Manifest", tokens: int, 
     dtypes = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
     wanted = {value.name: value.type for value in session.get_inputs()}
     # Tokens, mask and positions are the caller's own; the cache also holds the prefix.
-    cached = past + (manifest.prefix.length if manifest.prefix and past else 0)
+    cached = past + (manifest.cached_prefix_length if past else 0)
     cache_shape = (1, manifest.num_key_value_heads, cached, manifest.head_dim)
     for name, kind in wanted.items():
         if name.startswith("past_key_values."):

@@ -1,6 +1,6 @@
 """One view of a model, whatever file it comes from: configuration, tokenizer, and tensors read when asked for."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -68,6 +68,17 @@ class Checkpoint:
         if isinstance(self.tensors, RowSource):
             return self.tensors.read_rows(name, rows)
         return self.tensors.read(name)[rows]
+
+    def row_reader(self, name: str) -> Callable[[slice], NDArray[np.float32]]:
+        """Return what reads the rows from a start to a stop; where the source cannot, the whole is read here, once."""
+        if not isinstance(self.tensors, RowSource):
+            whole = self.tensor(name)
+            return lambda rows: whole[rows]
+        return lambda rows: self.rows(name, np.arange(rows.start, rows.stop))
+
+    def stored_shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of the tensor that `tensor` would read."""
+        return self.tensors.shapes[self._stored_name(name)]
 
     def _stored_name(self, name: str) -> str:
         if name not in self.tensors.shapes and self.config.tie_word_embeddings and name in (LM_HEAD, EMBEDDING):

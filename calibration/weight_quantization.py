@@ -1,12 +1,13 @@
 """Symmetric quantization of a linear's weight to 8 bits, laid out as the graph stores it; simulation uses the same."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from spike_export.calibration.blocked_transpose import PANEL_ROWS, store_transposed
 from spike_export.calibration.recipe import LARGEST, NumberFormat, WeightScheme
 
 ELEMENTS: Mapping[NumberFormat, np.dtype[Any]] = {
@@ -18,13 +19,12 @@ ELEMENTS: Mapping[NumberFormat, np.dtype[Any]] = {
 _SMALLEST_AMAX = np.float32(1e-12)
 """Stands in for the amax of an all-zero channel, because TensorRT refuses a scale of zero."""
 
-_BLOCK_VALUES = 1 << 22
-"""Weights quantized at a time: 16 MiB of float32 temporaries, whatever the weight's size."""
+Floats = NDArray[np.float32]
 
 
 def quantize_weight(
-    weight: NDArray[np.float32], scheme: WeightScheme, number_format: NumberFormat = "int8"
-) -> tuple[NDArray[Any], NDArray[np.float32]]:
+    weight: Floats, scheme: WeightScheme, number_format: NumberFormat = "int8"
+) -> tuple[NDArray[Any], Floats]:
     """Quantize and transpose a weight: round(w / s), half to even, within ±m, with s = max|w| / m.
 
     m is the format's largest magnitude: 127, or 448 for FP8, whose values are rounded to the nearest of E4M3.
@@ -43,20 +43,51 @@ def quantize_weight(
 
     Source: arXiv 2405.14428, section "quantization scheme"; -128 is left unused to stay symmetric.
     """
-    axis = 1 if scheme == "int8-per-channel" else None
-    # Two reductions instead of max(abs(w)), which would copy the whole weight.
-    amax = np.asarray(np.maximum(weight.max(axis=axis), -weight.min(axis=axis)), np.float32)
+    height, width = weight.shape
+    return quantize_rows((height, width), lambda rows: weight[rows], scheme, number_format)
+
+
+def quantize_rows(
+    shape: tuple[int, int], read: Callable[[slice], Floats], scheme: WeightScheme, number_format: NumberFormat = "int8"
+) -> tuple[NDArray[Any], Floats]:
+    """Do the same for a weight [out_features, in_features] of which `read` returns some rows at a time.
+
+    One scale for the whole tensor takes reading it twice.
+    """
+    height, width = shape
+    panels = [slice(top, min(top + PANEL_ROWS, height)) for top in range(0, height, PANEL_ROWS)]
+    quantized = np.empty((width, height), ELEMENTS[number_format])
+    if scheme == "int8-per-tensor":
+        scale = _scale(np.asarray(max(_amax(read(rows)).max() for rows in panels)), number_format)
+        for rows in panels:
+            _store(quantized, rows, read(rows), np.broadcast_to(scale, (rows.stop - rows.start, 1)))
+        return quantized, scale
+    scale = np.empty(height, np.float32)
+    for rows in panels:
+        panel = read(rows)
+        scale[rows] = _scale(_amax(panel), number_format)
+        _store(quantized, rows, panel, scale[rows, None])
+    return quantized, scale
+
+
+def _amax(panel: Floats) -> Floats:
+    # Two reductions instead of max(abs(w)), which would copy the panel.
+    amax: Floats = np.maximum(panel.max(axis=1), -panel.min(axis=1))
     if not np.isfinite(amax).all():
         raise ValueError("the weight holds NaN or infinity")
-    largest = np.float32(LARGEST[number_format])
-    scale = np.asarray(np.maximum(amax, _SMALLEST_AMAX) / largest, np.float32)
-    divisor = np.broadcast_to(scale.reshape(-1, 1), (weight.shape[0], 1))
-    quantized = np.empty(weight.shape[::-1], ELEMENTS[number_format])
-    rows = max(1, _BLOCK_VALUES // weight.shape[1])
-    for start in range(0, weight.shape[0], rows):
-        block = weight[start : start + rows] / divisor[start : start + rows]
-        if number_format == "int8":
-            np.rint(block, out=block)  # the conversion below would truncate; that to FP8 rounds by itself
-        np.clip(block, -largest, largest, out=block)
-        quantized[:, start : start + rows] = block.T
-    return quantized, scale
+    return amax
+
+
+def _scale(amax: Floats, number_format: NumberFormat) -> Floats:
+    return np.asarray(np.maximum(amax, _SMALLEST_AMAX) / np.float32(LARGEST[number_format]), np.float32)
+
+
+def _store(quantized: NDArray[Any], place: slice, panel: Floats, divisor: Floats) -> None:
+    def tile(rows: slice, columns: slice) -> NDArray[Any]:
+        steps = panel[rows, columns] / divisor[rows]
+        if quantized.dtype == np.int8:
+            np.rint(steps, out=steps)  # the conversion below would truncate; that to FP8 rounds by itself
+        # No clipping: |w| / s exceeds the largest value by the roundings of s and of the quotient only.
+        return steps.astype(quantized.dtype)
+
+    store_transposed(quantized, place.start, place.stop, tile)

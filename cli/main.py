@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import cyclopts
 from cyclopts import App, Parameter
@@ -360,6 +360,13 @@ def export(
     ] = None,
     graph: GraphArguments = GraphArguments(),
     number_format: FormatArguments = FormatArguments(),
+    prefix_in: Annotated[
+        Literal["cache", "attention"],
+        Parameter(
+            help="Where the prefix lives: in the cache, or before it, in attention, at the cost of a copy of the cache "
+            "per call: then onnxruntime-genai can run the bundle."
+        ),
+    ] = "cache",
     run_options: RunArguments = RunArguments(),
 ) -> int:
     """Write the ONNX bundle of a recipe."""
@@ -388,7 +395,13 @@ def export(
         ProgressDisplay(console, ["bundle"], quiet=run_options.quiet) as display,
         display.stage("bundle") as progress,
     ):
-        wanted = ExportOptions(kept, number_format=number_format.number_format, cache=kept_cache, logits=graph.logits)
+        wanted = ExportOptions(
+            kept,
+            number_format=number_format.number_format,
+            cache=kept_cache,
+            prefix_in=prefix_in,
+            logits=graph.logits,
+        )
         export_bundle(checkpoint, plan, wanted, out, progress)
     if not run_options.quiet:
         console.print(Text(f"bundle: {out}"), soft_wrap=True)

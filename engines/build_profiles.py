@@ -42,7 +42,7 @@ class Limits:
         context: Most own tokens of a sequence; a static cache has room for as many or more.
         typical_prompt: New tokens prefill is tuned for.
         max_prompt: Most new tokens of one call.
-        prefix: P, tokens the graph itself puts before a fresh sequence.
+        prefix: P, tokens the graph itself puts into the cache of a fresh sequence.
     """
 
     batch: BatchRange

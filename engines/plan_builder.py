@@ -102,7 +102,7 @@ def build_plan(
     note = omission(chosen.backend, options.targets) if float8 else None
     if note is not None:
         chosen = replace(chosen, reason=f"{chosen.reason}; {note}")
-    limits = resolve_limits(options, manifest.prefix_length, manifest.max_position_embeddings, manifest.capacity)
+    limits = resolve_limits(options, manifest.cached_prefix_length, manifest.max_position_embeddings, manifest.capacity)
     _require_timing_cache(chosen, options)
     if not options.ignore_memory:
         require_memory(file_size(bundle / DATA_FILE), len(options.profiles), environment.available)

@@ -79,7 +79,7 @@ class PlanSidecar(_Document):
 
     Attributes:
         bundle_sha256: As `bundle_identity.hash_bundle` computes it.
-        prefix: P, tokens the plan puts before a fresh sequence by itself.
+        prefix: P, tokens the plan puts into the cache of a fresh sequence by itself.
         max_context: Most own tokens of a sequence.
         build_seconds: Time in the compiler.
         peak_memory: Of the build process, in bytes.

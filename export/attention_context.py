@@ -19,10 +19,10 @@ INT64, BOOL = ir.DataType.INT64, ir.DataType.BOOL
 
 @dataclass(frozen=True)
 class PrefixExtent:
-    """How much of the prefix this call puts into the cache.
+    """How much of the prefix this call puts before the past.
 
     Attributes:
-        length: [1] int64; P for a fresh sequence, else 0.
+        length: [1] int64; P for a fresh sequence, else 0. Always P where the past never holds it.
         shape: [4] int64; batch, kv_heads, `length`, head_dim.
     """
 
@@ -54,6 +54,7 @@ class ContextEmitter:
 
     Attributes:
         prefix_length: P; with 0 no node of the prefix is emitted.
+        prefix_cached: Whether the past of a sequence that is not fresh holds the prefix.
         windows: Slots a query sees, itself included, or None for all: each that some layer has.
     """
 
@@ -62,6 +63,7 @@ class ContextEmitter:
     attention_mask: ir.Value
     prefix_length: int
     windows: tuple[int | None, ...]
+    prefix_cached: bool = True
 
     def emit(self, past_key: ir.Value, kv_heads: int, head_dim: int) -> AttentionContext:
         """Append the nodes; `past_key` is any layer's past, read for its length only."""
@@ -139,9 +141,10 @@ class ContextEmitter:
 
     def _prefix(self, batch: ir.Value, past_key: ir.Value, kv_heads: int, head_dim: int) -> PrefixExtent:
         b = self.builder
-        past = self._op("Shape", past_key, label="past", dtype=INT64, start=2, end=3)
-        fresh = self._op("Equal", past, b.integers(0), label="fresh", dtype=BOOL)
-        p, zero = b.integers(self.prefix_length), b.integers(0)
-        length = self._op("Where", fresh, p, zero, label="prefix_length", dtype=INT64)
+        length = b.integers(self.prefix_length)
+        if self.prefix_cached:
+            past = self._op("Shape", past_key, label="past", dtype=INT64, start=2, end=3)
+            fresh = self._op("Equal", past, b.integers(0), label="fresh", dtype=BOOL)
+            length = self._op("Where", fresh, length, b.integers(0), label="prefix_length", dtype=INT64)
         parts = [batch, b.integers(kv_heads), length, b.integers(head_dim)]
         return PrefixExtent(length, b.op("Concat", parts, MODULE, label="prefix_shape", attributes={"axis": 0}))

@@ -1,8 +1,10 @@
 """Writes the bundle: the ONNX graph with its weights, the tokenizer, and the files that say how to use them."""
 
 import hashlib
+import itertools
 import json
 import math
+import os
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Mapping
@@ -28,7 +30,7 @@ from spike_export.export.architectures import require_exportable
 from spike_export.export.cache_options import CacheOptions, require_capacity
 from spike_export.export.decoder_graph import build_decoder
 from spike_export.export.engine_support import supporting_engines
-from spike_export.export.graph_plan import GraphPlan, LogitsScope
+from spike_export.export.graph_plan import GraphPlan, LogitsScope, PrefixHome
 from spike_export.export.head import head_plan, own_weight_bytes
 from spike_export.export.linear import number_format
 from spike_export.export.manifest import (
@@ -42,7 +44,7 @@ from spike_export.export.manifest import (
     TensorInfo,
     save_manifest,
 )
-from spike_export.export.model_files import genai_config, generation_config, hf_config
+from spike_export.export.model_files import GENAI, genai_config, genai_obstacle, generation_config, hf_config
 from spike_export.export.tokenizer_files import save_tokenizer
 
 _ALIGNMENT = 4096
@@ -52,6 +54,11 @@ _TOOLS = ("spike-export", "numpy", "onnx", "onnx-ir", "transformers")
 
 _SLACK = 64 << 20
 """Bytes beside the weights: graph, tokenizer, alignment."""
+
+_MOST_THREADS = 4
+
+_WORTH_THREADS = 64 << 20
+"""Bytes of weights; threads of their own gain nothing on less."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,8 @@ class ExportOptions:
             without a recipe the linears too.
         number_format: `fp8` writes the linears that a recipe quantizes to INT8 as W8A8 in FP8 instead.
         cache: Which cache of keys and values the graph has.
+        prefix_in: Where the recipe's prefix lives: `cache` costs nothing after the first call; `attention` copies the
+            cache once more in every call, and leaves it to runtimes that allocate it themselves.
         logits: Of which tokens the graph gives logits.
     """
 
@@ -70,6 +79,7 @@ class ExportOptions:
     _: KW_ONLY
     number_format: NumberFormat = "int8"
     cache: CacheOptions = field(default_factory=CacheOptions)
+    prefix_in: PrefixHome = "cache"
     logits: LogitsScope = "all"
 
 
@@ -106,6 +116,7 @@ def export_bundle(
     plan = _graph_plan(checkpoint, recipe, options)
     model = build_decoder(checkpoint, plan)
     manifest = _manifest(checkpoint, checkpoint_sha256, recipe, plan, model)
+    model.metadata_props.update(_model_metadata(manifest))
     _require_space(destination, model)
     with atomic_path(destination) as folder:
         folder.mkdir()
@@ -175,6 +186,7 @@ def _graph_plan(checkpoint: Checkpoint, recipe: Recipe | None, options: ExportOp
         weights=scheme.weights,
         dtype=options.dtype,
         prefix=prefix,
+        prefix_in=options.prefix_in,
         attention=recipe.attention,
         head=scheme.head,
         cache=options.cache,
@@ -182,9 +194,18 @@ def _graph_plan(checkpoint: Checkpoint, recipe: Recipe | None, options: ExportOp
     )
 
 
-def _require_space(destination: Path, model: ir.Model) -> None:
+def _weight_bytes(model: ir.Model) -> int:
     tensors = [value.const_value for graph in model.graphs() for value in graph.initializers.values()]
-    needed = sum(tensor.nbytes for tensor in tensors if tensor is not None) + _SLACK
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def _threads(model: ir.Model) -> int:
+    """Return how many tensors are made at a time: each takes its float32 values' memory."""
+    return 1 if _weight_bytes(model) < _WORTH_THREADS else min(_MOST_THREADS, os.cpu_count() or 1)
+
+
+def _require_space(destination: Path, model: ir.Model) -> None:
+    needed = _weight_bytes(model) + _SLACK
     existing = destination.absolute().parent
     while not existing.exists():
         existing = existing.parent
@@ -200,11 +221,22 @@ def _write_graph(model: ir.Model, folder: Path, progress: Progress) -> None:
     # onnx.checker takes a while to import, and `--help` must not wait for it.
     import onnx
 
+    done = itertools.count(1)
+
     def written(_: ir.TensorProtocol, info: Any) -> None:
-        progress("tensors", info.index + 1, info.total)
+        progress("tensors", next(done), info.total)
 
     path = folder / GRAPH_FILE
-    ir.save(model, path, external_data=DATA_FILE, alignment=_ALIGNMENT, align_threshold=0, callback=written)
+    ir.save(
+        model,
+        path,
+        external_data=DATA_FILE,
+        alignment=_ALIGNMENT,
+        align_threshold=0,
+        callback=written,
+        # Each tensor's place in the file is known beforehand: the bytes do not depend on who writes what when.
+        max_workers=_threads(model),
+    )
     # onnx-ir checks nothing. By path, the checker reads the graph and leaves the weights on the disk.
     onnx.checker.check_model(path, full_check=True)
 
@@ -213,7 +245,7 @@ def _write_companions(checkpoint: Checkpoint, manifest: Manifest, folder: Path) 
     _write_json(folder / "config.json", hf_config(checkpoint, manifest.dtype))
     _write_json(folder / "generation_config.json", generation_config(checkpoint))
     if manifest.kv_cache == "dynamic":  # onnxruntime-genai knows no `write_indices` and no `fresh`
-        _write_json(folder / "genai_config.json", genai_config(checkpoint))
+        _write_json(folder / "genai_config.json", genai_config(checkpoint, manifest.unsupported.get(GENAI)))
     if checkpoint.tokenizer is not None:
         holds_bos = manifest.prefix is not None and manifest.prefix.holds_bos
         save_tokenizer(checkpoint.tokenizer, folder, holds_bos)
@@ -227,6 +259,7 @@ def _manifest(
     checkpoint: Checkpoint, checkpoint_sha256: str, recipe: Recipe | None, plan: GraphPlan, model: ir.Model
 ) -> Manifest:
     config, linear_shares = checkpoint.config, _linear_shares(checkpoint, plan)
+    obstacle = genai_obstacle(plan)
     return Manifest(
         model=SourceModel(
             source=checkpoint.name,
@@ -241,7 +274,7 @@ def _manifest(
         cache_slots=plan.cache.slots(plan.prefix_length),
         bos_token_id=checkpoint.bos_token_id,
         eos_token_ids=config.eos_token_ids,
-        prefix=_bundle_prefix(checkpoint, recipe),
+        prefix=_bundle_prefix(checkpoint, recipe, plan),
         linears=linear_shares,
         head=_head_info(checkpoint.config, plan),
         engines=supporting_engines(plan.dtype, linear_shares),
@@ -256,7 +289,27 @@ def _manifest(
         sliding_window=config.sliding_window,
         inputs=tuple(_tensor_info(value) for value in model.graph.inputs),
         outputs=tuple(_tensor_info(value) for value in model.graph.outputs),
+        unsupported={} if obstacle is None else {GENAI: obstacle},
     )
+
+
+def _model_metadata(manifest: Manifest) -> dict[str, str]:
+    """Return what a viewer of the graph shows of the manifest."""
+    prefix = manifest.prefix
+    entries = {
+        "bundle_format": str(manifest.format),
+        "source_model": manifest.model.source,
+        "architecture": manifest.model.architecture,
+        "checkpoint_sha256": manifest.model.checkpoint_sha256,
+        "recipe_sha256": manifest.model.recipe_sha256,
+        "dtype": manifest.dtype,
+        "kv_cache": manifest.kv_cache,
+        "linears": ", ".join(f"{kind}: {share.modules}" for kind, share in manifest.linears.items()),
+        "prefix_text": prefix.text if prefix else None,
+        "prefix_token_ids": " ".join(map(str, prefix.token_ids)) if prefix else None,
+        "prefix_in": ("cache" if prefix.in_cache else "attention") if prefix else None,
+    }
+    return {key: value for key, value in entries.items() if value is not None}
 
 
 def recipe_sha256(recipe: Recipe) -> str:
@@ -264,12 +317,16 @@ def recipe_sha256(recipe: Recipe) -> str:
     return hashlib.sha256(recipe_text(recipe).encode()).hexdigest()
 
 
-def _bundle_prefix(checkpoint: Checkpoint, recipe: Recipe | None) -> BundlePrefix | None:
+def _bundle_prefix(checkpoint: Checkpoint, recipe: Recipe | None, plan: GraphPlan) -> BundlePrefix | None:
     if recipe is None or recipe.prefix is None:
         return None
     ids = recipe.prefix.token_ids
     return BundlePrefix(
-        token_ids=ids, text=recipe.prefix.text, length=len(ids), holds_bos=checkpoint.bos_token_id in ids
+        token_ids=ids,
+        text=recipe.prefix.text,
+        length=len(ids),
+        holds_bos=checkpoint.bos_token_id in ids,
+        in_cache=plan.prefix_in == "cache",
     )
 
 

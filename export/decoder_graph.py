@@ -4,24 +4,26 @@ With a dynamic cache. Inputs: `input_ids` [batch, sequence] int64, `attention_ma
 caller's own tokens, past and new), `past_key_values.N.key|value` [batch, kv_heads, past, head_dim]. Outputs: `logits`
 [batch, sequence, vocab] float32 (or [batch, 1, vocab], of the last token alone), `present.N.key|value`. An empty past
 means a fresh sequence; `present` then starts with the prefix, and from then on `past` is longer by P than the caller's
-own past.
+own past. A graph whose prefix lives in attention has no prefix in `present`: there, `past` is as long as the caller's.
 
 With a static cache. Inputs: `input_ids`, `write_indices` [batch] int64 (own tokens each row has in the buffer), `fresh`
 [F] bool (F is 1 for new sequences, else 0; absent without a prefix), `past_key_values.N.key|value` [batch, kv_heads,
 P + capacity, head_dim]. Outputs: `logits`, and `present.N.key|value` of the pasts' shape, which may be their memory.
 """
 
+from collections.abc import Mapping
 from importlib.metadata import version
 
 import onnx_ir as ir
 
 from spike_export.calibration.checkpoint import EMBEDDING, Checkpoint
+from spike_export.export.attached_prefix import AttachedPrefixCache
 from spike_export.export.attention import AttentionEmitter
 from spike_export.export.attention_context import AttentionContext, ContextEmitter
 from spike_export.export.emission import Emission
 from spike_export.export.feed_forward import feed_forward
 from spike_export.export.graph_builder import GraphBuilder, element_type
-from spike_export.export.graph_plan import GraphPlan
+from spike_export.export.graph_plan import GraphPlan, PrefixHome
 from spike_export.export.head import emit_head
 from spike_export.export.kv_cache import DynamicCache, KvCache
 from spike_export.export.last_token import last_token
@@ -33,6 +35,8 @@ from spike_export.export.static_cache import static_cache
 PRODUCER = "spike-export"
 
 INT64 = ir.DataType.INT64
+
+_CACHES: Mapping[PrefixHome, type[DynamicCache]] = {"cache": DynamicCache, "attention": AttachedPrefixCache}
 
 
 def build_decoder(checkpoint: Checkpoint, plan: GraphPlan) -> ir.Model:
@@ -60,8 +64,9 @@ def _cache(emission: Emission, ids: ir.Value) -> tuple[KvCache, AttentionContext
     if plan.cache.capacity is not None:
         return static_cache(emission, ids, plan.cache.capacity)
     mask = b.input("attention_mask", INT64, ["batch", "total_sequence"])
-    cache = DynamicCache.declare(emission)
-    emitter = ContextEmitter(b, ids, mask, plan.prefix_length, config.windows)
+    cache = _CACHES[plan.prefix_in].declare(emission)
+    cached = plan.prefix_in == "cache"
+    emitter = ContextEmitter(b, ids, mask, plan.prefix_length, config.windows, prefix_cached=cached)
     return cache, emitter.emit(cache.pasts[0][0], config.num_key_value_heads, config.head_dim)
 
 

@@ -13,6 +13,7 @@ from spike_export.calibration.decoder_config import DecoderConfig, tensor_shapes
 from spike_export.export.graph_builder import ELEMENT_TYPES, GraphBuilder
 from spike_export.export.graph_plan import GraphPlan
 from spike_export.export.linear import NUMPY_TYPES, LinearEmitter
+from spike_export.export.weight_layout import stored_tensor
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Emission:
 
     def tensor(self, name: str) -> NDArray[Any]:
         """Read a tensor of the checkpoint in the graph's precision."""
-        return self.checkpoint.tensor(name).astype(self.numpy_dtype, copy=False)
+        return stored_tensor(self.checkpoint, name, self.numpy_dtype)
 
     def number(self, value: float) -> ir.Value:
         """Return the 0-D constant of this value in the graph's precision."""

@@ -192,10 +192,17 @@ class GraphBuilder:
             producer = value.producer()
             if producer is None:
                 raise ValueError(f"graph input {value.name!r} is not cast")
-            module, label = producer.metadata_props["module"], f"{_label(producer)}_to_{dtype.name.lower()}"
+            properties, label = producer.metadata_props, f"{_label(producer)}_to_{dtype.name.lower()}"
             with self.beside(value):
                 self._casts[key] = self.op(
-                    "Cast", [value], module, dtype=dtype, label=label, output=output, attributes={"to": dtype.value}
+                    "Cast",
+                    [value],
+                    properties["module"],
+                    dtype=dtype,
+                    label=label,
+                    output=output,
+                    metadata=properties,
+                    attributes={"to": dtype.value},
                 )
         return self._casts[key]
 

@@ -13,6 +13,9 @@ from spike_export.export.cache_options import CacheOptions
 LogitsScope = Literal["all", "last"]
 """Of which tokens a graph gives logits: of every token, or of each row's last."""
 
+PrefixHome = Literal["cache", "attention"]
+"""Where the prefix lives: in `present` from the first call on, or before it in every call's attention only."""
+
 PrefixCache = Sequence[tuple[NDArray[np.float32], NDArray[np.float32]]]
 """Per layer (key, value), each [kv_heads, P, head_dim] float32, keys rotated; empty when there is no prefix."""
 
@@ -26,6 +29,7 @@ class GraphPlan:
         weights: How 8-bit weights are scaled.
         dtype: Precision of embeddings, residual stream, attention, cache and head.
         prefix: Key/values that stand before every sequence.
+        prefix_in: Where the prefix lives; says nothing where there is none.
         attention: Attention block → steps of its products' operands; blocks that are not named stay as they are.
         head: How the language-model head computes.
         cache: Which cache of keys and values the graph has.
@@ -36,6 +40,7 @@ class GraphPlan:
     weights: WeightScheme
     dtype: Dtype
     prefix: PrefixCache = ()
+    prefix_in: PrefixHome = "cache"
     attention: Mapping[str, AttentionPlan] = field(default_factory=dict)
     head: HeadScheme = "unquantized"
     cache: CacheOptions = field(default_factory=CacheOptions)

@@ -87,8 +87,13 @@ def prefix_part(emission: Emission, index: int, slot: int, context: AttentionCon
     if context.prefix is None:
         return None
     b, module, kind = emission.builder, f"model.layers.{index}.self_attn", KINDS[slot]
-    cached = emission.plan.prefix[index][slot][None]
-    stored = b.initializer(f"{module}.prefix_{kind}", cached.astype(emission.numpy_dtype))
     ends = [b.integers(0), context.prefix.length, b.integers(2)]
-    part = b.op("Slice", [stored, *ends], module, label=f"prefix_{kind}_slice")
+    part = b.op("Slice", [stored_prefix(emission, index, slot), *ends], module, label=f"prefix_{kind}_slice")
     return b.op("Expand", [part, context.prefix.shape], module, label=f"prefix_{kind}_expand")
+
+
+def stored_prefix(emission: Emission, index: int, slot: int) -> ir.Value:
+    """Add a layer's prefix keys (slot 0) or values (1) as a constant [1, kv_heads, P, head_dim]."""
+    cached = emission.plan.prefix[index][slot][None]
+    name = f"model.layers.{index}.self_attn.prefix_{KINDS[slot]}"
+    return emission.builder.initializer(name, cached.astype(emission.numpy_dtype))

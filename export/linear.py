@@ -4,6 +4,7 @@ INT8 or FP8 with a static scale (pattern P1), or with a scale per token made at 
 product in the kept precision (W8A16), or weights and product in the kept precision.
 """
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,13 +14,15 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from spike_export.calibration.blocked_transpose import transposed_copy
 from spike_export.calibration.checkpoint import Checkpoint
 from spike_export.calibration.errors import CheckpointError
 from spike_export.calibration.recipe import LARGEST, Dtype, ModulePlan, NumberFormat, WeightScheme
 from spike_export.calibration.simulate import SMALLEST_TOKEN_AMAX
-from spike_export.calibration.weight_quantization import ELEMENTS, quantize_weight
+from spike_export.calibration.weight_quantization import ELEMENTS, quantize_rows
 from spike_export.export.graph_builder import ELEMENT_TYPES, GraphBuilder
 from spike_export.export.manifest import INT8_WEIGHTS
+from spike_export.export.weight_layout import transposed_tensor
 
 NUMPY_TYPES: Mapping[Dtype, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
@@ -34,7 +37,8 @@ _STORED: Mapping[NumberFormat, ir.DataType] = {"int8": ir.DataType.INT8, "fp8": 
 class QuantizedWeight:
     """One module's 8-bit weight, read from the checkpoint and quantized when the graph is written.
 
-    The scales are kept once known (a few kilobytes), so that writing them does not quantize a second time.
+    The scales are kept once known (a few kilobytes), so that writing them does not quantize a second time. Threads may
+    ask for both at once.
     """
 
     checkpoint: Checkpoint
@@ -42,6 +46,7 @@ class QuantizedWeight:
     scheme: WeightScheme
     number_format: NumberFormat = "int8"
     _scale: NDArray[np.float32] | None = field(default=None, init=False)
+    _lock: threading.RLock = field(default_factory=threading.RLock, init=False, repr=False)
 
     def values(self) -> NDArray[Any]:
         """Return [in_features, out_features] in the number format.
@@ -49,21 +54,25 @@ class QuantizedWeight:
         Raises:
             CheckpointError: The weight holds NaN or infinity.
         """
-        try:
-            weight = self.checkpoint.tensor(f"{self.module}.weight")
-            quantized, self._scale = quantize_weight(weight, self.scheme, self.number_format)
-        except ValueError as error:
-            raise CheckpointError(
-                f"tensor {self.module}.weight: {error}; the checkpoint is damaged, download it again"
-            ) from error
-        return quantized
+        name = f"{self.module}.weight"
+        height, width = self.checkpoint.stored_shape(name)
+        with self._lock:
+            try:
+                read = self.checkpoint.row_reader(name)
+                quantized, self._scale = quantize_rows((height, width), read, self.scheme, self.number_format)
+            except ValueError as error:
+                raise CheckpointError(
+                    f"tensor {name}: {error}; the checkpoint is damaged, download it again"
+                ) from error
+            return quantized
 
     def scale(self) -> NDArray[np.float32]:
         """Return [out_features] float32 (per channel) or a 0-D array (per tensor)."""
-        if self._scale is None:
-            self.values()
-        assert self._scale is not None
-        return self._scale
+        with self._lock:
+            if self._scale is None:
+                self.values()
+            assert self._scale is not None
+            return self._scale
 
 
 def number_format(plan: ModulePlan) -> str:
@@ -210,7 +219,8 @@ class LinearEmitter:
         columns, rows = self.shapes[name]
         channels = [columns] if self.scheme == "int8-per-channel" else []
         if transposed:
-            weight = b.lazy(name, stored, (columns, rows), lambda: np.ascontiguousarray(source.values().T))
+            kept = ELEMENTS[number_format]
+            weight = b.lazy(name, stored, (columns, rows), lambda: transposed_copy(source.values(), kept))
         else:
             weight = b.lazy(name, stored, (rows, columns), source.values)
         scale = b.lazy(f"{module}.weight_scale", ir.DataType.FLOAT, channels, source.scale)
@@ -226,7 +236,7 @@ class LinearEmitter:
         columns, rows = self.shapes[name]
 
         def read() -> NDArray[Any]:
-            return np.ascontiguousarray(self.checkpoint.tensor(name).astype(NUMPY_TYPES[precision], copy=False).T)
+            return transposed_tensor(self.checkpoint, name, NUMPY_TYPES[precision])
 
         return self.builder.lazy(name, ELEMENT_TYPES[precision], (rows, columns), read)
 

@@ -49,14 +49,17 @@ class BundlePrefix(_Document):
     """The prefix whose key/values the graph holds.
 
     Attributes:
-        length: Number of tokens, P: the cache is longer than the caller's own tokens by this many slots.
+        length: Number of tokens, P.
         holds_bos: Whether the caller must not put a BOS before its text, because the prefix has it.
+        in_cache: Whether the cache holds it, longer by P slots than the caller's own tokens; else the graph puts it
+            before the cache in every call.
     """
 
     token_ids: tuple[int, ...] = Field(min_length=1)
     text: str
     length: int
     holds_bos: bool
+    in_cache: bool = True
 
 
 class LinearShare(_Document):
@@ -111,6 +114,7 @@ class Manifest(_Document):
         logits: Of which tokens the graph gives logits: of all, or of each row's last.
         max_position_embeddings: Tokens of its own a caller may use; the prefix is not counted.
         sliding_window: Slots a token sees, or None for all.
+        unsupported: Runtime that cannot drive this graph → why, and what to do about it.
     """
 
     format: Literal[1] = 1
@@ -137,6 +141,7 @@ class Manifest(_Document):
     sliding_window: int | None
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
+    unsupported: Mapping[str, str] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _require_whole_cache(self) -> Self:
@@ -151,6 +156,11 @@ class Manifest(_Document):
     def prefix_length(self) -> int:
         """Number of prefix tokens; 0 when there is no prefix."""
         return self.prefix.length if self.prefix else 0
+
+    @property
+    def cached_prefix_length(self) -> int:
+        """Slots by which the cache is longer than the caller's own tokens."""
+        return self.prefix.length if self.prefix and self.prefix.in_cache else 0
 
 
 def save_manifest(manifest: Manifest, bundle: Path) -> None:

@@ -5,7 +5,10 @@ from typing import Any
 from spike_export.calibration.checkpoint import Checkpoint
 from spike_export.calibration.recipe import Dtype
 from spike_export.export.architectures import ARCHITECTURES
+from spike_export.export.graph_plan import GraphPlan
 from spike_export.export.manifest import GRAPH_FILE
+
+GENAI = "onnxruntime-genai"
 
 
 def hf_config(checkpoint: Checkpoint, dtype: Dtype) -> dict[str, Any]:
@@ -23,16 +26,27 @@ def generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"bos_token_id": checkpoint.bos_token_id, "eos_token_id": _eos(checkpoint)}
 
 
-def genai_config(checkpoint: Checkpoint) -> dict[str, Any]:
+def genai_config(checkpoint: Checkpoint, obstacle: str | None) -> dict[str, Any]:
     """Return the content of `genai_config.json`, which onnxruntime-genai reads to drive the graph.
 
-    `position_ids` is not among the inputs: the graph counts positions itself.
+    `position_ids` is not among the inputs: the graph counts positions itself. A graph that onnxruntime-genai cannot
+    drive has the reason in place of its type, which onnxruntime-genai repeats when it refuses the type; evaluation
+    tools that take the other entries still find them.
+
+    Args:
+        checkpoint: The model.
+        obstacle: What `genai_obstacle` says of the graph.
     """
     config, eos = checkpoint.config, _eos(checkpoint)
     pad = checkpoint.generation_config.get("pad_token_id")
     first_eos = eos[0] if isinstance(eos, list) else eos
     decoder = {
-        "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+        # Entries it does not know are passed on to ONNX Runtime. Denormals: docs/decisions/denormals.md.
+        "session_options": {
+            "log_id": "onnxruntime-genai",
+            "session.set_denormal_as_zero": "1",
+            "provider_options": [],
+        },
         "filename": GRAPH_FILE,
         "head_size": config.head_dim,
         "hidden_size": config.hidden_size,
@@ -52,7 +66,7 @@ def genai_config(checkpoint: Checkpoint) -> dict[str, Any]:
         "num_key_value_heads": config.num_key_value_heads,
     }
     model = {
-        "type": config.family.model_type,
+        "type": config.family.model_type if obstacle is None else f"none: {obstacle}",
         "bos_token_id": checkpoint.bos_token_id,
         "eos_token_id": eos,
         "pad_token_id": first_eos if pad is None else pad,
@@ -63,6 +77,16 @@ def genai_config(checkpoint: Checkpoint) -> dict[str, Any]:
     # The graph's past and present differ in length, so that they cannot share one buffer.
     search = {"max_length": config.max_position_embeddings, "past_present_share_buffer": False}
     return {"model": model, "search": search}
+
+
+def genai_obstacle(plan: GraphPlan) -> str | None:
+    """Return why onnxruntime-genai cannot drive a graph, and the remedy; None where it can."""
+    if plan.prefix and plan.prefix_in == "cache":
+        return (
+            "onnxruntime-genai allocates `present` for the tokens it fed, and this graph's is longer by the prefix; "
+            "export with --prefix-in attention"
+        )
+    return None
 
 
 def _eos(checkpoint: Checkpoint) -> int | list[int] | None:

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
-from spike_export.calibration import weight_quantization
 from spike_export.calibration.recipe import WeightScheme
 from spike_export.calibration.weight_quantization import quantize_weight
 
@@ -49,11 +48,26 @@ def test_negation_negates(weight: NDArray[np.float32], scheme: WeightScheme) -> 
 
 
 @pytest.mark.parametrize("scheme", ["int8-per-channel", "int8-per-tensor"])
-def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch, scheme: WeightScheme) -> None:
-    weight = np.random.default_rng(0).normal(size=(37, 11)).astype(np.float32)
-    whole, _ = quantize_weight(weight, scheme)
-    monkeypatch.setattr(weight_quantization, "_BLOCK_VALUES", 44)
-    np.testing.assert_array_equal(quantize_weight(weight, scheme)[0], whole)
+@pytest.mark.parametrize("shape", [(37, 11), (64, 512), (577, 1030)], ids=str)
+def test_blocks_change_nothing(shape: tuple[int, int], scheme: WeightScheme) -> None:
+    weight = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    quantized, scale = quantize_weight(weight, scheme)
+    amax = np.abs(weight).max(axis=1 if scheme == "int8-per-channel" else None)
+    np.testing.assert_array_equal(scale, amax / np.float32(127))
+    expected = np.clip(np.rint(weight / scale.reshape(-1, 1)), -127, 127)
+    np.testing.assert_array_equal(quantized, expected.T)
+
+
+@given(
+    arrays(
+        np.float32, st.tuples(st.integers(1, 4), st.integers(1, 3)), elements=st.floats(-(2.0**100), 2.0**100, width=32)
+    )
+)
+def test_the_largest_weight_is_127_steps(weight: NDArray[np.float32]) -> None:
+    """Nothing is clipped, so that the roundings must not reach 128."""
+    quantized, _ = quantize_weight(weight, "int8-per-channel")
+    large = np.abs(weight).max(axis=1) > 1e-12
+    assert (np.abs(quantized).max(axis=0)[large] == 127).all()
 
 
 def test_halves_round_to_even() -> None:

@@ -1,0 +1,176 @@
+"""Time, memory, nodes and bytes of exporting a model unquantized: ours beside torch.onnx.export and mobius.
+
+All read the same Hugging Face directory, SmolLM2-135M-Instruct in float32, and each runs in a process of its own, start
+and imports included. torch.onnx.export (`dynamo=True`) traces transformers' model without a cache, which is less than
+the others write. It needs onnxscript, and mobius is a program: neither is a dependency of ours, so options say where
+they are installed, and what is not there is left out with a line.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from benchmarks.fetch_models import smollm2_path
+from benchmarks.job_resources import run_measured
+from benchmarks.peak_memory import in_own_process
+
+_TRACE = """
+import sys
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
+ids = torch.ones((2, 16), dtype=torch.int64)
+names = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+torch.onnx.export(
+    model, (), sys.argv[2] + "/model.onnx", dynamo=True, external_data=True,
+    kwargs={"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False},
+    dynamic_shapes={"input_ids": names, "attention_mask": names, "use_cache": None},
+)
+"""
+
+
+@dataclass(frozen=True)
+class Exporter:
+    """A way to make an ONNX model of an HF directory.
+
+    Attributes:
+        command: What to run; the directory and the folder to write to stand for `{model}` and `{out}`.
+        probe: A command that succeeds where the exporter is installed.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    probe: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one export took and wrote.
+
+    Attributes:
+        seconds: Wall time, the process's start included.
+        cpu_seconds: User and system.
+        peak_rss: Bytes; sampled.
+        nodes: Of the main graph and all functions it calls, each counted once.
+        bytes_written: Graph and weights.
+    """
+
+    exporter: str
+    seconds: float
+    cpu_seconds: float
+    peak_rss: int
+    nodes: int
+    bytes_written: int
+
+
+def main() -> int:
+    arguments = _arguments()
+    costs = []
+    with tempfile.TemporaryDirectory(prefix="spike-export-cost-") as temporary:
+        model = Path(temporary) / "model"
+        in_own_process(write_hf_directory, arguments.model or smollm2_path(), model)
+        for exporter in exporters(arguments.torch_python, arguments.mobius):
+            if not installed(exporter):
+                print(f"{exporter.name}: left out, because `{' '.join(exporter.probe)}` fails", file=sys.stderr)
+                continue
+            cost = measure(exporter, model, Path(temporary) / "out" / exporter.name.replace(" ", "-"))
+            if cost is None:
+                return 1
+            costs.append(cost)
+    print(table(costs))
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps([asdict(cost) for cost in costs], indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", nargs="?", type=Path, help="a .gguf file or HF directory; SmolLM2 without")
+    parser.add_argument("--torch-python", default=sys.executable, help="an interpreter that has onnxscript")
+    parser.add_argument("--mobius", default="mobius", help="the program of mobius-onnx (measured with 0.1.0)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
+    return parser.parse_args()
+
+
+def exporters(torch_python: str, mobius: str) -> tuple[Exporter, ...]:
+    """Return what is compared, ours first."""
+    ours = str(Path(sys.executable).with_name("spike-export"))
+    options = ("--no-quantize", "--dtype", "float32", "--quiet")
+    return (
+        Exporter("spike-export", (ours, "export", "{model}", *options, "--out", "{out}/b"), (ours, "--version")),
+        Exporter(
+            "torch.onnx.export",
+            (torch_python, "-c", _TRACE, "{model}", "{out}"),
+            (torch_python, "-c", "import onnxscript, torch, transformers"),
+        ),
+        Exporter("mobius", (mobius, "build", "--config", "{model}", "--dtype", "f32", "{out}"), (mobius, "--help")),
+    )
+
+
+def installed(exporter: Exporter) -> bool:
+    """Return whether an exporter's probe succeeds."""
+    try:
+        finished = subprocess.run(exporter.probe, capture_output=True, check=False)
+    except OSError:
+        return False
+    return finished.returncode == 0
+
+
+def write_hf_directory(source: Path, folder: Path) -> None:
+    """Write a checkpoint's weights, configuration and tokenizer as transformers does; called in its own process."""
+    import torch
+    from safetensors.torch import save_file
+
+    from spike_export.calibration.checkpoint import open_checkpoint
+    from spike_export.export.model_files import hf_config
+
+    checkpoint = open_checkpoint(str(source))
+    folder.mkdir(parents=True)
+    config = hf_config(checkpoint, "float32")
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    tensors = {name: torch.from_numpy(checkpoint.tensor(name)) for name in checkpoint.tensors.shapes}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    if checkpoint.tokenizer is not None:
+        checkpoint.tokenizer.save_pretrained(folder)
+
+
+def measure(exporter: Exporter, model: Path, out: Path) -> Cost | None:
+    """Run an exporter; None where it fails."""
+    out.mkdir(parents=True)
+    command = [word.format(model=model, out=out) if word != _TRACE else word for word in exporter.command]
+    use = run_measured(command, 0.02)
+    if use.exit_code:
+        print(f"export_cost: {exporter.name} fails with exit code {use.exit_code}", file=sys.stderr)
+        return None
+    nodes, size = in_own_process(graph_size, out)
+    return Cost(exporter.name, use.seconds, use.cpu_seconds, use.peak_rss, nodes, size)
+
+
+def graph_size(folder: Path) -> tuple[int, int]:
+    """Return the number of nodes of the model somewhere below a folder, and the bytes of graph and weights."""
+    import onnx
+
+    (path,) = folder.rglob("*.onnx")
+    model = onnx.load(path, load_external_data=False)
+    nodes = len(model.graph.node) + sum(len(function.node) for function in model.functions)
+    return nodes, sum(file.stat().st_size for file in path.parent.glob("*.onnx*"))
+
+
+def table(costs: Sequence[Cost]) -> str:
+    """Return the figures for reading."""
+    lines = [f"{'':18} {'seconds':>8} {'CPU s':>7} {'peak RSS MB':>12} {'nodes':>6} {'MB written':>11}"]
+    lines += [
+        f"{cost.exporter:18} {cost.seconds:8.1f} {cost.cpu_seconds:7.1f} {cost.peak_rss / 1e6:12.0f} {cost.nodes:6} "
+        f"{cost.bytes_written / 1e6:11.1f}"
+        for cost in costs
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

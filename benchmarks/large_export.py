@@ -1,0 +1,190 @@
+"""Peak memory and speed of exporting a model of 7B parameters, beside copying its files on the same disk.
+
+The weights are random, so that nothing is downloaded, and the recipe is made up: neither memory nor time depends on
+their values. Copying reads the checkpoint's bytes and writes as many; export reads them too (twice: it also hashes
+them), and has its rate told in the same bytes, those of the checkpoint.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+from benchmarks.large_model import FolderError, Shape, Stored, write_model
+from benchmarks.peak_memory import in_own_process, peak_rss
+from spike_export.calibration.errors import ArtifactError, CheckpointError
+
+if TYPE_CHECKING:
+    from spike_export.calibration.checkpoint import Checkpoint
+    from spike_export.calibration.recipe import Recipe
+
+PEAK_RSS_TARGET = 2_500_000_000
+"""Bytes; for the shape that is the default."""
+
+RATE_TARGET = 0.5
+"""Of the rate of a copy."""
+
+
+@dataclass(frozen=True)
+class Use:
+    """What one export, or one copy, took.
+
+    Attributes:
+        seconds: Wall time, until the disk has all bytes.
+        bytes_written: Size of what was written.
+        start_rss: Peak in bytes before: Python and its libraries.
+        peak_rss: Bytes; of the process, which did nothing else.
+    """
+
+    seconds: float
+    bytes_written: int
+    start_rss: int
+    peak_rss: int
+
+    def rate(self, checkpoint_bytes: int) -> float:
+        """Return the checkpoint's bytes per second."""
+        return checkpoint_bytes / self.seconds
+
+
+def main() -> int:
+    arguments = _arguments()
+    shape = Shape(layers=arguments.layers)
+    with tempfile.TemporaryDirectory(prefix="spike-export-large-", dir=arguments.scratch) as temporary:
+        scratch = Path(temporary)
+        folder = arguments.folder or scratch / "model"
+        try:
+            write_model(folder, shape, arguments.stored_dtype, arguments.seed)
+            before = os.getloadavg()[0]
+            rounds = [_round(folder, scratch, arguments.quantize) for _ in range(arguments.rounds)]
+        except (FolderError, CheckpointError, ArtifactError) as error:
+            print(f"large_export: {error}", file=sys.stderr)
+            return 2
+    copies, exports = ([uses[place] for uses in rounds] for place in (0, 1))
+    checkpoint_bytes = shape.stored_bytes()
+    print(table(copies, exports, checkpoint_bytes))
+    print(f"load average {before:.1f} before and {os.getloadavg()[0]:.1f} after")
+    if arguments.json is not None:
+        document = {
+            "shape": asdict(shape),
+            "quantize": arguments.quantize,
+            "checkpoint_bytes": checkpoint_bytes,
+            "copies": [asdict(use) for use in copies],
+            "exports": [asdict(use) for use in exports],
+        }
+        arguments.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, default=4, help="%(default)s by default; 32 for all of a 7B model")
+    parser.add_argument("--folder", type=Path, help="keep the model here, and use again what is here")
+    parser.add_argument("--scratch", type=Path, help="where all else is written, and deleted afterwards")
+    parser.add_argument("--stored-dtype", choices=get_args(Stored), default="float16", help="of the weight files")
+    parser.add_argument("--no-quantize", dest="quantize", action="store_false", help="write the linears in float16")
+    parser.add_argument("--rounds", type=int, default=1, help="of one copy and one export each")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
+    return parser.parse_args()
+
+
+def _round(folder: Path, scratch: Path, quantize: bool) -> tuple[Use, Use]:
+    uses = []
+    for name, work, options in (("copying", _copy, ()), ("exporting", _export, (quantize,))):
+        print(name, file=sys.stderr, flush=True)
+        place = scratch / "written"
+        uses.append(in_own_process(work, folder, place, *options))
+        shutil.rmtree(place)
+    return uses[0], uses[1]
+
+
+def _copy(folder: Path, place: Path) -> Use:
+    """Copy the checkpoint; called in a process of its own."""
+    start_rss, start = peak_rss(), time.perf_counter()
+    shutil.copytree(folder, place)
+    return _use(place, start, start_rss)
+
+
+def _export(folder: Path, place: Path, quantize: bool) -> Use:
+    """Export the checkpoint; called in a process of its own."""
+    import onnx  # noqa: F401  # which takes a second to import, and export_bundle would do so in the measured time
+
+    from spike_export.calibration.checkpoint import open_checkpoint
+    from spike_export.export.bundle import ExportOptions, export_bundle
+
+    checkpoint = open_checkpoint(str(folder))
+    start_rss, start = peak_rss(), time.perf_counter()
+    recipe = made_up_recipe(checkpoint) if quantize else None
+    export_bundle(checkpoint, recipe, ExportOptions("float16"), place)
+    return _use(place, start, start_rss)
+
+
+def _use(place: Path, start: float, start_rss: int) -> Use:
+    sync(place)
+    written = sum(path.stat().st_size for path in place.iterdir())
+    return Use(time.perf_counter() - start, written, start_rss, peak_rss())
+
+
+def sync(folder: Path) -> None:
+    """Wait until the disk has a folder's files."""
+    for path in folder.iterdir():
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def made_up_recipe(checkpoint: "Checkpoint") -> "Recipe":
+    """Return a recipe with every decoder linear in INT8, its scales invented."""
+    from spike_export.calibration.modules import linears
+    from spike_export.calibration.recipe import CorpusSource, ModelSource, ModulePlan, Recipe, Scheme
+
+    plan = ModulePlan(precision="int8", activation_scale=0.05)
+    return Recipe(
+        model=ModelSource(
+            source=checkpoint.name,
+            architecture=checkpoint.config.family.model_type,
+            sha256=checkpoint.tensors.sha256(),
+        ),
+        corpus=CorpusSource(name="none", sha256="0", samples=1, length=1, seed=0),
+        scheme=Scheme(),
+        alpha=None,
+        prefix=None,
+        modules=dict.fromkeys(linears(checkpoint.config), plan),
+    )
+
+
+def table(copies: list[Use], exports: list[Use], checkpoint_bytes: int) -> str:
+    """Return the figures for reading, with the verdicts."""
+    lines = [
+        f"{checkpoint_bytes / 1e6:.0f} MB of weights",
+        f"{'':9} {'seconds':>8} {'MB/s':>7} {'MB written':>11} {'start RSS MB':>13} {'peak RSS MB':>12}",
+    ]
+    for name, uses in (("copy", copies), ("export", exports)):
+        lines += [
+            f"{name:9} {use.seconds:8.1f} {use.rate(checkpoint_bytes) / 1e6:7.0f} {use.bytes_written / 1e6:11.0f} "
+            f"{use.start_rss / 1e6:13.0f} {use.peak_rss / 1e6:12.0f}"
+            for use in uses
+        ]
+    ratio = min(use.seconds for use in copies) / min(use.seconds for use in exports)
+    peak = max(use.peak_rss for use in exports)
+    lines += [
+        f"export over copy, in bytes per second: {ratio:.2f} (aim {RATE_TARGET}) {_verdict(ratio >= RATE_TARGET)}",
+        f"peak RSS {peak / 1e6:.0f} MB (aim {PEAK_RSS_TARGET / 1e6:.0f} MB) {_verdict(peak <= PEAK_RSS_TARGET)}",
+    ]
+    return "\n".join(lines)
+
+
+def _verdict(met: bool) -> str:
+    return "met" if met else "missed"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
