@@ -1,11 +1,11 @@
 """From the last layer's states to the logits."""
 
-import numpy as np
 import onnx_ir as ir
 
 from spike_export.calibration.checkpoint import LM_HEAD
 from spike_export.export.emission import Emission
 from spike_export.export.norm import rms_norm
+from spike_export.export.weight_layout import transposed_tensor
 
 FLOAT = ir.DataType.FLOAT
 
@@ -26,7 +26,12 @@ def emit_head(emission: Emission, hidden: ir.Value, embedding: ir.Value) -> None
         weight = b.op("Transpose", [embedding], "lm_head", attributes={"perm": [1, 0]})
     else:
         shape = (config.hidden_size, config.vocab_size)
-        weight = b.lazy(LM_HEAD, emission.dtype, shape, lambda: np.ascontiguousarray(emission.tensor(LM_HEAD).T))
+        weight = b.lazy(
+            LM_HEAD,
+            emission.dtype,
+            shape,
+            lambda: transposed_tensor(emission.checkpoint, LM_HEAD, emission.numpy_dtype),
+        )
     exact = emission.dtype == FLOAT
     logits = b.op("MatMul", [normed, weight], "lm_head", output="logits" if exact else None)
     logits = b.cast(logits, FLOAT, output="logits")
