@@ -384,24 +384,22 @@ def export(
     from spike_export.cli.progress_display import ProgressDisplay
     from spike_export.export.bundle import ExportOptions, export_bundle
 
-    kept_cache = _cache_options(graph)
     require_quantized(number_format.number_format, quantize)
     plan = load_recipe(recipe) if recipe else None
+    wanted = ExportOptions(
+        dtype.dtype if dtype else plan.scheme.unquantized if plan else "float16",
+        number_format=number_format.number_format,
+        cache=_cache_options(graph),
+        prefix_in=prefix_in,
+        logits=graph.logits,
+    )
     require_bundle_or_nothing(out)
-    kept = dtype.dtype if dtype else plan.scheme.unquantized if plan else "float16"
     checkpoint = open_checkpoint(model)
     console = Console()
     with (
         ProgressDisplay(console, ["bundle"], quiet=run_options.quiet) as display,
         display.stage("bundle") as progress,
     ):
-        wanted = ExportOptions(
-            kept,
-            number_format=number_format.number_format,
-            cache=kept_cache,
-            prefix_in=prefix_in,
-            logits=graph.logits,
-        )
         export_bundle(checkpoint, plan, wanted, out, progress)
     if not run_options.quiet:
         console.print(Text(f"bundle: {out}"), soft_wrap=True)

@@ -27,7 +27,9 @@ class Sequences(Protocol):
     lengths: NDArray[np.int64]
 
     def step(self, tokens: NDArray[np.int64], counts: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
-        """Append tokens to the rows and return the logits [batch, sequence, vocab].
+        """Append tokens to the rows and return the logits [batch, sequence, vocab], or [batch, 1, vocab].
+
+        The latter of a bundle that gives logits of the last token only: of each row's last one that counts.
 
         Args:
             tokens: [batch, sequence]; what stands behind a row's count is padding, and so are its logits.
@@ -85,7 +87,7 @@ class DynamicSequences:
         logits, *self._cache = binding.get_outputs()
         self._mask, self.lengths = mask, self.lengths + counts
         given: NDArray[np.float32] = logits.numpy()
-        if not pads.any():
+        if not pads.any() or self.manifest.logits == "last":
             return given
         back = (np.arange(sequence) + pads[:, None]) % sequence
         return np.take_along_axis(given, back[:, :, None], axis=1)
@@ -118,8 +120,16 @@ class StaticSequences:
         return cls(session, manifest, np.zeros(batch, np.int64), buffers, _bound(session, manifest, buffers))
 
     def step(self, tokens: NDArray[np.int64], counts: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
-        """See `Sequences`. A row with count 0 keeps its length, but its buffer needs room for the padding."""
+        """See `Sequences`. A row with count 0 keeps its length, but its buffer needs room for the padding.
+
+        Rows are padded on the right here, so that a bundle with logits of the last token only takes no ragged call.
+        """
         counts = _counts(tokens, counts, len(self.lengths))
+        if self.manifest.logits == "last" and (counts != tokens.shape[1]).any():
+            raise EngineError(
+                "rows of different lengths in one call need all logits of a static cache: export with --logits all, or "
+                "feed the rows one by one"
+            )
         logits = self._run(self._binding, tokens, self.lengths, fresh=not self._begun)
         self._begun = True
         self.lengths = self.lengths + counts

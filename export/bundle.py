@@ -82,6 +82,11 @@ class ExportOptions:
     prefix_in: PrefixHome = "cache"
     logits: LogitsScope = "all"
 
+    def __post_init__(self) -> None:
+        """Refuse what does not go together."""
+        if self.prefix_in == "attention" and self.cache.kind == "static":
+            raise RecipeError("--prefix-in attention copies the cache, which --kv-cache static is to avoid; give one")
+
 
 def export_bundle(
     checkpoint: Checkpoint,

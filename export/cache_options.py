@@ -8,6 +8,9 @@ from spike_export.calibration.errors import RecipeError
 
 CacheKind = Literal["dynamic", "static"]
 
+LENGTH_DEPENDENT_ROPES = frozenset({"dynamic", "longrope"})
+"""Rope types that rotate a token by more than its position."""
+
 
 @dataclass(frozen=True)
 class CacheOptions:
@@ -41,11 +44,20 @@ class CacheOptions:
 
 
 def require_capacity(options: CacheOptions, config: DecoderConfig) -> None:
-    """Refuse a static cache with room for more tokens than the model can place.
+    """Refuse a static cache that the model cannot fill, or whose padding would change how it rotates.
 
     Raises:
-        RecipeError: Names the capacity and the model's limit.
+        RecipeError: Names the capacity and the model's limit, or the rope.
     """
+    if options.capacity is None:
+        return
+    ropes = {str(config.rope_parameters(kind)["rope_type"]) for kind in config.ropes}
+    by_length = sorted(ropes & LENGTH_DEPENDENT_ROPES)
+    if by_length:
+        raise RecipeError(
+            f"--kv-cache static: rope {by_length[0]!r} depends on a sequence's length, and padding on the right of a "
+            "shorter row would count; use --kv-cache dynamic"
+        )
     most = config.max_position_embeddings
-    if options.capacity is not None and options.capacity > most:
+    if options.capacity > most:
         raise RecipeError(f"--capacity is {options.capacity}, but the model ends at {most} tokens; give that or less")

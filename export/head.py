@@ -1,6 +1,7 @@
 """From the last layer's states to the logits."""
 
 from collections.abc import Mapping
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
@@ -13,6 +14,7 @@ from spike_export.export.graph_plan import GraphPlan
 from spike_export.export.linear import NUMPY_TYPES, LinearEmitter
 from spike_export.export.logits import scaled_logits
 from spike_export.export.norm import rms_norm
+from spike_export.export.weight_layout import transposed_tensor
 
 MODULE = LM_HEAD.removesuffix(".weight")
 
@@ -55,7 +57,8 @@ def _weight(emission: Emission, embedding: ir.Value) -> ir.Value:
         # just as with two copies: SmolLM2-135M took 601 and 604 MB, and decoded equally fast.
         return b.op("Transpose", [embedding], MODULE, attributes={"perm": [1, 0]})
     shape = (config.hidden_size, config.vocab_size)
-    return b.lazy(LM_HEAD, emission.dtype, shape, lambda: np.ascontiguousarray(emission.tensor(LM_HEAD).T))
+    read = partial(transposed_tensor, emission.checkpoint, LM_HEAD, emission.numpy_dtype)
+    return b.lazy(LM_HEAD, emission.dtype, shape, read)
 
 
 def _quantized(emission: Emission) -> LinearEmitter:
