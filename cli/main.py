@@ -193,13 +193,11 @@ def _open(work: "Job", options: RunArguments, stages: Sequence[str], console: Co
     from spike_export.cli.progress_display import ProgressDisplay
     from spike_export.cli.run_directory import RunDirectory
     from spike_export.engines.build_profiles import resolve_limits
-    from spike_export.export.architectures import require_exportable
     from spike_export.export.cache_options import require_capacity
 
     read = work.read_corpus()  # a bad corpus is reported before the model is opened
     checkpoint = open_checkpoint(work.model)
     if BUNDLE in stages:
-        require_exportable(checkpoint.config)
         require_capacity(work.cache, checkpoint.config)
         require_room(work.calibration.length, work.cache.capacity)
     require_length(work.calibration.length, checkpoint)

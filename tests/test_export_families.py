@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from transformers import DynamicCache
 
+from spike_export.calibration.families import FAMILIES
 from spike_export.calibration.recipe import Dtype
-from spike_export.export.architectures import ARCHITECTURES
 from spike_export.export.bundle import ExportOptions, export_bundle
 from tests.test_export_schemes import FLIP, SUMMATION, Case, errors, recipe_of, simulated
 from tests.test_export_schemes import tokens as measured_tokens
@@ -33,7 +33,7 @@ the factors of some families stretch. Seen: 3e-6."""
 HALF = 1e-2
 """Relative rms error of a float16 graph: 5e-4 for each of a few dozen roundings. Seen: 2e-3."""
 
-DENSE = tuple(name for name in ARCHITECTURES if name not in MIXTURES)
+DENSE = tuple(name for name in FAMILIES if name not in MIXTURES)
 
 LONG_FACTORS = [2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 5.5]
 LONG = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 12, "factor": 4.0}
