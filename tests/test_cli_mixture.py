@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +20,10 @@ from spike_export.engines.plan_sidecar import load_sidecar
 from spike_export.export.manifest import load_manifest
 from tests.test_planted_mixture import EXPERTS, PLANTED, SPIKING, planted_mixture
 from tests.tiny_checkpoints import PLANTED_LAYER, VOCAB, write_tokenizer, write_weights
-from tests.tiny_cli_models import SMALL, Outcome, call, one_thread, write_corpus
+from tests.tiny_cli_models import SMALL, Outcome, call, write_corpus
 from tests.tiny_families import MIXTURES, tiny_family, tokens
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def write_mixture(folder: Path, checkpoint: Checkpoint) -> Path:
@@ -33,12 +34,6 @@ def write_mixture(folder: Path, checkpoint: Checkpoint) -> Path:
     names = checkpoint.tensors.shapes
     write_weights(folder, {name: torch.from_numpy(checkpoint.tensor(name).copy()) for name in names})
     return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,8 @@ from spike_export.export.cache_options import CacheOptions
 from spike_export.export.manifest import Manifest, load_manifest
 from tests.tiny_models import TinyModel, input_scales, tiny_llama, tiny_recipe
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CAPACITY = 24
 WINDOW = 6
 PREFIXES: Sequence[tuple[int, ...]] = ((), (5,), (5, 1, 9))
@@ -28,14 +30,6 @@ TOLERANCE = 1e-5
 
 models = pytest.mark.parametrize("window", [None, WINDOW], ids=["llama", "mistral"])
 prefixes = pytest.mark.parametrize("prefix", PREFIXES, ids=["plain", "prefix-1", "prefix-3"])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> object:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def tokens(batch: int, length: int, seed: int = 0) -> NDArray[np.int64]:

@@ -12,16 +12,11 @@ from spike_export.calibration.errors import ArtifactError, EngineError
 from spike_export.engines.denormals import denormals_flushed
 from spike_export.engines.onnx_session import BundleSession, open_bundle
 from spike_export.export.bundle import ExportOptions, export_bundle
-from tests.tiny_cli_models import one_thread
 from tests.tiny_models import TinyModel, tiny_llama, tiny_recipe
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BOS = 1
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> object:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

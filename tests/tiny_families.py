@@ -1,7 +1,6 @@
 """A small random model of every family: transformers' own, and the checkpoint that calibration reads."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -152,14 +151,3 @@ def prefix_masks(model: TinyModel, prefix: int, length: int) -> Any:
     if getattr(config, "layer_types", None) and config.model_type in ("gemma2", "gemma3_text", "qwen2", "qwen3"):
         return {"full_attention": full, "sliding_attention": sliding}
     return sliding if model.checkpoint.config.sliding_window else full
-
-
-@contextmanager
-def one_torch_thread() -> Iterator[None]:
-    """Let torch use one thread: products this small lose more to waiting for a second than it computes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
