@@ -39,6 +39,7 @@ from spike_export.calibration.weight_quantization import quantize_weight
 from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.graph_builder import GraphBuilder
 from spike_export.export.linear import LinearEmitter
+from tests.graph_parity import token_errors
 from tests.tiny_models import CachedSession, MemoryTensors, TinyModel, tiny_llama, tiny_recipe
 
 PREFIX = (5, 1, 9)
@@ -166,12 +167,6 @@ def simulated(checkpoint: Checkpoint, recipe: Recipe) -> NDArray[np.float32]:
     return logits
 
 
-def errors(actual: NDArray[Any], expected: NDArray[Any]) -> NDArray[Any]:
-    """Per token, the largest error as a part of the logits' scale."""
-    result: NDArray[Any] = np.abs(actual - expected).max(axis=-1) / np.abs(expected).max()
-    return result
-
-
 SUMMATION = 1e-5
 """Without a rounding flip only float32 summation differs: at most 80 terms of 6e-8 each through two layers, 5e-6 (seen:
 7e-7). Where two summation orders straddle a rounding boundary, one value moves by a step (1 / 127 of its range), and
@@ -193,7 +188,7 @@ def test_float32_graph_equals_the_simulation(exported: tuple[str, Path, Any]) ->
     _, bundle, expected = exported
     session = CachedSession(bundle)
     for chunks in CHUNKS:
-        error = errors(session.run(tokens(), chunks), expected)
+        error = token_errors(session.run(tokens(), chunks), expected)
         assert np.median(error) < SUMMATION
         assert error.max() < FLIP
 
@@ -222,7 +217,7 @@ def test_a_planted_fault_is_noticed(exported: tuple[str, Path, Any], tmp_path: P
     tensor = next(tensor for tensor in model.graph.initializer if tensor.name == name)
     tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor) * np.float32(factor), name))
     onnx.save(model, tmp_path / "model.onnx")
-    assert np.median(errors(CachedSession(tmp_path).run(tokens()), expected)) > 10 * SUMMATION
+    assert np.median(token_errors(CachedSession(tmp_path).run(tokens()), expected)) > 10 * SUMMATION
 
 
 @pytest.mark.parametrize("name", ["token", "weights", "attention", "equivalent-tied", "all-window"])
@@ -419,4 +414,4 @@ def test_qwen2_equals_transformers(tmp_path: Path, window: int | None) -> None:
     assert json.loads((tmp_path / "b" / "config.json").read_text())["architectures"] == ["Qwen2ForCausalLM"]
     expected = model.reference(torch.from_numpy(tokens())).logits.numpy()
     for chunks in CHUNKS:
-        assert errors(CachedSession(tmp_path / "b").run(tokens(), chunks), expected).max() < 2e-5
+        assert token_errors(CachedSession(tmp_path / "b").run(tokens(), chunks), expected).max() < 2e-5

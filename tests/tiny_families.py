@@ -142,7 +142,8 @@ def tokens(rows: int = 3, length: int = 24, seed: int = 0) -> NDArray[np.int64]:
 def prefix_masks(model: TinyModel, prefix: int, length: int) -> Any:
     """Return the additive masks by hand: causal, inside the window where a layer has one; the prefix always seen."""
     query, key = np.arange(prefix + length)[:, None], np.arange(prefix + length)[None, :]
-    near = (query - key < WINDOW) | (key < prefix)
+    window = model.checkpoint.config.sliding_window or prefix + length
+    near = (query - key < window) | (key < prefix)
     full, sliding = (
         torch.from_numpy(np.where((key <= query) & seen, 0.0, -np.inf).astype(np.float32))[None, None]
         for seen in (np.full_like(near, True), near)
