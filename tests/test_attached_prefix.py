@@ -32,7 +32,7 @@ def export(
     scales = input_scales(model, TOKENS)
     kept: dict[str, Dtype] = {} if int8 else dict.fromkeys(scales, "float32")
     recipe = tiny_recipe(model.checkpoint, scales, kept=kept, prefix=PREFIX)
-    return export_bundle(model.checkpoint, recipe, ExportOptions(dtype, prefix_in), folder)
+    return export_bundle(model.checkpoint, recipe, ExportOptions(dtype, prefix_in=prefix_in), folder)
 
 
 def both(tmp_path: Path, model: TinyModel, *, int8: bool = False) -> tuple[CachedSession, CachedSession]:

@@ -18,6 +18,8 @@ from tests.tiny_cli_models import LENGTH, SMALL, artifacts, call, write_corpus, 
 
 HEAVY = {"torch", "transformers", "onnx", "onnxruntime", "matplotlib", "onnx_ir", "tensorrt", "tensorrt_rtx"}
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 WINDOWS = ("--length", str(LENGTH))
 
 
@@ -186,8 +188,6 @@ _HELP = """
 import contextlib, io, json, sys, time
 started = time.perf_counter()
 from spike_export.cli.main import run
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 with contextlib.redirect_stdout(io.StringIO()) as out:
     code = run(sys.argv[1:])
 print(json.dumps([code, time.perf_counter() - started, out.getvalue(), sorted(sys.modules)]))

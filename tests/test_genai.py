@@ -69,7 +69,7 @@ def test_greedy_text_is_transformers(tmp_path: Path, window: int | None) -> None
 
 def quantized(folder: Path, model: TinyModel, prefix_in: PrefixHome, dtype: Dtype = "float32") -> Path:
     recipe = tiny_recipe(model.checkpoint, input_scales(model, np.array(PROMPTS[2:])), prefix=(1, 7))
-    export_bundle(model.checkpoint, recipe, ExportOptions(dtype, prefix_in), folder)
+    export_bundle(model.checkpoint, recipe, ExportOptions(dtype, prefix_in=prefix_in), folder)
     return folder
 
 

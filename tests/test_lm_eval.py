@@ -29,7 +29,7 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     else:
         place: PrefixHome = request.param
         recipe = tiny_recipe(checkpoint, input_scales(model, np.arange(3, 40)[None]), prefix=(1, 7))
-        export_bundle(checkpoint, recipe, ExportOptions("float32", place), folder)
+        export_bundle(checkpoint, recipe, ExportOptions("float32", prefix_in=place), folder)
     return folder
 
 
