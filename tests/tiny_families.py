@@ -135,6 +135,15 @@ def replaced(checkpoint: Checkpoint, changes: Mapping[str, NDArray[np.float32]])
     return replace(checkpoint, tensors=MemoryTensors({**stored.tensors, **changes}))
 
 
+def with_unreached_expert(checkpoint: Checkpoint, layer: int) -> Checkpoint:
+    """Return a Mixtral that gives each token one of four experts, and none to a layer's last."""
+    name = f"model.layers.{layer}.block_sparse_moe.gate.weight"
+    router = checkpoint.tensor(name).copy()
+    router[1] = -router[0]
+    router[3] = 0  # never above both of two opposite logits
+    return replaced(checkpoint, {name: router})
+
+
 def tokens(rows: int = 3, length: int = 24, seed: int = 0) -> NDArray[np.int64]:
     return np.random.default_rng(seed).integers(3, 99, (rows, length))
 
