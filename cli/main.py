@@ -4,6 +4,7 @@ Imports that take long (torch, transformers, onnx) stay inside the commands, so 
 """
 
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -299,7 +300,10 @@ def calibrate(
         recipe = pipeline.calibrate()
     if not run_options.quiet:
         prefix = f"prefix {list(recipe.prefix_ids)} {recipe.prefix.text!r}" if recipe.prefix else "no prefix"
-        kept = f"{len(recipe.kept_linears())} of {len(recipe.modules)} linears in {recipe.scheme.unquantized}"
+        counts: Counter[str] = Counter({recipe.scheme.unquantized: 0})
+        counts.update(recipe.modules[name].precision for name in recipe.kept_linears())
+        total = len(recipe.modules)
+        kept = ", ".join(f"{count} of {total} linears in {precision}" for precision, count in counts.items())
         console.print(Text(f"{kept}, {prefix}\nrecipe: {work_dir / 'recipe.json'}"), soft_wrap=True)
         for note in recipe.notes():
             console.print(Text(f"note: {note}"), soft_wrap=True)

@@ -306,8 +306,8 @@ QUANTIZER_RULES: tuple[Rule, ...] = (
     Rule(
         "quantized-type",
         "error",
-        "A quantized type other than int8",
-        "give the quantizer an int8 zero point of 0",
+        "A quantized type that TensorRT lacks",
+        "give the quantizer an int8 zero point of 0, or a float8e4m3fn one",
         _types,
     ),
     Rule(

@@ -134,11 +134,17 @@ def test_calibrate_says_that_an_expert_saw_no_token(tmp_path: Path) -> None:
     checkpoint = tiny_family("mixtral", vocab_size=VOCAB, num_hidden_layers=2, num_experts_per_tok=1).checkpoint
     corpus = ("--corpus", write_corpus(tmp_path / "corpus.txt"), *SMALL)
     method = ("--no-qfep", "--no-smoothing", "--no-qfem")
-    said = {}
+    notes, counts = {}, {}
     for name, model in {"all": checkpoint, "one less": with_unreached_expert(checkpoint, 1)}.items():
         folder = write_mixture(tmp_path / f"{name} model", model)
         outcome = call("calibrate", folder, "--work-dir", tmp_path / name, *corpus, *method)
         assert outcome.code == 0, outcome.err
-        said[name] = [line for line in outcome.out.splitlines() if line.startswith("note: ")]
+        lines = outcome.out.splitlines()
+        notes[name] = [line for line in lines if line.startswith("note: ")]
+        counts[name] = next(line for line in lines if " linears in " in line)
     note = "note: 3 linears of experts stay in float32: calibration sent them no token; give more samples"
-    assert said == {"all": [], "one less": [note]}
+    assert notes == {"all": [], "one less": [note]}
+    assert counts == {
+        "all": "0 of 34 linears in float16, no prefix",
+        "one less": "0 of 34 linears in float16, 3 of 34 linears in float32, no prefix",
+    }
