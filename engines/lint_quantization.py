@@ -28,9 +28,6 @@ _ACCEPTED = frozenset(
 )
 """Quantized types of TensorRT."""
 
-_HALF = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
-
-
 _NEAR = 0.01
 """Relative difference up to which scales of one tensor are meant to be equal."""
 
