@@ -18,7 +18,6 @@ from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.cache_options import CacheOptions
 from spike_export.export.manifest import Manifest, load_manifest
 from tests import graph_parity
-from tests.graph_parity import reference_logits
 from tests.tiny_models import TinyModel, input_scales, tiny_llama, tiny_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -68,7 +67,7 @@ def static(session: BundleSession, batch: int) -> StaticSequences:
 
 def reference(model: TinyModel, ids: NDArray[np.int64], prefix: tuple[int, ...] = ()) -> NDArray[Any]:
     """transformers' logits of one row `ids` [tokens] after the prefix."""
-    return reference_logits(model, ids[None], prefix)[0]
+    return graph_parity.reference_logits(model, ids[None], prefix)[0]
 
 
 assert_close = partial(graph_parity.assert_close, tolerance=TOLERANCE)
