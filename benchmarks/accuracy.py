@@ -2,14 +2,14 @@
 
 The paper's rows calibrate on 8 windows of 511 tokens at tokens 0, 4,500, 9,000, ..., the automatic ones on the main
 job's 32; evaluation: 8 windows at 60,000, 63,000, ...; what is not quantized is float32. The bundles run in ONNX
-Runtime; of families that cannot be exported yet, the simulation in torch.
+Runtime.
 Run: python -m benchmarks.accuracy [--model PATH|gemma3] [--windows N] [--json FILE]
 """
 
 import argparse
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from benchmarks.fetch_models import MODELS, model_path
 from spike_export.calibration.calibrate import Calibration, Transform
 from spike_export.calibration.checkpoint import Checkpoint, open_checkpoint
 from spike_export.calibration.corpus import Corpus, default_corpus
-from spike_export.calibration.errors import CheckpointError, RecipeError
+from spike_export.calibration.errors import RecipeError
 from spike_export.calibration.module_choice import NOTHING_KEPT, choose_kept
 from spike_export.calibration.modules import InputSite, input_sites, is_router, linears, representatives, split_name
 from spike_export.calibration.options import CalibrationOptions
@@ -36,7 +36,6 @@ from spike_export.calibration.spikes import SpikeStatistics
 from spike_export.calibration.token_windows import TokenWindows, token_windows, windows_at
 from spike_export.calibration.transform_choice import TransformChoice, choose_transform
 from spike_export.engines.variants import Variant, check_variants
-from spike_export.export.architectures import require_exportable
 from spike_export.export.bundle import ExportOptions
 
 CONTENT = 511
@@ -110,8 +109,8 @@ class Row:
 
     Attributes:
         increase: Of the perplexity, as a fraction of the unquantized model's without a prefix.
-        top1_agreement: Share of positions with the unquantized model's most likely token; None where simulated.
-        kl_divergence: From the unquantized model, per token in nats; None where simulated.
+        top1_agreement: Share of positions with the unquantized model's most likely token.
+        kl_divergence: From the unquantized model, per token in nats.
         kept_linears: Linears that are not quantized.
         mac_share: Share of the linears' multiply-accumulates that are INT8.
         prefix: Token ids.
@@ -121,8 +120,8 @@ class Row:
     name: str
     perplexity: float
     increase: float
-    top1_agreement: float | None
-    kl_divergence: float | None
+    top1_agreement: float
+    kl_divergence: float
     kept_linears: int
     mac_share: float
     prefix: tuple[int, ...]
@@ -200,15 +199,6 @@ def _step(site: InputSite) -> int:
     return 0 if site.behind_norm else 1
 
 
-def exportable(checkpoint: Checkpoint) -> bool:
-    """Return whether bundles can be made of a checkpoint."""
-    try:
-        require_exportable(checkpoint.config)
-    except CheckpointError:
-        return False
-    return True
-
-
 def fill(table: Table, job: Calibration, *, brief: bool = False) -> None:
     """Add all rows: the paper's, the ablation of smoothing, and what the main job chooses.
 
@@ -242,23 +232,33 @@ def fill(table: Table, job: Calibration, *, brief: bool = False) -> None:
 
 
 def evaluate(table: Table) -> list[Row]:
-    """Run every recipe on the evaluation windows: as a bundle, or simulated where none can be made."""
+    """Run every recipe on the evaluation windows, as a bundle in ONNX Runtime."""
     calibration = table.calibration
     config = calibration.checkpoint.config
     prefixes = {recipe.prefix_ids for recipe in table.recipes.values() if recipe is not None}
     behind = {prefix: unquantized_perplexity(calibration, prefix) for prefix in ((), *prefixes)}
-    measured = _in_onnx_runtime(table) if exportable(calibration.checkpoint) else _simulated(table)
+    check = check_variants(
+        calibration.checkpoint,
+        lambda: calibration.model.decoder,
+        table.corpus,
+        calibration.windows.evaluation,
+        [Variant(name, recipe) for name, recipe in table.recipes.items()],
+        ExportOptions("float32"),
+    )
+    measured = {row.name: row for row in check.variants}
     rows = []
     for name, recipe in table.recipes.items():
-        perplexity, top1, divergence = measured[name]
+        found = measured[name]
+        assert found.top1_agreement is not None
+        assert found.kl_divergence is not None
         prefix = recipe.prefix_ids if recipe else ()
         rows.append(
             Row(
                 name=name,
-                perplexity=perplexity,
-                increase=perplexity / behind[()] - 1,
-                top1_agreement=top1,
-                kl_divergence=divergence,
+                perplexity=found.perplexity,
+                increase=found.perplexity / behind[()] - 1,
+                top1_agreement=found.top1_agreement,
+                kl_divergence=found.kl_divergence,
                 kept_linears=len(
                     recipe.kept_linears() if recipe else [name for name in linears(config) if not is_router(name)]
                 ),
@@ -268,31 +268,6 @@ def evaluate(table: Table) -> list[Row]:
             )
         )
     return rows
-
-
-_Measured = Mapping[str, tuple[float, float | None, float | None]]
-
-
-def _in_onnx_runtime(table: Table) -> _Measured:
-    calibration = table.calibration
-    variants = [Variant(name, recipe) for name, recipe in table.recipes.items()]
-    check = check_variants(
-        calibration.checkpoint,
-        lambda: calibration.model.decoder,
-        table.corpus,
-        calibration.windows.evaluation,
-        variants,
-        ExportOptions("float32"),
-    )
-    return {row.name: (row.perplexity, row.top1_agreement, row.kl_divergence) for row in check.variants}
-
-
-def _simulated(table: Table) -> _Measured:
-    found = {}
-    for name, recipe in table.recipes.items():
-        found[name] = (simulated_perplexity(table.calibration, recipe), None, None)
-        print(f"{name}: {found[name][0]:.3f}", flush=True)
-    return found
 
 
 def int8_mac_share(checkpoint: Checkpoint, recipe: Recipe) -> float:
@@ -305,11 +280,9 @@ def print_rows(rows: Sequence[Row]) -> None:
     """Print the table."""
     for row in rows:
         behind = "" if row.behind_prefix is None else f"  FP32 behind {list(row.prefix)}: {row.behind_prefix:.3f}"
-        more = ""
-        if row.top1_agreement is not None and row.kl_divergence is not None:
-            more = f"  top-1 {100 * row.top1_agreement:6.2f} %  KL {row.kl_divergence:.4f}"
         print(
-            f"{row.name:45s} {row.perplexity:8.3f} {100 * row.increase:+8.2f} %{more}"
+            f"{row.name:45s} {row.perplexity:8.3f} {100 * row.increase:+8.2f} %"
+            f"  top-1 {100 * row.top1_agreement:6.2f} %  KL {row.kl_divergence:.4f}"
             f"  kept {row.kept_linears:3d}  INT8 MACs {100 * row.mac_share:5.1f} %{behind}"
         )
 
@@ -333,13 +306,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     calibration = limited(table_calibration(checkpoint), given.windows)
     table = Table(calibration, default_corpus())
     fill(table, job_calibration(calibration, given.samples), brief=given.brief)
-    engine = "ONNX Runtime" if exportable(checkpoint) else "the simulation in torch: this family has no export yet"
     count, length = calibration.windows.evaluation.shape
     rows = evaluate(table)
-    print(f"{checkpoint.name}: {count} windows of {length} tokens, evaluated by {engine}")
+    print(f"{checkpoint.name}: {count} windows of {length} tokens")
     print_rows(rows)
     if given.json:
-        document = {"model": checkpoint.name, "windows": count, "evaluated_by": engine, "rows": list(map(asdict, rows))}
+        document = {"model": checkpoint.name, "windows": count, "rows": list(map(asdict, rows))}
         given.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 

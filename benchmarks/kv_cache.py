@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks.fetch_models import smollm2_path
 from benchmarks.peak_memory import in_own_process, peak_rss
-from benchmarks.speed import WARM_UP_CALLS, Timing, interleaved, open_session, quick_recipe
+from benchmarks.speed import WARM_UP_CALLS, Timing, add_recipe_arguments, interleaved, open_session, quick_recipe
 
 CONTEXTS = (256, 1024)
 
@@ -59,10 +59,7 @@ def main() -> int:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", nargs="?", help="HF directory or .gguf file; SmolLM2-135M-Instruct without")
-    parser.add_argument("--recipe", type=Path, help="quantize by this recipe instead of a quick calibration")
-    parser.add_argument("--samples", type=int, default=8, help="windows of the quick calibration")
-    parser.add_argument("--kept", type=int, default=0, help="linears the quick calibration keeps in 16 bit")
+    add_recipe_arguments(parser)
     parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS, help="tokens in the cache")
     parser.add_argument("--bundles", type=Path, help="keep the bundles here, and use again what is here")
     parser.add_argument("--threads", type=int, default=2, help="intra-op threads of each session")

@@ -14,15 +14,12 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import get_args
 
+from benchmarks.invented_recipe import invented_recipe
 from benchmarks.large_model import FolderError, Shape, Stored, write_model
 from benchmarks.peak_memory import in_own_process, peak_rss
 from spike_export.calibration.errors import ArtifactError, CheckpointError
-
-if TYPE_CHECKING:
-    from spike_export.calibration.checkpoint import Checkpoint
-    from spike_export.calibration.recipe import Recipe
 
 PEAK_RSS_TARGET = 2_500_000_000
 """Bytes; for the shape that is the default."""
@@ -120,7 +117,7 @@ def _export(folder: Path, place: Path, quantize: bool) -> Use:
 
     checkpoint = open_checkpoint(str(folder))
     start_rss, start = peak_rss(), time.perf_counter()
-    recipe = made_up_recipe(checkpoint) if quantize else None
+    recipe = invented_recipe(checkpoint) if quantize else None
     export_bundle(checkpoint, recipe, ExportOptions("float16"), place)
     return _use(place, start, start_rss)
 
@@ -139,26 +136,6 @@ def sync(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def made_up_recipe(checkpoint: "Checkpoint") -> "Recipe":
-    """Return a recipe with every decoder linear in INT8, its scales invented."""
-    from spike_export.calibration.modules import linears
-    from spike_export.calibration.recipe import CorpusSource, ModelSource, ModulePlan, Recipe, Scheme
-
-    plan = ModulePlan(precision="int8", activation_scale=0.05)
-    return Recipe(
-        model=ModelSource(
-            source=checkpoint.name,
-            architecture=checkpoint.config.family.model_type,
-            sha256=checkpoint.tensors.sha256(),
-        ),
-        corpus=CorpusSource(name="none", sha256="0", samples=1, length=1, seed=0),
-        scheme=Scheme(),
-        alpha=None,
-        prefix=None,
-        modules=dict.fromkeys(linears(checkpoint.config), plan),
-    )
 
 
 def table(copies: list[Use], exports: list[Use], checkpoint_bytes: int) -> str:

@@ -19,16 +19,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.invented_recipe import invented_recipe
+
 if TYPE_CHECKING:
     import onnxruntime as ort
 
     from spike_export.calibration.checkpoint import Checkpoint
-    from spike_export.calibration.recipe import Recipe
 
 _WARM_UP_CALLS = 2
 _VOCAB, _HEADS, _KV_HEADS, _HEAD_DIM = 1024, 8, 2, 128
-_STEP = 0.03
-"""Step of every activation: what it is does not matter for time."""
 
 
 @dataclass(frozen=True)
@@ -97,26 +96,6 @@ def checkpoint_of(mixture: Mixture) -> "Checkpoint":
     return Checkpoint("generated", config, GeneratedTensors(tensor_shapes(config)), None, {})
 
 
-def recipe_of(checkpoint: "Checkpoint") -> "Recipe":
-    """Return a recipe with every linear but the routers in INT8."""
-    from spike_export.calibration.modules import is_router, linears
-    from spike_export.calibration.recipe import CorpusSource, ModelSource, ModulePlan, Recipe, Scheme
-
-    kept, quantized = ModulePlan(precision="float32"), ModulePlan(precision="int8", activation_scale=_STEP)
-    return Recipe(
-        model=ModelSource(
-            source="generated",
-            architecture=checkpoint.config.family.model_type,
-            sha256=checkpoint.tensors.sha256(),
-        ),
-        corpus=CorpusSource(name="none", sha256="0", samples=1, length=1, seed=0),
-        scheme=Scheme(),
-        alpha=None,
-        prefix=None,
-        modules={name: kept if is_router(name) else quantized for name in linears(checkpoint.config)},
-    )
-
-
 def sessions_of(mixture: Mixture, folder: Path, threads: int) -> "dict[str, ort.InferenceSession]":
     """Export a mixture and open it with its branches and without."""
     import onnx
@@ -128,7 +107,7 @@ def sessions_of(mixture: Mixture, folder: Path, threads: int) -> "dict[str, ort.
     from spike_export.export.manifest import GRAPH_FILE
 
     checkpoint = checkpoint_of(mixture)
-    export_bundle(checkpoint, recipe_of(checkpoint), ExportOptions("float32"), folder / "bundle")
+    export_bundle(checkpoint, invented_recipe(checkpoint), ExportOptions("float32"), folder / "bundle")
     branching = folder / "bundle" / GRAPH_FILE
     flat = branching.with_name("flat.onnx")
     model = onnx.load(branching, load_external_data=False)

@@ -115,10 +115,7 @@ def main() -> int:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", nargs="?", help="HF directory or .gguf file; SmolLM2-135M-Instruct without")
-    parser.add_argument("--recipe", type=Path, help="quantize by this recipe instead of a quick calibration")
-    parser.add_argument("--samples", type=int, default=8, help="windows of the quick calibration")
-    parser.add_argument("--kept", type=int, default=0, help="linears the quick calibration keeps in 16 bit")
+    add_recipe_arguments(parser)
     parser.add_argument("--bundles", type=Path, help="keep the bundles here, and use again what is here")
     parser.add_argument("--threads", type=int, default=2, help="intra-op threads of each session")
     parser.add_argument("--prefills", type=int, default=11, help="calls of 256 tokens per session")
@@ -152,6 +149,14 @@ def build_bundles(arguments: argparse.Namespace, folder: Path) -> dict[Variant, 
 
 def _with_head(recipe: "Recipe", head: "HeadScheme") -> "Recipe":
     return recipe.model_copy(update={"scheme": recipe.scheme.model_copy(update={"head": head})})
+
+
+def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the model, and what `quick_recipe` reads."""
+    parser.add_argument("model", nargs="?", help="HF directory or .gguf file; SmolLM2-135M-Instruct without")
+    parser.add_argument("--recipe", type=Path, help="quantize by this recipe instead of a quick calibration")
+    parser.add_argument("--samples", type=int, default=8, help="windows of the quick calibration")
+    parser.add_argument("--kept", type=int, default=0, help="linears the quick calibration keeps in 16 bit")
 
 
 def quick_recipe(checkpoint: "Checkpoint", arguments: argparse.Namespace) -> "Recipe":

@@ -47,6 +47,7 @@ class Family:
 
     Attributes:
         model_type: HF's `model_type`.
+        architecture: HF's class, which `config.json` names under `architectures`.
         sliding_window: Whether attention obeys `config.sliding_window` (in the layers that `layer_types` names, where
             there is such a list).
         activation: The gate's function.
@@ -63,6 +64,7 @@ class Family:
     """
 
     model_type: str
+    architecture: str
     sliding_window: bool = False
     activation: Activation = "silu"
     norm_offset: float = 0.0
@@ -86,16 +88,18 @@ _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 _ROWS = (
     # LLaMA-2/3, SOLAR and SmolLM2 all call themselves "llama" in their config.json.
-    Family("llama"),
-    Family("mistral", sliding_window=True),
+    Family("llama", "LlamaForCausalLM"),
+    Family("mistral", "MistralForCausalLM", sliding_window=True),
     Family(
         "mixtral",
+        "MixtralForCausalLM",
         sliding_window=True,
         experts=Experts("block_sparse_moe", gate="w1", up="w3", down="w2", size="intermediate_size"),
     ),
-    Family("gemma", activation="gelu_pytorch_tanh", norm_offset=1.0, factors=gemma_factors),
+    Family("gemma", "GemmaForCausalLM", activation="gelu_pytorch_tanh", norm_offset=1.0, factors=gemma_factors),
     Family(
         "gemma2",
+        "Gemma2ForCausalLM",
         sliding_window=True,
         activation="gelu_pytorch_tanh",
         norm_offset=1.0,
@@ -105,6 +109,7 @@ _ROWS = (
     ),
     Family(
         "gemma3_text",
+        "Gemma3ForCausalLM",
         sliding_window=True,
         activation="gelu_pytorch_tanh",
         norm_offset=1.0,
@@ -113,14 +118,17 @@ _ROWS = (
         qk_norm="head",
         factors=gemma3_factors,
     ),
-    Family("granite", factors=granite_factors),
-    Family("olmo2", attention_norm=None, mlp_norm=None, post_norms=_POST_NORMS, qk_norm="projection"),
-    Family("phi3", sliding_window=True, fused_projections=True),
+    Family("granite", "GraniteForCausalLM", factors=granite_factors),
+    Family(
+        "olmo2", "Olmo2ForCausalLM", attention_norm=None, mlp_norm=None, post_norms=_POST_NORMS, qk_norm="projection"
+    ),
+    Family("phi3", "Phi3ForCausalLM", sliding_window=True, fused_projections=True),
     # Qwen2 and Qwen2.5.
-    Family("qwen2", sliding_window=True, biased=_QKV),
-    Family("qwen3", sliding_window=True, qk_norm="head"),
+    Family("qwen2", "Qwen2ForCausalLM", sliding_window=True, biased=_QKV),
+    Family("qwen3", "Qwen3ForCausalLM", sliding_window=True, qk_norm="head"),
     Family(
         "qwen3_moe",
+        "Qwen3MoeForCausalLM",
         sliding_window=True,
         qk_norm="head",
         experts=Experts(

@@ -85,14 +85,12 @@ class _Architecture:
 
     Attributes:
         model_type: HF's `model_type`.
-        causal_lm: HF's class.
         settings: What the family's HF configuration holds besides `_CONFIG_KEYS`; rope always.
         interleaved_rope: Whether rows of query and key weights are stored in the order of ggml's own rope.
         tokenizer: transformers' class that reads the tokenizer.
     """
 
     model_type: str
-    causal_lm: str
     settings: Callable[[_File], Settings]
     interleaved_rope: bool = False
     tokenizer: str = "AutoTokenizer"
@@ -242,14 +240,15 @@ def _contents(reader: Any, path: Path) -> tuple[_Architecture, _File]:
 
 
 def _hf_config(architecture: _Architecture, file: _File) -> DecoderConfig:
-    raw: Settings = {"model_type": architecture.model_type, "architectures": [architecture.causal_lm]}
+    family = FAMILIES[architecture.model_type]
+    raw: Settings = {"model_type": family.model_type, "architectures": [family.architecture]}
     raw |= {name: file.get(key) for key, name in _CONFIG_KEYS.items() if file.get(key) is not None}
     raw |= {name: file.fields[key] for key, name in _TOKEN_KEYS.items() if key in file.fields}
     # Not the key `vocab_size`, which many files lack.
     raw["vocab_size"] = int(file.records[_EMBEDDING].shape[1])
     raw["tie_word_embeddings"] = "output.weight" not in file.records
     # Where a family always has them, `attention_bias` would mean the output projection's too.
-    if not FAMILIES[architecture.model_type].biased:
+    if not family.biased:
         raw["attention_bias"] = "blk.0.attn_q.bias" in file.records
     return decoder_config(raw | architecture.settings(file), str(file.path))
 
@@ -323,12 +322,12 @@ def _gemma3(file: _File) -> Settings:
 _GEMMA_TOKENIZER = "GemmaTokenizer"
 
 ARCHITECTURES: Mapping[str, _Architecture] = {
-    "llama": _Architecture("llama", "LlamaForCausalLM", _plain, interleaved_rope=True),
-    "qwen2": _Architecture("qwen2", "Qwen2ForCausalLM", _plain),
-    "qwen3": _Architecture("qwen3", "Qwen3ForCausalLM", _plain),
-    "gemma": _Architecture("gemma", "GemmaForCausalLM", _plain, tokenizer=_GEMMA_TOKENIZER),
-    "gemma2": _Architecture("gemma2", "Gemma2ForCausalLM", _gemma2, tokenizer=_GEMMA_TOKENIZER),
-    "gemma3": _Architecture("gemma3_text", "Gemma3ForCausalLM", _gemma3, tokenizer=_GEMMA_TOKENIZER),
+    "llama": _Architecture("llama", _plain, interleaved_rope=True),
+    "qwen2": _Architecture("qwen2", _plain),
+    "qwen3": _Architecture("qwen3", _plain),
+    "gemma": _Architecture("gemma", _plain, tokenizer=_GEMMA_TOKENIZER),
+    "gemma2": _Architecture("gemma2", _gemma2, tokenizer=_GEMMA_TOKENIZER),
+    "gemma3": _Architecture("gemma3_text", _gemma3, tokenizer=_GEMMA_TOKENIZER),
 }
 """GGUF's `general.architecture` → how it is read."""
 

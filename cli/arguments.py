@@ -178,7 +178,7 @@ class BuildArguments:
     "Most sequences per call."
 
     max_context: int | None = None
-    "Most tokens of a sequence (default: 2048, or what the model can do)."
+    "Most tokens of a sequence (default: a static cache's capacity, else 2048 or what the model can do)."
 
     optimization_level: int | None = None
     "TensorRT's builder optimization level, 0 to 5."

@@ -4,6 +4,7 @@ Imports that take long (torch, transformers, onnx) stay inside the commands, so 
 """
 
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -193,13 +194,11 @@ def _open(work: "Job", options: RunArguments, stages: Sequence[str], console: Co
     from spike_export.cli.progress_display import ProgressDisplay
     from spike_export.cli.run_directory import RunDirectory
     from spike_export.engines.build_profiles import resolve_limits
-    from spike_export.export.architectures import require_exportable
     from spike_export.export.cache_options import require_capacity
 
     read = work.read_corpus()  # a bad corpus is reported before the model is opened
     checkpoint = open_checkpoint(work.model)
     if BUNDLE in stages:
-        require_exportable(checkpoint.config)
         require_capacity(work.cache, checkpoint.config)
         require_room(work.calibration.length, work.cache.capacity)
     require_length(work.calibration.length, checkpoint)
@@ -301,7 +300,10 @@ def calibrate(
         recipe = pipeline.calibrate()
     if not run_options.quiet:
         prefix = f"prefix {list(recipe.prefix_ids)} {recipe.prefix.text!r}" if recipe.prefix else "no prefix"
-        kept = f"{len(recipe.kept_linears())} of {len(recipe.modules)} linears in {recipe.scheme.unquantized}"
+        counts: Counter[str] = Counter({recipe.scheme.unquantized: 0})
+        counts.update(recipe.modules[name].precision for name in recipe.kept_linears())
+        total = len(recipe.modules)
+        kept = ", ".join(f"{count} of {total} linears in {precision}" for precision, count in counts.items())
         console.print(Text(f"{kept}, {prefix}\nrecipe: {work_dir / 'recipe.json'}"), soft_wrap=True)
         for note in recipe.notes():
             console.print(Text(f"note: {note}"), soft_wrap=True)

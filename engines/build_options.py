@@ -35,8 +35,8 @@ class BuildOptions:
     Attributes:
         targets: Compute capabilities such as `SM86`; empty for the backend's default.
         profiles: Which uses the plan serves. TensorRT-RTX stores the weights once per profile.
-        max_context: Largest number of the caller's tokens in a sequence, prefix not counted; None for the
-            smaller of 2048 and what the model was trained for.
+        max_context: Largest number of the caller's tokens in a sequence, prefix not counted; None for a static
+            cache's capacity, else for the smaller of 2048 and what the model was trained for.
         typical_prompt: Tokens of a prompt the prefill kernels are chosen for; clipped to `max_prompt`.
         max_prompt: Largest number of tokens in one call; None for `max_context`.
         optimization_level: TensorRT's builder optimization level, 0 to 5; None for its default.

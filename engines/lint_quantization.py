@@ -28,9 +28,6 @@ _ACCEPTED = frozenset(
 )
 """Quantized types of TensorRT."""
 
-_HALF = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
-
-
 _NEAR = 0.01
 """Relative difference up to which scales of one tensor are meant to be equal."""
 
@@ -306,8 +303,8 @@ QUANTIZER_RULES: tuple[Rule, ...] = (
     Rule(
         "quantized-type",
         "error",
-        "A quantized type other than int8",
-        "give the quantizer an int8 zero point of 0",
+        "A quantized type that TensorRT lacks",
+        "give the quantizer an int8 zero point of 0, or a float8e4m3fn one",
         _types,
     ),
     Rule(

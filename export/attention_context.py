@@ -119,12 +119,7 @@ class ContextEmitter:
         return masks
 
     def _window(self, window: int, causal: ir.Value, slots: ir.Value, queries: ir.Value) -> ir.Value:
-        b = self.builder
-        edge = self._op("Sub", queries, b.integers(window), label="window_edge")
-        near = self._op("Greater", slots, edge, label="window_near", dtype=BOOL)
-        if self.prefix_length:
-            in_prefix = self._op("Less", slots, b.integers(self.prefix_length), label="in_prefix", dtype=BOOL)
-            near = self._op("Or", near, in_prefix, label="window_near_or_prefix")
+        near = near_or_prefix(self.builder, window, self.prefix_length, slots, queries)
         return self._op("And", causal, near, label="window_causal")
 
     def _visible(self, batch: ir.Value | None) -> ir.Value:
@@ -148,3 +143,21 @@ class ContextEmitter:
             length = self._op("Where", fresh, length, b.integers(0), label="prefix_length", dtype=INT64)
         parts = [batch, b.integers(kv_heads), length, b.integers(head_dim)]
         return PrefixExtent(length, b.op("Concat", parts, MODULE, label="prefix_shape", attributes={"axis": 0}))
+
+
+def near_or_prefix(b: GraphBuilder, window: int, prefix: int, slots: ir.Value, queries: ir.Value) -> ir.Value:
+    """Append which slots a sliding window leaves to a query: those near it, and a prefix's `prefix` slots always.
+
+    Args:
+        b: The graph.
+        window: Slots a query sees, itself included.
+        prefix: P.
+        slots: [slots] int64; their numbers.
+        queries: int64; the slots of the queries, with a last dimension of one.
+    """
+    edge = b.op("Sub", [queries, b.integers(window)], MODULE, label="window_edge")
+    near = b.op("Greater", [slots, edge], MODULE, label="window_near", dtype=BOOL)
+    if not prefix:
+        return near
+    in_prefix = b.op("Less", [slots, b.integers(prefix)], MODULE, label="in_prefix", dtype=BOOL)
+    return b.op("Or", [near, in_prefix], MODULE, label="window_near_or_prefix")

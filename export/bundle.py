@@ -26,7 +26,6 @@ from spike_export.calibration.modules import is_router, linears, split_name
 from spike_export.calibration.progress import Progress, silent
 from spike_export.calibration.qfem import macs_per_token
 from spike_export.calibration.recipe import Dtype, ModulePlan, NumberFormat, Recipe, recipe_text
-from spike_export.export.architectures import require_exportable
 from spike_export.export.cache_options import CacheOptions, require_capacity
 from spike_export.export.decoder_graph import build_decoder
 from spike_export.export.engine_support import supporting_engines
@@ -109,10 +108,9 @@ def export_bundle(
     Raises:
         RecipeError: The recipe was made for another checkpoint, or its modules are not this decoder's; or a static
             cache is to hold more tokens than the model can place.
-        CheckpointError: Export does not know the architecture, or a weight cannot be read.
+        CheckpointError: A weight cannot be read.
         ArtifactError: The place cannot be written to, or has too little room.
     """
-    require_exportable(checkpoint.config)
     require_capacity(options.cache, checkpoint.config)
     checkpoint_sha256 = checkpoint.tensors.sha256()
     if recipe is not None:

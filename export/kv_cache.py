@@ -1,7 +1,7 @@
 """The cache of keys and values as graph inputs and outputs."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import onnx_ir as ir
 
@@ -11,39 +11,53 @@ from spike_export.export.emission import Emission
 KINDS = ("key", "value")
 
 
-class KvCache(Protocol):
-    """What a layer asks of a cache."""
-
-    def append(self, index: int, key: ir.Value, value: ir.Value, context: AttentionContext) -> tuple[ir.Value, ...]:
-        """Add a layer's new keys and values [batch, kv_heads, sequence, head_dim]; return all that attention reads."""
-
-    def declare_outputs(self) -> None:
-        """Declare `present.N.key|value` of all layers; comes after every layer's `append`."""
-
-
 @dataclass(frozen=True)
-class DynamicCache:
-    """A cache that grows: `past` comes in, `present` goes out, longer by the new tokens and, when fresh, the prefix.
+class KvCache(ABC):
+    """A cache of all layers: `past` comes in, `present` goes out.
 
     Attributes:
-        pasts: Per layer the inputs `past_key_values.N.key|value` [batch, kv_heads, past, head_dim].
+        pasts: Per layer the inputs `past_key_values.N.key|value` [batch, kv_heads, slots, head_dim].
     """
 
     emission: Emission
     pasts: list[tuple[ir.Value, ir.Value]]
     _presents: list[ir.Value] = field(default_factory=list, init=False, repr=False)
 
+    @property
+    @abstractmethod
+    def _present_slots(self) -> int | str:
+        """How many slots `present` has: a number, or the name of a free dimension."""
+
+    @abstractmethod
+    def _present(self, index: int, slot: int, new: ir.Value, context: AttentionContext) -> ir.Value:
+        """Append a layer's cache after this call: of its keys (slot 0) or values (1)."""
+
+    def append(self, index: int, key: ir.Value, value: ir.Value, context: AttentionContext) -> tuple[ir.Value, ...]:
+        """Add a layer's new keys and values [batch, kv_heads, sequence, head_dim]; return all that attention reads."""
+        presents = tuple(self._present(index, slot, new, context) for slot, new in enumerate((key, value)))
+        self._presents.extend(presents)
+        return presents
+
+    def declare_outputs(self) -> None:
+        """Declare `present.N.key|value` of all layers; comes after every layer's `append`."""
+        config = self.emission.config
+        for value in self._presents:
+            shape: list[int | str] = ["batch", config.num_key_value_heads, self._present_slots, config.head_dim]
+            self.emission.builder.output(value, shape)
+
+
+@dataclass(frozen=True)
+class DynamicCache(KvCache):
+    """A cache that grows: `present` is longer by the new tokens and, when fresh, the prefix."""
+
     @classmethod
     def declare(cls, emission: Emission) -> "DynamicCache":
         """Declare the inputs of all layers."""
         return cls(emission, declare_pasts(emission, "past"))
 
-    def append(self, index: int, key: ir.Value, value: ir.Value, context: AttentionContext) -> tuple[ir.Value, ...]:
-        """Append a layer's new keys and values [batch, kv_heads, sequence, head_dim]; return all that there are."""
-        news = (key, value)
-        presents = tuple(self._present(index, slot, new, context) for slot, new in enumerate(news))
-        self._presents.extend(presents)
-        return presents
+    @property
+    def _present_slots(self) -> str:
+        return "present"
 
     def _present(self, index: int, slot: int, new: ir.Value, context: AttentionContext) -> ir.Value:
         """Append the cache after this call: the prefix when the sequence is fresh, the past, the new tokens."""
@@ -55,13 +69,6 @@ class DynamicCache:
         return b.op(
             "Concat", parts, module, label=f"present_{kind}", output=f"present.{index}.{kind}", attributes={"axis": 2}
         )
-
-    def declare_outputs(self) -> None:
-        """Declare `present.N.key|value` of all layers; comes after every layer's `append`."""
-        config = self.emission.config
-        for value in self._presents:
-            shape: list[int | str] = ["batch", config.num_key_value_heads, "present", config.head_dim]
-            self.emission.builder.output(value, shape)
 
 
 def declare_pasts(emission: Emission, length: int | str) -> list[tuple[ir.Value, ir.Value]]:

@@ -4,7 +4,6 @@ from typing import Any
 
 from spike_export.calibration.checkpoint import Checkpoint
 from spike_export.calibration.recipe import Dtype
-from spike_export.export.architectures import ARCHITECTURES
 from spike_export.export.graph_plan import GraphPlan
 from spike_export.export.manifest import GRAPH_FILE
 
@@ -15,7 +14,7 @@ def hf_config(checkpoint: Checkpoint, dtype: Dtype) -> dict[str, Any]:
     """Return the content of `config.json`: HF's configuration with `architectures`, and no trace of local paths."""
     config = {key: value for key, value in checkpoint.config.hf.items() if key not in ("_name_or_path", "torch_dtype")}
     if not config.get("architectures"):
-        config["architectures"] = [ARCHITECTURES[checkpoint.config.family.model_type]]
+        config["architectures"] = [checkpoint.config.family.architecture]
     return {**config, "dtype": dtype}
 
 

@@ -1,12 +1,12 @@
 """The cache as a buffer of fixed size that belongs to the caller and is written in place."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from spike_export.export.attention_context import AttentionContext
 from spike_export.export.emission import Emission
-from spike_export.export.kv_cache import KINDS, declare_pasts, prefix_part
+from spike_export.export.kv_cache import KINDS, KvCache, declare_pasts, prefix_part
 from spike_export.export.static_context import StaticContextEmitter
 
 WRITE_INDICES, FRESH = "write_indices", "fresh"
@@ -14,25 +14,18 @@ WRITE_INDICES, FRESH = "write_indices", "fresh"
 
 
 @dataclass(frozen=True)
-class StaticCache:
+class StaticCache(KvCache):
     """A buffer per layer and kind: `past` and `present` have one shape, and may be the same memory.
 
     Attributes:
-        pasts: Per layer the inputs `past_key_values.N.key|value` [batch, kv_heads, slots, head_dim].
         slots: P and the capacity.
     """
 
-    emission: Emission
-    pasts: list[tuple[ir.Value, ir.Value]]
     slots: int
-    _presents: list[ir.Value] = field(default_factory=list, init=False, repr=False)
 
-    def append(self, index: int, key: ir.Value, value: ir.Value, context: AttentionContext) -> tuple[ir.Value, ...]:
-        """Write a layer's new keys and values [batch, kv_heads, sequence, head_dim]; return the whole buffers."""
-        news = (key, value)
-        presents = tuple(self._present(index, slot, new, context) for slot, new in enumerate(news))
-        self._presents.extend(presents)
-        return presents
+    @property
+    def _present_slots(self) -> int:
+        return self.slots
 
     def _present(self, index: int, slot: int, new: ir.Value, context: AttentionContext) -> ir.Value:
         """Write the prefix, when the sequences are fresh, and the new tokens with one TensorScatter.
@@ -52,12 +45,6 @@ class StaticCache:
             output=f"present.{index}.{kind}",
             attributes={"axis": -2, "mode": "linear"},
         )
-
-    def declare_outputs(self) -> None:
-        """Declare `present.N.key|value` of all layers; comes after every layer's `append`."""
-        config = self.emission.config
-        for value in self._presents:
-            self.emission.builder.output(value, ["batch", config.num_key_value_heads, self.slots, config.head_dim])
 
 
 def static_cache(emission: Emission, ids: ir.Value, capacity: int) -> tuple[StaticCache, AttentionContext]:

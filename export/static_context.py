@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from spike_export.export.attention_context import MODULE, AttentionContext, PrefixExtent
+from spike_export.export.attention_context import MODULE, AttentionContext, PrefixExtent, near_or_prefix
 from spike_export.export.graph_builder import GraphBuilder
 
 INT64, BOOL = ir.DataType.INT64, ir.DataType.BOOL
@@ -76,12 +76,7 @@ class StaticContextEmitter:
         }
 
     def _window(self, window: int, causal: ir.Value, slots: ir.Value, queries: ir.Value) -> ir.Value:
-        b = self.builder
-        edge = self._op("Sub", queries, b.integers(window), label="window_edge")
-        near = self._op("Greater", slots, edge, label="window_near", dtype=BOOL)
-        if self.prefix_length:
-            in_prefix = self._op("Less", slots, b.integers(self.prefix_length), label="in_prefix", dtype=BOOL)
-            near = self._op("Or", near, in_prefix, label="window_near_or_prefix")
+        near = near_or_prefix(self.builder, window, self.prefix_length, slots, queries)
         return self._op("And", causal, near, label="window_mask")
 
     def _prefix(self, fresh: ir.Value, kv_heads: int, head_dim: int) -> PrefixExtent:

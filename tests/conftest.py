@@ -1,9 +1,11 @@
 """Fixtures that more than one test file uses."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.fetch_models import GEMMA3, SMOLLM2, FetchError, PackagedModel, model_path
 
@@ -28,3 +30,12 @@ def smollm2() -> Path:
 def gemma3() -> Path:
     """Gemma 3 270M as a GGUF file; for tests marked `model`."""
     return fetched(GEMMA3)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Let torch use one thread: products this small lose more to waiting for a second than it computes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -34,17 +34,12 @@ from spike_export.engines.check_document import Check
 from spike_export.engines.onnx_session import open_bundle
 from spike_export.engines.variants import Variant, check_variants
 from spike_export.export.bundle import ExportOptions, export_bundle
-from tests.tiny_cli_models import one_thread
 from tests.tiny_models import TinyModel, input_scales, tiny_llama, tiny_recipe
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 BOS = 1
 CORPUS = Corpus("test", ("text",))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> object:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@ r"""A spike planted in a random model: found by name and token, kept in 16 bit b
 The checkpoint lies on disk as a user's would. In one module `\n` spikes in one channel, the first time only.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 
 from spike_export.calibration.calibrate import NO_TRANSFORM, Calibration
@@ -41,21 +40,14 @@ from tests.tiny_checkpoints import (
     write_hf,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LAYERS = 3
 CONFIG = decoder_config(planted_spike_llama().config.to_dict(), "planted")
 SPIKING = token_of(SPIKING_CHARACTER)
 
 ORDINARY = 10.0
 """No ratio of a random model of this size comes near; the planted one is above a thousand."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Let torch use one thread: products this small lose more to waiting for a second than it computes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -19,14 +19,10 @@ from pyarrow import parquet
 from spike_export.calibration.errors import EngineError
 from spike_export.engines import onnx_session, plan_backend
 from tests.tiny_checkpoints import VOCAB, planted_spike_llama, random_llama, state, write_gguf, write_hf, write_weights
-from tests.tiny_cli_models import SMALL, artifacts, call, one_thread, write_corpus, write_model
+from tests.tiny_cli_models import SMALL, artifacts, call, write_corpus, write_model
 from tests.tiny_families import tiny_family
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> object:
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -1,20 +1,15 @@
 """From a Hugging Face directory to a checked bundle, for the families whose layers differ most from LLaMA's."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from spike_export.engines.check_document import load_check
 from tests.tiny_checkpoints import VOCAB, write_hf
-from tests.tiny_cli_models import SMALL, call, one_thread, write_corpus
+from tests.tiny_cli_models import SMALL, call, write_corpus
 from tests.tiny_families import tiny_family
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("name", ["gemma2", "granite", "olmo2", "phi3"])

@@ -10,13 +10,9 @@ from spike_export.calibration.recipe import load_recipe
 from spike_export.engines.check_document import load_check
 from spike_export.export.manifest import load_manifest
 from tests.killed_runs import job, pipeline_of, run_to_the_report
-from tests.tiny_cli_models import SMALL, call, one_thread, write_corpus, write_model
+from tests.tiny_cli_models import SMALL, call, write_corpus, write_model
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> object:
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

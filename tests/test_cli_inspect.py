@@ -7,13 +7,9 @@ import pytest
 
 from spike_export.calibration.recipe import Recipe, load_recipe
 from tests.tiny_checkpoints import PLANTED_MODULE
-from tests.tiny_cli_models import SMALL, call, one_thread, write_corpus, write_model
+from tests.tiny_cli_models import SMALL, call, write_corpus, write_model
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> object:
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -18,12 +18,15 @@ from spike_export.engines.check_document import load_check
 from spike_export.engines.plan_backend import TENSORRT_RTX
 from spike_export.engines.plan_sidecar import load_sidecar
 from spike_export.export.manifest import load_manifest
-from tests.tiny_cli_models import SMALL, artifacts, call, one_thread, write_corpus, write_model
+from tests.tiny_cli_models import SMALL, artifacts, call, write_corpus, write_model
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec(TENSORRT_RTX.module) is None,
-    reason=f"TensorRT-RTX is not installed: {TENSORRT_RTX.install}",
-)
+pytestmark = [
+    pytest.mark.skipif(
+        importlib.util.find_spec(TENSORRT_RTX.module) is None,
+        reason=f"TensorRT-RTX is not installed: {TENSORRT_RTX.install}",
+    ),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 PROGRAM = [sys.executable, "-c", "from spike_export.cli.main import main; main()"]
 BUNDLE_FILES = {
@@ -59,12 +62,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def finished(folder: Path) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run([*PROGRAM, *options(folder, "engine.plan")], capture_output=True, check=False)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread(finished: subprocess.CompletedProcess[bytes]) -> object:
-    with one_thread():
-        yield
 
 
 def test_it_ends_well_and_says_so_in_plain_lines(folder: Path, finished: subprocess.CompletedProcess[bytes]) -> None:

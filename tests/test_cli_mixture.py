@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +20,10 @@ from spike_export.engines.plan_sidecar import load_sidecar
 from spike_export.export.manifest import load_manifest
 from tests.test_planted_mixture import EXPERTS, PLANTED, SPIKING, planted_mixture
 from tests.tiny_checkpoints import PLANTED_LAYER, VOCAB, write_tokenizer, write_weights
-from tests.tiny_cli_models import SMALL, Outcome, call, one_thread, write_corpus
-from tests.tiny_families import MIXTURES, tiny_family, tokens
+from tests.tiny_cli_models import SMALL, Outcome, call, write_corpus
+from tests.tiny_families import MIXTURES, tiny_family, tokens, with_unreached_expert
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def write_mixture(folder: Path, checkpoint: Checkpoint) -> Path:
@@ -33,12 +34,6 @@ def write_mixture(folder: Path, checkpoint: Checkpoint) -> Path:
     names = checkpoint.tensors.shapes
     write_weights(folder, {name: torch.from_numpy(checkpoint.tensor(name).copy()) for name in names})
     return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -133,3 +128,23 @@ def test_a_directory_is_exported_without_a_recipe(tmp_path: Path, name: str) -> 
     manifest = load_manifest(tmp_path / "b")
     assert manifest.model.architecture == name
     assert manifest.linears["float32"].modules == 1  # the router
+
+
+def test_calibrate_says_that_an_expert_saw_no_token(tmp_path: Path) -> None:
+    checkpoint = tiny_family("mixtral", vocab_size=VOCAB, num_hidden_layers=2, num_experts_per_tok=1).checkpoint
+    corpus = ("--corpus", write_corpus(tmp_path / "corpus.txt"), *SMALL)
+    method = ("--no-qfep", "--no-smoothing", "--no-qfem")
+    notes, counts = {}, {}
+    for name, model in {"all": checkpoint, "one less": with_unreached_expert(checkpoint, 1)}.items():
+        folder = write_mixture(tmp_path / f"{name} model", model)
+        outcome = call("calibrate", folder, "--work-dir", tmp_path / name, *corpus, *method)
+        assert outcome.code == 0, outcome.err
+        lines = outcome.out.splitlines()
+        notes[name] = [line for line in lines if line.startswith("note: ")]
+        counts[name] = next(line for line in lines if " linears in " in line)
+    note = "note: 3 linears of experts stay in float32: calibration sent them no token; give more samples"
+    assert notes == {"all": [], "one less": [note]}
+    assert counts == {
+        "all": "0 of 34 linears in float16, no prefix",
+        "one less": "0 of 34 linears in float16, 3 of 34 linears in float32, no prefix",
+    }

@@ -10,13 +10,9 @@ from spike_export.calibration.recipe import Recipe, load_recipe
 from spike_export.engines.onnx_session import open_bundle
 from spike_export.export.manifest import load_manifest
 from tests.tiny_checkpoints import BOS, PLANTED_MODULE
-from tests.tiny_cli_models import SMALL, call, one_thread, write_corpus, write_model
+from tests.tiny_cli_models import SMALL, call, write_corpus, write_model
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> object:
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

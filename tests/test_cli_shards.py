@@ -6,16 +6,12 @@ from pathlib import Path
 import pytest
 
 from spike_export.calibration.recipe import load_recipe
-from tests.tiny_cli_models import Outcome, artifacts, call, one_thread, write_corpus, write_model
+from tests.tiny_cli_models import Outcome, artifacts, call, write_corpus, write_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SAMPLES, SHARDS = 7, 3
 OPTIONS = ("--samples", str(SAMPLES), "--length", "32")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> object:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

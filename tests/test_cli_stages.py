@@ -14,17 +14,13 @@ from spike_export.engines.check_document import load_check
 from spike_export.engines.plan_backend import TENSORRT_RTX
 from spike_export.engines.plan_sidecar import load_sidecar
 from spike_export.export.manifest import load_manifest
-from tests.tiny_cli_models import LENGTH, SMALL, artifacts, call, one_thread, write_corpus, write_model
+from tests.tiny_cli_models import LENGTH, SMALL, artifacts, call, write_corpus, write_model
 
 HEAVY = {"torch", "transformers", "onnx", "onnxruntime", "matplotlib", "onnx_ir", "tensorrt", "tensorrt_rtx"}
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 WINDOWS = ("--length", str(LENGTH))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> object:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -13,16 +13,12 @@ from spike_export.engines.onnx_session import open_bundle
 from spike_export.engines.plan_backend import TENSORRT_RTX
 from spike_export.engines.plan_sidecar import load_sidecar
 from spike_export.export.manifest import load_manifest
-from tests.tiny_cli_models import LENGTH, SMALL, call, one_thread, write_corpus, write_model
+from tests.tiny_cli_models import LENGTH, SMALL, call, write_corpus, write_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 PROGRAM = [sys.executable, "-c", "from spike_export.cli.main import main; main()"]
 STATIC = ("--kv-cache", "static", "--capacity", str(LENGTH))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> object:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

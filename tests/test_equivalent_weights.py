@@ -1,6 +1,6 @@
 """Rotated and smoothed models compute what the original computes, for every family; a forgotten fold shows."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,20 +19,16 @@ from spike_export.calibration.modules import input_sites
 from spike_export.calibration.recipe import RotationPlan, SmoothingPlan
 from spike_export.calibration.rotation import rotation_plan
 from spike_export.calibration.smoothing import plan_scales, smoothing_plan
-from tests.tiny_families import NAMES, one_torch_thread, tiny_family, tokens
+from tests.tiny_families import NAMES, tiny_family, tokens
 from tests.tiny_models import MemoryTensors
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TOLERANCE = 1e-5
 """Of logits, relative to the largest: float32 rounding of four layers is about 2e-6."""
 
 ROTATABLE = tuple(name for name in NAMES if name not in ("gemma2", "gemma3_text", "olmo2"))
 ROTATION = rotation_plan(48, 3)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    with one_torch_thread():
-        yield
 
 
 def logits(checkpoint: Checkpoint, prefix: tuple[int, ...] = ()) -> torch.Tensor:

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from spike_export.calibration.recipe import Dtype, Recipe
 from spike_export.export.bundle import ExportOptions, export_bundle
-from tests.tiny_models import LINEAR_ROPE, LLAMA3_ROPE, CachedSession, TinyModel, input_scales, tiny_llama, tiny_recipe
+from tests.graph_parity import assert_close, reference_logits
+from tests.tiny_models import LINEAR_ROPE, LLAMA3_ROPE, CachedSession, TinyModel, tiny_llama, unquantized_recipe
 
 PREFIX = (5, 1, 9)
 
@@ -30,36 +31,10 @@ def tokens(batch: int, length: int, seed: int = 0) -> NDArray[np.int64]:
     return np.random.default_rng(seed).integers(0, 99, (batch, length))
 
 
-def unquantized_recipe(model: TinyModel, prefix: tuple[int, ...], dtype: Dtype = "float32") -> Recipe:
-    """A recipe that keeps every linear: the way to a prefix without quantization."""
-    scales = input_scales(model, tokens(1, 4))
-    return tiny_recipe(model.checkpoint, scales, kept=dict.fromkeys(scales, dtype), prefix=prefix)
-
-
 def session(folder: Path, model: TinyModel, prefix: tuple[int, ...] = (), dtype: Dtype = "float32") -> CachedSession:
-    recipe = unquantized_recipe(model, prefix, dtype) if prefix else None
+    recipe = unquantized_recipe(model.checkpoint, prefix, dtype) if prefix else None
     export_bundle(model.checkpoint, recipe, ExportOptions(dtype), folder / "bundle")
     return CachedSession(folder / "bundle")
-
-
-def assert_close(actual: NDArray[Any], expected: NDArray[Any], tolerance: float = 2e-5) -> None:
-    assert actual.shape == expected.shape
-    assert np.isfinite(actual).all()
-    assert np.abs(actual - expected).max() <= tolerance * np.abs(expected).max()
-
-
-def logits(model: TinyModel, ids: NDArray[np.int64], prefix: tuple[int, ...] = ()) -> NDArray[Any]:
-    """transformers' logits of `ids` after the prefix, whose slots every query sees, whatever the window."""
-    whole = np.concatenate([np.tile(np.array(prefix, np.int64), (len(ids), 1)), ids], axis=1)
-    window = model.checkpoint.config.sliding_window
-    slots = np.arange(whole.shape[1])
-    seen = slots[None] <= slots[:, None]
-    if window is not None:
-        seen &= (slots[None] > slots[:, None] - window) | (slots[None] < len(prefix))
-    mask = torch.where(torch.from_numpy(seen), 0.0, torch.finfo(torch.float32).min)[None, None]
-    output = model.reference(torch.from_numpy(whole), attention_mask=mask.expand(len(ids), -1, -1, -1))
-    result: NDArray[Any] = output.logits.numpy()[:, len(prefix) :]
-    return result
 
 
 @pytest.mark.parametrize("prefix", [(), PREFIX[:1], PREFIX], ids=["plain", "prefix-1", "prefix-3"])
@@ -68,7 +43,7 @@ def test_prefill_chunks_and_decode_equal_transformers(tmp_path: Path, kind: str,
     model = tiny_llama(**KINDS[kind])
     ids = tokens(2, 19)
     run = session(tmp_path, model, prefix).run
-    expected = logits(model, ids, prefix)
+    expected = reference_logits(model, ids, prefix)
     for chunks in [(), (7, 1, 11), (1,) * 19]:
         assert_close(run(ids, chunks), expected)
 
@@ -76,7 +51,7 @@ def test_prefill_chunks_and_decode_equal_transformers(tmp_path: Path, kind: str,
 def test_reference_masking_is_transformers_own() -> None:
     model = tiny_llama(sliding_window=6)
     ids = tokens(2, 19)
-    assert_close(logits(model, ids), model.reference(torch.from_numpy(ids)).logits.numpy())
+    assert_close(reference_logits(model, ids), model.reference(torch.from_numpy(ids)).logits.numpy())
 
 
 @pytest.mark.parametrize("prefix", [(), PREFIX], ids=["plain", "prefix"])
@@ -93,7 +68,7 @@ def test_left_padded_rows_equal_the_rows_alone(tmp_path: Path, kind: str, prefix
     actual = np.concatenate([graph.step(ids[:, start:end], mask[:, :end]) for start, end in steps], axis=1)
     assert np.isfinite(actual).all()
     for row, pad in enumerate(pads):
-        assert_close(actual[row : row + 1, pad:], logits(model, ids[row : row + 1, pad:], prefix))
+        assert_close(actual[row : row + 1, pad:], reference_logits(model, ids[row : row + 1, pad:], prefix))
 
 
 def test_left_padding_equals_transformers_left_padding(tmp_path: Path) -> None:
@@ -122,7 +97,7 @@ def test_cache_holds_the_prefix_once_and_fresh_sequences_start_over(tmp_path: Pa
 def test_every_position_of_the_model_is_usable_beside_the_prefix(tmp_path: Path) -> None:
     model = tiny_llama(max_positions=24)
     ids = tokens(1, 24)
-    assert_close(session(tmp_path, model, PREFIX).run(ids), logits(model, ids, PREFIX))
+    assert_close(session(tmp_path, model, PREFIX).run(ids), reference_logits(model, ids, PREFIX))
 
 
 @pytest.mark.parametrize("prefix", [(), PREFIX], ids=["plain", "prefix"])
@@ -131,7 +106,7 @@ def test_float16_graph_is_close_to_float32(tmp_path: Path, prefix: tuple[int, ..
     ids = tokens(2, 19)
     actual = session(tmp_path, model, prefix, "float16").run(ids, (7, 1, 11))
     assert actual.dtype == np.float32
-    expected = logits(model, ids, prefix)
+    expected = reference_logits(model, ids, prefix)
     # 11 bits of mantissa: 5e-4 per rounding, a few dozen roundings on the way.
     assert np.sqrt(np.mean((actual - expected) ** 2)) < 5e-3 * np.sqrt(np.mean(expected**2))
 
@@ -165,7 +140,8 @@ def test_names_are_stable_unique_and_those_of_transformers(tmp_path: Path) -> No
     initializers = {tensor.name for tensor in plain.initializer}
     assert set(model.checkpoint.tensors.shapes) <= initializers
     # One node more or less renames no other.
-    prefixed = {node.name for node in graph_of(tmp_path, model, unquantized_recipe(model, PREFIX), "float32").node}
+    recipe = unquantized_recipe(model.checkpoint, PREFIX)
+    prefixed = {node.name for node in graph_of(tmp_path, model, recipe, "float32").node}
     assert {name for name in names if name.startswith(("model.layers", "lm_head"))} <= prefixed
 
 

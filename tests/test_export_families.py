@@ -13,27 +13,24 @@ import torch
 from numpy.typing import NDArray
 from transformers import DynamicCache
 
+from spike_export.calibration.families import FAMILIES
 from spike_export.calibration.recipe import Dtype
-from spike_export.export.architectures import ARCHITECTURES
 from spike_export.export.bundle import ExportOptions, export_bundle
-from tests.test_export_schemes import FLIP, SUMMATION, Case, errors, recipe_of, simulated
+from tests.graph_parity import PARITY, reference_logits, relative_error, token_errors
+from tests.test_export_schemes import FLIP, SUMMATION, Case, recipe_of, simulated
 from tests.test_export_schemes import tokens as measured_tokens
-from tests.tiny_families import MIXTURES, WINDOW, prefix_masks, tiny_family, tokens
-from tests.tiny_models import CachedSession, TinyModel, input_scales, tiny_recipe
+from tests.tiny_families import MIXTURES, WINDOW, tiny_family, tokens
+from tests.tiny_models import CachedSession, TinyModel, unquantized_recipe
 
 PREFIX = (5, 1, 9)
 LENGTH = 24
 CHUNKS: tuple[tuple[int, ...], ...] = ((LENGTH,), (7, 1, LENGTH - 8), (1,) * LENGTH)
 """Prefill, chunked prefill, decode."""
 
-EXACT = 2e-5
-"""Float32 against float32: products of at most 80 terms of 6e-8 each in four layers and the head, whose residual stream
-the factors of some families stretch. Seen: 3e-6."""
-
 HALF = 1e-2
 """Relative rms error of a float16 graph: 5e-4 for each of a few dozen roundings. Seen: 2e-3."""
 
-DENSE = tuple(name for name in ARCHITECTURES if name not in MIXTURES)
+DENSE = tuple(name for name in FAMILIES if name not in MIXTURES)
 
 LONG_FACTORS = [2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 5.5]
 LONG = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 12, "factor": 4.0}
@@ -41,21 +38,9 @@ LONG = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embed
 
 def export(folder: Path, model: TinyModel, prefix: tuple[int, ...] = (), dtype: Dtype = "float32") -> CachedSession:
     """Export with all linears unquantized and open the bundle."""
-    recipe = None
-    if prefix:
-        scales = input_scales(model, tokens(1, 4))
-        recipe = tiny_recipe(model.checkpoint, scales, kept=dict.fromkeys(scales, dtype), prefix=prefix)
+    recipe = unquantized_recipe(model.checkpoint, prefix, dtype) if prefix else None
     export_bundle(model.checkpoint, recipe, ExportOptions(dtype), folder / "bundle")
     return CachedSession(folder / "bundle")
-
-
-def reference_logits(model: TinyModel, ids: NDArray[np.int64], prefix: tuple[int, ...] = ()) -> NDArray[np.float32]:
-    """transformers' logits of `ids` behind a prefix that all of them see, whatever their window."""
-    whole = torch.from_numpy(np.concatenate([np.tile(np.array(prefix, np.int64), (len(ids), 1)), ids], axis=1))
-    mask = prefix_masks(model, len(prefix), ids.shape[1])
-    with torch.inference_mode():
-        logits: NDArray[np.float32] = model.reference(whole, attention_mask=mask, use_cache=False).logits.numpy()
-    return logits[:, len(prefix) :]
 
 
 def cached_logits(
@@ -74,12 +59,6 @@ def cached_logits(
     return np.concatenate(found, axis=1)
 
 
-def error(actual: NDArray[Any], expected: NDArray[Any]) -> float:
-    assert actual.shape == expected.shape
-    assert np.isfinite(actual).all()
-    return float(np.abs(actual - expected).max() / np.abs(expected).max())
-
-
 def small(name: str, **changes: Any) -> TinyModel:
     """Two layers, of which each has its own kind of window where the family has two."""
     if name == "qwen2":
@@ -94,7 +73,7 @@ def test_every_family_equals_transformers(tmp_path: Path, name: str, prefix: tup
     assert 2 * WINDOW < LENGTH
     expected, session = reference_logits(model, ids, prefix), export(tmp_path, model, prefix)
     for chunks in CHUNKS:
-        assert error(session.run(ids, chunks), expected) < EXACT
+        assert relative_error(session.run(ids, chunks), expected) < PARITY
     architectures = json.loads((tmp_path / "bundle" / "config.json").read_text())["architectures"]
     assert architectures == [type(model.reference).__name__]
 
@@ -110,7 +89,7 @@ def test_left_padded_rows_equal_the_rows_alone(tmp_path: Path, name: str) -> Non
     actual = np.concatenate([session.step(ids[:, start:end], mask[:, :end]) for start, end in steps], axis=1)
     for row, pad in enumerate(pads):
         alone = ids[row : row + 1, pad:]
-        assert error(actual[row : row + 1, pad:], reference_logits(model, alone, PREFIX)) < EXACT
+        assert relative_error(actual[row : row + 1, pad:], reference_logits(model, alone, PREFIX)) < PARITY
 
 
 @pytest.mark.parametrize("name", DENSE)
@@ -160,7 +139,7 @@ def test_a_planted_fault_is_noticed(tmp_path: Path, fault: Fault) -> None:
     wrong = onnx.numpy_helper.to_array(tensor) * np.float32(fault.factor)
     tensor.CopyFrom(onnx.numpy_helper.from_array(wrong, fault.initializer))
     onnx.save(graph, tmp_path / "model.onnx")
-    assert error(CachedSession(tmp_path).run(ids), reference_logits(model, ids)) > 10 * EXACT
+    assert relative_error(CachedSession(tmp_path).run(ids), reference_logits(model, ids)) > 10 * PARITY
 
 
 @pytest.mark.parametrize("name", ["gemma3_text", "granite"])
@@ -258,10 +237,10 @@ def test_every_rope_equals_transformers_within_and_beyond_the_original_length(
     for chunks in [(6,), *CHUNKS]:
         fed = ids[:, : sum(chunks)]
         expected = cached_logits(model, fed, chunks, prefix)
-        assert error(session.run(fed, chunks), expected) < EXACT
+        assert relative_error(session.run(fed, chunks), expected) < PARITY
         if kind in BY_LENGTH and len(chunks) > 1:
             # Keys that were cached within the length keep their frequencies.
-            assert error(cached_logits(model, fed, (LENGTH,), prefix), expected) > 1e-3
+            assert relative_error(cached_logits(model, fed, (LENGTH,), prefix), expected) > 1e-3
 
 
 @pytest.mark.parametrize("kind", BY_LENGTH)
@@ -274,7 +253,7 @@ def test_the_length_is_each_rows_own(tmp_path: Path, kind: str) -> None:
     logits = session.step(ids, mask)
     for row, pad in enumerate(pads):
         alone = ids[row : row + 1, pad:]
-        assert error(logits[row : row + 1, pad:], cached_logits(model, alone, (LENGTH - pad,))) < EXACT
+        assert relative_error(logits[row : row + 1, pad:], cached_logits(model, alone, (LENGTH - pad,))) < PARITY
 
 
 @pytest.mark.parametrize("kind", ROPES)
@@ -283,7 +262,7 @@ def test_a_rope_is_none_in_name_only(kind: str) -> None:
     rest = {key: value for key, value in changes.items() if key != "rope_parameters"}
     ids = tokens(rows=1, length=LENGTH)
     scaled, plain = (cached_logits(small(family, **each), ids, (LENGTH,)) for each in (changes, rest))
-    assert error(scaled, plain) > 1e-3
+    assert relative_error(scaled, plain) > 1e-3
 
 
 SCHEMES: Mapping[str, Case] = {
@@ -308,6 +287,6 @@ def assert_simulated(folder: Path, model: TinyModel, case: Case) -> None:
     export_bundle(model.checkpoint, recipe, ExportOptions("float32"), folder / "bundle")
     expected, session = simulated(model.checkpoint, recipe), CachedSession(folder / "bundle")
     for chunks in ((), (5, 1, 6)):
-        found = errors(session.run(measured_tokens(), chunks), expected)
+        found = token_errors(session.run(measured_tokens(), chunks), expected)
         assert np.median(found) < SUMMATION
         assert found.max() < FLIP

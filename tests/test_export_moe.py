@@ -36,15 +36,13 @@ from spike_export.engines.branches import inline_branches
 from spike_export.engines.plan_graph import load_graph
 from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.manifest import load_manifest
+from tests.graph_parity import PARITY, assert_close, reference_logits
 from tests.tiny_families import MIXTURES, checkpoint_of, replaced, tiny_family, tokens
-from tests.tiny_models import CachedSession, TinyModel, tiny_recipe
+from tests.tiny_models import CachedSession, TinyModel, tiny_recipe, unquantized_recipe
 
 PREFIX = (5, 1, 9)
 CHUNKS = ((), (7, 1, 11), (1,) * 19)
 """Prefill, chunked prefill, decode; all longer than Mixtral's window of 9."""
-
-PARITY = 2e-5
-"""Part of the logits' scale. Float32 summation in another order: 80 terms of 6e-8 each, two layers, two blocks."""
 
 FLIP = 1e-2
 """Part of the logits' scale by which INT8 may differ: where two summation orders straddle a rounding boundary, one
@@ -65,30 +63,6 @@ def expert(name: str, layer: int, index: int, linear: str) -> str:
     return f"{block(name, layer)}.experts.{index}.{own}"
 
 
-def reference_logits(model: TinyModel, ids: NDArray[np.int64], prefix: tuple[int, ...] = ()) -> NDArray[Any]:
-    """transformers' logits of `ids` after the prefix, whose slots every query sees, whatever the window."""
-    whole = np.concatenate([np.tile(np.array(prefix, np.int64), (len(ids), 1)), ids], axis=1)
-    window, slots = model.checkpoint.config.sliding_window, np.arange(whole.shape[1])
-    seen = slots[None] <= slots[:, None]
-    if window is not None:
-        seen &= (slots[None] > slots[:, None] - window) | (slots[None] < len(prefix))
-    mask = torch.where(torch.from_numpy(seen), 0.0, torch.finfo(torch.float32).min)[None, None]
-    output = model.reference(torch.from_numpy(whole), attention_mask=mask.expand(len(ids), -1, -1, -1))
-    result: NDArray[Any] = output.logits.numpy()[:, len(prefix) :]
-    return result
-
-
-def unquantized(checkpoint: Checkpoint, prefix: tuple[int, ...], dtype: Dtype = "float32") -> Recipe:
-    names = linears(checkpoint.config)
-    return tiny_recipe(checkpoint, {}, kept=dict.fromkeys(names, dtype), prefix=prefix)
-
-
-def assert_close(actual: NDArray[Any], expected: NDArray[Any], tolerance: float = PARITY) -> None:
-    assert actual.shape == expected.shape
-    assert np.isfinite(actual).all()
-    assert np.abs(actual - expected).max() <= tolerance * np.abs(expected).max()
-
-
 VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "mixtral": ("mixtral", {}),
     "mixtral-one-expert": ("mixtral", {"num_experts_per_tok": 1}),
@@ -103,7 +77,7 @@ VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 def test_prefill_chunks_and_decode_equal_transformers(tmp_path: Path, variant: str, prefix: tuple[int, ...]) -> None:
     name, changes = VARIANTS[variant]
     model, ids = mixture(name, **changes), tokens(2, 19)
-    recipe = unquantized(model.checkpoint, prefix) if prefix else None
+    recipe = unquantized_recipe(model.checkpoint, prefix) if prefix else None
     export_bundle(model.checkpoint, recipe, ExportOptions("float32"), tmp_path / "b")
     expected = reference_logits(model, ids, prefix)
     session = CachedSession(tmp_path / "b")
@@ -122,7 +96,7 @@ def test_shares_that_are_not_renormalized_matter() -> None:
 @pytest.mark.parametrize("name", MIXTURES)
 def test_left_padded_rows_equal_the_rows_alone(tmp_path: Path, name: str) -> None:
     model, ids, pads = mixture(name), tokens(3, 14), (0, 3, 9)
-    recipe = unquantized(model.checkpoint, PREFIX)
+    recipe = unquantized_recipe(model.checkpoint, PREFIX)
     export_bundle(model.checkpoint, recipe, ExportOptions("float32"), tmp_path / "b")
     mask = (np.arange(14)[None] >= np.array(pads)[:, None]).astype(np.int64)
     graph = CachedSession(tmp_path / "b")

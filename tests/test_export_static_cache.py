@@ -1,13 +1,13 @@
 """The graph with a static cache: its logits are transformers' and the dynamic graph's, and it writes in place."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
-import torch
 from numpy.typing import NDArray
 
 from spike_export.calibration.errors import ArtifactError, EngineError, RecipeError
@@ -17,7 +17,10 @@ from spike_export.engines.sequences import DynamicSequences, StaticSequences
 from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.cache_options import CacheOptions
 from spike_export.export.manifest import Manifest, load_manifest
+from tests import graph_parity
 from tests.tiny_models import TinyModel, input_scales, tiny_llama, tiny_recipe
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CAPACITY = 24
 WINDOW = 6
@@ -28,14 +31,6 @@ TOLERANCE = 1e-5
 
 models = pytest.mark.parametrize("window", [None, WINDOW], ids=["llama", "mistral"])
 prefixes = pytest.mark.parametrize("prefix", PREFIXES, ids=["plain", "prefix-1", "prefix-3"])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> object:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def tokens(batch: int, length: int, seed: int = 0) -> NDArray[np.int64]:
@@ -71,22 +66,11 @@ def static(session: BundleSession, batch: int) -> StaticSequences:
 
 
 def reference(model: TinyModel, ids: NDArray[np.int64], prefix: tuple[int, ...] = ()) -> NDArray[Any]:
-    """transformers' logits of one row `ids` [tokens] after the prefix, whose slots every query sees."""
-    whole = np.concatenate([np.array(prefix, np.int64), ids])[None]
-    slots = np.arange(whole.shape[1])
-    seen = slots[None] <= slots[:, None]
-    window = model.checkpoint.config.sliding_window
-    if window is not None:
-        seen &= (slots[None] > slots[:, None] - window) | (slots[None] < len(prefix))
-    mask = torch.where(torch.from_numpy(seen), 0.0, torch.finfo(torch.float32).min)[None, None]
-    result: NDArray[Any] = model.reference(torch.from_numpy(whole), attention_mask=mask).logits.numpy()
-    return result[0, len(prefix) :]
+    """transformers' logits of one row `ids` [tokens] after the prefix."""
+    return graph_parity.reference_logits(model, ids[None], prefix)[0]
 
 
-def assert_close(actual: NDArray[Any], expected: NDArray[Any], tolerance: float = TOLERANCE) -> None:
-    assert actual.shape == expected.shape
-    assert np.isfinite(actual).all()
-    assert np.abs(actual - expected).max() <= tolerance * np.abs(expected).max()
+assert_close = partial(graph_parity.assert_close, tolerance=TOLERANCE)
 
 
 @models

@@ -35,6 +35,7 @@ from spike_export.export.bundle import ExportOptions, export_bundle, recipe_sha2
 from spike_export.export.graph_builder import GraphBuilder
 from spike_export.export.linear import quantize_dequantize
 from spike_export.export.manifest import load_manifest
+from tests.graph_parity import token_errors
 from tests.tiny_cli_models import call, write_model
 from tests.tiny_models import CachedSession, TinyModel, input_scales, tiny_llama, tiny_recipe
 
@@ -167,12 +168,6 @@ def defined_logits(model: TinyModel, recipe: Recipe) -> NDArray[Any]:
     return logits
 
 
-def errors(actual: NDArray[Any], expected: NDArray[Any]) -> NDArray[Any]:
-    """Per token, the largest error as a part of the logits' scale."""
-    result: NDArray[Any] = np.abs(actual - expected).max(axis=-1) / np.abs(expected).max()
-    return result
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_graph_simulation_and_definition_agree(tmp_path: Path, case: str) -> None:
     model = tiny_llama(biases=True)
@@ -185,13 +180,13 @@ def test_graph_simulation_and_definition_agree(tmp_path: Path, case: str) -> Non
     graph = CachedSession(tmp_path / "bundle").run(tokens(), (5, 1, 6))
     defined = defined_logits(model, recipe)
     for actual, expected in ((graph, simulated), (graph, defined), (simulated, defined)):
-        error = errors(actual, expected)
+        error = token_errors(actual, expected)
         # Float32 summation alone: 80 terms of 6e-8 through two layers, 5e-6. Where two orders straddle a rounding
         # boundary a value moves by one step, at most 1/14 of its range, and the token and later ones with it.
         assert np.median(error) < 2e-5
         assert error.max() < 0.05
     plain = model.reference(torch.from_numpy(tokens())).logits.numpy()
-    assert recipe.prefix_ids or np.median(errors(graph, plain)) > 1e-3  # and it is not the unquantized model
+    assert recipe.prefix_ids or np.median(token_errors(graph, plain)) > 1e-3  # and it is not the unquantized model
 
 
 def test_the_float16_bundle_runs_in_the_embedded_engine(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """The head: quantized or not, of all tokens or of the last one, against transformers and integer arithmetic."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -22,20 +22,15 @@ from spike_export.engines.variants import Variant, check_variants
 from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.graph_plan import LogitsScope
 from spike_export.export.manifest import LAST_TOKEN_NODE, Manifest
-from tests.tiny_families import one_torch_thread
 from tests.tiny_models import CachedSession, TinyModel, input_scales, tiny_llama, tiny_recipe
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 PREFIX = (5, 1, 9)
 
 QUANTIZED: tuple[HeadScheme, ...] = ("int8-weights", "int8-per-token-dynamic")
 
 VOCABULARY, HIDDEN = 99, 48
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    with one_torch_thread():
-        yield
 
 
 def tokens(batch: int = 2, length: int = 19, seed: int = 0) -> NDArray[np.int64]:

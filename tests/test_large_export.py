@@ -9,7 +9,8 @@ import pytest
 
 from benchmarks import export_cost, large_export
 from benchmarks.export_cost import Exporter, graph_size, installed
-from benchmarks.large_export import Use, made_up_recipe
+from benchmarks.invented_recipe import invented_recipe
+from benchmarks.large_export import Use
 from benchmarks.large_model import Shape, write_model
 from spike_export.calibration.blocked_transpose import PANEL_ROWS, transposed_copy
 from spike_export.calibration.checkpoint import Checkpoint, open_checkpoint
@@ -32,7 +33,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 def test_threads_change_no_byte(
     tmp_path: Path, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, quantize: bool
 ) -> None:
-    recipe = made_up_recipe(checkpoint) if quantize else None
+    recipe = invented_recipe(checkpoint) if quantize else None
     written = []
     for threads in (1, 3):
         monkeypatch.setattr(bundle_module, "_threads", lambda _, threads=threads: threads)
@@ -67,7 +68,7 @@ def test_the_bundle_holds_the_quantized_weights(tmp_path: Path, checkpoint: Chec
     import onnx
     from onnx import numpy_helper
 
-    export_bundle(checkpoint, made_up_recipe(checkpoint), ExportOptions("float16"), tmp_path / "b")
+    export_bundle(checkpoint, invented_recipe(checkpoint), ExportOptions("float16"), tmp_path / "b")
     tensors = {tensor.name: tensor for tensor in onnx.load(tmp_path / "b" / "model.onnx").graph.initializer}
     name = "model.layers.1.mlp.gate_proj.weight"
     quantized, scale = quantize_weight(checkpoint.tensor(name), "int8-per-channel")

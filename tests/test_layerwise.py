@@ -23,12 +23,13 @@ from tests.tiny_families import (
     PLAIN_CAUSAL,
     SAME_KERNELS,
     WINDOW,
-    one_torch_thread,
     prefix_masks,
     tiny_family,
     tokens,
 )
 from tests.tiny_models import LINEAR_ROPE, LLAMA3_ROPE, TinyModel
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 PREFIX = (1, 7, 42)
 
@@ -49,12 +50,6 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("gemma3_text", {"tie_word_embeddings": False}),
     ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    with one_torch_thread():
-        yield
 
 
 def logits(

@@ -20,7 +20,7 @@ from spike_export.calibration.options import CalibrationOptions
 from spike_export.calibration.overflow_guard import stream_dtype
 from spike_export.calibration.recipe import UNREACHED
 from spike_export.calibration.spikes import ModuleSpikes, SpikeStatistics, merge_statistics
-from tests.tiny_families import replaced, tiny_family, tokens
+from tests.tiny_families import replaced, tiny_family, tokens, with_unreached_expert
 from tests.tiny_models import TinyModel, tiny_recipe
 
 PREFIX = (1, 7)
@@ -371,11 +371,7 @@ def test_a_sample_that_an_expert_never_saw_has_no_say_in_it() -> None:
 
 def test_an_expert_that_no_token_reaches_is_kept_in_float32() -> None:
     checkpoint = tiny_family("mixtral", num_experts_per_tok=1).checkpoint
-    name = f"model.layers.2.{MOE}.gate.weight"
-    router = checkpoint.tensor(name).copy()
-    router[1] = -router[0]
-    router[3] = 0  # never above both of two opposite logits
-    decoder = Decoder(replaced(checkpoint, {name: router}))
+    decoder = Decoder(with_unreached_expert(checkpoint, 2))
     found = measure_spikes(decoder, tokens())
     expert = f"model.layers.2.{MOE}.experts.3"
     assert [module for module, spikes in found.modules.items() if not spikes.reached] == [

@@ -9,19 +9,15 @@ import torch
 from numpy.typing import NDArray
 
 from spike_export.calibration.errors import ArtifactError, EngineError
+from spike_export.calibration.recipe import Dtype
 from spike_export.engines.denormals import denormals_flushed
 from spike_export.engines.onnx_session import BundleSession, open_bundle
 from spike_export.export.bundle import ExportOptions, export_bundle
-from tests.tiny_cli_models import one_thread
-from tests.tiny_models import TinyModel, tiny_llama, tiny_recipe
+from tests.tiny_models import TinyModel, tiny_llama, unquantized_recipe
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 BOS = 1
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> object:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -35,20 +31,13 @@ def content() -> NDArray[np.int64]:
 
 
 def exported(
-    model: TinyModel, folder: Path, *, bos: int | None, prefix: tuple[int, ...] = (), dtype: str = "float32"
+    model: TinyModel, folder: Path, *, bos: int | None, prefix: tuple[int, ...] = (), dtype: Dtype = "float32"
 ) -> BundleSession:
     """A bundle with nothing quantized, so that logits can be compared exactly."""
     checkpoint = replace(model.checkpoint, config=replace(model.checkpoint.config, bos_token_id=bos, eos_token_ids=()))
-    recipe = None
-    if prefix:
-        names = tiny_recipe(checkpoint, dict.fromkeys(_names(model), 1.0)).modules
-        recipe = tiny_recipe(checkpoint, {}, kept=dict.fromkeys(names, dtype), prefix=prefix)  # type: ignore[arg-type]
-    export_bundle(checkpoint, recipe, ExportOptions(dtype), folder)  # type: ignore[arg-type]
+    recipe = unquantized_recipe(checkpoint, prefix, dtype) if prefix else None
+    export_bundle(checkpoint, recipe, ExportOptions(dtype), folder)
     return open_bundle(folder, threads=1)
-
-
-def _names(model: TinyModel) -> list[str]:
-    return [name.removesuffix(".weight") for name in model.checkpoint.tensors.shapes if "proj" in name]
 
 
 def expected(model: TinyModel, first: tuple[int, ...], content: NDArray[np.int64]) -> NDArray[np.float32]:

@@ -1,7 +1,6 @@
 """Perplexity against torch's own loss on transformers' logits."""
 
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -10,16 +9,12 @@ from numpy.typing import NDArray
 
 from spike_export.calibration.layerwise import Decoder, Execution
 from spike_export.calibration.perplexity import Likelihood, model_perplexity, with_bos
-from tests.tiny_families import NAMES, one_torch_thread, tiny_family, tokens
+from tests.tiny_families import NAMES, tiny_family, tokens
 from tests.tiny_models import TinyModel
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PREFIX = (1, 7, 42)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    with one_torch_thread():
-        yield
 
 
 def plain_perplexity(model: TinyModel, fed: NDArray[np.int64], content: int) -> float:

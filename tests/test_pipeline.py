@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +28,11 @@ from spike_export.engines.check_document import Check, CheckReference, CheckVari
 from spike_export.export.manifest import load_manifest
 from tests.killed_runs import job, pipeline_of, run_to_the_report
 from tests.tiny_checkpoints import BOS, PLANTED_MODULE
-from tests.tiny_cli_models import artifacts, corpus_text, one_thread, write_corpus, write_model
+from tests.tiny_cli_models import artifacts, corpus_text, write_corpus, write_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CALIBRATION = {SPIKES, PREFIX, BEHIND, SMOOTHING, AFTER, RECIPE}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

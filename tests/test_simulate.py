@@ -21,7 +21,9 @@ from spike_export.calibration.simulate import (
     fake_quantize,
     fake_quantize_tokens,
 )
-from tests.tiny_families import one_torch_thread, tiny_family, tokens
+from tests.tiny_families import tiny_family, tokens
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -32,12 +34,6 @@ PER_TOKEN = ModulePlan(precision="int8")
 WEIGHT_ONLY = ModulePlan(precision="float16", weights="int8")
 KEPT = ModulePlan(precision="float16")
 PREFIX = (1, 7, 42)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    with one_torch_thread():
-        yield
 
 
 def quantized_input(inputs: Floats, plan: ModulePlan) -> tuple[Doubles, Doubles]:

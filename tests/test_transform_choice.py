@@ -1,6 +1,6 @@
 """The search for smoothing and clips, the choice between transforms, and the guard against float16's overflow."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,18 +29,14 @@ from spike_export.calibration.transform_choice import choose_transform
 from spike_export.engines.accuracy import likelihood
 from spike_export.engines.onnx_session import open_bundle
 from spike_export.export.bundle import ExportOptions, export_bundle
-from tests.tiny_families import NAMES, one_torch_thread, replaced, tiny_family, tokens
+from tests.tiny_families import NAMES, replaced, tiny_family, tokens
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CORPUS = Corpus("test", ("text",))
 DOWN = "model.layers.1.mlp.down_proj"
 OUTLIER = 7
 PREFIX = (0, 7)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    with one_torch_thread():
-        yield
 
 
 def calibration_of(name: str = "llama", *, outlier: float = 1.0, **options: Any) -> Calibration:

@@ -1,13 +1,10 @@
 """A small model directory and a corpus for the command line, and calls of it inside this process."""
 
 import io
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-
-import torch
 
 from spike_export.cli.main import run
 from tests.tiny_checkpoints import as_text, planted_spike_llama, sampled_text, write_hf
@@ -68,12 +65,3 @@ def write_model(folder: Path, seed: int = 0) -> Path:
 def artifacts(folder: Path) -> dict[str, bytes]:
     """Return every file under a folder: relative path → content."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Compute with one thread: for tiny products, waiting for a second one on a busy machine takes far longer."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

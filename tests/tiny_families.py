@@ -1,7 +1,6 @@
 """A small random model of every family: transformers' own, and the checkpoint that calibration reads."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -136,6 +135,15 @@ def replaced(checkpoint: Checkpoint, changes: Mapping[str, NDArray[np.float32]])
     return replace(checkpoint, tensors=MemoryTensors({**stored.tensors, **changes}))
 
 
+def with_unreached_expert(checkpoint: Checkpoint, layer: int) -> Checkpoint:
+    """Return a Mixtral that gives each token one of four experts, and none to a layer's last."""
+    name = f"model.layers.{layer}.block_sparse_moe.gate.weight"
+    router = checkpoint.tensor(name).copy()
+    router[1] = -router[0]
+    router[3] = 0  # never above both of two opposite logits
+    return replaced(checkpoint, {name: router})
+
+
 def tokens(rows: int = 3, length: int = 24, seed: int = 0) -> NDArray[np.int64]:
     return np.random.default_rng(seed).integers(3, 99, (rows, length))
 
@@ -143,7 +151,8 @@ def tokens(rows: int = 3, length: int = 24, seed: int = 0) -> NDArray[np.int64]:
 def prefix_masks(model: TinyModel, prefix: int, length: int) -> Any:
     """Return the additive masks by hand: causal, inside the window where a layer has one; the prefix always seen."""
     query, key = np.arange(prefix + length)[:, None], np.arange(prefix + length)[None, :]
-    near = (query - key < WINDOW) | (key < prefix)
+    window = model.checkpoint.config.sliding_window or prefix + length
+    near = (query - key < window) | (key < prefix)
     full, sliding = (
         torch.from_numpy(np.where((key <= query) & seen, 0.0, -np.inf).astype(np.float32))[None, None]
         for seen in (np.full_like(near, True), near)
@@ -152,14 +161,3 @@ def prefix_masks(model: TinyModel, prefix: int, length: int) -> Any:
     if getattr(config, "layer_types", None) and config.model_type in ("gemma2", "gemma3_text", "qwen2", "qwen3"):
         return {"full_attention": full, "sliding_attention": sliding}
     return sliding if model.checkpoint.config.sliding_window else full
-
-
-@contextmanager
-def one_torch_thread() -> Iterator[None]:
-    """Let torch use one thread: products this small lose more to waiting for a second than it computes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

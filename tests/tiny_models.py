@@ -135,6 +135,11 @@ def tiny_recipe(
     )
 
 
+def unquantized_recipe(checkpoint: Checkpoint, prefix: Sequence[int] = (), dtype: Dtype = "float32") -> Recipe:
+    """Keep every linear: the way to a prefix without quantization."""
+    return tiny_recipe(checkpoint, {}, kept=dict.fromkeys(linears(checkpoint.config), dtype), prefix=prefix)
+
+
 def input_scales(model: TinyModel, tokens: NDArray[np.int64]) -> dict[str, float]:
     """Per linear, amax / 127 of its input over `tokens`, as a float32 value."""
     scales: dict[str, float] = {}
