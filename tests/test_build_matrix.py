@@ -43,15 +43,15 @@ CPU = BuildEnvironment(Machine(frozenset({"tensorrt-rtx"}), gpu=None), available
 CACHES: Mapping[CacheKind, CacheOptions] = {"dynamic": CacheOptions(), "static": CacheOptions("static", 48)}
 
 SCHEMES: Mapping[str, ModulePlan] = {
-    "static": ModulePlan(precision="int8", activation_scale=0.02),
+    "per-tensor": ModulePlan(precision="int8", activation_scale=0.02),
     "float16": ModulePlan(precision="float16", ratio=900.5, reason="test"),
     "per-token": ModulePlan(precision="int8"),
     "weights": ModulePlan(precision="float16", weights="int8"),
 }
-"""Static and per-token W8A8, W8A16, and what is kept; static scales are made unequal later on."""
+"""W8A8 with static scales (made unequal later on) and with scales per token, W8A16, and what is kept."""
 
 FOUND: Mapping[str, tuple[str, str]] = {
-    "static": ("int8", "int8"),
+    "per-tensor": ("int8", "int8"),
     "float16": ("float16", "float16"),
     "per-token": ("int8", "int8"),
     "weights": ("float16+int8-weights", WEIGHT_ONLY),
@@ -185,7 +185,7 @@ def test_a_model_of_one_scheme_runs_as_planned_on_every_target(
 ) -> None:
     checkpoint = family_checkpoint(family, LAYERS)
     float8 = scheme == "fp8"  # a static INT8 recipe, exported in the other format
-    schemes = ["static" if float8 else scheme] * LAYERS
+    schemes = ["per-tensor" if float8 else scheme] * LAYERS
     recipe = layered_recipe(checkpoint, schemes, prefix_of(family, cache, scheme))
     options = ExportOptions("float16", number_format="fp8" if float8 else "int8", cache=CACHES[cache])
     export_bundle(checkpoint, recipe, options, tmp_path / "b")
