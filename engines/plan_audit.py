@@ -33,7 +33,9 @@ _TENSOR = re.compile(r"^  (?:sub_)?tensor=\{(.*)\}$", re.MULTILINE)
 _TENSOR_NAME = re.compile(r' name="([^"]*)"')
 _TENSOR_TYPE = re.compile(r" type=(\w+)")
 _PAYLOAD = re.compile(r"\bconst_payload_size=(\d+)")
-_PRODUCT = re.compile(r'^  fully_connected=\{ name="([^"]*)" .*? input=\{([^}]*)\}', re.MULTILINE)
+_PRODUCT = re.compile(
+    r'^  fully_connected=\{ name="([^"]*)" .*? input=\{([^}]*)\}(?:.* layers="([^"]*)")?', re.MULTILINE
+)
 _RESTORING = re.compile(r'^  (?:cast|mul)=\{ name="[^"]*" output=\{"([^"]*)"[^}]*\} input=\{([^}]*)\}', re.MULTILINE)
 """Operations by which an INT8 weight becomes a floating-point operand."""
 _PRECOMPUTING = re.compile(
@@ -123,7 +125,7 @@ def audit_plan(plan_path: Path, planned: Mapping[str, str]) -> PlanAudit:
     profiles = sorted({program.profile for program in programs if program.targets})
     findings = [_findings([program for program in programs if program.profile == profile]) for profile in profiles]
     modules = tuple(ModuleAudit(name, planned[name], _found(name, findings)) for name in planned)
-    products = [precision for program in programs for precision in program.products.values()]
+    products = [product.precision for program in programs for product in program.products.values()]
     kernels = sum(finding.in_kernel for found in findings for name, finding in found.items() if name in planned)
     int8, fp8 = products.count("int8"), products.count("fp8")
     targets = {target: None for program in programs for target in program.targets}
@@ -142,6 +144,14 @@ class _Kernel:
 
     precision: str
     restored_weight: bool
+    modules: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Product:
+    """A matrix product, the precision it runs in, and the modules it computes."""
+
+    precision: str
     modules: tuple[str, ...]
 
 
@@ -181,12 +191,12 @@ class _Program:
     Attributes:
         targets: Empty for the inner program of a fused kernel, which its caller's targets hold for.
         profile: Index of the optimization profile.
-        products: Name of a matrix product → the precision it runs in.
+        products: By name.
     """
 
     targets: tuple[str, ...]
     profile: int
-    products: Mapping[str, str]
+    products: Mapping[str, _Product]
     kernels: tuple[_Kernel, ...]
 
 
@@ -220,7 +230,11 @@ def _parse(header: str, text: str) -> _Program:
     profile = _PROFILE.search(text)
     tensors = _tensors(text)
     products = {
-        match.group(1): _product_precision(_QUOTED.findall(match.group(2)), tensors)
+        match.group(1): _Product(
+            _product_precision(_QUOTED.findall(match.group(2)), tensors),
+            # A product that was taken apart at the slices behind it and put together again has an invented name.
+            _modules(match.group(1).split("+")) or _modules(_LAYER.findall(match.group(3) or "")),
+        )
         for match in _PRODUCT.finditer(text)
     }
     kernels = tuple(
@@ -286,11 +300,11 @@ def _findings(programs: Sequence[_Program]) -> dict[str, _Finding]:
     """Return what one profile's programs say of each module they mention."""
     found: dict[str, _Finding] = {}
     for program in programs:
-        for name, precision in program.products.items():
-            for module in _modules(name.split("+")):
+        for product in program.products.values():
+            for module in product.modules:
                 # A module computed twice counts with the product that is not of 8 bits.
-                if module not in found or precision not in _QUANTIZED.values():
-                    found[module] = _Finding(precision, in_kernel=False)
+                if module not in found or product.precision not in _QUANTIZED.values():
+                    found[module] = _Finding(product.precision, in_kernel=False)
     # A kernel also names products whose results it merely scales: those have been found above.
     for program in programs:
         for kernel in program.kernels:

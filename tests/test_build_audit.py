@@ -7,12 +7,18 @@ import onnx
 import pytest
 
 from spike_export.calibration.errors import EngineError
+from spike_export.calibration.modules import linears
+from spike_export.calibration.recipe import Dtype
 from spike_export.engines.build_options import BuildOptions, ProfileName
 from spike_export.engines.plan_audit import NOT_FOUND, WEIGHT_ONLY, ModuleAudit, PlanAudit, audit_plan
 from spike_export.engines.plan_backend import TENSORRT_RTX, Machine
 from spike_export.engines.plan_builder import BuildEnvironment, build_plan
 from spike_export.engines.plan_graph import planned_precisions
+from spike_export.export.bundle import ExportOptions, export_bundle
+from spike_export.export.cache_options import CacheOptions
 from tests.tiny_bundles import TinyModel, tiny_graph, write_bundle
+from tests.tiny_families import tiny_family
+from tests.tiny_models import tiny_recipe
 
 needs_rtx = pytest.mark.skipif(
     importlib.util.find_spec(TENSORRT_RTX.module) is None,
@@ -61,6 +67,28 @@ def test_every_linear_may_be_kept(tmp_path: Path) -> None:
     found = audit(TinyModel(kept=everything.modules), tmp_path, "prefill", "decode")
     assert found.deviations == ()
     assert found.int8_products == 0
+
+
+@needs_rtx
+def test_a_product_under_an_invented_name_is_known_by_the_layers_it_stands_for(tmp_path: Path) -> None:
+    """The compiler takes Phi-3's fused projections apart at their slices, and puts them together again."""
+    checkpoint = tiny_family("phi3", head_dim=16, num_hidden_layers=2).checkpoint
+    kept: dict[str, Dtype] = dict.fromkeys(linears(checkpoint.config), "float16")
+    options = ExportOptions("float16", cache=CacheOptions("static", 48))
+    export_bundle(checkpoint, tiny_recipe(checkpoint, {}, kept=kept, prefix=(1, 5, 7)), options, tmp_path / "b")
+    environment = BuildEnvironment(Machine(frozenset({"tensorrt-rtx"}), None), None)
+    build = BuildOptions(targets=("SM86",), profiles=("prefill",))
+    result = build_plan(tmp_path / "b", tmp_path / "engine.plan", build, environment=environment)
+
+    fused = f"{LAYER}.self_attn.qkv_proj.MatMul"
+    text = result.plan.read_bytes().decode("latin-1")
+    assert f'fully_connected={{ name="{fused}"' not in text  # else this proves nothing
+    assert f'layers="[ONNX Layer: {fused}]"' in text
+    assert {module.module: module.found for module in result.audit.modules} == dict.fromkeys(
+        (*kept, "lm_head"), ("float16",)
+    )
+    wrong = dict.fromkeys(kept, "int8")
+    assert {module.module for module in audit_plan(result.plan, wrong).deviations} == set(wrong)
 
 
 @pytest.mark.parametrize(
