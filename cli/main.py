@@ -32,6 +32,7 @@ from spike_export.cli.visible_text import visible
 
 if TYPE_CHECKING:
     from spike_export.calibration.options import CalibrationOptions
+    from spike_export.calibration.recipe import Recipe
     from spike_export.cli.job import Job
     from spike_export.cli.pipeline import Pipeline
     from spike_export.engines.build_options import BuildOptions
@@ -162,6 +163,8 @@ def _run_job(work: "Job", options: RunArguments) -> int:
         report = pipeline.report(built=check.passed)
     if not options.quiet:
         print_check(check, console)
+        if recipe is not None:
+            _print_notes(recipe, console)
         places = [("plan", work.plan if check.passed else None), ("bundle", bundle), ("report", report)]
         for name, place in places:
             console.print(Text(f"{name}: {place or 'not built: the accuracy limit was missed'}"), soft_wrap=True)
@@ -305,9 +308,13 @@ def calibrate(
         total = len(recipe.modules)
         kept = ", ".join(f"{count} of {total} linears in {precision}" for precision, count in counts.items())
         console.print(Text(f"{kept}, {prefix}\nrecipe: {work_dir / 'recipe.json'}"), soft_wrap=True)
-        for note in recipe.notes():
-            console.print(Text(f"note: {note}"), soft_wrap=True)
+        _print_notes(recipe, console)
     return DONE
+
+
+def _print_notes(recipe: "Recipe", console: Console) -> None:
+    for note in recipe.notes():
+        console.print(Text(f"note: {note}"), soft_wrap=True)
 
 
 @app.command

@@ -74,6 +74,8 @@ def test_it_ends_well_and_says_so_in_plain_lines(folder: Path, finished: subproc
     assert lines[0] == "[1/10] spikes: started"
     assert any(line.startswith("[10/10] report: done in ") for line in lines)
     run = folder / "engine.plan.run"
+    notes = [line.removeprefix("note: ") for line in lines if line.startswith("note: ")]
+    assert notes == list(load_recipe(run / "recipe.json").notes())
     assert lines[-3:] == [
         f"plan: {folder / 'engine.plan'}",
         f"bundle: {run / 'bundle'}",
