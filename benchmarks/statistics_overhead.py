@@ -80,7 +80,7 @@ def measure(arguments: argparse.Namespace) -> tuple[Overhead, int]:
     windows = np.random.default_rng(arguments.seed).integers(0, decoder.config.vocab_size, shape)
     overhead = in_turns(
         lambda: decoder.run(windows, batch_tokens=arguments.batch_tokens),
-        lambda: measure_spikes(decoder, windows, batch_tokens=arguments.batch_tokens, operand_stride=PEAK_STRIDE),
+        lambda: measure_spikes(decoder, windows, batch_tokens=arguments.batch_tokens, peak_stride=PEAK_STRIDE),
         arguments.rounds,
     )
     return overhead, torch.get_num_threads()

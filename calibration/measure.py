@@ -30,18 +30,19 @@ class Recorder:
     Args:
         decoder: Whose layers are visited.
         modules: Restricts the record to these representatives; all by default, with outputs and operands.
-        operands_of: Per batch, of which samples [samples] bool attention's operands are recorded; all by default.
+        peaks_of: Per batch, of which samples [samples] bool outputs and attention's operands are recorded; all by
+            default.
     """
 
     def __init__(
         self,
         decoder: Decoder,
         modules: tuple[str, ...] | None = None,
-        operands_of: Sequence[NDArray[np.bool_]] | None = None,
+        peaks_of: Sequence[NDArray[np.bool_]] | None = None,
     ) -> None:
         self._config = decoder.config
         self._only = modules
-        self._operands_of = operands_of
+        self._peaks_of = peaks_of
         # name → batch → arrays; filled by as many threads as there are devices, each with batches of its own.
         self._tokens: dict[str, dict[int, Floats]] = {}
         self._channels: dict[str, dict[int, Floats]] = {}
@@ -91,8 +92,13 @@ class Recorder:
 
         return hook
 
+    def _takes_peaks(self, batch: int) -> bool:
+        return self._peaks_of is None or bool(self._peaks_of[batch].any())
+
     def _output_hook(self, layer: Any, name: str) -> Any:
         def hook(_: "nn.Module", __: Any, output: "torch.Tensor") -> None:
+            if not self._takes_peaks(layer.batch):
+                return
             positions = routed_positions(layer, name)
             if positions is None:
                 amax = _sample_amax(output.reshape(layer.shape[0], -1))
@@ -116,7 +122,7 @@ class Recorder:
         self._operands.setdefault(name, {})
 
         def hook(*operands: "torch.Tensor") -> "tuple[torch.Tensor, ...]":
-            if self._operands_of is not None and not self._operands_of[layer.batch].any():
+            if not self._takes_peaks(layer.batch):
                 return operands
             tokens = operands[0].shape[2]  # keys and values of a prefix stand before these
             amax = [_sample_amax(each[:, :, -tokens:]) for each in operands]
@@ -147,8 +153,8 @@ class Recorder:
     def _operands_amax(self, found: dict[int, Floats], parts: Sequence[NDArray[np.int64]]) -> Floats:
         for index, part in enumerate(parts):
             amax = found.setdefault(index, np.full((len(part), 3), np.nan, np.float32))
-            if self._operands_of is not None:
-                amax[~self._operands_of[index]] = np.nan
+            if self._peaks_of is not None:
+                amax[~self._peaks_of[index]] = np.nan
         return _joined(found, parts)
 
     def _module(self, name: str, parts: Sequence[NDArray[np.int64]], sample_ids: NDArray[np.int64]) -> ModuleSpikes:
@@ -159,7 +165,9 @@ class Recorder:
             # An expert that got no token of a batch was not called.
             tokens.setdefault(index, np.full(part.shape, np.nan, np.float32))
             channels.setdefault(index, np.zeros((len(part), width), np.float32))
-            outputs.setdefault(index, np.zeros(len(part), np.float32))
+            peaks = outputs.setdefault(index, np.zeros(len(part), np.float32))
+            if self._peaks_of is not None:
+                peaks[~self._peaks_of[index]] = 0
         joined = _joined(channels, parts)
         _require_finite(name, joined, _joined(tokens, parts), sample_ids)
         return ModuleSpikes(_joined(tokens, parts), joined, _joined(outputs, parts))
@@ -225,7 +233,7 @@ def measure_spikes(
     modules: tuple[str, ...] | None = None,
     *,
     sample_ids: NDArray[np.int64] | None = None,
-    operand_stride: int = 1,
+    peak_stride: int = 1,
     layers: int | None = None,
     batch_tokens: int = 1,
     progress: Progress = silent,
@@ -242,7 +250,8 @@ def measure_spikes(
         modules: Restricts the record to the inputs of these; by default all representatives' inputs, their linears'
             outputs, the attention's operands and the layers' outputs are recorded.
         sample_ids: [samples], ascending: which of the calibration's windows these are.
-        operand_stride: Attention's operands are recorded of the samples whose id it divides; NaN stands for others.
+        peak_stride: Outputs and attention's operands are recorded of the samples whose id it divides; 0 stands for
+            the outputs, NaN for the operands of others.
         layers: Number of layers to pass; all by default.
         batch_tokens: Tokens per forward call.
         progress: Told after each layer.
@@ -253,6 +262,6 @@ def measure_spikes(
     ids = np.arange(len(windows), dtype=np.int64) if sample_ids is None else sample_ids
     parts = batches(windows, batch_tokens)
     starts = np.cumsum([len(part) for part in parts])[:-1]
-    recorder = Recorder(decoder, modules, np.split(ids % operand_stride == 0, starts))
+    recorder = Recorder(decoder, modules, np.split(ids % peak_stride == 0, starts))
     decoder.run(windows, prefix, layers=layers, visits=(recorder.visit,), batch_tokens=batch_tokens, progress=progress)
     return recorder.statistics(parts, prefix, ids)

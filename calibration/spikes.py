@@ -36,7 +36,7 @@ class ModuleSpikes:
         sample_channel_amax: [samples, channels] float32; each channel's abs-max over one sample's tokens. With it the
             ranges after any scaling of the channels are known without another pass.
         output_amax: [samples] float32; abs-max of what the linears yield that write the residual stream (`o_proj`,
-            `down_proj`); 0 elsewhere, where operands and the next input tell the peaks.
+            `down_proj`); 0 elsewhere, where operands and the next input tell the peaks, and where not recorded.
     """
 
     token_amax: Floats

@@ -7,7 +7,8 @@ import math
 import os
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -229,19 +230,33 @@ def _write_graph(model: ir.Model, folder: Path, progress: Progress) -> None:
     def written(_: ir.TensorProtocol, info: Any) -> None:
         progress("tensors", next(done), info.total)
 
-    path = folder / GRAPH_FILE
-    ir.save(
-        model,
-        path,
-        external_data=DATA_FILE,
-        alignment=_ALIGNMENT,
-        align_threshold=0,
-        callback=written,
-        # Each tensor's place in the file is known beforehand: the bytes do not depend on who writes what when.
-        max_workers=_threads(model),
-    )
+    path, threads = folder / GRAPH_FILE, _threads(model)
+    with _one_torch_thread() if threads > 1 else nullcontext():
+        ir.save(
+            model,
+            path,
+            external_data=DATA_FILE,
+            alignment=_ALIGNMENT,
+            align_threshold=0,
+            callback=written,
+            # Each tensor's place in the file is known beforehand: the bytes do not depend on who writes what when.
+            max_workers=threads,
+        )
     # onnx-ir checks nothing. By path, the checker reads the graph and leaves the weights on the disk.
     onnx.checker.check_model(path, full_check=True)
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """Let torch, which widens what is read, compute on the thread that asks: the others have tensors of their own."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _write_companions(checkpoint: Checkpoint, manifest: Manifest, folder: Path) -> None:

@@ -16,11 +16,30 @@ from tests.tiny_models import tiny_llama
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_rows_are_those_of_the_whole_tensor(tmp_path: Path, dtype: torch.dtype) -> None:
     checkpoint = open_checkpoint(str(write_hf(tmp_path, random_llama(tie_word_embeddings=True), dtype=dtype)))
-    rows = np.array([5, 0, 257, 5])
-    for name in (EMBEDDING, LM_HEAD):
-        found = checkpoint.rows(name, rows)
-        assert found.dtype == np.float32
-        assert np.array_equal(found, checkpoint.tensor(name)[rows])
+    for rows in (np.array([5, 0, 257, 5]), np.arange(3, 9), np.arange(250, 258), np.array([257])):
+        for name in (EMBEDDING, LM_HEAD, "model.layers.1.mlp.down_proj.weight"):
+            within = rows % checkpoint.stored_shape(name)[0] if name.endswith("down_proj.weight") else rows
+            found = checkpoint.rows(name, within)
+            assert found.dtype == np.float32
+            assert np.array_equal(found, checkpoint.tensor(name)[within])
+
+
+@pytest.mark.parametrize("rows", [[-1], [257, 258], [-2, -1]])
+def test_rows_outside_are_never_other_bytes_of_the_file(tmp_path: Path, rows: list[int]) -> None:
+    checkpoint = open_checkpoint(str(write_hf(tmp_path, random_llama())))
+    with pytest.raises(IndexError):
+        checkpoint.rows(EMBEDDING, np.array(rows))
+
+
+def test_a_file_that_became_shorter_is_named(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(str(write_hf(tmp_path, random_llama())))
+    last = max(checkpoint.tensors.shapes)
+    assert len(checkpoint.rows(last, np.array([0]))) == 1
+    (file,) = tmp_path.glob("*.safetensors")
+    with file.open("r+b") as stream:
+        stream.truncate(4096)
+    with pytest.raises(CheckpointError, match=r"safetensors: the file ends within tensor "):
+        checkpoint.rows(EMBEDDING, np.arange(200, 258))
 
 
 def test_a_source_of_whole_tensors_yields_rows_too() -> None:

@@ -147,12 +147,17 @@ def test_operands_of_some_samples_only_are_the_same_whatever_the_batches(batch_t
     decoder, windows = Decoder(tiny_family("llama").checkpoint), tokens(rows=6)
     ids = np.array([1, 4, 8, 9, 12, 13])
     every = measure_spikes(decoder, windows, sample_ids=ids)
-    some = measure_spikes(decoder, windows, sample_ids=ids, operand_stride=4, batch_tokens=batch_tokens)
+    some = measure_spikes(decoder, windows, sample_ids=ids, peak_stride=4, batch_tokens=batch_tokens)
     seen = ids % 4 == 0
     assert len(every.operand_amax) == 4
     for name, operands in every.operand_amax.items():
         np.testing.assert_allclose(some.operand_amax[name][seen], operands[seen], rtol=1e-5)
         assert np.isnan(some.operand_amax[name][~seen]).all()
+    for name, spikes in every.modules.items():
+        outputs = some.modules[name].output_amax
+        np.testing.assert_allclose(outputs[seen], spikes.output_amax[seen], rtol=1e-5)
+        assert not outputs[~seen].any()
+    assert any(spikes.output_amax.any() for spikes in every.modules.values())
     # The guard takes what there is.
     peak = max(operands[seen].max() for operands in every.operand_amax.values())
     loud = replace(some, operand_amax={name: amax * (65504 / peak) for name, amax in some.operand_amax.items()})
@@ -162,9 +167,9 @@ def test_operands_of_some_samples_only_are_the_same_whatever_the_batches(batch_t
 
 def test_parts_whose_operands_were_not_recorded_merge_with_those_whose_were() -> None:
     decoder, windows = Decoder(tiny_family("llama").checkpoint), tokens(rows=6)
-    whole = measure_spikes(decoder, windows, operand_stride=4)
+    whole = measure_spikes(decoder, windows, peak_stride=4)
     parts = [
-        measure_spikes(decoder, windows[rows], sample_ids=np.arange(6)[rows], operand_stride=4)
+        measure_spikes(decoder, windows[rows], sample_ids=np.arange(6)[rows], peak_stride=4)
         for rows in (slice(0, 2), slice(2, 4), slice(4, 6))
     ]
     merged = merge_statistics(parts)
@@ -443,9 +448,9 @@ def test_every_representative_is_recorded_in_execution_order() -> None:
 def test_parts_without_a_window_whose_operands_are_recorded_merge_too() -> None:
     decoder, windows = Decoder(tiny_family("llama").checkpoint), tokens(rows=6)
     rows = np.arange(6)
-    whole = measure_spikes(decoder, windows, sample_ids=rows, operand_stride=4, batch_tokens=1)
+    whole = measure_spikes(decoder, windows, sample_ids=rows, peak_stride=4, batch_tokens=1)
     parts = [
-        measure_spikes(decoder, windows[part], sample_ids=part, operand_stride=4, batch_tokens=1)
+        measure_spikes(decoder, windows[part], sample_ids=part, peak_stride=4, batch_tokens=1)
         for part in (rows[:1], rows[1:3], rows[3:])
     ]
     assert_identical(merge_statistics(parts), whole)
