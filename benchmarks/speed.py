@@ -32,6 +32,8 @@ PREFILL_TARGET, DECODE_TARGET = 2.5, 2.0
 
 WARM_UP_CALLS = 2
 
+_PAST = "past_key_values."
+
 Key = TypeVar("Key")
 
 
@@ -44,7 +46,12 @@ class Variant:
     dtype: "Dtype"
     head: "HeadScheme" = "unquantized"
     logits: "LogitsScope" = "all"
+    capacity: int | None = None
+    """Of a static cache, written in place; None for the cache that grows."""
 
+
+CAPACITY = PREFILL_TOKENS + 64
+"""Of the static caches: a bucket in which the measured sequence has some room to grow."""
 
 BASELINE = Variant("float32", False, "float32")
 LAST_BASELINE = Variant("float32, last", False, "float32", logits="last")
@@ -58,8 +65,10 @@ VARIANTS = (
     Variant("W8A8, int8 head", True, "float32", "int8-per-token-dynamic"),
     Variant("W8A8, last, int8-weights head", True, "float32", "int8-weights", "last"),
     FASTEST,
+    Variant("W8A8, static, last, int8 head", True, "float32", "int8-per-token-dynamic", "last", CAPACITY),
     Variant("W8A8 float16", True, "float16"),
     Variant("W8A8 float16, last, int8 head", True, "float16", "int8-per-token-dynamic", "last"),
+    Variant("W8A8 float16, static, last, int8 head", True, "float16", "int8-per-token-dynamic", "last", CAPACITY),
 )
 
 
@@ -135,6 +144,7 @@ def build_bundles(arguments: argparse.Namespace, folder: Path) -> dict[Variant, 
         return bundles
     from spike_export.calibration.checkpoint import open_checkpoint
     from spike_export.export.bundle import ExportOptions, export_bundle
+    from spike_export.export.cache_options import CacheOptions
 
     checkpoint = open_checkpoint(arguments.model or str(smollm2_path()))
     recipe = None
@@ -143,7 +153,9 @@ def build_bundles(arguments: argparse.Namespace, folder: Path) -> dict[Variant, 
     for variant in missing:
         _say(f"exporting {variant.name}")
         plan = _with_head(recipe, variant.head) if recipe is not None and variant.quantized else None
-        export_bundle(checkpoint, plan, ExportOptions(variant.dtype, logits=variant.logits), bundles[variant])
+        cache = CacheOptions() if variant.capacity is None else CacheOptions("static", variant.capacity)
+        options = ExportOptions(variant.dtype, logits=variant.logits, cache=cache)
+        export_bundle(checkpoint, plan, options, bundles[variant])
     return bundles
 
 
@@ -245,12 +257,23 @@ def open_session(folder: Path, threads: int) -> "ort.InferenceSession":
 
 
 def _bound_call(session: "ort.InferenceSession", manifest: "Manifest", tokens: int, past: int) -> Callable[[], None]:
-    """Return a call of one sequence of `tokens` after `past`; inputs and outputs stay in the binding's buffers."""
+    """Return a call of one sequence of `tokens` after `past`; inputs and outputs stay in the binding's buffers.
+
+    A static cache is read and written in one place.
+    """
+    import onnxruntime as ort
+
     binding = session.io_binding()
-    for name, value in _inputs(session, manifest, tokens, past).items():
-        binding.bind_cpu_input(name, value)
     for output in session.get_outputs():
         binding.bind_output(output.name, "cpu")
+    buffers = []
+    for name, value in _inputs(session, manifest, tokens, past).items():
+        if manifest.kv_cache == "static" and name.startswith(_PAST):
+            buffers.append(ort.OrtValue.ortvalue_from_numpy(value))
+            binding.bind_ortvalue_input(name, buffers[-1])
+            binding.bind_ortvalue_output(name.replace(_PAST, "present."), buffers[-1])
+        else:
+            binding.bind_cpu_input(name, value)
     return lambda: session.run_with_iobinding(binding)
 
 
@@ -262,14 +285,16 @@ def _inputs(session: "ort.InferenceSession", manifest: "Manifest", tokens: int, 
         "input_ids": random.integers(0, manifest.vocab_size, (1, tokens)),
         "attention_mask": np.ones((1, past + tokens), np.int64),
         "position_ids": np.arange(past, past + tokens)[None],
+        "write_indices": np.full(1, past),
+        "fresh": np.ones(0 if past else 1, np.bool_),
     }
     dtypes = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
     wanted = {value.name: value.type for value in session.get_inputs()}
     # Tokens, mask and positions are the caller's own; the cache also holds the prefix.
-    cached = past + (manifest.cached_prefix_length if past else 0)
+    cached = manifest.cache_slots or past + (manifest.cached_prefix_length if past else 0)
     cache_shape = (1, manifest.num_key_value_heads, cached, manifest.head_dim)
     for name, kind in wanted.items():
-        if name.startswith("past_key_values."):
+        if name.startswith(_PAST):
             fed[name] = random.standard_normal(cache_shape, np.float32).astype(dtypes[kind])
     return {name: fed[name] for name in wanted}
 
