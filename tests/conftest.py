@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks.fetch_models import GEMMA3, SMOLLM2, FetchError, PackagedModel, model_path
+from spike_export.engines.denormals import denormals_flushed
 
 
 def fetched(model: PackagedModel) -> Path:
@@ -51,3 +52,10 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def denormals_as_before() -> Iterator[None]:
+    """Restore how this thread treats denormals: a foreign session of a bundle flushes them on it, for good."""
+    with denormals_flushed():
+        yield

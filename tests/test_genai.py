@@ -19,6 +19,8 @@ from tests.tiny_models import CachedSession, TinyModel, input_scales, tiny_llama
 
 og = pytest.importorskip("onnxruntime_genai", reason="the extra `genai` (onnxruntime-genai) is not installed")
 
+pytestmark = pytest.mark.usefixtures("denormals_as_before")
+
 PROMPTS = ([5, 6, 7], [60], [9, 8, 44, 3, 21, 90, 17])
 NEW = 12
 

@@ -16,6 +16,8 @@ from tests.tiny_models import input_scales, tiny_llama, tiny_recipe
 registry = pytest.importorskip("lm_eval.api.registry", reason="lm-eval is not installed")
 instances = pytest.importorskip("lm_eval.api.instance", reason="lm-eval is not installed")
 
+pytestmark = pytest.mark.usefixtures("denormals_as_before")
+
 PAIRS = [("w5 w6 w7", " w8"), ("w60", " w9 w10 w11"), ("w3 w4", " w90")]
 
 
