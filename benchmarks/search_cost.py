@@ -3,7 +3,7 @@
 On SmolLM2-135M-Instruct with the main job's windows: seconds and forward tokens of the calibration pass, of the search
 for prefix, smoothing and modules; then the grid of three strengths at norms, down_proj and o_proj (27 evaluations)
 behind the same prefix. Perplexity and divergence are the search's own, on the held-out windows.
-Run: python -m benchmarks.search_cost [--json FILE]
+Run: python -m benchmarks.search_cost [--samples N] [--json FILE]
 """
 
 import argparse
@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from benchmarks.accuracy import job_calibration, table_calibration
+from benchmarks.accuracy import JOB, job_calibration, table_calibration
 from benchmarks.fetch_models import smollm2_path
 from spike_export.calibration.calibrate import Calibration, Transform
 from spike_export.calibration.checkpoint import open_checkpoint
@@ -76,38 +76,45 @@ def grid(calibration: Calibration, statistics: SpikeStatistics) -> Iterator[Tran
         yield Transform(smoothing=plans)
 
 
-def costs(calibration: Calibration) -> list[Cost]:
-    """Run all steps."""
+def costs(calibration: Calibration) -> Iterator[Cost]:
+    """Run all steps, and yield each one's cost when it is done."""
     calibration.model.decoder.run(calibration.fed(calibration.search_windows[:1], ()))  # reads the weights
     plain, first = measured(calibration, "calibration pass", lambda: calibration.measure(()))
+    yield first
     prefix, second = measured(calibration, "prefix", lambda: choose_prefix(calibration, plain))
+    yield second
     behind = calibration.measure(prefix.token_ids)
     calibration.reference(prefix.token_ids)
     choice, third = measured(calibration, "smoothing", lambda: choose_transform(calibration, behind))
     score = choice.candidates[0]
-    third = Cost(third.step, third.seconds, third.forward_tokens, score.perplexity, score.divergence)
+    yield Cost(third.step, third.seconds, third.forward_tokens, score.perplexity, score.divergence)
     after = calibration.measure(prefix.token_ids, choice.transform)
     _, fourth = measured(calibration, "modules", lambda: choose_kept(calibration, after, choice.transform))
+    yield fourth
     scores, fifth = measured(
         calibration,
         f"naive grid of {len(STRENGTHS) ** 3} smoothings",
         lambda: [calibration.predicted(behind, (), each) for each in grid(calibration, behind)],
     )
     best = min(scores, key=lambda each: each.divergence)
-    fifth = Cost(fifth.step, fifth.seconds, fifth.forward_tokens, best.perplexity, best.divergence)
-    return [first, second, third, fourth, fifth]
+    yield Cost(fifth.step, fifth.seconds, fifth.forward_tokens, best.perplexity, best.divergence)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--samples", type=int, default=JOB.samples, help="calibration windows")
     given = parser.parse_args(arguments)
-    job = job_calibration(table_calibration(open_checkpoint(str(smollm2_path()))))
-    found = costs(Calibration(job.checkpoint, job.windows, job.options))
-    for cost in found:
+    job = job_calibration(table_calibration(open_checkpoint(str(smollm2_path()))), given.samples)
+    found: list[Cost] = []
+    for cost in costs(Calibration(job.checkpoint, job.windows, job.options)):
+        found.append(cost)
         ended = "" if cost.perplexity is None else f"perplexity {cost.perplexity:.3f}, divergence {cost.divergence:.4f}"
         ratio = cost.seconds / found[0].seconds
-        print(f"{cost.step:32s} {cost.seconds:7.1f} s {ratio:6.2f} x {cost.forward_tokens:8,d} tokens  {ended}")
+        print(
+            f"{cost.step:32s} {cost.seconds:7.1f} s {ratio:6.2f} x {cost.forward_tokens:8,d} tokens  {ended}",
+            flush=True,
+        )
     if given.json:
         given.json.write_text(json.dumps([asdict(cost) for cost in found], indent=1) + "\n", encoding="utf-8")
 
