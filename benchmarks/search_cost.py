@@ -2,7 +2,9 @@
 
 On SmolLM2-135M-Instruct with the main job's windows: seconds and forward tokens of the calibration pass, of the search
 for prefix, smoothing and modules; then the grid of three strengths at norms, down_proj and o_proj (27 evaluations)
-behind the same prefix. Perplexity and divergence are the search's own, on the held-out windows.
+behind the same prefix. Both compare on the held-out windows with scales of the other ones, and both make the winner's
+scales of all windows. Perplexity and divergence are those of the winner on evaluation windows that neither saw, with
+every linear in INT8 (in brackets the divergence it was chosen by).
 Run: python -m benchmarks.search_cost [--samples N] [--json FILE]
 """
 
@@ -11,11 +13,12 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from benchmarks.accuracy import JOB, job_calibration, table_calibration
 from benchmarks.fetch_models import smollm2_path
@@ -40,13 +43,35 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Cost:
-    """One step: its seconds, its tokens through the whole model, and what it ended at on the held-out windows."""
+    """One step: its seconds, its tokens through the whole model, and what it ended at.
+
+    Attributes:
+        chosen_by: Divergence on the held-out windows, by which the winner was chosen.
+        perplexity, divergence: The winner's on the evaluation windows.
+    """
 
     step: str
     seconds: float
     forward_tokens: int
+    chosen_by: float | None = None
     perplexity: float | None = None
     divergence: float | None = None
+
+
+class Unseen(Calibration):
+    """Compares on the evaluation windows."""
+
+    @property
+    def search_windows(self) -> NDArray[np.int64]:
+        """[windows, tokens] The evaluation's."""
+        return self.windows.evaluation
+
+    @classmethod
+    def of(cls, calibration: Calibration) -> "Unseen":
+        """Return the same model; its weights are shared."""
+        unseen = cls(calibration.checkpoint, calibration.windows, calibration.options)
+        unseen.__dict__["model"] = calibration.model
+        return unseen
 
 
 def measured(calibration: Calibration, step: str, work: Callable[[], Result]) -> tuple[Result, Cost]:
@@ -86,18 +111,24 @@ def costs(calibration: Calibration) -> Iterator[Cost]:
     behind = calibration.measure(prefix.token_ids)
     calibration.reference(prefix.token_ids)
     choice, third = measured(calibration, "smoothing", lambda: choose_transform(calibration, behind))
-    score = choice.candidates[0]
-    yield Cost(third.step, third.seconds, third.forward_tokens, score.perplexity, score.divergence)
+    unseen = Unseen.of(calibration)
+
+    def ended(cost: Cost, chosen_by: float, transform: Transform) -> Cost:
+        found = unseen.predicted(behind, (), transform)
+        return replace(cost, chosen_by=chosen_by, perplexity=found.perplexity, divergence=found.divergence)
+
+    yield ended(third, choice.candidates[0].divergence, choice.transform)
     after = calibration.measure(prefix.token_ids, choice.transform)
     _, fourth = measured(calibration, "modules", lambda: choose_kept(calibration, after, choice.transform))
     yield fourth
+    held_out = calibration.held_out(behind)
     scores, fifth = measured(
         calibration,
         f"naive grid of {len(STRENGTHS) ** 3} smoothings",
-        lambda: [calibration.predicted(behind, (), each) for each in grid(calibration, behind)],
+        lambda: [calibration.predicted(held_out, (), each).divergence for each in grid(calibration, held_out)],
     )
-    best = min(scores, key=lambda each: each.divergence)
-    yield Cost(fifth.step, fifth.seconds, fifth.forward_tokens, best.perplexity, best.divergence)
+    best = int(np.argmin(scores))
+    yield ended(fifth, scores[best], list(grid(calibration, behind))[best])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -109,7 +140,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found: list[Cost] = []
     for cost in costs(Calibration(job.checkpoint, job.windows, job.options)):
         found.append(cost)
-        ended = "" if cost.perplexity is None else f"perplexity {cost.perplexity:.3f}, divergence {cost.divergence:.4f}"
+        ended = ""
+        if cost.perplexity is not None:
+            ended = f"perplexity {cost.perplexity:.3f}, divergence {cost.divergence:.4f} ({cost.chosen_by:.4f})"
         ratio = cost.seconds / found[0].seconds
         print(
             f"{cost.step:32s} {cost.seconds:7.1f} s {ratio:6.2f} x {cost.forward_tokens:8,d} tokens  {ended}",

@@ -9,7 +9,7 @@ more than any other.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,13 +64,15 @@ class SiteChoice:
     """The best candidate of one input.
 
     Attributes:
-        smoothing: Its scales, or None for none. For the inputs behind one norm they are the same.
+        smoothing: Its scales as they were compared, or None for none. For the inputs behind one norm they are the same.
+        final: The same form and parameter made of all windows: more of them say better where the outliers are.
         clip: Share of the calibrated range that the static scale covers.
         noise: Mean over tokens of the squared error that INT8 adds here to the residual stream, relative to the
             stream; estimated to first order.
     """
 
     smoothing: SmoothingPlan | None
+    final: SmoothingPlan | None
     clip: float
     noise: float
 
@@ -131,7 +133,8 @@ class SmoothingSearch:
 
     Attributes:
         config: The decoder's.
-        statistics: Of the same model behind the same prefix, without the windows that pass.
+        statistics: Of the same model behind the same prefix, of all windows.
+        compared: Those without the windows that pass: of what candidates are made, so that none is judged on its own.
         weights: How INT8 weights are scaled.
         activations: How INT8 activations are scaled.
         activation_range: What static scales cover; for `mse` the clips compete too.
@@ -143,6 +146,7 @@ class SmoothingSearch:
 
     config: DecoderConfig
     statistics: SpikeStatistics
+    compared: SpikeStatistics
     weights: WeightScheme
     activations: ActivationScheme
     activation_range: ActivationRange
@@ -180,29 +184,37 @@ class SmoothingSearch:
     ) -> None:
         names = {site.representative: f"model.layers.{index}.{site.representative}" for site in group}
         sites = [
-            _Site(site, self.statistics.modules[names[site.representative]], _weight(layer, site), seen)
+            _Site(site, self.compared.modules[names[site.representative]], _weight(layer, site), seen)
             for site in group
             if not is_router(site.representative) and site.representative in seen.inputs
         ]
-        best: dict[str, SiteChoice] | None = None
-        for plan in self._plans(group, layer, names):
-            found = {site.site.representative: site.best(plan, self, branch_share) for site in sites}
-            if best is None or _total(found) < _total(best):
+        best: dict[str, SiteChoice] = {}
+        for plans in self._plans(group, layer, names):
+            found = {site.site.representative: site.best(plans, self, branch_share) for site in sites}
+            if not best or _total(found) < _total(best):
                 best = found
-        for representative, choice in (best or {}).items():
+        for representative, choice in best.items():
             self.choices[names[representative]] = choice
 
-    def _plans(
-        self, group: Sequence[InputSite], layer: "nn.Module", names: Mapping[str, str]
-    ) -> Iterator[SmoothingPlan | None]:
-        yield None
+    def _plans(self, group: Sequence[InputSite], layer: "nn.Module", names: Mapping[str, str]) -> "Iterator[_Plans]":
+        yield _Plans(None, None)
         site = group[0]
         if not self.smoothing or site.producer is None or (self.rotated and site.behind_norm):
             return
-        inputs = np.max([self.statistics.modules[name].channel_amax for name in names.values()], axis=0)
         weights = np.max([_column_amax(_weight(layer, site)) for site in group], axis=0)
+        inputs = [
+            np.max([statistics.modules[name].channel_amax for name in names.values()], axis=0)
+            for statistics in (self.compared, self.statistics)
+        ]
         for form, parameter in CANDIDATES:
-            yield _plan(form, parameter, inputs, weights, site, self.config)
+            yield _Plans(*(_plan(form, parameter, each, weights, site, self.config) for each in inputs))
+
+
+class _Plans(NamedTuple):
+    """One candidate: as it is compared, and made of all windows."""
+
+    compared: SmoothingPlan | None
+    final: SmoothingPlan | None
 
 
 def _total(choices: Mapping[str, SiteChoice]) -> float:
@@ -298,24 +310,24 @@ class _Site:
             self._scale = self._expected.pow(2).sum(-1)
         self._scale = self._scale.clamp(min=torch.finfo(torch.float32).tiny)
 
-    def best(self, plan: SmoothingPlan | None, search: SmoothingSearch, branch_share: float) -> SiteChoice:
+    def best(self, plans: _Plans, search: SmoothingSearch, branch_share: float) -> SiteChoice:
         """Return the best clip under a plan, and its noise."""
         import torch
 
-        scales = input_scales(plan, self.site, search.config, self._weight.shape[1])
+        scales = input_scales(plans.compared, self.site, search.config, self._weight.shape[1])
         factors = torch.from_numpy(scales).to(self._rows.device)
         quantized, step = quantize_weight((self._weight * factors).cpu().numpy(), search.weights)
         weight = (torch.from_numpy(quantized).float() * torch.from_numpy(np.asarray(step))).to(self._rows.device)
         rows = self._rows / factors
         share = 1.0 if self.site.behind_linear else branch_share
         if search.activations == "int8-per-token-dynamic":
-            return SiteChoice(plan, 1.0, share * self._noise(fake_quantize_tokens(rows) @ weight))
+            return SiteChoice(*plans, 1.0, share * self._noise(fake_quantize_tokens(rows) @ weight))
         covered = self._spikes.smoothed_range(scales, search.activation_range)
         best: SiteChoice | None = None
         for clip in CLIPS if search.activation_range == "mse" else (1.0,):
             noise = share * self._noise(fake_quantize(rows, max(clip * covered, 1e-5) / QMAX) @ weight)
             if best is None or noise < best.noise:
-                best = SiteChoice(plan, clip, noise)
+                best = SiteChoice(*plans, clip, noise)
             elif noise > 2 * best.noise:
                 break  # narrower scales only saturate more
         assert best is not None

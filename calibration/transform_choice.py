@@ -1,5 +1,6 @@
 """How the weights are transformed before they are quantized: rotated or not, and each input smoothed and clipped."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from spike_export.calibration.calibrate import NO_TRANSFORM, Calibration, Transform
@@ -45,24 +46,26 @@ def choose_transform(calibration: Calibration, behind: SpikeStatistics, progress
     """
     if not calibration.options.searches_smoothing:
         return TransformChoice()
+    held_out = calibration.held_out(behind)
     tried = []
     for name, rotation in _rotations(calibration):
-        statistics = behind
+        statistics, compared = behind, held_out
         if rotation is not None:
             statistics = calibration.measure(behind.prefix_ids, Transform(rotation=rotation))
-        transform = _searched(calibration, statistics, rotation, progress)
-        tried.append((name, transform, calibration.predicted(statistics, (), transform)))
-    best = min(tried, key=lambda each: _cost(calibration, each[1], each[2]))
+            compared = calibration.held_out(statistics)
+        found = _searched(calibration, statistics, compared, rotation, progress)
+        tried.append((name, found, calibration.predicted(compared, (), found.compared)))
+    best = min(tried, key=lambda each: _cost(calibration, each[1].compared, each[2]))
     candidates = tuple(
         TransformCandidate(
             name=name,
             perplexity=score.perplexity,
             divergence=score.divergence,
-            verdict="chosen" if transform is best[1] else "further from the unquantized model",
+            verdict="chosen" if found is best[1] else "further from the unquantized model",
         )
-        for name, transform, score in tried
+        for name, found, score in tried
     )
-    return TransformChoice(best[1], candidates)
+    return TransformChoice(best[1].final, candidates)
 
 
 def require_rotation(options: CalibrationOptions, config: DecoderConfig) -> None:
@@ -95,15 +98,28 @@ def _rotations(calibration: Calibration) -> list[tuple[str, RotationPlan | None]
     return rotated if options.rotation == "always" else [plain, *rotated]
 
 
+@dataclass(frozen=True)
+class _Found:
+    """What a search ends at: made of the windows that no candidate is judged on, and of all."""
+
+    compared: Transform
+    final: Transform
+
+
 def _searched(
-    calibration: Calibration, statistics: SpikeStatistics, rotation: RotationPlan | None, progress: Progress
-) -> Transform:
+    calibration: Calibration,
+    statistics: SpikeStatistics,
+    compared: SpikeStatistics,
+    rotation: RotationPlan | None,
+    progress: Progress,
+) -> _Found:
     options, config = calibration.options, calibration.checkpoint.config
     windows, prefix = calibration.search_windows, statistics.prefix_ids
     fed = calibration.fed(windows, prefix)
     search = SmoothingSearch(
         config=config,
-        statistics=calibration.held_out(statistics),
+        statistics=statistics,
+        compared=compared,
         weights=options.weights,
         activations=options.activations,
         activation_range=options.activation_range,
@@ -115,17 +131,24 @@ def _searched(
     # One device: a site's candidates are compared on all rows.
     one = replace(decoder, execution=replace(decoder.execution, devices=decoder.execution.devices[:1]))
     one.run(fed, prefix, visits=(search.visit,), batch_tokens=BATCH_TOKENS, progress=progress)
-    clips: dict[str, float] = {}
-    smoothing: dict[str, SmoothingPlan] = {}
-    for name, choice in search.choices.items():
-        clips[name] = choice.clip
-        if choice.smoothing is not None and not _shared(name, choice.smoothing, smoothing):
-            smoothing[name] = choice.smoothing
-    noise = {name: choice.noise for name, choice in search.choices.items()}
-    return Transform(rotation, smoothing, clips, noise)
+    choices = search.choices
+    clips = {name: choice.clip for name, choice in choices.items()}
+    noise = {name: choice.noise for name, choice in choices.items()}
+    first, second = (
+        Transform(rotation, _once_per_norm(plans), clips, noise)
+        for plans in (
+            {name: choice.smoothing for name, choice in choices.items()},
+            {name: choice.final for name, choice in choices.items()},
+        )
+    )
+    return _Found(compared=first, final=second)
 
 
-def _shared(name: str, plan: SmoothingPlan, known: dict[str, SmoothingPlan]) -> bool:
-    """Return whether an input behind the same norm has the plan already (experts share their norm's scales)."""
-    layer = split_name(name)[0]
-    return any(split_name(key)[0] == layer and value is plan for key, value in known.items())
+def _once_per_norm(plans: Mapping[str, SmoothingPlan | None]) -> dict[str, SmoothingPlan]:
+    """Return the plans that there are, without those of an input whose norm has the plan already (experts share it)."""
+    found: dict[str, SmoothingPlan] = {}
+    for name, plan in plans.items():
+        layer = split_name(name)[0]
+        if plan and not any(split_name(key)[0] == layer and value is plan for key, value in found.items()):
+            found[name] = plan
+    return found
