@@ -105,9 +105,12 @@ def require_fit(limits: PlanLimits, prompts: Sequence[NDArray[np.int64]], new_to
             raise EngineError(f"prompt {row} holds token {wrong}; the vocabulary has 0 to {vocab - 1}")
     rows = len(prompts)
     if not limits.smallest_batch <= rows <= limits.largest_batch:
+        remedy = f"give fewer at a time, or build again with --max-batch {rows}"
+        if rows < limits.smallest_batch:
+            remedy = f"give {limits.smallest_batch} or more"
         raise EngineError(
             f"a batch of {rows} was given and the plan was built for {limits.smallest_batch} to "
-            f"{limits.largest_batch} sequences; give as many, or build again with --max-batch {max(rows, 1)}"
+            f"{limits.largest_batch} sequences; {remedy}"
         )
     row = max(range(rows), key=lambda index: len(prompts[index]))
     longest = len(prompts[row])

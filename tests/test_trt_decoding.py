@@ -1,6 +1,5 @@
 """The TensorRT runtime over a pretended GPU: its tokens are transformers', whatever the batch, cache and plan."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from spike_export.calibration.errors import EngineError
-from spike_export.engines.decoding import DecodedStep, Decoding
+from spike_export.engines.decoding import DecodedStep
 from spike_export.engines.generation_options import GenerationOptions
 from spike_export.engines.plan_backend import BackendName
 from spike_export.engines.trt_decoding import DrawnTensors, TensorRtDecoding
@@ -22,13 +21,11 @@ from spike_export.export.cache_options import CacheOptions
 from spike_export.export.graph_plan import LogitsScope
 from tests import graph_parity
 from tests.tiny_models import TinyModel, tiny_llama, unquantized_recipe
-from tests.trt_simulation import DeviceFaultError, Simulation, simulate
+from tests.trt_simulation import CAPACITY, PROMPTS, DeviceFaultError, Greedy, Simulation, decoded, simulate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-CAPACITY = 24
 PREFIX = (5, 1, 9)
-PROMPTS = [np.array(tokens) for tokens in ([3, 8, 21, 40, 2], [17], [60, 61, 62], [7, 7, 9])]
 
 
 @dataclass(frozen=True)
@@ -48,23 +45,6 @@ CASES = [
     Case(static, prefix, logits) for static in (True, False) for prefix in ((), PREFIX) for logits in ("all", "last")
 ]
 each_case = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
-
-
-class Greedy:
-    """The most probable token; its log-probability and the two best where asked for."""
-
-    def __init__(self, options: GenerationOptions, rows: int, device: torch.device) -> None:
-        self.options = options
-
-    def draw(self, logits: torch.Tensor, seen: torch.Tensor | None) -> DrawnTensors:
-        assert logits.dtype == torch.float32
-        if seen is not None:
-            logits = logits.masked_fill(seen, -torch.inf)
-        tokens = logits.argmax(dim=-1)
-        if self.options.logprobs is None:
-            return tokens, None, None, None
-        best = logits.log_softmax(dim=-1).topk(2, dim=-1)
-        return tokens, best.values[:, 0], best.indices, best.values
 
 
 @pytest.fixture(scope="module")
@@ -92,14 +72,6 @@ def simulation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Simulation:
 
 def opened(simulation: Simulation, *plans: CheckedPlan, options: RuntimeOptions | None = None) -> TensorRtDecoding:
     return TensorRtDecoding(plans, Greedy, options or RuntimeOptions(), simulation.device)
-
-
-def decoded(runtime: Decoding, prompts: Sequence[NDArray[np.int64]], count: int) -> list[list[int]]:
-    """Tokens per row."""
-    steps = list(runtime.decode(prompts, GenerationOptions(max_new_tokens=count)))
-    assert len(steps) == count
-    rows: list[list[int]] = np.stack([step.tokens for step in steps], axis=1).tolist()
-    return rows
 
 
 def reference(model: TinyModel, prompt: NDArray[np.int64], count: int, prefix: tuple[int, ...]) -> list[int]:

@@ -21,7 +21,9 @@ from numpy.typing import NDArray
 from spike_export.engines import trt_engines
 from spike_export.engines.build_options import BatchRange, BuildOptions, ProfileName
 from spike_export.engines.build_profiles import Profile, make_profiles, resolve_limits
+from spike_export.engines.decoding import Decoding
 from spike_export.engines.denormals import denormals_flushed
+from spike_export.engines.generation_options import GenerationOptions
 from spike_export.engines.onnx_session import open_bundle
 from spike_export.engines.plan_backend import BackendName
 from spike_export.engines.plan_graph import graph_inputs, load_graph
@@ -33,6 +35,7 @@ from spike_export.engines.plan_sidecar import (
     PlanSidecar,
     ProfileShapes,
 )
+from spike_export.engines.trt_decoding import DrawnTensors
 from spike_export.engines.trt_device import ALIGNMENT
 from spike_export.engines.trt_engines import CheckedPlan
 from spike_export.export.manifest import GRAPH_FILE, Manifest, load_manifest
@@ -40,6 +43,11 @@ from spike_export.export.manifest import GRAPH_FILE, Manifest, load_manifest
 SCRATCH_BYTES = {"prefill": 3000, "decode": 1000}
 STREAM = 77
 GIB = 1 << 30
+
+CAPACITY = 24
+"""Tokens: of the static caches, and of the plans' context."""
+
+PROMPTS = [np.array(tokens) for tokens in ([3, 8, 21, 40, 2], [17], [60, 61, 62], [7, 7, 9])]
 
 RTX_ONLY = frozenset({"CudaGraphStrategy", "DynamicShapesKernelSpecializationStrategy", "IRuntimeCache"})
 """Names that TensorRT's bindings lack."""
@@ -91,6 +99,13 @@ class SimulatedDevice:
         tensor = storage[start : start + size]
         self._given.append((weakref.ref(tensor), size))
         return tensor
+
+    def require_allocated(self, address: int, size: int, name: str) -> None:
+        for reference, given in self._given:
+            tensor = reference()
+            if tensor is not None and tensor.data_ptr() <= address and address + size <= tensor.data_ptr() + given:
+                return
+        raise DeviceFaultError(f"{name} lies outside the memory that is allocated")
 
     @contextmanager
     def queue(self) -> Iterator[None]:
@@ -306,7 +321,7 @@ class SimulatedContext:
         self.trt.runs.append((self.profile.name, shapes["input_ids"]))
         if self.config is not None:
             self.config.cache.kernels.add(f"{self.profile.name}{shapes['input_ids']}")
-        feeds = {name: _read(addresses[name], shapes[name], value.type) for name, value in self.engine.inputs.items()}
+        feeds = {name: self._read(name, addresses[name], shapes[name]) for name in self.engine.inputs}
         with denormals_flushed():
             values = self.engine.session.run(None, feeds)
         for name, value in zip(self.engine.outputs, values, strict=True):
@@ -316,14 +331,15 @@ class SimulatedContext:
             if past is None and name != "logits" and addresses[name] in (addresses[n] for n in feeds):
                 raise DeviceFaultError(f"{name} overwrites an input that is still read")
             dense = np.ascontiguousarray(value)
+            self.device.require_allocated(addresses[name], dense.nbytes, name)
             ctypes.memmove(addresses[name], dense.ctypes.data, dense.nbytes)
 
-
-def _read(address: int, shape: tuple[int, ...], kind: str) -> NDArray[Any]:
-    dtype = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}.get(kind, np.bool_)
-    values = np.zeros(shape, dtype)
-    ctypes.memmove(values.ctypes.data, address, values.nbytes)
-    return values
+    def _read(self, name: str, address: int, shape: tuple[int, ...]) -> NDArray[Any]:
+        kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
+        values = np.zeros(shape, kinds.get(self.engine.inputs[name].type, np.bool_))
+        self.device.require_allocated(address, values.nbytes, name)
+        ctypes.memmove(values.ctypes.data, address, values.nbytes)
+        return values
 
 
 @dataclass
@@ -372,7 +388,7 @@ class Simulation:
     folder: Path
 
     def plan(
-        self, bundle: Path, *names: ProfileName, batch: int = 4, context: int = 24, prompt: int = 16
+        self, bundle: Path, *names: ProfileName, batch: int = 4, context: int = CAPACITY, prompt: int = 16
     ) -> CheckedPlan:
         """Pretend to have built a plan."""
         manifest = load_manifest(bundle)
@@ -422,3 +438,28 @@ def simulate(
     trt = SimulatedTrt(real, backend, simulated)
     monkeypatch.setattr(trt_engines, "_bindings", lambda _: trt)
     return Simulation(trt, simulated, folder)
+
+
+class Greedy:
+    """The most probable token; its log-probability and the two best where asked for."""
+
+    def __init__(self, options: GenerationOptions, rows: int, device: torch.device) -> None:
+        self.options = options
+
+    def draw(self, logits: torch.Tensor, seen: torch.Tensor | None) -> DrawnTensors:
+        assert logits.dtype == torch.float32
+        if seen is not None:
+            logits = logits.masked_fill(seen, -torch.inf)
+        tokens = logits.argmax(dim=-1)
+        if self.options.logprobs is None:
+            return tokens, None, None, None
+        best = logits.log_softmax(dim=-1).topk(2, dim=-1)
+        return tokens, best.values[:, 0], best.indices, best.values
+
+
+def decoded(runtime: Decoding, prompts: Sequence[NDArray[np.int64]], count: int) -> list[list[int]]:
+    """Tokens per row."""
+    steps = list(runtime.decode(prompts, GenerationOptions(max_new_tokens=count)))
+    assert len(steps) == count
+    rows: list[list[int]] = np.stack([step.tokens for step in steps], axis=1).tolist()
+    return rows
