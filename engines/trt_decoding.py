@@ -38,6 +38,7 @@ class TensorRtDecoding:
     """A plan as a runtime (see `decoding.Decoding`): one batch at a time.
 
     Attributes:
+        limits: What it was built for.
         vocab: Size of the vocabulary.
     """
 
@@ -59,13 +60,13 @@ class TensorRtDecoding:
         Raises:
             EngineError: There is no GPU, the backend is missing, the plans do not belong together, or cannot be loaded.
         """
-        self._limits = plan_limits([plan.sidecar for plan in plans])
+        self.limits = plan_limits([plan.sidecar for plan in plans])
         self._device = device or CudaDevice(options.gpu)
         self._make_sampler, self._options = make_sampler, options
         buffers = Buffers(self._device)
         try:
             self._plans = LoadedPlans(plans, options, self._device, buffers)
-            self._steps = make_steps(self._plans, self._limits, self._device, buffers, graphs=options.cuda_graphs)
+            self._steps = make_steps(self._plans, self.limits, self._device, buffers, graphs=options.cuda_graphs)
         except RuntimeError as error:
             raise _gpu_failure(error) from error
         self.vocab = self._plans.io.vocab
@@ -85,7 +86,7 @@ class TensorRtDecoding:
 
     def decode(self, prompts: Sequence[NDArray[np.int64]], options: GenerationOptions) -> Iterator[DecodedStep]:
         """See `Decoding`."""
-        require_fit(self._limits, prompts, options.max_new_tokens, self.vocab)
+        require_fit(self.limits, prompts, options.max_new_tokens, self.vocab)
         return self._decode(prompts, options)
 
     def logits(self, prompt: NDArray[np.int64], continuation: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -101,7 +102,7 @@ class TensorRtDecoding:
         Raises:
             EngineError: As `decode`.
         """
-        require_fit(self._limits, list(prompt), continuation.shape[1] + 1, self.vocab)
+        require_fit(self.limits, list(prompt), continuation.shape[1] + 1, self.vocab)
         with self._alone():
             fetched = []
             with self._device.queue():

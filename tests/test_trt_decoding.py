@@ -14,6 +14,7 @@ from spike_export.calibration.errors import EngineError
 from spike_export.engines.decoding import DecodedStep
 from spike_export.engines.generation_options import GenerationOptions
 from spike_export.engines.plan_backend import BackendName
+from spike_export.engines.trt_capacities import CapacityChoice
 from spike_export.engines.trt_decoding import DrawnTensors, TensorRtDecoding
 from spike_export.engines.trt_engines import CheckedPlan, RuntimeOptions
 from spike_export.export.bundle import ExportOptions, export_bundle
@@ -314,3 +315,29 @@ def test_failures_of_tensorrt_are_told(simulation: Simulation, bundles: dict[Cas
         next(runtime.decode(PROMPTS, GenerationOptions(max_new_tokens=2)))
     simulation.trt.failing = False
     assert len(decoded(runtime, PROMPTS, 2)) == 4
+
+
+def test_the_plan_with_the_least_capacity_that_has_room_decodes(
+    simulation: Simulation, tmp_path: Path, model: TinyModel
+) -> None:
+    runtimes = []
+    for capacity in (CAPACITY, 12):
+        bundle = tmp_path / f"static-{capacity}"
+        options = ExportOptions("float32", logits="last", cache=CacheOptions("static", capacity))
+        export_bundle(model.checkpoint, unquantized_recipe(model.checkpoint), options, bundle)
+        plan = simulation.plan(bundle, "prefill", "decode", context=capacity, prompt=8)
+        runtimes.append(opened(simulation, plan))
+    choice = CapacityChoice(runtimes)
+    slots = []
+    for count in (8, 9, CAPACITY - 4):
+        # The first prompt has 5 tokens; the last one that is drawn is not fed.
+        assert decoded(choice, PROMPTS[:2], count)[0] == reference(model, PROMPTS[0], count, ())
+        running = [engine for engine in simulation.trt.engines if engine.runs]
+        slots.append([engine.manifest.capacity for engine in running])
+        for engine in running:
+            engine.runs = 0
+    assert slots == [[12], [CAPACITY], [CAPACITY]]
+    with pytest.raises(EngineError, match=f"the plan was built for {CAPACITY}"):
+        choice.decode(PROMPTS, GenerationOptions(max_new_tokens=CAPACITY))
+    with pytest.raises(EngineError, match="not of one model"):
+        CapacityChoice([])

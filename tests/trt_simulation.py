@@ -209,6 +209,7 @@ class SimulatedEngine:
         self.streamable_weights_size = trt.streamable
         self.weight_streaming_budget_v2 = trt.streamable
         self.contexts: list[SimulatedContext] = []
+        self.runs = 0
         if trt.backend == "tensorrt-rtx":
             self.create_runtime_config = SimulatedConfig
 
@@ -318,6 +319,7 @@ class SimulatedContext:
     def _run(self, shapes: Mapping[str, tuple[int, ...]], addresses: Mapping[str, int]) -> None:
         assert self.profile is not None
         self.device.log.append(self.profile.name)
+        self.engine.runs += 1
         self.trt.runs.append((self.profile.name, shapes["input_ids"]))
         if self.config is not None:
             self.config.cache.kernels.add(f"{self.profile.name}{shapes['input_ids']}")
