@@ -55,6 +55,8 @@ class DecodeBuckets:
 
     def clear(self) -> None:
         """Forget all: the addresses they have are no longer right."""
+        if self._buckets:
+            self.device.finish()  # a context or graph must outlive its launches
         self._buckets.clear()
 
     def bucket(
@@ -70,6 +72,7 @@ class DecodeBuckets:
         bucket = self._buckets.pop(rows, None)
         if bucket is None:
             if len(self._buckets) >= LARGEST_NUMBER:
+                self.device.finish()
                 del self._buckets[next(iter(self._buckets))]
             bucket = DecodeBucket(self.make(), self.device, self.captures)
             bucket.station.set_shapes(shapes)

@@ -17,7 +17,7 @@ from spike_export.engines.trt_buffers import REMEDY, Buffers
 from spike_export.engines.trt_device import CudaDevice, Device, Fetched
 from spike_export.engines.trt_engines import CheckedPlan, LoadedPlans, RuntimeOptions
 from spike_export.engines.trt_limits import plan_limits, require_fit
-from spike_export.engines.trt_steps import make_steps
+from spike_export.engines.trt_steps import Steps, make_steps
 
 DrawnTensors = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 """Tokens [rows] int64; if asked for, their log-probabilities, and the most probable tokens and theirs [rows, k]."""
@@ -66,7 +66,7 @@ class TensorRtDecoding:
         buffers = Buffers(self._device)
         try:
             self._plans = LoadedPlans(plans, options, self._device, buffers)
-            self._steps = make_steps(self._plans, self.limits, self._device, buffers, graphs=options.cuda_graphs)
+            self._steps: Steps = make_steps(self._plans, self.limits, self._device, buffers, graphs=options.cuda_graphs)
         except RuntimeError as error:
             raise _gpu_failure(error) from error
         self.vocab = self._plans.io.vocab
@@ -81,7 +81,8 @@ class TensorRtDecoding:
         self.close()
 
     def close(self) -> None:
-        """Keep what was compiled while running, for the next start."""
+        """Wait for what is queued, after which the plan may be forgotten, and keep what was compiled while running."""
+        self._device.finish()
         self._plans.keep_kernels()
 
     def decode(self, prompts: Sequence[NDArray[np.int64]], options: GenerationOptions) -> Iterator[DecodedStep]:
@@ -102,15 +103,26 @@ class TensorRtDecoding:
         Raises:
             EngineError: As `decode`.
         """
-        require_fit(self.limits, list(prompt), continuation.shape[1] + 1, self.vocab)
-        with self._alone():
-            fetched = []
-            with self._device.queue():
-                fetched.append(self._device.fetch([self._steps.begin(list(prompt), continuation.shape[1] + 1)]))
-                given = self._device.upload(continuation)
-                for column in range(continuation.shape[1]):
-                    fetched.append(self._device.fetch([self._steps.step(given[:, column])]))
-            return np.stack([each.wait()[0] for each in fetched], axis=1)
+        with self.queued(list(prompt), continuation.shape[1] + 1) as steps:
+            given = self._device.upload(continuation)
+            fetched = [self._device.fetch([steps.begin(list(prompt), continuation.shape[1] + 1)])]
+            fetched += [self._device.fetch([steps.step(given[:, column])]) for column in range(continuation.shape[1])]
+        return np.stack([each.wait()[0] for each in fetched], axis=1)
+
+    @contextmanager
+    def queued(self, prompts: Sequence[NDArray[np.int64]], new_tokens: int) -> Iterator[Steps]:
+        """Give the steps of one batch to a caller who drives them itself; torch's work joins theirs on the stream.
+
+        Args:
+            prompts: What the batch will begin with.
+            new_tokens: How many each row may get.
+
+        Raises:
+            EngineError: As `decode`.
+        """
+        require_fit(self.limits, prompts, new_tokens, self.vocab)
+        with self._alone(), self._device.queue():
+            yield self._steps
 
     def _decode(self, prompts: Sequence[NDArray[np.int64]], options: GenerationOptions) -> Iterator[DecodedStep]:
         """Queue steps ahead of those that are handed out.

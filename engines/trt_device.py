@@ -48,6 +48,9 @@ class Device(Protocol):
     def fetch(self, tensors: Sequence[torch.Tensor]) -> Fetched:
         """Queue a copy to the host, of the values that the tensors have at this place of the stream."""
 
+    def finish(self) -> None:
+        """Wait until nothing is queued any more: what the queued work uses may be given back then."""
+
     def capture(self, enqueue: Callable[[], None]) -> Callable[[], None]:
         """Return what queues again, as one CUDA graph, all that `enqueue` queues; nothing of it runs now."""
 
@@ -130,6 +133,10 @@ class CudaDevice:
     def fetch(self, tensors: Sequence[torch.Tensor]) -> Fetched:
         """See `Device`."""
         return CudaFetched(tensors)
+
+    def finish(self) -> None:
+        """See `Device`."""
+        self._stream.synchronize()
 
     def capture(self, enqueue: Callable[[], None]) -> Callable[[], None]:
         """See `Device`."""

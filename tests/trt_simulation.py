@@ -131,6 +131,9 @@ class SimulatedDevice:
             values.append(host)
         return SimulatedFetch(self, values)
 
+    def finish(self) -> None:
+        self.log.append("finish")
+
     def capture(self, enqueue: Callable[[], None]) -> Callable[[], None]:
         self.log.append("capture")
         self.captured = []
@@ -226,8 +229,8 @@ class SimulatedEngine:
         kinds = {"float": "FLOAT", "float16": "HALF", "int64": "INT64", "bool": "BOOL"}
         return getattr(self.trt.DataType, kinds[self._value(name).type[7:-1]])
 
-    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return tuple(size if isinstance(size, int) else -1 for size in self._value(name).shape)
+    def get_tensor_shape(self, name: str) -> Any:
+        return self.trt.Dims([size if isinstance(size, int) else -1 for size in self._value(name).shape])
 
     def get_aliased_input_tensor(self, name: str) -> str | None:
         static = self.manifest.kv_cache == "static" and self.trt.aliases
@@ -281,11 +284,12 @@ class SimulatedContext:
         self.shapes[name] = tuple(shape)
         return True
 
-    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+    def get_tensor_shape(self, name: str) -> Any:
         assert set(self.shapes) == set(self.engine.inputs), "shapes are known once all inputs have one"
         rows, columns = self.shapes["input_ids"]
         assert name == "logits"
-        return (rows, 1 if self.engine.manifest.logits == "last" else columns, self.engine.manifest.vocab_size)
+        given = 1 if self.engine.manifest.logits == "last" else columns
+        return self.trt.Dims([rows, given, self.engine.manifest.vocab_size])
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         if not address or address % ALIGNMENT:
