@@ -43,18 +43,18 @@ class RuntimeOptions:
         cuda_graphs: Launch a decode step as one graph where its shapes stay (a static cache).
         runtime_cache: Keep what TensorRT-RTX compiles beside the plan.
         weight_budget: Bytes of weights that stay on the GPU while the rest is streamed, for plans built with weight
-            streaming; None to keep all.
+            streaming; `auto` for what TensorRT thinks fit, None to keep all.
         lag: Steps that the GPU is ahead of the tokens handed out.
     """
 
     gpu: int = 0
     cuda_graphs: bool = True
     runtime_cache: bool = True
-    weight_budget: int | None = None
+    weight_budget: int | Literal["auto"] | None = None
     lag: int = 2
 
     def __post_init__(self) -> None:
-        if self.weight_budget is not None and self.weight_budget < 0:
+        if isinstance(self.weight_budget, int) and self.weight_budget < 0:
             raise EngineError(f"weight_budget is {self.weight_budget}; expected 0 bytes or more")
         if self.lag < 0:
             raise EngineError(f"lag is {self.lag}; expected 0 steps or more")
@@ -149,16 +149,22 @@ class LoadedPlans:
         except (OSError, ValueError) as error:
             raise EngineError(f"{plan.path}: cannot read the plan ({error}); build it again") from error
         if engine is None:
-            free = self._device.free_bytes()
-            raise EngineError(
-                f"{plan.path}: {self.backend.title} cannot load the plan of {plan.sidecar.plan.size} bytes with {free} "
-                f"bytes free on the GPU: {self._reason()}"
-            )
+            raise self._not_loaded(plan)
         has, says = int(engine.num_optimization_profiles), len(plan.sidecar.profiles)
         if has != says:
             raise EngineError(f"{plan.path} has {has} profiles and its sidecar names {says}; build it again")
         self._stream_weights(engine, plan)
         return engine
+
+    def _not_loaded(self, plan: CheckedPlan) -> EngineError:
+        size, free, reason = plan.sidecar.plan.size, self._device.free_bytes(), self._reason()
+        remedy = ""
+        if size > free or "memory" in reason.lower():
+            remedy = "; free memory on the GPU, or build with --weight-streaming and give a weight budget"
+        return EngineError(
+            f"{plan.path}: {self.backend.title} cannot load the plan of {size} bytes with {free} bytes free on the "
+            f"GPU: {reason}{remedy}"
+        )
 
     def _stream_weights(self, engine: Any, plan: CheckedPlan) -> None:
         """Set the budget; before any context, whose scratch memory depends on it."""
@@ -171,6 +177,8 @@ class LoadedPlans:
                 f"{plan.path}: a weight budget was given and the plan's weights cannot be streamed; build it with "
                 "--weight-streaming, or leave the budget out"
             )
+        if budget == "auto":
+            budget = int(engine.get_weight_streaming_automatic_budget())
         engine.weight_streaming_budget_v2 = min(budget, streamable)
 
     def _context(self, index: int, name: ProfileName) -> Any:

@@ -268,6 +268,13 @@ def test_plans_of_other_kinds_are_refused(
         opened(simulation, split)
 
 
+def test_weights_that_do_not_fit_are_told_with_both_figures(static_bundle: Path, simulation: Simulation) -> None:
+    simulation.trt.weights, simulation.device.budget = 5000, 4000
+    message = r"plan of 1 bytes with 4000 bytes free on the GPU: Requested amount of GPU memory could not be allocated"
+    with pytest.raises(EngineError, match=message + "; free memory on the GPU, or build with --weight-streaming"):
+        opened(simulation, [simulation.plan(static_bundle, "prefill", "decode")])
+
+
 @pytest.mark.parametrize(("change", "odd"), [("position_ids", "position_ids"), ("encoder_states", "encoder_states")])
 def test_an_unknown_input_is_named(
     static_bundle: Path, simulation: Simulation, monkeypatch: pytest.MonkeyPatch, change: str, odd: str
@@ -293,7 +300,7 @@ def test_weights_are_streamed_within_a_budget(static_bundle: Path, simulation: S
     with pytest.raises(EngineError, match="the plan's weights cannot be streamed; build it with --weight-streaming"):
         opened(simulation, [plan], weight_budget=100)
     simulation.trt.streamable = 500
-    for budget, expected in ((100, 100), (900, 500), (None, 500), (0, 0)):
+    for budget, expected in ((100, 100), (900, 500), (None, 500), (0, 0), ("auto", 250)):
         opened(simulation, [plan], weight_budget=budget)
         assert simulation.trt.engines[-1].weight_streaming_budget_v2 == expected
     with pytest.raises(EngineError, match="weight_budget is -1"):

@@ -239,6 +239,9 @@ class SimulatedEngine:
     def get_device_memory_size_for_profile_v2(self, profile: int) -> int:
         return SCRATCH_BYTES[self.profiles[profile].name]
 
+    def get_weight_streaming_automatic_budget(self) -> int:
+        return self.streamable_weights_size // 2
+
     def create_execution_context(self, how: Any) -> "SimulatedContext":
         strategy = how.strategy if isinstance(how, SimulatedConfig) else how
         if strategy != self.trt.ExecutionContextAllocationStrategy.USER_MANAGED:
@@ -358,6 +361,7 @@ class SimulatedTrt:
     profiles: dict[str, tuple[Profile, ...]] = field(default_factory=dict)
     aliases: bool = True
     streamable: int = 0
+    weights: int = 0
     failing: bool = False
     runs: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
     engines: list[SimulatedEngine] = field(default_factory=list)
@@ -376,6 +380,9 @@ class SimulatedTrt:
         text = bytes(content)
         if not text.startswith(b"{"):
             self.complain("Serialization assertion failed")
+            return None
+        if self.device.free_bytes() < self.weights:
+            self.complain("Requested amount of GPU memory could not be allocated")
             return None
         engine = SimulatedEngine(self, json.loads(text))
         self.engines.append(engine)
