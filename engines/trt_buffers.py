@@ -75,9 +75,9 @@ class Buffers:
         assert part.numel() == size, f"{name} was reserved with {self._size(name)} bytes, not {offset + size}"
         return part.view(dtype).view(tuple(shape))
 
-    def address(self, name: str) -> int:
-        """Return where a piece begins."""
-        return self._memory[name].data_ptr()
+    def address(self, name: str, offset: int = 0) -> int:
+        """Return where a piece, or what lies `offset` bytes behind its beginning, is."""
+        return self._memory[name].data_ptr() + offset
 
     def _size(self, name: str) -> int:
         return self._memory[name].numel() if name in self._memory else 0

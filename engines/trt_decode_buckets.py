@@ -3,8 +3,6 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-import torch
-
 from spike_export.engines.trt_device import Device
 from spike_export.engines.trt_station import Shape, Station
 
@@ -60,14 +58,14 @@ class DecodeBuckets:
         self._buckets.clear()
 
     def bucket(
-        self, rows: int, shapes: Mapping[str, Shape], tensors: Callable[[], Mapping[str, torch.Tensor]]
+        self, rows: int, shapes: Mapping[str, Shape], addresses: Callable[[], Mapping[str, int]]
     ) -> DecodeBucket:
         """Return the bucket of so many rows.
 
         Args:
             rows: Of the batch.
             shapes: Of the inputs.
-            tensors: Gives inputs and outputs; asked when the bucket is new.
+            addresses: Gives those of inputs and outputs; asked when the bucket is new.
         """
         bucket = self._buckets.pop(rows, None)
         if bucket is None:
@@ -76,6 +74,6 @@ class DecodeBuckets:
                 del self._buckets[next(iter(self._buckets))]
             bucket = DecodeBucket(self.make(), self.device, self.captures)
             bucket.station.set_shapes(shapes)
-            bucket.station.bind(tensors())
+            bucket.station.bind(addresses())
         self._buckets[rows] = bucket  # the last is the one used last
         return bucket

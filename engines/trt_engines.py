@@ -13,7 +13,7 @@ from spike_export.engines.plan_backend import BACKENDS, Backend
 from spike_export.engines.plan_sidecar import PlanSidecar
 from spike_export.engines.trt_buffers import Buffers
 from spike_export.engines.trt_callbacks import BuildLog, make_logger
-from spike_export.engines.trt_device import ALIGNMENT, Device
+from spike_export.engines.trt_device import Device
 from spike_export.engines.trt_plan_io import PlanIo, read_plan_io
 from spike_export.engines.trt_runtime_cache import RuntimeCache, runtime_cache_path
 from spike_export.engines.trt_station import Station
@@ -23,7 +23,6 @@ Specialization = Literal["EAGER", "LAZY", "NONE"]
 _COMPILES_AT_RUN = frozenset({"tensorrt-rtx"})
 
 SCRATCH = "scratch memory"
-_NOWHERE = "address of empty tensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +109,7 @@ class LoadedPlans:
             int(self._engines[engine].get_device_memory_size_for_profile_v2(profile))
             for engine, profile in self._places.values()
         )
-        buffers.reserve({SCRATCH: self._scratch, _NOWHERE: ALIGNMENT})
+        buffers.reserve({SCRATCH: self._scratch})
 
     @property
     def compiles_at_run(self) -> bool:
@@ -131,8 +130,7 @@ class LoadedPlans:
             context = self._context(index, name)
         if context is None:
             raise EngineError(f"{self.backend.title} makes no execution context: {self._reason()}")
-        nowhere = self._buffers.address(_NOWHERE)
-        station = Station(self.backend, context, profile, self._device, nowhere, self._log)
+        station = Station(self.backend, context, profile, self._device, self._log)
         station.use_scratch(self._buffers.address(SCRATCH), self._scratch)
         return station
 

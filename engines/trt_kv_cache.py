@@ -1,6 +1,5 @@
 """The caller-owned cache of keys and values on the GPU, in both of its forms."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -48,18 +47,19 @@ class StaticKvCache:
                 self._view(name, index, count).zero_()
         return changed
 
-    def bound(self, row: int, rows: int) -> dict[str, torch.Tensor]:
-        """Return inputs and outputs for some rows: their part of the buffers, or the staged row (see `settle`)."""
-        staged = self._staged(row)
-        assert not staged or rows == 1, "rows that do not begin where TensorRT takes them are filled one by one"
-        tensors: dict[str, torch.Tensor] = {}
+    def addresses(self, row: int) -> dict[str, int]:
+        """Return where inputs and outputs of rows from this one on lie: in the buffers, or staged (see `settle`)."""
+        name, stride, offset = CACHE, self._stride(self._rows), row * self._row_bytes
+        if self._staged(row):
+            name, stride, offset = STAGED_ROW, self._stride(1), 0
+        addresses: dict[str, int] = {}
         for index, tensor in enumerate(self.io.cache):
-            part = self._view(STAGED_ROW, index, 1) if staged else self._view(CACHE, index, self._rows)[row:][:rows]
-            tensors[tensor.past] = tensors[tensor.present] = part
-        return tensors
+            address = self.buffers.address(name, index * stride + offset)
+            addresses[tensor.past] = addresses[tensor.present] = address
+        return addresses
 
     def settle(self, row: int) -> None:
-        """Queue a copy of the staged row to its place, where `bound` gave that."""
+        """Queue a copy of the staged row to its place, where `addresses` gave that."""
         if self._staged(row):
             for index in range(len(self.io.cache)):
                 self._view(CACHE, index, self._rows)[row].copy_(self._view(STAGED_ROW, index, 1)[0])
@@ -115,13 +115,14 @@ class DynamicKvCache:
         """Return the shape of every input."""
         return self.io.cache_shape(self._rows, self._length)
 
-    def bound(self, added: int) -> Mapping[str, torch.Tensor]:
-        """Return inputs and outputs of a call that adds so many slots."""
-        tensors = {}
+    def addresses(self, added: int) -> dict[str, int]:
+        """Return where inputs and outputs of a call that adds so many slots lie."""
+        read, written = (self._stride(self._rows, slots) for slots in (self._length, self._length + added))
+        addresses = {}
         for index, tensor in enumerate(self.io.cache):
-            tensors[tensor.past] = self._view(self._past, index, self._length)
-            tensors[tensor.present] = self._view(self._present, index, self._length + added)
-        return tensors
+            addresses[tensor.past] = self.buffers.address(self._past, index * read)
+            addresses[tensor.present] = self.buffers.address(self._present, index * written)
+        return addresses
 
     def turn(self, added: int) -> None:
         """Read next what the call has written."""
@@ -130,7 +131,3 @@ class DynamicKvCache:
 
     def _stride(self, rows: int, slots: int) -> int:
         return aligned(tensor_bytes(self.io.cache_shape(rows, slots), self.io.cache_dtype))
-
-    def _view(self, name: str, index: int, slots: int) -> torch.Tensor:
-        offset = index * self._stride(self._rows, slots)
-        return self.buffers.view(name, self.io.cache_shape(self._rows, slots), self.io.cache_dtype, offset)

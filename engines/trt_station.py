@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from spike_export.calibration.errors import EngineError
 from spike_export.engines.plan_backend import Backend
 from spike_export.engines.trt_callbacks import BuildLog
@@ -16,9 +14,7 @@ Shape = tuple[int, ...]
 class Station:
     """An execution context that is given its scratch memory, and all else, by us."""
 
-    def __init__(
-        self, backend: Backend, context: Any, profile: int, device: Device, nowhere: int, log: BuildLog
-    ) -> None:
+    def __init__(self, backend: Backend, context: Any, profile: int, device: Device, log: BuildLog) -> None:
         """Select the profile.
 
         Args:
@@ -26,14 +22,12 @@ class Station:
             context: Created without memory of its own.
             profile: Its index in the engine.
             device: Whose stream is used.
-            nowhere: An address on the device; tensors without elements need an address too.
             log: What TensorRT says.
 
         Raises:
             EngineError: TensorRT refuses the profile.
         """
         self._backend, self._context, self._device, self._log = backend, context, device, log
-        self._nowhere = nowhere
         self._shapes: dict[str, Shape] = {}
         self._addresses: dict[str, int] = {}
         with device.queue():
@@ -59,14 +53,13 @@ class Station:
         """Return an output's shape under the inputs' present shapes."""
         return tuple(int(size) for size in self._context.get_tensor_shape(name))
 
-    def bind(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Set inputs and outputs, dense tensors of the right type; those set before stay.
+    def bind(self, addresses: Mapping[str, int]) -> None:
+        """Set where inputs and outputs lie, also those without elements; those set before stay.
 
         Raises:
             EngineError: TensorRT refuses one.
         """
-        for name, tensor in tensors.items():
-            address = tensor.data_ptr() or self._nowhere
+        for name, address in addresses.items():
             if self._addresses.get(name) == address:
                 continue
             self._require(self._context.set_tensor_address(name, address), f"take the address of {name}")

@@ -83,7 +83,7 @@ class StaticSteps:
             if call.ends:
                 self._cache.settle(call.row)
                 first[call.row : call.row + call.rows].copy_(logits[:, -1])
-        self._bucket = self._buckets.bucket(rows, self._shapes(rows, 1, fresh=0), self._step_tensors)
+        self._bucket = self._buckets.bucket(rows, self._shapes(rows, 1, fresh=0), self._step_addresses)
         lengths = np.array([len(prompt) for prompt in prompts], np.int64)
         self._step_tensors()[WRITE_INDICES].copy_(self._device.upload(lengths))
         return first
@@ -124,26 +124,22 @@ class StaticSteps:
         logits_shape = (call.rows, 1 if self._last_only else shape[1], self._io.vocab)
         logits = self._buffers.view(PREFILL_LOGITS, logits_shape, self._io.logits_dtype)
         self._prefill.set_shapes(self._shapes(call.rows, shape[1], fresh=1))
-        tensors = {INPUT_IDS: ids, WRITE_INDICES: indices, LOGITS: logits}
-        if self._io.fresh:
-            # Only its length is read.
-            tensors[FRESH] = ids.view(torch.bool)
-        self._prefill.bind({**tensors, **self._cache.bound(call.row, call.rows)})
+        self._prefill.bind(_addresses({INPUT_IDS: ids, WRITE_INDICES: indices, LOGITS: logits}, fresh=self._io.fresh))
+        self._prefill.bind(self._cache.addresses(call.row))
         self._prefill.enqueue()
         return logits
 
     def _step_tensors(self) -> dict[str, torch.Tensor]:
         rows, io = self._rows, self._io
         second = aligned(rows * _INT64.itemsize)
-        tensors = {
+        return {
             INPUT_IDS: self._buffers.view(STEP_INPUTS, (rows, 1), _INT64),
             WRITE_INDICES: self._buffers.view(STEP_INPUTS, (rows,), _INT64, second),
             LOGITS: self._buffers.view(STEP_LOGITS, (rows, 1, io.vocab), io.logits_dtype),
-            **self._cache.bound(0, rows),
         }
-        if io.fresh:
-            tensors[FRESH] = self._buffers.view(STEP_INPUTS, (0,), torch.bool)
-        return tensors
+
+    def _step_addresses(self) -> dict[str, int]:
+        return _addresses(self._step_tensors(), fresh=self._io.fresh) | self._cache.addresses(0)
 
     def _shapes(self, rows: int, columns: int, *, fresh: int) -> dict[str, Shape]:
         io = self._io
@@ -212,7 +208,8 @@ class DynamicSteps:
         logits_shape = (rows, 1 if self._last_only else columns, self._io.vocab)
         logits = self._buffers.view(piece, logits_shape, self._io.logits_dtype)
         station.set_shapes(self._shapes(rows, columns, self._own))
-        station.bind({INPUT_IDS: ids, ATTENTION_MASK: mask, LOGITS: logits, **self._cache.bound(added)})
+        station.bind(_addresses({INPUT_IDS: ids, ATTENTION_MASK: mask, LOGITS: logits}, fresh=False))
+        station.bind(self._cache.addresses(added))
         station.enqueue()
         self._cache.turn(added)
         return logits
@@ -220,6 +217,12 @@ class DynamicSteps:
     def _shapes(self, rows: int, columns: int, own: int) -> dict[str, Shape]:
         shapes: dict[str, Shape] = {INPUT_IDS: (rows, columns), ATTENTION_MASK: (rows, own)}
         return shapes | {tensor.past: self._cache.past_shape() for tensor in self._io.cache}
+
+
+def _addresses(tensors: Mapping[str, torch.Tensor], *, fresh: bool) -> dict[str, int]:
+    """Return where tensors lie; of `fresh` only the length is read, but it needs an address too."""
+    addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+    return addresses | {FRESH: addresses[INPUT_IDS]} if fresh else addresses
 
 
 def _gives_last_only(station: Station, shapes: Mapping[str, Shape]) -> bool:

@@ -126,6 +126,22 @@ def test_a_prompt_longer_than_a_call_enters_in_several(
     assert columns == ([5, 5, 3, 3] if case.static else [5, 5, 3])
 
 
+@pytest.mark.parametrize("static", [True, False], ids=["static", "dynamic"])
+@pytest.mark.parametrize("prefix", [(), PREFIX], ids=["plain", "prefix"])
+def test_a_sliding_window_ends_where_transformers_does(
+    simulation: Simulation, tmp_path: Path, static: bool, prefix: tuple[int, ...]
+) -> None:
+    """The window counts slots, and padding on the left is among them, in front of all tokens of its row."""
+    windowed = tiny_llama(sliding_window=6)
+    cache = CacheOptions("static", CAPACITY) if static else CacheOptions()
+    options = ExportOptions("float32", logits="last", cache=cache)
+    export_bundle(windowed.checkpoint, unquantized_recipe(windowed.checkpoint, prefix), options, tmp_path / "bundle")
+    prompt = 16 if static and prefix else 5
+    runtime = opened(simulation, simulation.plan(tmp_path / "bundle", "prefill", "decode", prompt=prompt))
+    prompts = [np.arange(1, 14), np.arange(30, 33), np.arange(50, 58)]
+    assert decoded(runtime, prompts, 8) == [reference(windowed, tokens, 8, prefix) for tokens in prompts]
+
+
 def test_the_context_can_be_filled_to_its_last_token(
     simulation: Simulation, bundles: dict[Case, Path], model: TinyModel
 ) -> None:
