@@ -274,3 +274,55 @@ def test_the_harness_runs_over_a_pretended_gpu(monkeypatch: pytest.MonkeyPatch, 
     }
     harness.measure_onnx_runtime(bundles, measured)
     assert "onnxruntime-gpu" in harness.skipped
+
+
+def test_peaks_and_products_are_measured_for_what_can_be_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("torch._scaled_mm is only supported on CUDA devices with compute capability >= 8.9\nmore")
+
+    monkeypatch.setattr(gpu_torch, "gpu_seconds", host_seconds)
+    monkeypatch.setattr(gpu_torch, "_SIDE", 64)
+    monkeypatch.setattr(gpu_torch, "_FAR_APART", 10_000)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1 << 22, 1 << 23))
+    monkeypatch.setitem(gpu_torch.MULTIPLIERS, "fp8", (gpu_torch.MULTIPLIERS["fp8"][0], refuse))
+    device = torch.device("cpu")
+    seen, missing = gpu_torch.peaks(device)
+    assert set(seen.operations) == {"float16", "int8"}
+    assert seen.bandwidth > 0
+    assert missing == {
+        "torch products in fp8": "torch._scaled_mm is only supported on CUDA devices with compute capability >= 8.9"
+    }
+    model = Model(((16, 32), (16, 32), (32, 16)), 1, 1, 1, 16, 32, 8)
+    products = gpu_torch.model_products(model, [1, 48], ["float16", "int8"], device)
+    assert [(one.kind, one.rows, one.linear) for one in products] == [
+        (kind, max(rows, 32) if kind == "int8" else rows, linear)
+        for linear in ((16, 32), (32, 16))
+        for rows in (1, 48)
+        for kind in ("float16", "int8")
+    ]
+    assert all(one.rate > 0 for one in products)
+
+
+@pytest.mark.parametrize(("error", "code"), [(0.01, 0), (0.5, 1)])
+def test_a_run_prints_the_table_and_writes_the_json(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], error: float, code: int
+) -> None:
+    measured = report()
+    measured.parity = [Parity("tensorrt", "FP16", error, 1.0, 0.02)]
+    monkeypatch.setattr("spike_export.engines.plan_backend.detect_machine", lambda: HOPPER)
+    monkeypatch.setattr(gpu, "no_gpu", lambda _: None)
+    monkeypatch.setattr(gpu, "_measure", lambda *_: measured)
+    assert gpu.main(["--results", str(tmp_path), "--batches", "4"]) == code
+    (written,) = tmp_path.iterdir()
+    assert written.name.startswith("nvidia-h200-20")
+    assert json.loads(written.read_text())["parity"][0]["error"] == error
+    assert capsys.readouterr().out == f"{text(measured)}\nwritten: {written}\n"
+
+
+def test_a_model_that_cannot_be_read_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("spike_export.engines.plan_backend.detect_machine", lambda: HOPPER)
+    monkeypatch.setattr(gpu, "no_gpu", lambda _: None)
+    assert gpu.main(["/no/such/model"]) == 2
+    assert re.fullmatch(r"gpu: .*/no/such/model.*\n", capsys.readouterr().err)
