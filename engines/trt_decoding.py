@@ -71,6 +71,7 @@ class TensorRtDecoding:
             raise _gpu_failure(error) from error
         self.vocab = self._plans.io.vocab
         self._busy = False
+        self._kept_rows: set[int] = set()
 
     def __enter__(self) -> Self:
         return self
@@ -107,7 +108,8 @@ class TensorRtDecoding:
             given = self._device.upload(continuation)
             fetched = [self._device.fetch([steps.begin(list(prompt), continuation.shape[1] + 1)])]
             fetched += [self._device.fetch([steps.step(given[:, column])]) for column in range(continuation.shape[1])]
-        return np.stack([each.wait()[0] for each in fetched], axis=1)
+        with self._alone():
+            return np.stack([each.wait()[0] for each in fetched], axis=1)
 
     @contextmanager
     def queued(self, prompts: Sequence[NDArray[np.int64]], new_tokens: int) -> Iterator[Steps]:
@@ -130,7 +132,7 @@ class TensorRtDecoding:
         No step needs anything of the host but its launch, so that the GPU is never without work while the host looks at
         earlier tokens; what was queued when the caller stops is wasted, `lag` steps at most.
         """
-        with self._alone():
+        with self._alone(), self._kept(len(prompts)):
             flying: deque[Fetched] = deque()
             with self._device.queue():
                 sampler = self._make_sampler(options, len(prompts), self._device.device)
@@ -161,6 +163,16 @@ class TensorRtDecoding:
         for row, prompt in enumerate(prompts):
             seen[row, prompt] = True
         return self._device.upload(seen)
+
+    @contextmanager
+    def _kept(self, rows: int) -> Iterator[None]:
+        """Keep what the first batch of so many rows had compiled: not every caller closes a runtime."""
+        try:
+            yield
+        finally:
+            if rows not in self._kept_rows:
+                self._kept_rows.add(rows)
+                self._plans.keep_kernels()
 
     @contextmanager
     def _alone(self) -> Iterator[None]:

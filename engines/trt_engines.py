@@ -109,7 +109,8 @@ class LoadedPlans:
             int(self._engines[engine].get_device_memory_size_for_profile_v2(profile))
             for engine, profile in self._places.values()
         )
-        buffers.reserve({SCRATCH: self._scratch})
+        with device.queue():  # memory belongs to the stream on which it is first used
+            buffers.reserve({SCRATCH: self._scratch})
 
     @property
     def compiles_at_run(self) -> bool:
@@ -136,8 +137,9 @@ class LoadedPlans:
 
     def keep_kernels(self) -> None:
         """Write what was compiled beside the plans; cheap when nothing was."""
-        for cache in self._caches.values():
-            cache.save()
+        with self._device.queue():
+            for cache in self._caches.values():
+                cache.save()
 
     def _load(self, plan: CheckedPlan) -> Any:
         try:

@@ -8,8 +8,10 @@ from numpy.typing import NDArray
 
 from spike_export.calibration.errors import EngineError
 from spike_export.engines.build_options import ProfileName
-from spike_export.engines.plan_sidecar import PlanSidecar, ProfileShapes
+from spike_export.engines.plan_sidecar import InputShapes, PlanSidecar, ProfileShapes
 from spike_export.engines.trt_plan_io import ATTENTION_MASK, FRESH, INPUT_IDS
+
+_NO_SHAPES = InputShapes(min=(), opt=(), max=())
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,8 @@ def profile_of(sidecars: Sequence[PlanSidecar], name: ProfileName) -> ProfileSha
             f"decoding takes one prefill and one decode profile, and there are: {have}; build with --profiles both, or "
             "open the prefill plan and the decode plan together"
         )
+    if len(found[0].inputs.get(INPUT_IDS, _NO_SHAPES).max) != 2:
+        raise EngineError(f"the plan's sidecar gives no shape of {INPUT_IDS} in its {name} profile; build it again")
     return found[0]
 
 

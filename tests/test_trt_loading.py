@@ -143,6 +143,7 @@ def test_limits_of_both_forms() -> None:
         ([written("prefill", "decode"), written("decode")], "there are: prefill, decode, decode"),
         ([written("prefill"), written("decode", bundle_sha256="1")], "bundle_sha256 is 0 and 1; build both again"),
         ([written("prefill"), written("decode", max_context=30)], "max_context is 20 and 30"),
+        ([sidecar("tensorrt", [Profile("prefill", {}), Profile("decode", {})], 0, 8)], "no shape of input_ids in its"),
         ([written("prefill", "decode", smallest=2)], "the prefill profile begins at 2 sequences"),
     ],
 )
@@ -340,7 +341,9 @@ def test_what_rtx_compiled_is_there_at_the_next_start(
     assert kept == tmp_path / "prefill-decode.runtime-cache"
     with opened(simulation, [plan]) as runtime:
         decoded(runtime, PROMPTS, 2)
-    assert b"decode(4, 1)" in kept.read_bytes()
+        assert b"decode(4, 1)" in kept.read_bytes()  # nobody has to close it for that
+        decoded(runtime, PROMPTS[:1], 2)
+        assert b"decode(1, 1)" in kept.read_bytes()
     with opened(simulation, [plan]) as runtime:
         assert "decode(4, 1)" in simulation.trt.engines[-1].contexts[0].config.cache.kernels  # type: ignore[union-attr]
     kept.unlink()
