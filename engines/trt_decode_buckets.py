@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from spike_export.calibration.errors import EngineError, one_line
 from spike_export.engines.trt_device import Device
 from spike_export.engines.trt_station import Shape, Station
 
@@ -29,12 +30,21 @@ class DecodeBucket:
         The first run is a plain one, in which TensorRT may still prepare itself; the second is captured.
         """
         if self._replay is None and self.captures and self._runs == 1:
-            self._replay = self.device.capture(self.station.enqueue)
+            self._replay = self._captured()
         if self._replay is None:
             self.station.enqueue()
         else:
             self._replay()
         self._runs += 1
+
+    def _captured(self) -> Callable[[], None]:
+        try:
+            return self.device.capture(self.station.enqueue)
+        except (EngineError, RuntimeError) as error:
+            raise EngineError(
+                f"a decode step cannot be captured as a CUDA graph ({one_line(error)}); open the plan with "
+                "RuntimeOptions(cuda_graphs=False)"
+            ) from error
 
 
 @dataclass

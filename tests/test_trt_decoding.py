@@ -234,6 +234,22 @@ def test_graphs_are_made_anew_when_a_larger_batch_moves_the_cache(
     assert simulation.device.log.count("capture") == 5
 
 
+def test_a_step_that_cannot_be_captured_is_told_with_the_way_out(
+    simulation: Simulation, bundles: dict[Case, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(simulation.device, "capture", refuse)
+    plan = simulation.plan(bundles[Case(True, (), "last")], "prefill", "decode")
+    runtime = opened(simulation, plan)
+    assert len(decoded(runtime, PROMPTS, 2)) == 4  # the first step of a bucket is a plain one
+    message = r"cannot be captured .*when stream is capturing\); open the plan with RuntimeOptions\(cuda_graphs=False\)"
+    with pytest.raises(EngineError, match=message):
+        decoded(runtime, PROMPTS, 3)
+    assert len(decoded(opened(simulation, plan, options=RuntimeOptions(cuda_graphs=False)), PROMPTS, 4)) == 4
+
+
 def test_only_a_static_cache_of_tensorrt_is_captured_by_us(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bundles: dict[Case, Path]
 ) -> None:
