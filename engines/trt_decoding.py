@@ -1,0 +1,197 @@
+"""Tokens drawn by a TensorRT plan: the GPU runs ahead, and the host looks at tokens only when they have arrived."""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Protocol, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from spike_export.calibration.errors import EngineError, one_line
+from spike_export.engines.decoding import DecodedStep
+from spike_export.engines.generation_options import GenerationOptions
+from spike_export.engines.trt_buffers import REMEDY, Buffers
+from spike_export.engines.trt_device import CudaDevice, Device, Fetched
+from spike_export.engines.trt_engines import CheckedPlan, LoadedPlans, RuntimeOptions
+from spike_export.engines.trt_limits import plan_limits, require_fit
+from spike_export.engines.trt_steps import Steps, make_steps
+
+DrawnTensors = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+"""Tokens [rows] int64; if asked for, their log-probabilities, and the most probable tokens and theirs [rows, k]."""
+
+
+class Drawing(Protocol):
+    """Draws a batch's tokens on the device, without waiting for it."""
+
+    def draw(self, logits: torch.Tensor, seen: torch.Tensor | None) -> DrawnTensors:
+        """Draw a token for every row from logits [rows, vocab] float32; `seen` [rows, vocab] bool is what rows hold."""
+
+
+MakeSampler = Callable[[GenerationOptions, int, torch.device], Drawing]
+"""Makes what draws for one batch of so many rows."""
+
+
+class TensorRtDecoding:
+    """A plan as a runtime (see `decoding.Decoding`): one batch at a time.
+
+    Attributes:
+        limits: What it was built for.
+        vocab: Size of the vocabulary.
+    """
+
+    def __init__(
+        self,
+        plans: Sequence[CheckedPlan],
+        make_sampler: MakeSampler,
+        options: RuntimeOptions = RuntimeOptions(),  # noqa: B008  # frozen
+        device: Device | None = None,
+    ) -> None:
+        """Load a plan with both profiles, or a prefill plan and a decode plan of one build.
+
+        Args:
+            plans: Compared with bundle and machine already.
+            make_sampler: Of the sampler.
+            options: How to run them.
+            device: The GPU named in `options` when omitted.
+
+        Raises:
+            EngineError: There is no GPU, the backend is missing, the plans do not belong together, or cannot be loaded.
+        """
+        self.limits = plan_limits([plan.sidecar for plan in plans])
+        self._device = device or CudaDevice(options.gpu)
+        self._make_sampler, self._options = make_sampler, options
+        buffers = Buffers(self._device)
+        try:
+            self._plans = LoadedPlans(plans, options, self._device, buffers)
+            self._steps: Steps = make_steps(self._plans, self.limits, self._device, buffers, graphs=options.cuda_graphs)
+        except RuntimeError as error:
+            raise _gpu_failure(error) from error
+        self.vocab = self._plans.io.vocab
+        self._busy = False
+        self._kept_rows: set[int] = set()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Wait for what is queued, after which the plan may be forgotten, and keep what was compiled while running."""
+        self._device.finish()
+        self._plans.keep_kernels()
+
+    def decode(self, prompts: Sequence[NDArray[np.int64]], options: GenerationOptions) -> Iterator[DecodedStep]:
+        """See `Decoding`."""
+        require_fit(self.limits, prompts, options.max_new_tokens, self.vocab)
+        return self._decode(prompts, options)
+
+    def logits(self, prompt: NDArray[np.int64], continuation: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Return the logits behind a prompt and behind each token of a given continuation, to compare engines by.
+
+        Args:
+            prompt: [rows, tokens].
+            continuation: [rows, tokens], fed token by token.
+
+        Returns:
+            [rows, 1 + tokens of the continuation, vocab].
+
+        Raises:
+            EngineError: As `decode`.
+        """
+        with self.queued(list(prompt), continuation.shape[1] + 1) as steps:
+            given = self._device.upload(continuation)
+            fetched = [self._device.fetch([steps.begin(list(prompt), continuation.shape[1] + 1)])]
+            fetched += [self._device.fetch([steps.step(given[:, column])]) for column in range(continuation.shape[1])]
+        with self._alone():
+            return np.stack([each.wait()[0] for each in fetched], axis=1)
+
+    @contextmanager
+    def queued(self, prompts: Sequence[NDArray[np.int64]], new_tokens: int) -> Iterator[Steps]:
+        """Give the steps of one batch to a caller who drives them itself; torch's work joins theirs on the stream.
+
+        Args:
+            prompts: What the batch will begin with.
+            new_tokens: How many each row may get.
+
+        Raises:
+            EngineError: As `decode`.
+        """
+        require_fit(self.limits, prompts, new_tokens, self.vocab)
+        with self._alone(), self._device.queue():
+            yield self._steps
+
+    def _decode(self, prompts: Sequence[NDArray[np.int64]], options: GenerationOptions) -> Iterator[DecodedStep]:
+        """Queue steps ahead of those that are handed out.
+
+        No step needs anything of the host but its launch, so that the GPU is never without work while the host looks at
+        earlier tokens; what was queued when the caller stops is wasted, `lag` steps at most.
+        """
+        with self._alone(), self._kept(len(prompts)):
+            flying: deque[Fetched] = deque()
+            with self._device.queue():
+                sampler = self._make_sampler(options, len(prompts), self._device.device)
+                seen = self._seen(prompts) if options.repetition_penalty != 1 else None
+                logits = self._steps.begin(prompts, options.max_new_tokens)
+                tokens = self._draw(sampler, logits, seen, flying)
+            for _ in range(1, options.max_new_tokens):
+                if len(flying) > self._options.lag:
+                    yield _step(flying.popleft())
+                with self._device.queue():
+                    tokens = self._draw(sampler, self._steps.step(tokens), seen, flying)
+            while flying:
+                yield _step(flying.popleft())
+
+    def _draw(
+        self, sampler: Drawing, logits: torch.Tensor, seen: torch.Tensor | None, flying: deque[Fetched]
+    ) -> torch.Tensor:
+        drawn = sampler.draw(logits, seen)
+        tokens = drawn[0]
+        if seen is not None:
+            seen.scatter_(1, tokens[:, None], True)
+        flying.append(self._device.fetch([tensor for tensor in drawn if tensor is not None]))
+        return tokens
+
+    def _seen(self, prompts: Sequence[NDArray[np.int64]]) -> torch.Tensor:
+        """Return which tokens each prompt holds, [rows, vocab] bool."""
+        seen = np.zeros((len(prompts), self.vocab), np.bool_)
+        for row, prompt in enumerate(prompts):
+            seen[row, prompt] = True
+        return self._device.upload(seen)
+
+    @contextmanager
+    def _kept(self, rows: int) -> Iterator[None]:
+        """Keep what the first batch of so many rows had compiled: not every caller closes a runtime."""
+        try:
+            yield
+        finally:
+            if rows not in self._kept_rows:
+                self._kept_rows.add(rows)
+                self._plans.keep_kernels()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Refuse a second batch while one is in progress: they would share cache and scratch memory."""
+        if self._busy:
+            raise EngineError("the plan is decoding another batch; read that to its end or close it first")
+        self._busy = True
+        try:
+            yield
+        except RuntimeError as error:
+            raise _gpu_failure(error) from error
+        finally:
+            self._busy = False
+
+
+def _step(fetched: Fetched) -> DecodedStep:
+    return DecodedStep(*fetched.wait())
+
+
+def _gpu_failure(error: RuntimeError) -> EngineError:
+    remedy = REMEDY if isinstance(error, torch.OutOfMemoryError) else "look at nvidia-smi and the driver's log"
+    return EngineError(f"the GPU does not go on: {one_line(error)}; {remedy}")
