@@ -47,7 +47,7 @@ class BlockSource(Protocol):
     """A `TensorSource` that reads rows that follow one another into memory of the caller's."""
 
     def block_reader(self, name: str) -> AbstractContextManager[BlockReader]:
-        """Open a tensor; the values are those of the whole tensor."""
+        """Open a tensor; what is read is float32, float16 or bfloat16, and the values are those of the whole tensor."""
 
 
 @dataclass(frozen=True)
@@ -89,14 +89,14 @@ class Checkpoint:
             return
         if isinstance(source, RowSource):
 
-            def read_rows(rows: slice, out: NDArray[np.float32]) -> None:
+            def read_rows(rows: slice, out: NDArray[Any]) -> None:
                 out[...] = source.read_rows(name, np.arange(rows.start, rows.stop))
 
             yield read_rows
             return
         whole = source.read(name)
 
-        def copy(rows: slice, out: NDArray[np.float32]) -> None:
+        def copy(rows: slice, out: NDArray[Any]) -> None:
             out[...] = whole[rows]
 
         yield copy

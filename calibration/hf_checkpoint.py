@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -115,7 +116,7 @@ class SafetensorsSource:
         stored = np.empty(0, np.uint8)
         with file.open("rb", buffering=0) as stream:
 
-            def read(rows: slice, out: NDArray[np.float32]) -> None:
+            def read(rows: slice, out: NDArray[Any]) -> None:
                 nonlocal stored
                 size = len(out) * row_bytes
                 if stored.size < size:
@@ -124,8 +125,7 @@ class SafetensorsSource:
                 stream.seek(begin + rows.start * row_bytes)
                 if stream.readinto(found) < size:  # type: ignore[arg-type]
                     raise CheckpointError(f"{file}: the file ends within tensor {name}; download it again")
-                # Exact; through torch, because numpy has no bfloat16.
-                torch.from_numpy(out).copy_(torch.from_numpy(found).view(element).reshape(out.shape))
+                _as_torch(out).copy_(torch.from_numpy(found).view(element).reshape(out.shape))
 
             yield read
 
@@ -161,6 +161,15 @@ def _widened(tensor: "torch.Tensor") -> NDArray[np.float32]:
     """Return float32 values, exactly; through torch, because numpy has no bfloat16."""
     values: NDArray[np.float32] = tensor.float().numpy()
     return values
+
+
+def _as_torch(out: NDArray[Any]) -> "torch.Tensor":
+    """Return the same memory for torch, which cannot see numpy's bfloat16, and rounds to 16 bit faster than numpy."""
+    import torch
+
+    if out.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(out.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(out)
 
 
 def _open_safetensors(file: Path) -> Any:

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
-BlockReader = Callable[[slice, NDArray[np.float32]], None]
-"""Writes the rows from a start to a stop to an array of their shape."""
+BlockReader = Callable[[slice, NDArray[Any]], None]
+"""Writes the rows from a start to a stop to an array of their shape, rounded to its precision."""
 
 PANEL_ROWS = 256
 """Rows that are transposed together."""
@@ -34,41 +34,24 @@ def row_blocks(shape: tuple[int, int]) -> list[slice]:
     return [slice(top, min(top + step, height)) for top in range(0, height, step)]
 
 
-def filled_by_rows(
-    shape: tuple[int, int], dtype: DTypeLike, fill: Callable[[slice, NDArray[Any]], None], *, transposed: bool
-) -> NDArray[Any]:
-    """Return a matrix that `fill` makes block by block, or its transpose, contiguous.
+def fill_by_rows(out: NDArray[Any], fill: Callable[[slice, NDArray[Any]], None], *, transposed: bool = False) -> None:
+    """Let `fill` make a matrix block by block.
 
     Args:
-        shape: [rows, columns] of the matrix.
-        dtype: Of the result.
-        fill: Called once for each block, from top to bottom, with its rows and where to put them: [rows, columns].
-        transposed: Whether the result is [columns, rows].
+        out: [rows, columns], or [columns, rows] where the matrix is to be transposed; contiguous.
+        fill: Called once for each block, from top to bottom, with its rows and where to put them: [rows, columns],
+            contiguous.
+        transposed: Whether `out` takes the transpose.
     """
-    height, width = shape
-    out = np.empty((width, height) if transposed else shape, dtype)
-    panel = np.empty((min(PANEL_ROWS, height) if transposed else 0, width), dtype)
+    height, width = out.shape[::-1] if transposed else out.shape
+    panel = np.empty((min(PANEL_ROWS, height) if transposed else 0, width), out.dtype)
     for top in range(0, height, PANEL_ROWS):
         bottom = min(top + PANEL_ROWS, height)
         place = panel[: bottom - top] if transposed else out[top:bottom]
-        for rows in row_blocks(place.shape):
+        for rows in row_blocks((bottom - top, width)):
             fill(slice(top + rows.start, top + rows.stop), place[rows])
         if transposed:
             _store_transposed(out[:, top:bottom], place)
-    return out
-
-
-def converted(shape: tuple[int, int], read: BlockReader, dtype: DTypeLike, *, transposed: bool = False) -> NDArray[Any]:
-    """Return a matrix [rows, columns] in another precision, or its transpose, contiguous."""
-    block = np.empty((block_rows(shape[1]), shape[1]), np.float32)
-
-    def convert(rows: slice, place: NDArray[Any]) -> None:
-        values = place if place.dtype == np.float32 else block[: len(place)]
-        read(rows, values)
-        if values is not place:
-            place[...] = values
-
-    return filled_by_rows(shape, dtype, convert, transposed=transposed)
 
 
 def _store_transposed(out: NDArray[Any], panel: NDArray[Any]) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spike_export.calibration.recipe import LARGEST, NumberFormat, WeightScheme
-from spike_export.calibration.row_blocks import BlockReader, block_rows, filled_by_rows, row_blocks
+from spike_export.calibration.row_blocks import BlockReader, block_rows, fill_by_rows, row_blocks
 
 ELEMENTS: Mapping[NumberFormat, np.dtype[Any]] = {
     "int8": np.dtype(np.int8),
@@ -44,32 +44,44 @@ def quantize_weight(
     Source: arXiv 2405.14428, section "quantization scheme"; -128 is left unused to stay symmetric.
     """
     height, width = weight.shape
+    quantized = np.empty((width, height), ELEMENTS[number_format])
 
-    def read(rows: slice, out: Floats) -> None:
+    def read(rows: slice, out: NDArray[Any]) -> None:
         out[...] = weight[rows]
 
-    return quantize_rows((height, width), read, scheme, number_format)
+    return quantized, quantize_rows(quantized, read, scheme, number_format)
 
 
 def quantize_rows(
-    shape: tuple[int, int],
+    out: NDArray[Any],
     read: BlockReader,
     scheme: WeightScheme,
     number_format: NumberFormat = "int8",
     *,
     transposed: bool = True,
-) -> tuple[NDArray[Any], Floats]:
-    """Do the same for a weight [out_features, in_features] of which `read` gives some rows at a time.
+) -> Floats:
+    """Do the same for a weight of which `read` gives some rows at a time.
 
-    One scale for the whole tensor takes reading it twice. The result is [out_features, in_features] where it is not to
-    be transposed.
+    Args:
+        out: Where the quantized weight goes: [in_features, out_features] in the type of `ELEMENTS`, contiguous, or
+            [out_features, in_features] where it is not to be transposed.
+        read: Gives rows of the weight [out_features, in_features]; one scale for the whole takes reading it twice.
+        scheme: As above.
+        number_format: As above.
+        transposed: Whether `out` takes the transpose.
+
+    Returns:
+        The scale.
+
+    Raises:
+        ValueError: The weight holds NaN or infinity.
     """
-    height, width = shape
+    height, width = out.shape[::-1] if transposed else out.shape
     block = np.empty((block_rows(width), width), np.float32)
     scale = np.empty(height, np.float32)
     if scheme == "int8-per-tensor":
         amax = np.zeros((), np.float32)
-        for rows in row_blocks(shape):
+        for rows in row_blocks((height, width)):
             values = block[: rows.stop - rows.start]
             read(rows, values)
             amax = np.maximum(amax, _amax(values).max())
@@ -80,15 +92,15 @@ def quantize_rows(
         read(rows, steps)
         if scheme == "int8-per-channel":
             scale[rows] = _scale(_amax(steps), number_format)
-        # Not times the reciprocal, which is another float32 in some cases.
+        # Not times the reciprocal: the product may be another float32 than the quotient.
         np.divide(steps, scale[rows, None], out=steps)
-        if place.dtype == np.int8:
+        if number_format == "int8":
             np.rint(steps, out=steps)  # the conversion below would truncate; that to FP8 rounds by itself
         # No clipping: |w| / s exceeds the largest value by the roundings of s and of the quotient only.
         np.copyto(place, steps, casting="unsafe")
 
-    quantized = filled_by_rows(shape, ELEMENTS[number_format], quantize, transposed=transposed)
-    return quantized, scale if scheme == "int8-per-channel" else scale[:1].reshape(())
+    fill_by_rows(out, quantize, transposed=transposed)
+    return scale if scheme == "int8-per-channel" else scale[:1].reshape(())
 
 
 def _amax(block: Floats) -> Floats:

@@ -7,6 +7,7 @@ product in the kept precision (W8A16), or weights and product in the kept precis
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import ml_dtypes
@@ -21,7 +22,7 @@ from spike_export.calibration.simulate import SMALLEST_TOKEN_AMAX
 from spike_export.calibration.weight_quantization import ELEMENTS, quantize_rows
 from spike_export.export.graph_builder import ELEMENT_TYPES, GraphBuilder
 from spike_export.export.manifest import INT8_WEIGHTS
-from spike_export.export.weight_layout import stored_tensor
+from spike_export.export.weight_layout import read_matrix
 
 NUMPY_TYPES: Mapping[Dtype, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
@@ -51,31 +52,27 @@ class QuantizedWeight:
     _scale: NDArray[np.float32] | None = field(default=None, init=False)
     _lock: threading.RLock = field(default_factory=threading.RLock, init=False, repr=False)
 
-    def values(self) -> NDArray[Any]:
-        """Return the weight in the number format.
+    def fill(self, out: NDArray[Any]) -> None:
+        """Write the weight in the number format.
 
         Raises:
             CheckpointError: The weight holds NaN or infinity.
         """
         name = f"{self.module}.weight"
-        height, width = self.checkpoint.stored_shape(name)
-        with self._lock:
+        with self._lock, self.checkpoint.block_reader(name) as read:
             try:
-                with self.checkpoint.block_reader(name) as read:
-                    quantized, self._scale = quantize_rows(
-                        (height, width), read, self.scheme, self.number_format, transposed=self.transposed
-                    )
+                self._scale = quantize_rows(out, read, self.scheme, self.number_format, transposed=self.transposed)
             except ValueError as error:
                 raise CheckpointError(
                     f"tensor {name}: {error}; the checkpoint is damaged, download it again"
                 ) from error
-            return quantized
 
     def scale(self) -> NDArray[np.float32]:
         """Return [out_features] float32 (per channel) or a 0-D array (per tensor)."""
         with self._lock:
             if self._scale is None:
-                self.values()
+                shape = self.checkpoint.stored_shape(f"{self.module}.weight")
+                self.fill(np.empty(shape[::-1] if self.transposed else shape, ELEMENTS[self.number_format]))
             assert self._scale is not None
             return self._scale
 
@@ -224,7 +221,7 @@ class LinearEmitter:
         source = QuantizedWeight(self.checkpoint, module, self.scheme, number_format, transposed)
         shape = self.shapes[name]
         channels = [shape[0]] if self.scheme == "int8-per-channel" else []
-        weight = b.lazy(name, stored, shape[::-1] if transposed else shape, source.values)
+        weight = b.streamed(name, stored, shape[::-1] if transposed else shape, source.fill)
         scale = b.lazy(f"{module}.weight_scale", ir.DataType.FLOAT, channels, source.scale)
         zero = b.initializer(f"{module}.weight_zero_point", np.zeros(channels, ELEMENTS[number_format]))
         axis = {"axis": 1 if transposed else 0} if channels else None
@@ -236,11 +233,8 @@ class LinearEmitter:
     def _plain_weight(self, module: str, precision: Dtype) -> ir.Value:
         name = f"{module}.weight"
         columns, rows = self.shapes[name]
-
-        def read() -> NDArray[Any]:
-            return stored_tensor(self.checkpoint, name, NUMPY_TYPES[precision], transposed=True)
-
-        return self.builder.lazy(name, ELEMENT_TYPES[precision], (rows, columns), read)
+        fill = partial(read_matrix, self.checkpoint, name, transposed=True)
+        return self.builder.streamed(name, ELEMENT_TYPES[precision], (rows, columns), fill)
 
     def _biased(self, module: str, product: ir.Value, precision: Dtype, metadata: Mapping[str, str]) -> ir.Value:
         name = f"{module}.bias"

@@ -1,12 +1,16 @@
 """Writes a graph's weights to the one file beside it, several tensors at a time."""
 
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
+
+from spike_export.export.graph_builder import StreamedTensor
 
 _ALIGNMENT = 4096
 """Bytes; a page, so that a runtime maps each tensor without copying it."""
@@ -44,8 +48,9 @@ def write_weights(model: ir.Model, path: Path, threads: int, written: Callable[[
             end = offset + tensor.nbytes
     with path.open("wb", buffering=0) as file, ThreadPoolExecutor(threads) as pool:
         file.truncate(end)
+        memory = threading.local()
         order = sorted(placed, key=lambda place: place[1].nbytes < _SMALL_BYTES)
-        futures = [pool.submit(_write, file.fileno(), tensor, offset) for _, tensor, offset in order]
+        futures = [pool.submit(_write, file.fileno(), tensor, offset, memory) for _, tensor, offset in order]
         try:
             for done, future in enumerate(as_completed(futures), 1):
                 future.result()
@@ -65,10 +70,22 @@ def write_weights(model: ir.Model, path: Path, threads: int, written: Callable[[
         )
 
 
-def _write(descriptor: int, tensor: ir.TensorProtocol, offset: int) -> None:
-    content = memoryview(np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8))
+def _write(descriptor: int, tensor: ir.TensorProtocol, offset: int, memory: threading.local) -> None:
+    content = memoryview(_bytes(tensor, memory))  # type: ignore[arg-type]  # mypy does not know that arrays are buffers
     if content.nbytes != tensor.nbytes:
         raise ValueError(f"tensor {tensor.name!r} has {content.nbytes} bytes, declared are {tensor.nbytes}")
     while content:
         count = os.pwrite(descriptor, content, offset)
         content, offset = content[count:], offset + count
+
+
+def _bytes(tensor: ir.TensorProtocol, memory: threading.local) -> NDArray[np.uint8]:
+    """Return a tensor's bytes, in memory of the thread's own if they are yet to be made: new pages cost their clearing."""
+    if not isinstance(tensor, StreamedTensor):
+        return np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8)
+    held: NDArray[np.uint8] = getattr(memory, "held", np.empty(0, np.uint8))
+    if held.size < tensor.nbytes:
+        memory.held = held = np.empty(tensor.nbytes, np.uint8)
+    content = held[: tensor.nbytes]
+    tensor.fill(content.view(tensor.dtype.numpy()).reshape(tensor.shape.numpy()))
+    return content

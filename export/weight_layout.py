@@ -2,21 +2,16 @@
 
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from spike_export.calibration.checkpoint import Checkpoint
-from spike_export.calibration.row_blocks import converted
+from spike_export.calibration.row_blocks import fill_by_rows
 
 
-def stored_tensor(checkpoint: Checkpoint, name: str, dtype: np.dtype[Any], *, transposed: bool = False) -> NDArray[Any]:
-    """Read a tensor in `dtype`; a matrix [out, in] as [in, out] if wanted.
+def read_matrix(checkpoint: Checkpoint, name: str, out: NDArray[Any], *, transposed: bool = False) -> None:
+    """Read a matrix into `out`, in its precision; as [in, out] where it is to be transposed.
 
-    Of a source that can read rows, float32 values are never held whole for a matrix in 16 bit.
+    Of a source that can read rows, float32 values are never held whole.
     """
-    shape = checkpoint.stored_shape(name)
-    if len(shape) != 2 or (dtype == np.float32 and not transposed):
-        return checkpoint.tensor(name).astype(dtype, copy=False)
-    height, width = shape
     with checkpoint.block_reader(name) as read:
-        return converted((height, width), read, dtype, transposed=transposed)
+        fill_by_rows(out, read, transposed=transposed)

@@ -4,20 +4,24 @@ import json
 import sys
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
+import torch
 
 from benchmarks import export_cost, large_export
 from benchmarks.export_cost import Exporter, graph_size, installed
 from benchmarks.invented_recipe import invented_recipe
 from benchmarks.large_export import Use
-from benchmarks.large_model import Shape, write_model
-from spike_export.calibration.blocked_transpose import PANEL_ROWS, transposed_copy
-from spike_export.calibration.checkpoint import Checkpoint, open_checkpoint
-from spike_export.calibration.weight_quantization import quantize_weight
+from benchmarks.large_model import Shape, Stored, write_model
+from spike_export.calibration.checkpoint import EMBEDDING, Checkpoint, open_checkpoint
+from spike_export.calibration.recipe import NumberFormat, WeightScheme
+from spike_export.calibration.row_blocks import PANEL_ROWS, block_rows, fill_by_rows
+from spike_export.calibration.weight_quantization import ELEMENTS, quantize_rows, quantize_weight
 from spike_export.export import bundle as bundle_module
 from spike_export.export.bundle import ExportOptions, export_bundle
-from spike_export.export.weight_layout import stored_tensor, transposed_tensor
+from spike_export.export.weight_layout import read_matrix
+from tests.tiny_checkpoints import random_llama, write_hf
 
 TINY = Shape(hidden=32, intermediate=PANEL_ROWS + 44, layers=2, heads=4, kv_heads=2, vocab=60)
 
@@ -42,26 +46,69 @@ def test_threads_change_no_byte(
     assert written[0] == written[1]
 
 
-@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("stored", ["float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.gate_proj.weight", "model.layers.1.mlp.down_proj.weight"])
-def test_rows_are_those_of_the_whole_tensor(checkpoint: Checkpoint, name: str, dtype: type) -> None:
+def test_a_matrix_is_read_as_numpy_rounds_it(tmp_path: Path, stored: Stored, dtype: type, name: str) -> None:
+    write_model(tmp_path, TINY, stored, 0)
+    checkpoint = open_checkpoint(str(tmp_path))
     whole = checkpoint.tensor(name).astype(dtype)
-    stored = stored_tensor(checkpoint, name, np.dtype(dtype))
-    assert stored.dtype == dtype
-    np.testing.assert_array_equal(stored, whole)
-    turned = transposed_tensor(checkpoint, name, np.dtype(dtype))
-    assert turned.flags.c_contiguous
+    out, turned = np.empty(whole.shape, dtype), np.empty(whole.T.shape, dtype)
+    read_matrix(checkpoint, name, out)
+    read_matrix(checkpoint, name, turned, transposed=True)
+    np.testing.assert_array_equal(out, whole)
     np.testing.assert_array_equal(turned, whole.T)
 
 
-def test_a_norm_is_read_too(checkpoint: Checkpoint) -> None:
-    assert stored_tensor(checkpoint, "model.norm.weight", np.dtype(np.float16)).tolist() == [1.0] * TINY.hidden
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_rounding_to_16_bit_is_numpys(tmp_path: Path, dtype: type) -> None:
+    """All magnitudes of float32, subnormal and too large ones of the target too; halfway cases among them."""
+    bits = np.random.default_rng(0).integers(0, 2**32, 258 * 64, dtype=np.uint32)
+    bits[::3] &= np.uint32(0xFFFF8000)
+    values = bits.view(np.float32)
+    values[~np.isfinite(values)] = 0.0
+    model = random_llama(hidden_size=64, tie_word_embeddings=True)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.copy_(torch.from_numpy(values.reshape(258, 64)))
+    checkpoint = open_checkpoint(str(write_hf(tmp_path, model, dtype=torch.float32)))
+    out = np.empty((258, 64), dtype)
+    read_matrix(checkpoint, EMBEDDING, out)
+    with np.errstate(over="ignore"):
+        expected = values.reshape(258, 64).astype(dtype)
+    np.testing.assert_array_equal(out.view(np.uint16), expected.view(np.uint16))
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (63, 513), (64, 512), (PANEL_ROWS + 1, 1025)], ids=str)
 def test_a_transpose_in_blocks_is_the_transpose(shape: tuple[int, int]) -> None:
     matrix = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-    np.testing.assert_array_equal(transposed_copy(matrix, np.float16), matrix.astype(np.float16).T)
+    for transposed in (False, True):
+        out = np.full(shape[::-1] if transposed else shape, np.nan, np.float16)
+        fill_by_rows(out, lambda rows, place: np.copyto(place, matrix[rows], casting="unsafe"), transposed=transposed)
+        np.testing.assert_array_equal(out, (matrix.T if transposed else matrix).astype(np.float16))
+
+
+def test_blocks_follow_one_another_and_fit_the_cache() -> None:
+    height, width, seen = PANEL_ROWS + 3, 9000, []
+    out = np.empty((width, height), np.int8)
+    fill_by_rows(out, lambda rows, place: seen.append((rows, place.shape)), transposed=True)
+    assert [rows.start for rows, _ in seen] == [0, *(rows.stop for rows, _ in seen[:-1])]
+    assert seen[-1][0].stop == height
+    assert all(shape == (rows.stop - rows.start, width) for rows, shape in seen)
+    assert max(shape[0] for _, shape in seen) == block_rows(width) == 14
+    assert block_rows(10**9) == 1
+
+
+@pytest.mark.parametrize("scheme", ["int8-per-channel", "int8-per-tensor"])
+@pytest.mark.parametrize("number_format", ["int8", "fp8"])
+def test_a_weight_that_is_not_transposed_is_the_same(scheme: WeightScheme, number_format: NumberFormat) -> None:
+    weight = np.random.default_rng(0).normal(size=(PANEL_ROWS + 5, 1030)).astype(np.float32)
+    turned, scale = quantize_weight(weight, scheme, number_format)
+    out = np.empty(weight.shape, ELEMENTS[number_format])
+    found = quantize_rows(
+        out, lambda rows, place: np.copyto(place, weight[rows]), scheme, number_format, transposed=False
+    )
+    np.testing.assert_array_equal(out.view(np.int8), turned.T.view(np.int8))
+    np.testing.assert_array_equal(found, scale)
 
 
 def test_the_bundle_holds_the_quantized_weights(tmp_path: Path, checkpoint: Checkpoint) -> None:
