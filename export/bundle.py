@@ -150,7 +150,7 @@ def verify_recipe(recipe: Recipe, checkpoint: Checkpoint, checkpoint_sha256: str
         raise RecipeError(
             f"the recipe names module {unknown[0]}{_more(unknown)}, which is no linear of this decoder; remove it"
         )
-    routers = [name for name, plan in recipe.modules.items() if is_router(name) and plan.precision == "int8"]
+    routers = [name for name, plan in recipe.modules.items() if is_router(name) and plan.number_format]
     if routers:
         raise RecipeError(
             f"the recipe quantizes {routers[0]}{_more(routers)}, which decides what experts a token goes to; set its "

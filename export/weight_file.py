@@ -80,7 +80,7 @@ def _write(descriptor: int, tensor: ir.TensorProtocol, offset: int, memory: thre
 
 
 def _bytes(tensor: ir.TensorProtocol, memory: threading.local) -> NDArray[np.uint8]:
-    """Return a tensor's bytes, in memory of the thread's own if they are yet to be made: new pages cost their clearing."""
+    """Return a tensor's bytes; what is yet to be made goes to memory of the thread's own: new pages cost clearing."""
     if not isinstance(tensor, StreamedTensor):
         return np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8)
     held: NDArray[np.uint8] = getattr(memory, "held", np.empty(0, np.uint8))

@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import math
 import shutil
 import sys
 import zipfile
@@ -25,6 +26,7 @@ from benchmarks import (
     statistics_overhead,
 )
 from benchmarks.fetch_models import Download, FetchError, PackagedModel, fetch
+from benchmarks.invented_recipe import invented_recipe
 from benchmarks.job_resources import START_UP, StageLog, StageUse, descendants, run_measured
 from benchmarks.large_model import FolderError, Shape, write_model
 from benchmarks.peak_memory import in_own_process, peak_rss
@@ -33,6 +35,7 @@ from spike_export.calibration.calibrate import Calibration
 from spike_export.calibration.checkpoint import Checkpoint, open_checkpoint
 from spike_export.calibration.corpus import Corpus
 from spike_export.calibration.decoder_config import tensor_shapes
+from spike_export.calibration.recipe import ModulePlan, NumberFormat
 from spike_export.calibration.token_windows import TokenWindows
 from spike_export.export.bundle import ExportOptions, export_bundle
 from tests.tiny_models import tiny_llama
@@ -188,6 +191,21 @@ def table() -> accuracy.Table:
 def tiny_bos_llama() -> Checkpoint:
     checkpoint = tiny_llama().checkpoint
     return replace(checkpoint, config=replace(checkpoint.config, bos_token_id=1))
+
+
+@pytest.mark.parametrize("quantized", ["int8", "fp8"])
+def test_the_share_in_8_bits_is_of_either_format(quantized: NumberFormat) -> None:
+    checkpoint = tiny_llama().checkpoint
+    recipe = invented_recipe(checkpoint)
+    plan = ModulePlan(precision=quantized, activation_scale=0.1)
+    everywhere = recipe.model_copy(update={"modules": dict.fromkeys(recipe.modules, plan)})
+    assert accuracy.quantized_mac_share(checkpoint, everywhere) == pytest.approx(1)
+    kept = next(name for name in recipe.modules if name.endswith("down_proj"))
+    some = {**everywhere.modules, kept: ModulePlan(precision="float16")}
+    share = math.prod(checkpoint.stored_shape(f"{kept}.weight"))
+    whole = sum(math.prod(checkpoint.stored_shape(f"{name}.weight")) for name in recipe.modules)
+    found = accuracy.quantized_mac_share(checkpoint, recipe.model_copy(update={"modules": some}))
+    assert found == pytest.approx(1 - share / whole)
 
 
 def test_the_accuracy_table_has_every_method(table: accuracy.Table) -> None:
