@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import sys
+import time
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -145,6 +146,17 @@ sys.exit(3)
     assert peaks["plan"] > 64 << 20
     assert use.peak_rss == peaks["plan"]
     assert "plan" in job_resources.table(use)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+def test_a_command_and_what_it_started_end_at_the_limit(tmp_path: Path) -> None:
+    child = f"import pathlib, time; time.sleep(3); pathlib.Path({str(tmp_path / 'late')!r}).touch()"
+    script = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    use = run_measured([sys.executable, "-c", script], interval=0.05, limit=0.5)
+    assert use.exit_code == -9
+    assert 0.5 <= use.seconds < 3
+    time.sleep(3)
+    assert not (tmp_path / "late").exists()
 
 
 def test_sessions_take_turns() -> None:

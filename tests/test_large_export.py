@@ -22,6 +22,7 @@ from spike_export.export import bundle as bundle_module
 from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.weight_layout import read_matrix
 from tests.tiny_checkpoints import random_llama, write_hf
+from tests.tiny_models import tiny_llama
 
 TINY = Shape(hidden=32, intermediate=PANEL_ROWS + 44, layers=2, heads=4, kv_heads=2, vocab=60)
 
@@ -162,3 +163,34 @@ def test_nodes_and_bytes_of_an_export(tmp_path: Path, checkpoint: Checkpoint) ->
     assert graph_size(tmp_path / "out") == (expected, graph.stat().st_size + data.stat().st_size)
     cost = export_cost.Cost("ours", 1.0, 2.0, 3_000_000, expected, 4_000_000)
     assert f"{expected}         4.0" in export_cost.table([cost])
+
+
+PYTHON_ONLY = (sys.executable, "-c", "pass")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+def test_an_exporter_that_fails_or_takes_too_long_does_not_end_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = "import pathlib, shutil, sys; shutil.copytree(sys.argv[1], sys.argv[2] + '/b')"
+    compared = (
+        Exporter("slow", (sys.executable, "-c", "import time; time.sleep(60)"), PYTHON_ONLY),
+        Exporter("broken", (sys.executable, "-c", "raise SystemExit(3)"), PYTHON_ONLY),
+        Exporter("whole", (sys.executable, "-c", copy, str(tmp_path / "bundle"), "{out}"), PYTHON_ONLY),
+    )
+    export_bundle(tiny_llama().checkpoint, None, ExportOptions("float32"), tmp_path / "bundle")
+    monkeypatch.setattr(export_cost, "exporters", lambda *_: compared)
+    monkeypatch.setattr(export_cost, "in_own_process", lambda work, *given: work(*given))
+    monkeypatch.setattr(export_cost, "write_hf_directory", lambda source, folder: folder.mkdir())
+    figures = tmp_path / "figures.json"
+    monkeypatch.setattr(sys, "argv", ["export_cost", str(tmp_path), "--limit=3", f"--json={figures}"])
+    assert export_cost.main() == 1
+    slow, whole = json.loads(figures.read_text())
+    assert (slow["exporter"], slow["nodes"]) == ("slow", None)
+    assert 3 <= slow["seconds"] < 60
+    assert whole["nodes"] > 10
+    said = capsys.readouterr()
+    assert "slow: started, at most 3 s" in said.err
+    assert "export_cost: broken fails with exit code 3" in said.err
+    assert [line.split()[0] for line in said.out.splitlines()[1:]] == ["slow", "whole"]
+    assert "cut off, not done" in said.out
