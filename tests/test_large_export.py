@@ -135,16 +135,17 @@ def test_the_large_export_is_measured(
     (copy,), (export,) = figures["copies"], figures["exports"]
     assert copy["bytes_written"] >= TINY.stored_bytes()
     assert export["peak_rss"] >= export["start_rss"] > 10 << 20
+    assert export["cpu_seconds"] > copy["cpu_seconds"] >= 0
     assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]
     assert "export over copy" in capsys.readouterr().out
 
 
 def test_the_verdicts_are_of_rate_and_memory() -> None:
-    copies = [Use(4.0, 100, 0, 0), Use(2.0, 100, 0, 0)]
-    met = large_export.table(copies, [Use(4.0, 50, 0, 2_500_000_000)], 100)
+    copies = [Use(4.0, 1.0, 100, 0, 0), Use(2.0, 1.0, 100, 0, 0)]
+    met = large_export.table(copies, [Use(4.0, 7.0, 50, 0, 2_500_000_000)], 100)
     assert "0.50 (aim 0.5) met" in met
     assert "2500 MB (aim 2500 MB) met" in met
-    missed = large_export.table(copies, [Use(4.1, 50, 0, 2_500_000_001)], 100)
+    missed = large_export.table(copies, [Use(4.1, 7.0, 50, 0, 2_500_000_001)], 100)
     assert missed.count("missed") == 2
 
 
