@@ -112,7 +112,7 @@ class Row:
         top1_agreement: Share of positions with the unquantized model's most likely token.
         kl_divergence: From the unquantized model, per token in nats.
         kept_linears: Linears that are not quantized.
-        mac_share: Share of the linears' multiply-accumulates that are INT8.
+        mac_share: Share of the linears' multiply-accumulates that run in 8 bits.
         prefix: Token ids.
         behind_prefix: Perplexity of the unquantized model behind the same prefix; None without one.
     """
@@ -262,7 +262,7 @@ def evaluate(table: Table) -> list[Row]:
                 kept_linears=len(
                     recipe.kept_linears() if recipe else [name for name in linears(config) if not is_router(name)]
                 ),
-                mac_share=int8_mac_share(calibration.checkpoint, recipe) if recipe else 0.0,
+                mac_share=quantized_mac_share(calibration.checkpoint, recipe) if recipe else 0.0,
                 prefix=prefix,
                 behind_prefix=behind[prefix] if prefix else None,
             )
@@ -270,10 +270,10 @@ def evaluate(table: Table) -> list[Row]:
     return rows
 
 
-def int8_mac_share(checkpoint: Checkpoint, recipe: Recipe) -> float:
-    """Return the share of the linears' multiply-accumulates that run in INT8."""
+def quantized_mac_share(checkpoint: Checkpoint, recipe: Recipe) -> float:
+    """Return the share of the linears' multiply-accumulates that run in 8 bits."""
     shares = mac_shares(checkpoint.config, representatives(checkpoint.config))
-    return math.fsum(share for name, share in shares.items() if recipe.modules[name].precision == "int8")
+    return math.fsum(share for name, share in shares.items() if recipe.modules[name].number_format)
 
 
 def print_rows(rows: Sequence[Row]) -> None:
@@ -283,7 +283,7 @@ def print_rows(rows: Sequence[Row]) -> None:
         print(
             f"{row.name:45s} {row.perplexity:8.3f} {100 * row.increase:+8.2f} %"
             f"  top-1 {100 * row.top1_agreement:6.2f} %  KL {row.kl_divergence:.4f}"
-            f"  kept {row.kept_linears:3d}  INT8 MACs {100 * row.mac_share:5.1f} %{behind}"
+            f"  kept {row.kept_linears:3d}  8-bit MACs {100 * row.mac_share:5.1f} %{behind}"
         )
 
 

@@ -1,13 +1,14 @@
 """Time, memory, nodes and bytes of exporting a model unquantized: ours beside torch.onnx.export and mobius.
 
 All read the same Hugging Face directory, SmolLM2-135M-Instruct in float32, and each runs in a process of its own, start
-and imports included. torch.onnx.export (`dynamo=True`) traces transformers' model without a cache, which is less than
-the others write. It needs onnxscript, and mobius is a program: neither is a dependency of ours, so options say where
-they are installed, and what is not there is left out with a line.
+and imports included, until it is done or its time is up. torch.onnx.export (`dynamo=True`) traces transformers' model
+without a cache, which is less than the others write. It needs onnxscript, and mobius is a program: neither is a
+dependency of ours, so options say where they are installed, and what is not there is left out with a line.
 """
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,9 @@ from pathlib import Path
 from benchmarks.fetch_models import smollm2_path
 from benchmarks.job_resources import run_measured
 from benchmarks.peak_memory import in_own_process
+
+_SAMPLE_SECONDS = 0.1
+"""Between two looks at the memory; each reads all of /proc, and takes its time from the export."""
 
 _TRACE = """
 import sys
@@ -53,39 +57,49 @@ class Cost:
     """What one export took and wrote.
 
     Attributes:
-        seconds: Wall time, the process's start included.
+        seconds: Wall time, the process's start included; where it was cut off, until then.
         cpu_seconds: User and system.
         peak_rss: Bytes; sampled.
-        nodes: Of the main graph and all functions it calls, each counted once.
-        bytes_written: Graph and weights.
+        nodes: Of the main graph and all functions it calls, each counted once; None where it was cut off.
+        bytes_written: Graph and weights; None where it was cut off.
     """
 
     exporter: str
     seconds: float
     cpu_seconds: float
     peak_rss: int
-    nodes: int
-    bytes_written: int
+    nodes: int | None
+    bytes_written: int | None
+
+
+class ExporterError(Exception):
+    """An exporter failed; the message is one line."""
 
 
 def main() -> int:
     arguments = _arguments()
-    costs = []
+    costs, failed = [], False
     with tempfile.TemporaryDirectory(prefix="spike-export-cost-") as temporary:
         model = Path(temporary) / "model"
         in_own_process(write_hf_directory, arguments.model or smollm2_path(), model)
         for exporter in exporters(arguments.torch_python, arguments.mobius):
             if not installed(exporter):
-                print(f"{exporter.name}: left out, because `{' '.join(exporter.probe)}` fails", file=sys.stderr)
+                _say(f"{exporter.name}: left out, because `{' '.join(exporter.probe)}` fails")
                 continue
-            cost = measure(exporter, model, Path(temporary) / "out" / exporter.name.replace(" ", "-"))
-            if cost is None:
-                return 1
-            costs.append(cost)
+            _say(f"{exporter.name}: started, at most {arguments.limit:.0f} s")
+            out = Path(temporary) / "out" / exporter.name.replace(" ", "-")
+            try:
+                costs.append(measure(exporter, model, out, arguments.limit))
+            except ExporterError as error:
+                _say(f"export_cost: {error}")
+                failed = True
+            else:
+                _say(f"{exporter.name}: {costs[-1].seconds:.1f} s")
+            shutil.rmtree(out)
     print(table(costs))
     if arguments.json is not None:
         arguments.json.write_text(json.dumps([asdict(cost) for cost in costs], indent=2) + "\n", encoding="utf-8")
-    return 0
+    return int(failed)
 
 
 def _arguments() -> argparse.Namespace:
@@ -93,6 +107,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("model", nargs="?", type=Path, help="a .gguf file or HF directory; SmolLM2 without")
     parser.add_argument("--torch-python", default=sys.executable, help="an interpreter that has onnxscript")
     parser.add_argument("--mobius", default="mobius", help="the program of mobius-onnx (measured with 0.1.0)")
+    parser.add_argument("--limit", type=float, default=1800.0, help="seconds for each export (%(default)s by default)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
     return parser.parse_args()
 
@@ -139,14 +154,19 @@ def write_hf_directory(source: Path, folder: Path) -> None:
         checkpoint.tokenizer.save_pretrained(folder)
 
 
-def measure(exporter: Exporter, model: Path, out: Path) -> Cost | None:
-    """Run an exporter; None where it fails."""
+def measure(exporter: Exporter, model: Path, out: Path, limit: float) -> Cost:
+    """Run an exporter for at most `limit` seconds.
+
+    Raises:
+        ExporterError: It fails.
+    """
     out.mkdir(parents=True)
     command = [word.format(model=model, out=out) if word != _TRACE else word for word in exporter.command]
-    use = run_measured(command, 0.02)
+    use = run_measured(command, _SAMPLE_SECONDS, limit)
+    if use.exit_code and use.seconds >= limit:
+        return Cost(exporter.name, use.seconds, use.cpu_seconds, use.peak_rss, None, None)
     if use.exit_code:
-        print(f"export_cost: {exporter.name} fails with exit code {use.exit_code}", file=sys.stderr)
-        return None
+        raise ExporterError(f"{exporter.name} fails with exit code {use.exit_code}")
     nodes, size = in_own_process(graph_size, out)
     return Cost(exporter.name, use.seconds, use.cpu_seconds, use.peak_rss, nodes, size)
 
@@ -164,12 +184,17 @@ def graph_size(folder: Path) -> tuple[int, int]:
 def table(costs: Sequence[Cost]) -> str:
     """Return the figures for reading."""
     lines = [f"{'':18} {'seconds':>8} {'CPU s':>7} {'peak RSS MB':>12} {'nodes':>6} {'MB written':>11}"]
-    lines += [
-        f"{cost.exporter:18} {cost.seconds:8.1f} {cost.cpu_seconds:7.1f} {cost.peak_rss / 1e6:12.0f} {cost.nodes:6} "
-        f"{cost.bytes_written / 1e6:11.1f}"
-        for cost in costs
-    ]
+    for cost in costs:
+        use = f"{cost.exporter:18} {cost.seconds:8.1f} {cost.cpu_seconds:7.1f} {cost.peak_rss / 1e6:12.0f}"
+        if cost.nodes is None or cost.bytes_written is None:
+            lines.append(f"{use} cut off, not done")
+        else:
+            lines.append(f"{use} {cost.nodes:6} {cost.bytes_written / 1e6:11.1f}")
     return "\n".join(lines)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

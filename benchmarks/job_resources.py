@@ -5,6 +5,7 @@ Memory is the resident set of the command and all its children, sampled; a page 
 
 import argparse
 import json
+import math
 import os
 import re
 import resource
@@ -16,6 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -140,11 +142,12 @@ def _arguments(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_args(own), options
 
 
-def run_measured(command: Sequence[str], interval: float) -> JobUse:
+def run_measured(command: Sequence[str], interval: float, limit: float | None = None) -> JobUse:
     """Run a command to its end, passing its output on, and sample the memory of its processes.
 
     Args:
         interval: Seconds between two samples.
+        limit: Seconds after which the command and all it started are killed.
     """
     environment = {name: value for name, value in os.environ.items() if name not in _TERMINAL_VARIABLES}
     log, before, start = StageLog(), _children_cpu(), time.monotonic()
@@ -157,7 +160,8 @@ def run_measured(command: Sequence[str], interval: float) -> JobUse:
         env=environment | {"PYTHONUNBUFFERED": "1"},
     )
     ended = threading.Event()
-    sampler = threading.Thread(target=_sample, args=(process.pid, log, interval, ended))
+    deadline = start + (math.inf if limit is None else limit)
+    sampler = threading.Thread(target=_sample, args=(process.pid, log, interval, ended, deadline))
     sampler.start()
     try:
         assert process.stdout is not None
@@ -189,21 +193,34 @@ def _children_cpu() -> float:
     return use.ru_utime + use.ru_stime
 
 
-def _sample(root: int, log: StageLog, interval: float, ended: threading.Event) -> None:
+def _sample(root: int, log: StageLog, interval: float, ended: threading.Event, deadline: float) -> None:
     while not ended.is_set():
         log.sample(tree_rss(root))
+        if time.monotonic() > deadline:
+            _kill_tree(root)
         ended.wait(interval)
+
+
+def _kill_tree(root: int) -> None:
+    for process in _tree(root):
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
 
 
 def tree_rss(root: int) -> int:
     """Return the resident memory, in bytes, of a process and all its descendants."""
+    return sum(_rss(process) for process in _tree(root))
+
+
+def _tree(root: int) -> set[int]:
+    """Return a process and all its descendants."""
     parents = {}
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             parent = _parent(folder)
             if parent is not None:
                 parents[int(folder.name)] = parent
-    return sum(_rss(process) for process in descendants(root, parents))
+    return descendants(root, parents)
 
 
 def descendants(root: int, parents: dict[int, int]) -> set[int]:

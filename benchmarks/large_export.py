@@ -34,12 +34,14 @@ class Use:
 
     Attributes:
         seconds: Wall time, until the disk has all bytes.
+        cpu_seconds: User and system, of all threads: on a busy machine it says what the wall time cannot.
         bytes_written: Size of what was written.
         start_rss: Peak in bytes before: Python and its libraries.
         peak_rss: Bytes; of the process, which did nothing else.
     """
 
     seconds: float
+    cpu_seconds: float
     bytes_written: int
     start_rss: int
     peak_rss: int
@@ -103,9 +105,9 @@ def _round(folder: Path, scratch: Path, quantize: bool) -> tuple[Use, Use]:
 
 def _copy(folder: Path, place: Path) -> Use:
     """Copy the checkpoint; called in a process of its own."""
-    start_rss, start = peak_rss(), time.perf_counter()
+    start = _Start()
     shutil.copytree(folder, place)
-    return _use(place, start, start_rss)
+    return start.use(place)
 
 
 def _export(folder: Path, place: Path, quantize: bool) -> Use:
@@ -116,16 +118,24 @@ def _export(folder: Path, place: Path, quantize: bool) -> Use:
     from spike_export.export.bundle import ExportOptions, export_bundle
 
     checkpoint = open_checkpoint(str(folder))
-    start_rss, start = peak_rss(), time.perf_counter()
+    start = _Start()
     recipe = invented_recipe(checkpoint) if quantize else None
     export_bundle(checkpoint, recipe, ExportOptions("float16"), place)
-    return _use(place, start, start_rss)
+    return start.use(place)
 
 
-def _use(place: Path, start: float, start_rss: int) -> Use:
-    sync(place)
-    written = sum(path.stat().st_size for path in place.iterdir())
-    return Use(time.perf_counter() - start, written, start_rss, peak_rss())
+class _Start:
+    """When the work of this process began, and what the process had taken until then."""
+
+    def __init__(self) -> None:
+        self._rss, self._cpu, self._time = peak_rss(), time.process_time(), time.perf_counter()
+
+    def use(self, place: Path) -> Use:
+        """Return what it took to write a folder."""
+        sync(place)
+        seconds, cpu = time.perf_counter() - self._time, time.process_time() - self._cpu
+        written = sum(path.stat().st_size for path in place.iterdir())
+        return Use(seconds, cpu, written, self._rss, peak_rss())
 
 
 def sync(folder: Path) -> None:
@@ -142,12 +152,12 @@ def table(copies: list[Use], exports: list[Use], checkpoint_bytes: int) -> str:
     """Return the figures for reading, with the verdicts."""
     lines = [
         f"{checkpoint_bytes / 1e6:.0f} MB of weights",
-        f"{'':9} {'seconds':>8} {'MB/s':>7} {'MB written':>11} {'start RSS MB':>13} {'peak RSS MB':>12}",
+        f"{'':9} {'seconds':>8} {'CPU s':>7} {'MB/s':>7} {'MB written':>11} {'start RSS MB':>13} {'peak RSS MB':>12}",
     ]
     for name, uses in (("copy", copies), ("export", exports)):
         lines += [
-            f"{name:9} {use.seconds:8.1f} {use.rate(checkpoint_bytes) / 1e6:7.0f} {use.bytes_written / 1e6:11.0f} "
-            f"{use.start_rss / 1e6:13.0f} {use.peak_rss / 1e6:12.0f}"
+            f"{name:9} {use.seconds:8.1f} {use.cpu_seconds:7.1f} {use.rate(checkpoint_bytes) / 1e6:7.0f} "
+            f"{use.bytes_written / 1e6:11.0f} {use.start_rss / 1e6:13.0f} {use.peak_rss / 1e6:12.0f}"
             for use in uses
         ]
     ratio = min(use.seconds for use in copies) / min(use.seconds for use in exports)

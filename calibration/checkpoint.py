@@ -1,6 +1,7 @@
 """One view of a model, whatever file it comes from: configuration, tokenizer, and tensors read when asked for."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 
 from spike_export.calibration.decoder_config import DecoderConfig, tensor_shapes
 from spike_export.calibration.errors import CheckpointError
+from spike_export.calibration.row_blocks import BlockReader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,6 +40,14 @@ class RowSource(Protocol):
 
     def read_rows(self, name: str, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Read these rows, in this order, as float32: the same values as in the whole tensor."""
+
+
+@runtime_checkable
+class BlockSource(Protocol):
+    """A `TensorSource` that reads rows that follow one another into memory of the caller's."""
+
+    def block_reader(self, name: str) -> AbstractContextManager[BlockReader]:
+        """Open a tensor; what is read is float32, float16 or bfloat16, and the values are those of the whole tensor."""
 
 
 @dataclass(frozen=True)
@@ -69,12 +79,27 @@ class Checkpoint:
             return self.tensors.read_rows(name, rows)
         return self.tensors.read(name)[rows]
 
-    def row_reader(self, name: str) -> Callable[[slice], NDArray[np.float32]]:
-        """Return what reads the rows from a start to a stop; where the source cannot, the whole is read here, once."""
-        if not isinstance(self.tensors, RowSource):
-            whole = self.tensor(name)
-            return lambda rows: whole[rows]
-        return lambda rows: self.rows(name, np.arange(rows.start, rows.stop))
+    @contextmanager
+    def block_reader(self, name: str) -> Iterator[BlockReader]:
+        """Yield what reads rows that follow one another; where the source cannot, the whole is read here, once."""
+        name, source = self._stored_name(name), self.tensors
+        if isinstance(source, BlockSource):
+            with source.block_reader(name) as read:
+                yield read
+            return
+        if isinstance(source, RowSource):
+
+            def read_rows(rows: slice, out: NDArray[Any]) -> None:
+                out[...] = source.read_rows(name, np.arange(rows.start, rows.stop))
+
+            yield read_rows
+            return
+        whole = source.read(name)
+
+        def copy(rows: slice, out: NDArray[Any]) -> None:
+            out[...] = whole[rows]
+
+        yield copy
 
     def stored_shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of the tensor that `tensor` would read."""

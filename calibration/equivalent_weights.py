@@ -8,7 +8,8 @@ scales of an input:
     head H -> H diag(g of the final norm) R, no longer tied to the embedding
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -22,6 +23,7 @@ from spike_export.calibration.errors import RecipeError
 from spike_export.calibration.modules import InputSite, input_sites, is_down_projection, split_name
 from spike_export.calibration.recipe import RotationPlan, SmoothingPlan
 from spike_export.calibration.rotation import rotation_matrix
+from spike_export.calibration.row_blocks import BlockReader
 from spike_export.calibration.smoothing import is_per_value_head, plan_scales, repeated_for_group
 
 Floats = NDArray[np.float32]
@@ -192,30 +194,89 @@ class EquivalentTensors:
         return np.asarray((gain if scales is None else gain / scales) - np.float32(self._offset), np.float32)
 
     def _linear(self, layer: int, module: str, kind: str, tensor: Floats) -> Floats:
-        place = f"model.layers.{layer}"
-        if kind == "weight":
-            tensor = self._columns(layer, place, self._readers[module], tensor)
-        produced = self._producers.get(module)
-        if produced is not None:
-            scales = self.scales.get(f"{place}.{produced.representative}")
-            if scales is not None:
-                # Fused projections produce with their last rows: v of q, k, v, and up of gate, up.
-                tensor = tensor.copy()
-                tensor[-len(scales) :] /= scales.reshape(-1, *[1] * (tensor.ndim - 1))
+        site = self._readers[module]
+        if self.rotation is not None and kind == "weight" and site.behind_norm:
+            tensor = _product(tensor * self._gain(f"model.layers.{layer}.{site.producer}"), self.rotation)
+        scaling = self._scaling(layer, module, kind, len(tensor))
+        if scaling is not None:
+            tensor = tensor.copy()
+            scaling.apply(slice(0, len(tensor)), tensor)
         if self.rotation is not None and _writes_stream(module):
             tensor = _product(self.rotation.T, tensor)
         return tensor
 
-    def _columns(self, layer: int, place: str, site: InputSite, weight: Floats) -> Floats:
-        if self.rotation is not None and site.behind_norm:
-            weight = _product(weight * self._gain(f"{place}.{site.producer}"), self.rotation)
+    def _scaling(self, layer: int, module: str, kind: str, height: int) -> "_Scaling | None":
+        """Return how the scales change a linear's tensor of so many rows; None where they do not."""
+        produced = self._producers.get(module)
+        columns = self._column_scales(layer, self._readers[module]) if kind == "weight" else None
+        rows = self.scales.get(f"model.layers.{layer}.{produced.representative}") if produced is not None else None
+        return None if columns is None and rows is None else _Scaling(columns, rows, height)
+
+    def _column_scales(self, layer: int, site: InputSite) -> Floats | None:
         if site.behind_norm:
-            scales = self._norm_scales(layer, str(site.producer))
-        else:
-            scales = self.scales.get(f"{place}.{site.representative}")
-            if scales is not None and is_per_value_head(site):
-                scales = repeated_for_group(scales, self.original.config)
-        return weight if scales is None else weight * scales
+            return self._norm_scales(layer, str(site.producer))
+        scales = self.scales.get(f"model.layers.{layer}.{site.representative}")
+        if scales is None or not is_per_value_head(site):
+            return scales
+        return repeated_for_group(scales, self.original.config)
+
+    @contextmanager
+    def block_reader(self, name: str) -> Iterator[BlockReader]:
+        """Open a tensor: scales are folded into rows as they are read; with a rotation all is read here, once."""
+        layer, rest = split_name(name) if name.startswith("model.layers.") else (0, "")
+        module, _, kind = rest.rpartition(".")
+        if self.rotation is not None or module in self._norms:
+            whole = self.read(name)
+
+            def copy(rows: slice, out: NDArray[Any]) -> None:
+                out[...] = whole[rows]
+
+            yield copy
+            return
+        scaling = None
+        if module in self._readers:
+            scaling = self._scaling(layer, module, kind, self.original.stored_shape(name)[0])
+        with self.original.block_reader(name) as read:
+            yield read if scaling is None else scaling.reader(read)
+
+
+@dataclass(frozen=True)
+class _Scaling:
+    """How scales change a linear's tensor.
+
+    Attributes:
+        columns: What its columns are multiplied with, or None.
+        rows: What its last rows are divided by, or None. Fused projections produce with their last rows: v of q, k, v,
+            and up of gate, up.
+        height: How many rows the tensor has.
+    """
+
+    columns: Floats | None
+    rows: Floats | None
+    height: int
+
+    def apply(self, rows: slice, values: Floats) -> None:
+        """Change these rows of the tensor, in place."""
+        if self.columns is not None:
+            values *= self.columns
+        if self.rows is not None:
+            first = self.height - len(self.rows)
+            start = max(rows.start, first)
+            if start < rows.stop:
+                divisors = self.rows[start - first : rows.stop - first]
+                values[start - rows.start :] /= divisors.reshape(-1, *[1] * (values.ndim - 1))
+
+    def reader(self, read: BlockReader) -> BlockReader:
+        """Return what reads the changed rows, rounded once, to the precision that is asked for."""
+
+        def scaled(rows: slice, out: NDArray[Any]) -> None:
+            values = out if out.dtype == np.float32 else np.empty(out.shape, np.float32)
+            read(rows, values)
+            self.apply(rows, values)
+            if values is not out:
+                out[...] = values
+
+        return scaled
 
 
 def _writes_stream(module: str) -> bool:

@@ -5,19 +5,22 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from spike_export.calibration.checkpoint import Checkpoint, validate_shapes
 from spike_export.calibration.decoder_config import decoder_config
 from spike_export.calibration.errors import CheckpointError, one_line
+from spike_export.calibration.row_blocks import BlockReader, row_blocks
 
 if TYPE_CHECKING:
     import torch
@@ -85,23 +88,46 @@ class SafetensorsSource:
 
         inside = name in self.files and len(rows) and rows[0] >= 0 and rows[-1] < self.shapes[name][0]
         if inside and (np.diff(rows) == 1).all():
-            return self._read_block(name, int(rows[0]), len(rows))
+            return self._read_block(name, slice(int(rows[0]), int(rows[-1]) + 1))
         with self._opened(name) as handle:
             return _widened(handle.get_tensor(name).index_select(0, torch.from_numpy(rows)))
 
-    def _read_block(self, name: str, first: int, count: int) -> NDArray[np.float32]:
-        """Read rows that follow one another by plain reads: mapping the file anew for each block costs more."""
+    def _read_block(self, name: str, rows: slice) -> NDArray[np.float32]:
+        row_shape = self.shapes[name][1:]
+        out = np.empty((rows.stop - rows.start, *row_shape), np.float32)
+        with self.block_reader(name) as read:
+            for part in row_blocks((len(out), math.prod(row_shape))):
+                read(slice(rows.start + part.start, rows.start + part.stop), out[part])
+        return out
+
+    @contextmanager
+    def block_reader(self, name: str) -> Iterator[BlockReader]:
+        """Open a tensor for plain reads into the same memory over and over.
+
+        Mapping the file anew for each block, or memory of its own for each, costs more than the reading.
+        """
         import torch
 
-        file, shape = self.files[name], self.shapes[name][1:]
+        file, row_shape = self._place(name), self.shapes[name][1:]
         data_start, header = self._layouts[file]
         element = getattr(torch, _DTYPES[header[name]["dtype"]])
-        row_bytes = math.prod(shape) * element.itemsize
-        start = data_start + header[name]["data_offsets"][0] + first * row_bytes
-        found = np.fromfile(file, np.uint8, count * row_bytes, offset=start)
-        if len(found) < count * row_bytes:
-            raise CheckpointError(f"{file}: the file ends within tensor {name}; download it again")
-        return _widened(torch.from_numpy(found).view(element).reshape(count, *shape))
+        row_bytes = math.prod(row_shape) * element.itemsize
+        begin = data_start + header[name]["data_offsets"][0]
+        stored = np.empty(0, np.uint8)
+        with file.open("rb", buffering=0) as stream:
+
+            def read(rows: slice, out: NDArray[Any]) -> None:
+                nonlocal stored
+                size = len(out) * row_bytes
+                if stored.size < size:
+                    stored = np.empty(size, np.uint8)
+                found = stored[:size]
+                stream.seek(begin + rows.start * row_bytes)
+                if stream.readinto(found) < size:  # type: ignore[arg-type]
+                    raise CheckpointError(f"{file}: the file ends within tensor {name}; download it again")
+                _as_torch(out).copy_(torch.from_numpy(found).view(element).reshape(out.shape))
+
+            yield read
 
     @cached_property
     def _layouts(self) -> Mapping[Path, tuple[int, Any]]:
@@ -114,10 +140,13 @@ class SafetensorsSource:
         return layouts
 
     def _opened(self, name: str) -> Any:
+        return _open_safetensors(self._place(name))
+
+    def _place(self, name: str) -> Path:
         file = self.files.get(name)
         if file is None:
             raise CheckpointError(f"tensor {name} is not in the checkpoint")
-        return _open_safetensors(file)
+        return file
 
     def sha256(self) -> str:
         """Hash of the weight files in name order."""
@@ -132,6 +161,15 @@ def _widened(tensor: "torch.Tensor") -> NDArray[np.float32]:
     """Return float32 values, exactly; through torch, because numpy has no bfloat16."""
     values: NDArray[np.float32] = tensor.float().numpy()
     return values
+
+
+def _as_torch(out: NDArray[Any]) -> "torch.Tensor":
+    """Return the same memory for torch, which cannot see numpy's bfloat16, and rounds to 16 bit faster than numpy."""
+    import torch
+
+    if out.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(out.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(out)
 
 
 def _open_safetensors(file: Path) -> Any:

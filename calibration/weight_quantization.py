@@ -1,14 +1,14 @@
 """Symmetric quantization of a linear's weight to 8 bits, laid out as the graph stores it; simulation uses the same."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from spike_export.calibration.blocked_transpose import PANEL_ROWS, store_transposed
 from spike_export.calibration.recipe import LARGEST, NumberFormat, WeightScheme
+from spike_export.calibration.row_blocks import BlockReader, block_rows, fill_by_rows, row_blocks
 
 ELEMENTS: Mapping[NumberFormat, np.dtype[Any]] = {
     "int8": np.dtype(np.int8),
@@ -44,35 +44,68 @@ def quantize_weight(
     Source: arXiv 2405.14428, section "quantization scheme"; -128 is left unused to stay symmetric.
     """
     height, width = weight.shape
-    return quantize_rows((height, width), lambda rows: weight[rows], scheme, number_format)
+    quantized = np.empty((width, height), ELEMENTS[number_format])
+
+    def read(rows: slice, out: NDArray[Any]) -> None:
+        out[...] = weight[rows]
+
+    return quantized, quantize_rows(quantized, read, scheme, number_format)
 
 
 def quantize_rows(
-    shape: tuple[int, int], read: Callable[[slice], Floats], scheme: WeightScheme, number_format: NumberFormat = "int8"
-) -> tuple[NDArray[Any], Floats]:
-    """Do the same for a weight [out_features, in_features] of which `read` returns some rows at a time.
+    out: NDArray[Any],
+    read: BlockReader,
+    scheme: WeightScheme,
+    number_format: NumberFormat = "int8",
+    *,
+    transposed: bool = True,
+) -> Floats:
+    """Do the same for a weight of which `read` gives some rows at a time.
 
-    One scale for the whole tensor takes reading it twice.
+    Args:
+        out: Where the quantized weight goes: [in_features, out_features] in the type of `ELEMENTS`, contiguous, or
+            [out_features, in_features] where it is not to be transposed.
+        read: Gives rows of the weight [out_features, in_features]; one scale for the whole takes reading it twice.
+        scheme: As above.
+        number_format: As above.
+        transposed: Whether `out` takes the transpose.
+
+    Returns:
+        The scale.
+
+    Raises:
+        ValueError: The weight holds NaN or infinity.
     """
-    height, width = shape
-    panels = [slice(top, min(top + PANEL_ROWS, height)) for top in range(0, height, PANEL_ROWS)]
-    quantized = np.empty((width, height), ELEMENTS[number_format])
-    if scheme == "int8-per-tensor":
-        scale = _scale(np.asarray(max(_amax(read(rows)).max() for rows in panels)), number_format)
-        for rows in panels:
-            _store(quantized, rows, read(rows), np.broadcast_to(scale, (rows.stop - rows.start, 1)))
-        return quantized, scale
+    height, width = out.shape[::-1] if transposed else out.shape
+    block = np.empty((block_rows(width), width), np.float32)
     scale = np.empty(height, np.float32)
-    for rows in panels:
-        panel = read(rows)
-        scale[rows] = _scale(_amax(panel), number_format)
-        _store(quantized, rows, panel, scale[rows, None])
-    return quantized, scale
+    if scheme == "int8-per-tensor":
+        amax = np.zeros((), np.float32)
+        for rows in row_blocks((height, width)):
+            values = block[: rows.stop - rows.start]
+            read(rows, values)
+            amax = np.maximum(amax, _amax(values).max())
+        scale[:] = _scale(amax, number_format)
+
+    def quantize(rows: slice, place: NDArray[Any]) -> None:
+        steps = block[: len(place)]
+        read(rows, steps)
+        if scheme == "int8-per-channel":
+            scale[rows] = _scale(_amax(steps), number_format)
+        # Not times the reciprocal: the product may be another float32 than the quotient.
+        np.divide(steps, scale[rows, None], out=steps)
+        if number_format == "int8":
+            np.rint(steps, out=steps)  # the conversion below would truncate; that to FP8 rounds by itself
+        # No clipping: |w| / s exceeds the largest value by the roundings of s and of the quotient only.
+        np.copyto(place, steps, casting="unsafe")
+
+    fill_by_rows(out, quantize, transposed=transposed)
+    return scale if scheme == "int8-per-channel" else scale[:1].reshape(())
 
 
-def _amax(panel: Floats) -> Floats:
-    # Two reductions instead of max(abs(w)), which would copy the panel.
-    amax: Floats = np.maximum(panel.max(axis=1), -panel.min(axis=1))
+def _amax(block: Floats) -> Floats:
+    # Two reductions instead of max(abs(w)), which would copy the block.
+    amax: Floats = np.maximum(block.max(axis=1), -block.min(axis=1))
     if not np.isfinite(amax).all():
         raise ValueError("the weight holds NaN or infinity")
     return amax
@@ -80,14 +113,3 @@ def _amax(panel: Floats) -> Floats:
 
 def _scale(amax: Floats, number_format: NumberFormat) -> Floats:
     return np.asarray(np.maximum(amax, _SMALLEST_AMAX) / np.float32(LARGEST[number_format]), np.float32)
-
-
-def _store(quantized: NDArray[Any], place: slice, panel: Floats, divisor: Floats) -> None:
-    def tile(rows: slice, columns: slice) -> NDArray[Any]:
-        steps = panel[rows, columns] / divisor[rows]
-        if quantized.dtype == np.int8:
-            np.rint(steps, out=steps)  # the conversion below would truncate; that to FP8 rounds by itself
-        # No clipping: |w| / s exceeds the largest value by the roundings of s and of the quotient only.
-        return steps.astype(quantized.dtype)
-
-    store_transposed(quantized, place.start, place.stop, tile)

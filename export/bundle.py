@@ -1,7 +1,6 @@
 """Writes the bundle: the ONNX graph with its weights, the tokenizer, and the files that say how to use them."""
 
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -10,6 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -46,9 +46,7 @@ from spike_export.export.manifest import (
 )
 from spike_export.export.model_files import GENAI, genai_config, genai_obstacle, generation_config, hf_config
 from spike_export.export.tokenizer_files import save_tokenizer
-
-_ALIGNMENT = 4096
-"""Bytes; a page, so that a runtime maps each tensor without copying it."""
+from spike_export.export.weight_file import write_weights
 
 _TOOLS = ("spike-export", "numpy", "onnx", "onnx-ir", "transformers")
 
@@ -152,7 +150,7 @@ def verify_recipe(recipe: Recipe, checkpoint: Checkpoint, checkpoint_sha256: str
         raise RecipeError(
             f"the recipe names module {unknown[0]}{_more(unknown)}, which is no linear of this decoder; remove it"
         )
-    routers = [name for name, plan in recipe.modules.items() if is_router(name) and plan.precision == "int8"]
+    routers = [name for name, plan in recipe.modules.items() if is_router(name) and plan.number_format]
     if routers:
         raise RecipeError(
             f"the recipe quantizes {routers[0]}{_more(routers)}, which decides what experts a token goes to; set its "
@@ -204,7 +202,7 @@ def _weight_bytes(model: ir.Model) -> int:
 
 
 def _threads(model: ir.Model) -> int:
-    """Return how many tensors are made at a time: each takes its float32 values' memory."""
+    """Return how many tensors are made at a time: memory holds as many."""
     return 1 if _weight_bytes(model) < _WORTH_THREADS else min(_MOST_THREADS, os.cpu_count() or 1)
 
 
@@ -225,23 +223,10 @@ def _write_graph(model: ir.Model, folder: Path, progress: Progress) -> None:
     # onnx.checker takes a while to import, and `--help` must not wait for it.
     import onnx
 
-    done = itertools.count(1)
-
-    def written(_: ir.TensorProtocol, info: Any) -> None:
-        progress("tensors", next(done), info.total)
-
     path, threads = folder / GRAPH_FILE, _threads(model)
     with _one_torch_thread() if threads > 1 else nullcontext():
-        ir.save(
-            model,
-            path,
-            external_data=DATA_FILE,
-            alignment=_ALIGNMENT,
-            align_threshold=0,
-            callback=written,
-            # Each tensor's place in the file is known beforehand: the bytes do not depend on who writes what when.
-            max_workers=threads,
-        )
+        write_weights(model, folder / DATA_FILE, threads, partial(progress, "tensors"))
+    ir.save(model, path)
     # onnx-ir checks nothing. By path, the checker reads the graph and leaves the weights on the disk.
     onnx.checker.check_model(path, full_check=True)
 

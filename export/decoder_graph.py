@@ -12,6 +12,7 @@ P + capacity, head_dim]. Outputs: `logits`, and `present.N.key|value` of the pas
 """
 
 from collections.abc import Mapping
+from functools import partial
 from importlib.metadata import version
 
 import onnx_ir as ir
@@ -31,6 +32,7 @@ from spike_export.export.norm import rms_norm
 from spike_export.export.rope import RopeEmitter, RotaryTables
 from spike_export.export.sparse_moe import sparse_moe
 from spike_export.export.static_cache import static_cache
+from spike_export.export.weight_layout import read_matrix
 
 PRODUCER = "spike-export"
 
@@ -49,7 +51,7 @@ def build_decoder(checkpoint: Checkpoint, plan: GraphPlan) -> ir.Model:
     ropes = {kind: RopeEmitter(emission, context.positions, tables, kind).emit() for kind in config.ropes}
     attention = AttentionEmitter(emission, context, cache, ropes)
     shape = (config.vocab_size, config.hidden_size)
-    embedding = b.lazy(EMBEDDING, emission.dtype, shape, lambda: emission.tensor(EMBEDDING))
+    embedding = b.streamed(EMBEDDING, emission.dtype, shape, partial(read_matrix, checkpoint, EMBEDDING))
     hidden = b.op("Gather", [embedding, ids], "model.embed_tokens", dtype=emission.dtype)
     hidden = _scaled(emission, "model.embed_tokens", "embedding_scaled", hidden, config.factors.embedding)
     for index in range(config.num_hidden_layers):

@@ -6,14 +6,12 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
 from spike_export.calibration.checkpoint import Checkpoint
 from spike_export.calibration.decoder_config import DecoderConfig, tensor_shapes
 from spike_export.export.graph_builder import ELEMENT_TYPES, GraphBuilder
 from spike_export.export.graph_plan import GraphPlan
 from spike_export.export.linear import NUMPY_TYPES, LinearEmitter
-from spike_export.export.weight_layout import stored_tensor
 
 
 @dataclass(frozen=True)
@@ -44,10 +42,6 @@ class Emission:
         """Writes the decoder's linears."""
         shapes = tensor_shapes(self.config)
         return LinearEmitter(self.builder, self.checkpoint, self.plan.modules, self.plan.weights, shapes)
-
-    def tensor(self, name: str) -> NDArray[Any]:
-        """Read a tensor of the checkpoint in the graph's precision."""
-        return stored_tensor(self.checkpoint, name, self.numpy_dtype)
 
     def number(self, value: float) -> ir.Value:
         """Return the 0-D constant of this value in the graph's precision."""

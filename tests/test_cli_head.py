@@ -10,16 +10,14 @@ from spike_export.calibration.recipe import load_recipe
 from spike_export.engines.check_document import load_check
 from spike_export.export.manifest import load_manifest
 from tests.killed_runs import job, pipeline_of, run_to_the_report
-from tests.tiny_cli_models import SMALL, call, write_corpus, write_model
+from tests.tiny_cli_models import SMALL, call, write_inputs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("head")
-    write_model(folder / "model")
-    write_corpus(folder / "corpus.txt")
+    folder = write_inputs(tmp_path_factory.mktemp("head"))
     head = ("--head", "int8-per-token-dynamic", "--no-smoothing")
     command = ("calibrate", folder / "model", "--work-dir", folder / "run", "--corpus", folder / "corpus.txt")
     done = call(*command, *SMALL, *head)

@@ -10,17 +10,14 @@ from spike_export.calibration.recipe import Recipe, load_recipe
 from spike_export.engines.onnx_session import open_bundle
 from spike_export.export.manifest import load_manifest
 from tests.tiny_checkpoints import BOS, PLANTED_MODULE
-from tests.tiny_cli_models import SMALL, call, write_corpus, write_model
+from tests.tiny_cli_models import SMALL, call, write_inputs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("schemes")
-    write_model(folder / "model")
-    write_corpus(folder / "corpus.txt")
-    return folder
+    return write_inputs(tmp_path_factory.mktemp("schemes"))
 
 
 def exported(folder: Path, place: Path, *options: str) -> Recipe:

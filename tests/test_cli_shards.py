@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from spike_export.calibration.recipe import load_recipe
-from tests.tiny_cli_models import Outcome, artifacts, call, write_corpus, write_model
+from tests.tiny_cli_models import Outcome, artifacts, call, write_inputs, write_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -17,9 +17,7 @@ OPTIONS = ("--samples", str(SAMPLES), "--length", "32")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, a corpus, a run in one piece (`whole`) and three shards (`1`, `2`, `3`)."""
-    folder = tmp_path_factory.mktemp("shards")
-    write_model(folder / "model")
-    write_corpus(folder / "corpus.txt")
+    folder = write_inputs(tmp_path_factory.mktemp("shards"))
     assert calibrated(folder, folder / "whole").code == 0
     for index in range(1, SHARDS + 1):
         done = calibrated(folder, folder / str(index), "--shard", f"{index}/{SHARDS}")

@@ -13,7 +13,7 @@ from spike_export.engines.onnx_session import open_bundle
 from spike_export.engines.plan_backend import TENSORRT_RTX
 from spike_export.engines.plan_sidecar import load_sidecar
 from spike_export.export.manifest import load_manifest
-from tests.tiny_cli_models import LENGTH, SMALL, call, write_corpus, write_model
+from tests.tiny_cli_models import LENGTH, SMALL, call, write_inputs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -23,10 +23,7 @@ STATIC = ("--kv-cache", "static", "--capacity", str(LENGTH))
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("static")
-    write_model(folder / "model")
-    write_corpus(folder / "corpus.txt")
-    return folder
+    return write_inputs(tmp_path_factory.mktemp("static"))
 
 
 @pytest.mark.skipif(

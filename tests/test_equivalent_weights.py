@@ -2,23 +2,26 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from spike_export.calibration import equivalent_weights
-from spike_export.calibration.checkpoint import EMBEDDING, LM_HEAD, Checkpoint
+from spike_export.calibration import equivalent_weights, row_blocks
+from spike_export.calibration.checkpoint import EMBEDDING, LM_HEAD, Checkpoint, open_checkpoint
 from spike_export.calibration.decoder_config import tensor_shapes
 from spike_export.calibration.equivalent_weights import EquivalentTensors, equivalent_checkpoint, rotation_obstacle
 from spike_export.calibration.errors import RecipeError
+from spike_export.calibration.hf_checkpoint import SafetensorsSource
 from spike_export.calibration.layerwise import Decoder, Execution
 from spike_export.calibration.measure import measure_spikes
 from spike_export.calibration.modules import input_sites
 from spike_export.calibration.recipe import RotationPlan, SmoothingPlan
 from spike_export.calibration.rotation import rotation_plan
 from spike_export.calibration.smoothing import plan_scales, smoothing_plan
+from tests.tiny_checkpoints import random_llama, write_hf
 from tests.tiny_families import NAMES, tiny_family, tokens
 from tests.tiny_models import MemoryTensors
 
@@ -79,6 +82,41 @@ def test_smoothing_leaves_the_logits(name: str) -> None:
     assert smoothed.config == original.config
     assert smoothed.tensors.sha256() == original.tensors.sha256()
     assert smoothed.tensors.shapes == original.tensors.shapes
+
+
+@pytest.mark.parametrize("rotation", [None, ROTATION], ids=["smoothed", "rotated"])
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_are_those_of_the_whole_tensor(
+    name: str, rotation: RotationPlan | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if rotation is not None and name not in ROTATABLE:
+        pytest.skip("cannot be rotated")
+    original = tiny_family(name).checkpoint
+    changed = equivalent_checkpoint(original, rotation, random_smoothing(original))
+    # Rows of 48 and more channels come in fives, so that blocks lie before, in and across a fused projection's rows.
+    monkeypatch.setattr(row_blocks, "_BLOCK_ELEMENTS", 5 * 48)
+    scaled = 0
+    for tensor, shape in tensor_shapes(changed.config).items():
+        expected = changed.tensor(tensor)
+        scaled += not np.array_equal(expected, original.tensor(tensor))
+        for dtype in (np.float32, np.float16) if len(shape) == 2 else ():
+            out = np.full(shape, np.nan, dtype)
+            with changed.block_reader(tensor) as read:
+                row_blocks.fill_by_rows(out, read)
+            np.testing.assert_array_equal(out, expected.astype(dtype), err_msg=tensor)
+    assert scaled > original.config.num_hidden_layers
+
+
+def test_a_smoothed_matrix_is_never_read_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    original = open_checkpoint(str(write_hf(tmp_path, random_llama(hidden_size=48, intermediate_size=80, head_dim=12))))
+    smoothed = equivalent_checkpoint(original, None, random_smoothing(original))
+    name = "model.layers.1.mlp.up_proj.weight"
+    expected, out = smoothed.tensor(name), np.empty(original.stored_shape(name), np.float32)
+    assert not np.array_equal(expected, original.tensor(name))
+    monkeypatch.setattr(SafetensorsSource, "read", None)
+    with smoothed.block_reader(name) as read:
+        row_blocks.fill_by_rows(out, read)
+    np.testing.assert_array_equal(out, expected)
 
 
 @pytest.mark.parametrize("smooth", [False, True])
@@ -171,7 +209,7 @@ def no_norm_division(patch: pytest.MonkeyPatch) -> None:
 
 
 def no_columns(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(EquivalentTensors, "_columns", lambda self, layer, place, site, weight: weight)
+    patch.setattr(EquivalentTensors, "_column_scales", lambda self, layer, site: None)
 
 
 def no_rows(patch: pytest.MonkeyPatch) -> None:

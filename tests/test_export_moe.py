@@ -24,6 +24,7 @@ from spike_export.calibration.modules import is_router, linears
 from spike_export.calibration.recipe import (
     Dtype,
     ModulePlan,
+    NumberFormat,
     Prefix,
     Recipe,
     Scheme,
@@ -370,12 +371,13 @@ def test_names_are_transformers_and_no_shape_depends_on_data(tmp_path: Path, nam
     assert settings["architectures"] == [{"mixtral": "Mixtral", "qwen3_moe": "Qwen3Moe"}[name] + "ForCausalLM"]
 
 
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
 @pytest.mark.parametrize("name", MIXTURES)
-def test_a_recipe_that_quantizes_a_router_is_refused(tmp_path: Path, name: str) -> None:
+def test_a_recipe_that_quantizes_a_router_is_refused(tmp_path: Path, name: str, precision: NumberFormat) -> None:
     checkpoint = mixture(name).checkpoint
     recipe = recipe_of(name, Case(), checkpoint)
     router = f"{block(name, 1)}.gate"
-    quantized = {**recipe.modules, router: ModulePlan(precision="int8", activation_scale=0.1)}
+    quantized = {**recipe.modules, router: ModulePlan(precision=precision, activation_scale=0.1)}
     recipe = recipe.model_copy(update={"modules": quantized})
     with pytest.raises(RecipeError, match=rf"^the recipe quantizes {router}, .*set its precision to float32$"):
         export_bundle(checkpoint, recipe, ExportOptions(), tmp_path / "b")

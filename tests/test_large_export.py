@@ -4,20 +4,25 @@ import json
 import sys
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
+import torch
 
 from benchmarks import export_cost, large_export
 from benchmarks.export_cost import Exporter, graph_size, installed
 from benchmarks.invented_recipe import invented_recipe
 from benchmarks.large_export import Use
-from benchmarks.large_model import Shape, write_model
-from spike_export.calibration.blocked_transpose import PANEL_ROWS, transposed_copy
-from spike_export.calibration.checkpoint import Checkpoint, open_checkpoint
-from spike_export.calibration.weight_quantization import quantize_weight
+from benchmarks.large_model import Shape, Stored, write_model
+from spike_export.calibration.checkpoint import EMBEDDING, Checkpoint, open_checkpoint
+from spike_export.calibration.recipe import NumberFormat, WeightScheme
+from spike_export.calibration.row_blocks import PANEL_ROWS, block_rows, fill_by_rows
+from spike_export.calibration.weight_quantization import ELEMENTS, quantize_rows, quantize_weight
 from spike_export.export import bundle as bundle_module
 from spike_export.export.bundle import ExportOptions, export_bundle
-from spike_export.export.weight_layout import stored_tensor, transposed_tensor
+from spike_export.export.weight_layout import read_matrix
+from tests.tiny_checkpoints import random_llama, write_hf
+from tests.tiny_models import tiny_llama
 
 TINY = Shape(hidden=32, intermediate=PANEL_ROWS + 44, layers=2, heads=4, kv_heads=2, vocab=60)
 
@@ -42,26 +47,69 @@ def test_threads_change_no_byte(
     assert written[0] == written[1]
 
 
-@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("stored", ["float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.gate_proj.weight", "model.layers.1.mlp.down_proj.weight"])
-def test_rows_are_those_of_the_whole_tensor(checkpoint: Checkpoint, name: str, dtype: type) -> None:
+def test_a_matrix_is_read_as_numpy_rounds_it(tmp_path: Path, stored: Stored, dtype: type, name: str) -> None:
+    write_model(tmp_path, TINY, stored, 0)
+    checkpoint = open_checkpoint(str(tmp_path))
     whole = checkpoint.tensor(name).astype(dtype)
-    stored = stored_tensor(checkpoint, name, np.dtype(dtype))
-    assert stored.dtype == dtype
-    np.testing.assert_array_equal(stored, whole)
-    turned = transposed_tensor(checkpoint, name, np.dtype(dtype))
-    assert turned.flags.c_contiguous
+    out, turned = np.empty(whole.shape, dtype), np.empty(whole.T.shape, dtype)
+    read_matrix(checkpoint, name, out)
+    read_matrix(checkpoint, name, turned, transposed=True)
+    np.testing.assert_array_equal(out, whole)
     np.testing.assert_array_equal(turned, whole.T)
 
 
-def test_a_norm_is_read_too(checkpoint: Checkpoint) -> None:
-    assert stored_tensor(checkpoint, "model.norm.weight", np.dtype(np.float16)).tolist() == [1.0] * TINY.hidden
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_rounding_to_16_bit_is_numpys(tmp_path: Path, dtype: type) -> None:
+    """All magnitudes of float32, subnormal and too large ones of the target too; halfway cases among them."""
+    bits = np.random.default_rng(0).integers(0, 2**32, 258 * 64, dtype=np.uint32)
+    bits[::3] &= np.uint32(0xFFFF8000)
+    values = bits.view(np.float32)
+    values[~np.isfinite(values)] = 0.0
+    model = random_llama(hidden_size=64, tie_word_embeddings=True)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.copy_(torch.from_numpy(values.reshape(258, 64)))
+    checkpoint = open_checkpoint(str(write_hf(tmp_path, model, dtype=torch.float32)))
+    out = np.empty((258, 64), dtype)
+    read_matrix(checkpoint, EMBEDDING, out)
+    with np.errstate(over="ignore"):
+        expected = values.reshape(258, 64).astype(dtype)
+    np.testing.assert_array_equal(out.view(np.uint16), expected.view(np.uint16))
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (63, 513), (64, 512), (PANEL_ROWS + 1, 1025)], ids=str)
 def test_a_transpose_in_blocks_is_the_transpose(shape: tuple[int, int]) -> None:
     matrix = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-    np.testing.assert_array_equal(transposed_copy(matrix, np.float16), matrix.astype(np.float16).T)
+    for transposed in (False, True):
+        out = np.full(shape[::-1] if transposed else shape, np.nan, np.float16)
+        fill_by_rows(out, lambda rows, place: np.copyto(place, matrix[rows], casting="unsafe"), transposed=transposed)
+        np.testing.assert_array_equal(out, (matrix.T if transposed else matrix).astype(np.float16))
+
+
+def test_blocks_follow_one_another_and_fit_the_cache() -> None:
+    height, width, seen = PANEL_ROWS + 3, 9000, []
+    out = np.empty((width, height), np.int8)
+    fill_by_rows(out, lambda rows, place: seen.append((rows, place.shape)), transposed=True)
+    assert [rows.start for rows, _ in seen] == [0, *(rows.stop for rows, _ in seen[:-1])]
+    assert seen[-1][0].stop == height
+    assert all(shape == (rows.stop - rows.start, width) for rows, shape in seen)
+    assert max(shape[0] for _, shape in seen) == block_rows(width) == 14
+    assert block_rows(10**9) == 1
+
+
+@pytest.mark.parametrize("scheme", ["int8-per-channel", "int8-per-tensor"])
+@pytest.mark.parametrize("number_format", ["int8", "fp8"])
+def test_a_weight_that_is_not_transposed_is_the_same(scheme: WeightScheme, number_format: NumberFormat) -> None:
+    weight = np.random.default_rng(0).normal(size=(PANEL_ROWS + 5, 1030)).astype(np.float32)
+    turned, scale = quantize_weight(weight, scheme, number_format)
+    out = np.empty(weight.shape, ELEMENTS[number_format])
+    found = quantize_rows(
+        out, lambda rows, place: np.copyto(place, weight[rows]), scheme, number_format, transposed=False
+    )
+    np.testing.assert_array_equal(out.view(np.int8), turned.T.view(np.int8))
+    np.testing.assert_array_equal(found, scale)
 
 
 def test_the_bundle_holds_the_quantized_weights(tmp_path: Path, checkpoint: Checkpoint) -> None:
@@ -87,16 +135,17 @@ def test_the_large_export_is_measured(
     (copy,), (export,) = figures["copies"], figures["exports"]
     assert copy["bytes_written"] >= TINY.stored_bytes()
     assert export["peak_rss"] >= export["start_rss"] > 10 << 20
+    assert export["cpu_seconds"] > copy["cpu_seconds"] >= 0
     assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]
     assert "export over copy" in capsys.readouterr().out
 
 
 def test_the_verdicts_are_of_rate_and_memory() -> None:
-    copies = [Use(4.0, 100, 0, 0), Use(2.0, 100, 0, 0)]
-    met = large_export.table(copies, [Use(4.0, 50, 0, 2_500_000_000)], 100)
+    copies = [Use(4.0, 1.0, 100, 0, 0), Use(2.0, 1.0, 100, 0, 0)]
+    met = large_export.table(copies, [Use(4.0, 7.0, 50, 0, 2_500_000_000)], 100)
     assert "0.50 (aim 0.5) met" in met
     assert "2500 MB (aim 2500 MB) met" in met
-    missed = large_export.table(copies, [Use(4.1, 50, 0, 2_500_000_001)], 100)
+    missed = large_export.table(copies, [Use(4.1, 7.0, 50, 0, 2_500_000_001)], 100)
     assert missed.count("missed") == 2
 
 
@@ -115,3 +164,34 @@ def test_nodes_and_bytes_of_an_export(tmp_path: Path, checkpoint: Checkpoint) ->
     assert graph_size(tmp_path / "out") == (expected, graph.stat().st_size + data.stat().st_size)
     cost = export_cost.Cost("ours", 1.0, 2.0, 3_000_000, expected, 4_000_000)
     assert f"{expected}         4.0" in export_cost.table([cost])
+
+
+PYTHON_ONLY = (sys.executable, "-c", "pass")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+def test_an_exporter_that_fails_or_takes_too_long_does_not_end_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = "import pathlib, shutil, sys; shutil.copytree(sys.argv[1], sys.argv[2] + '/b')"
+    compared = (
+        Exporter("slow", (sys.executable, "-c", "import time; time.sleep(60)"), PYTHON_ONLY),
+        Exporter("broken", (sys.executable, "-c", "raise SystemExit(3)"), PYTHON_ONLY),
+        Exporter("whole", (sys.executable, "-c", copy, str(tmp_path / "bundle"), "{out}"), PYTHON_ONLY),
+    )
+    export_bundle(tiny_llama().checkpoint, None, ExportOptions("float32"), tmp_path / "bundle")
+    monkeypatch.setattr(export_cost, "exporters", lambda *_: compared)
+    monkeypatch.setattr(export_cost, "in_own_process", lambda work, *given: work(*given))
+    monkeypatch.setattr(export_cost, "write_hf_directory", lambda source, folder: folder.mkdir())
+    figures = tmp_path / "figures.json"
+    monkeypatch.setattr(sys, "argv", ["export_cost", str(tmp_path), "--limit=3", f"--json={figures}"])
+    assert export_cost.main() == 1
+    slow, whole = json.loads(figures.read_text())
+    assert (slow["exporter"], slow["nodes"]) == ("slow", None)
+    assert 3 <= slow["seconds"] < 60
+    assert whole["nodes"] > 10
+    said = capsys.readouterr()
+    assert "slow: started, at most 3 s" in said.err
+    assert "export_cost: broken fails with exit code 3" in said.err
+    assert [line.split()[0] for line in said.out.splitlines()[1:]] == ["slow", "whole"]
+    assert "cut off, not done" in said.out

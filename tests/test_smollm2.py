@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from benchmarks.accuracy import (
     automatic_recipe,
-    int8_mac_share,
     job_calibration,
+    quantized_mac_share,
     simulated_perplexity,
     table_calibration,
 )
@@ -184,7 +184,7 @@ def test_perplexities_of_the_table(check: Check) -> None:
 
 
 def test_the_automatic_recipe_is_almost_all_int8(checkpoint: Checkpoint, recipes: dict[str, Recipe]) -> None:
-    assert int8_mac_share(checkpoint, recipes["automatic"]) >= 0.95
+    assert quantized_mac_share(checkpoint, recipes["automatic"]) >= 0.95
     assert recipes["automatic"].prefix_ids
     assert recipes["automatic"].smoothing
 

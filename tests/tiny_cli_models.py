@@ -62,6 +62,13 @@ def write_model(folder: Path, seed: int = 0) -> Path:
     return write_hf(folder, planted_spike_llama(seed))
 
 
+def write_inputs(folder: Path) -> Path:
+    """Write `model` and `corpus.txt` into a folder; return it."""
+    write_model(folder / "model")
+    write_corpus(folder / "corpus.txt")
+    return folder
+
+
 def artifacts(folder: Path) -> dict[str, bytes]:
     """Return every file under a folder: relative path → content."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

@@ -1,0 +1,91 @@
+"""Writes a graph's weights to the one file beside it, several tensors at a time."""
+
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from spike_export.export.graph_builder import StreamedTensor
+
+_ALIGNMENT = 4096
+"""Bytes; a page, so that a runtime maps each tensor without copying it."""
+
+_INLINE_BYTES = 256
+"""Tensors up to this size stay in the graph's own file."""
+
+_SMALL_BYTES = 1 << 20
+"""Tensors below are written after all others."""
+
+
+def write_weights(model: ir.Model, path: Path, threads: int, written: Callable[[int, int], None]) -> None:
+    """Write the initializers to a file, and leave references to it in their place.
+
+    A tensor's place follows from the sizes of those before it: the bytes do not depend on who writes what when. Small
+    tensors are written last: a scale is known by then, whereas a thread that asks for it while another one quantizes
+    its weight can only wait.
+
+    Args:
+        model: Changed: its initializers become external tensors, but for tiny ones.
+        path: The file; the graph is to be saved in the same folder.
+        threads: How many tensors are made at a time; memory holds as many.
+        written: Told how many tensors are written, and of how many.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    values = [value for graph in model.graphs() for value in graph.initializers.values()]
+    placed, end = [], 0
+    for value in values:
+        tensor = value.const_value
+        if tensor is not None and tensor.nbytes > _INLINE_BYTES:
+            offset = -(-end // _ALIGNMENT) * _ALIGNMENT
+            placed.append((value, tensor, offset))
+            end = offset + tensor.nbytes
+    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(threads) as pool:
+        file.truncate(end)
+        memory = threading.local()
+        order = sorted(placed, key=lambda place: place[1].nbytes < _SMALL_BYTES)
+        futures = [pool.submit(_write, file.fileno(), tensor, offset, memory) for _, tensor, offset in order]
+        try:
+            for done, future in enumerate(as_completed(futures), 1):
+                future.result()
+                written(done, len(futures))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    for value, tensor, offset in placed:
+        value.const_value = ir.ExternalTensor(
+            path.name,
+            offset,
+            tensor.nbytes,
+            tensor.dtype,
+            shape=tensor.shape,  # type: ignore[arg-type]
+            name=str(value.name),
+            base_dir=path.parent,
+        )
+
+
+def _write(descriptor: int, tensor: ir.TensorProtocol, offset: int, memory: threading.local) -> None:
+    content = memoryview(_bytes(tensor, memory))  # type: ignore[arg-type]  # mypy does not know that arrays are buffers
+    if content.nbytes != tensor.nbytes:
+        raise ValueError(f"tensor {tensor.name!r} has {content.nbytes} bytes, declared are {tensor.nbytes}")
+    while content:
+        count = os.pwrite(descriptor, content, offset)
+        content, offset = content[count:], offset + count
+
+
+def _bytes(tensor: ir.TensorProtocol, memory: threading.local) -> NDArray[np.uint8]:
+    """Return a tensor's bytes; what is yet to be made goes to memory of the thread's own: new pages cost clearing."""
+    if not isinstance(tensor, StreamedTensor):
+        return np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8)
+    held: NDArray[np.uint8] = getattr(memory, "held", np.empty(0, np.uint8))
+    if held.size < tensor.nbytes:
+        memory.held = held = np.empty(tensor.nbytes, np.uint8)
+    content = held[: tensor.nbytes]
+    tensor.fill(content.view(tensor.dtype.numpy()).reshape(tensor.shape.numpy()))
+    return content
