@@ -14,6 +14,7 @@ from spike_export.engines.kernel_count import attention_kernels, layer_kernels, 
 from spike_export.engines.plan_reading import (
     EIGHT_BITS,
     FLOAT8_WEIGHT_ONLY,
+    NARROW_SUMS,
     NOT_FOUND,
     WEIGHT_ONLY,
     Evidence,
@@ -23,6 +24,9 @@ from spike_export.engines.plan_reading import (
 )
 from spike_export.engines.program_products import read_program_text
 from spike_export.export.manifest import INT8_WEIGHTS
+
+_NOT_WIDE = frozenset({NOT_FOUND, *EIGHT_BITS, *NARROW_SUMS.values(), WEIGHT_ONLY, FLOAT8_WEIGHT_ONLY})
+"""What is found of a module that does not run in a floating-point format with a weight of such a format."""
 
 _NOTHING_READ = Evidence("none", caveat="the plan was not read")
 
@@ -47,7 +51,7 @@ class ModuleAudit:
             return self.found == (self.planned,)
         if self.planned.endswith(INT8_WEIGHTS):
             return self.found == (WEIGHT_ONLY,)
-        return not {NOT_FOUND, *EIGHT_BITS, WEIGHT_ONLY, FLOAT8_WEIGHT_ONLY} & set(self.found)
+        return not _NOT_WIDE & set(self.found)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,10 @@ FLOAT8_WEIGHT_ONLY = "fp8 weights only"
 EIGHT_BITS = ("int8", "fp8")
 """Precisions of a product whose two operands have 8 bits."""
 
+NARROW_SUMS: Mapping[str, str] = {name: f"{name}, sums in 16 bit" for name in EIGHT_BITS}
+"""Such a product whose sums are stored in 16 bit before they are scaled, as FP16 scales make it: an input channel adds
+up to 127 * 127 to an INT8 sum, FP16 ends at 65,504, and what is beyond becomes infinite."""
+
 
 @dataclass(frozen=True, slots=True)
 class Evidence:

@@ -8,6 +8,7 @@ from spike_export.engines.module_names import modules_of
 from spike_export.engines.plan_reading import (
     EIGHT_BITS,
     FLOAT8_WEIGHT_ONLY,
+    NARROW_SUMS,
     WEIGHT_ONLY,
     Evidence,
     Kernel,
@@ -29,6 +30,9 @@ _PRECISIONS: Mapping[str, str] = {
     "bfloat16": "bfloat16",
     "float": "float32",
 }
+
+_NARROW = frozenset({"half", "bf16", "bfloat16"})
+"""Types of a product's output that do not hold the sums of 8-bit operands."""
 
 _PRODUCT = "fully_connected"
 _SPECIALISED = "runtime_fusion"
@@ -181,17 +185,20 @@ def _products(program: Program) -> dict[str, Product]:
         operation.name: Product(
             # A product that was taken apart at the slices behind it and put together again has an invented name.
             modules_of(operation.name.split("+")) or modules_of(operation.nodes),
-            _product_precision(operation.inputs, operands),
+            _product_precision(operation, operands),
         )
         for operation in program.operations
         if operation.kind == _PRODUCT
     }
 
 
-def _product_precision(names: Sequence[str], operands: _Operands) -> str:
+def _product_precision(product: Operation, operands: _Operands) -> str:
+    names = product.inputs
     types = [operands.kind(name) for name in names[:2]]
     if len(types) == 2 and types[0] == types[1] and types[0] in _QUANTIZED:
-        return _QUANTIZED[types[0]]
+        precision = _QUANTIZED[types[0]]
+        narrow = any(operands.kind(name) in _NARROW for name in product.outputs)
+        return NARROW_SUMS[precision] if narrow else precision
     weight = names[1] if len(names) > 1 else ""
     stored = operands.kind(weight) if operands.kind(weight) in _QUANTIZED else operands.restored(weight)
     if stored is not None:

@@ -117,6 +117,15 @@ def read_plan_text(plan: Path) -> PlanText:
         raise EngineError(f"{plan}: cannot read the plan: {error}") from error
 
 
+def is_tensorrt_rtx(plan: Path) -> bool:
+    """Return whether a file begins like a plan of TensorRT-RTX; False where it cannot be read."""
+    try:
+        with plan.open("rb") as file:
+            return file.read(len(_MAGIC)) == _MAGIC
+    except OSError:
+        return False
+
+
 def _programs(data: mmap.mmap) -> Iterator[Program]:
     # Looking for the marker and parsing from there on takes a second where a pattern over gigabytes takes a minute.
     start = data.find(_PROGRAM)

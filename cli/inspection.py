@@ -1,0 +1,62 @@
+"""`inspect`: which of its three kinds a target is."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from spike_export.calibration.errors import ArtifactError
+from spike_export.export.manifest import MANIFEST_FILE
+
+_RECIPE_FILE = "recipe.json"
+
+
+def inspect_target(target: Path, explain: Sequence[str], as_json: bool, console: Console) -> bool:
+    """Show a plan (a file), a bundle (a folder with a manifest) or a run (a folder with a recipe).
+
+    Args:
+        explain: Modules of a run to explain, instead of its summary.
+
+    Returns:
+        Whether nothing deviates from what was planned; True where nothing was.
+
+    Raises:
+        ArtifactError: It is none of them, or modules are to be explained of what is no run.
+    """
+    if not target.exists():
+        raise ArtifactError(f"{target}: there is no such file or folder; give a plan, a bundle or a run's directory")
+    kind = _kind(target)
+    if explain and kind != "run":
+        raise ArtifactError(f"{target}: --explain tells of a run's decisions, and this is a {kind}; leave it out")
+    if kind == "plan":
+        from spike_export.cli.plan_inspection import inspect_plan, print_inspection
+        from spike_export.engines.plan_backend import detect_machine
+
+        inspection = inspect_plan(target, detect_machine())
+        print_inspection(inspection, as_json, console)
+        return inspection.proved
+    if kind == "bundle":
+        from spike_export.cli.bundle_inspection import inspect_bundle, print_bundle
+
+        print_bundle(inspect_bundle(target), as_json, console)
+        return True
+    from spike_export.cli.recipe_explanation import explain_modules, summarize_recipe
+
+    if explain:
+        explain_modules(target, explain, as_json, console)
+    else:
+        summarize_recipe(target, as_json, console)
+    return True
+
+
+def _kind(target: Path) -> str:
+    if not target.is_dir():
+        return "plan"
+    if (target / _RECIPE_FILE).exists():
+        return "run"
+    if (target / MANIFEST_FILE).exists():
+        return "bundle"
+    raise ArtifactError(
+        f"{target}: holds neither {_RECIPE_FILE}, as a run that calibrated does, nor {MANIFEST_FILE}, as a bundle "
+        "does; give one of them, or a plan"
+    )
