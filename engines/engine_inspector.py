@@ -154,7 +154,7 @@ def read_layer_information(document: str, compiler: str = "") -> PlanReading:
         layers = _EngineInfo.model_validate(json.loads(document)).layers
     except ValidationError as error:
         fault = error.errors()[0]
-        where = ".".join(str(part) for part in fault["loc"])
+        where = ".".join(str(part) for part in fault["loc"]) or "the document"
         raise EngineError(
             f"the engine inspector's description is of an unknown form: {where}: {fault['msg']}"
         ) from error
