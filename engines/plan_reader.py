@@ -2,10 +2,11 @@
 
 import importlib
 from pathlib import Path
+from typing import Any
 
 from spike_export.calibration.errors import EngineError
 from spike_export.engines.engine_inspector import inspect_engine
-from spike_export.engines.plan_backend import TENSORRT, TENSORRT_RTX, Machine
+from spike_export.engines.plan_backend import TENSORRT, TENSORRT_RTX, Backend, Machine
 from spike_export.engines.plan_reading import Evidence, PlanReading
 from spike_export.engines.program_products import read_program_text
 from spike_export.engines.program_text import is_tensorrt_rtx
@@ -35,6 +36,23 @@ def read_plan(plan: Path, machine: Machine) -> PlanReading:
     except (ImportError, OSError) as error:
         raise EngineError(f"{backend.title} cannot be loaded ({error}); run: {backend.install}") from error
     return inspect_engine(trt, plan)
+
+
+def read_built_plan(plan: Path, trt: Any, backend: Backend) -> PlanReading:
+    """Read a plan that has just been built, with the bindings that built it.
+
+    What the inspector cannot tell is the reading's caveat and no error: the plan is there, after perhaps an hour.
+
+    Raises:
+        EngineError: The file cannot be read.
+    """
+    reading = read_program_text(plan)
+    if reading.programs or not backend.needs_gpu:
+        return reading
+    try:
+        return inspect_engine(trt, plan)
+    except EngineError as error:
+        return PlanReading(Evidence("none", f"{backend.title} {trt.__version__}", str(error)))
 
 
 def _unread(reading: PlanReading, reason: str) -> PlanReading:

@@ -67,14 +67,14 @@ FALLBACKS: Mapping[str, str] = {
 """What becomes of the sabotaged modules; FP16 scales leave the operands INT8, and their sums overflow."""
 
 
-DECODE = ("--backend", "tensorrt-rtx", "--profile", "decode")
+RTX = ("--backend", "tensorrt-rtx")
 
 
 @needs_rtx
 @pytest.mark.parametrize("fault", SABOTAGED)
 def test_a_planted_fault_is_refused_on_all_default_targets(tmp_path: Path, fault: str) -> None:
     bundle, plan = write_bundle(tmp_path / "bundle", SABOTAGED[fault]), tmp_path / "engine.plan"
-    done = call("build", bundle, "--out", plan, *DECODE)
+    done = call("build", bundle, "--out", plan, *RTX)
     assert done.code == 1
     assert f"{WRONG[0]} and 1 more does not run in the planned precision" in done.err
     done = call("inspect", plan, "--json")
@@ -91,7 +91,7 @@ def test_a_fallback_can_be_accepted_and_the_graph_without_faults_needs_not(tmp_p
     wrong, good = (
         write_bundle(tmp_path / name, model) for name, model in [("w", TinyModel(half_scales=WRONG)), ("g", None)]
     )
-    one = ("--target", "SM86", *DECODE)
+    one = ("--target", "SM86", *RTX)
     assert call("build", wrong, "--out", tmp_path / "w.plan", *one, "--allow-fallback").code == 0
     assert call("build", good, "--out", tmp_path / "g.plan", *one).code == 0
 
