@@ -126,11 +126,17 @@ def _layer_document(inspection: PlanInspection, program: ProgramReading, layer: 
     }
 
 
-def print_inspection(inspection: PlanInspection, as_json: bool, console: Console) -> None:
-    """Print tables, or the JSON document."""
+def print_inspections(inspections: Sequence[PlanInspection], as_json: bool, console: Console) -> None:
+    """Print tables for each plan, or the JSON document of one, or a list of those of several."""
     if as_json:
-        console.print_json(json.dumps(document(inspection)))
+        documents = [document(inspection) for inspection in inspections]
+        console.print_json(json.dumps(documents if len(documents) > 1 else documents[0]))
         return
+    for inspection in inspections:
+        _print(inspection, console)
+
+
+def _print(inspection: PlanInspection, console: Console) -> None:
     audit = inspection.audit
     print_facts(console, list(_facts(inspection)))
     tables = (
