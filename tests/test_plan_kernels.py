@@ -4,6 +4,7 @@ import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from spike_export.calibration.checkpoint import Checkpoint
 from spike_export.calibration.decoder_config import decoder_config
+from spike_export.calibration.families import FAMILIES
 from spike_export.calibration.modules import linears
 from spike_export.calibration.recipe import Recipe
-from spike_export.engines.build_options import BuildOptions
+from spike_export.engines.build_options import BatchRange, BuildOptions
 from spike_export.engines.kernel_count import attention_kernels, layer_kernels, unfused_attention
 from spike_export.engines.plan_backend import TENSORRT_RTX, Machine
 from spike_export.engines.plan_builder import BuildEnvironment, BuildResult, build_plan
@@ -21,6 +23,8 @@ from spike_export.engines.plan_reading import Kernel
 from spike_export.engines.program_products import read_program_text
 from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.cache_options import CacheKind, CacheOptions
+from tests.test_build_matrix import MODELS
+from tests.tiny_families import tiny_family
 from tests.tiny_models import MemoryTensors, tiny_recipe
 
 CPU = BuildEnvironment(Machine(frozenset({"tensorrt-rtx"}), gpu=None), available=None)
@@ -74,7 +78,7 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def build(bundle: Path, targets: Sequence[str]) -> BuildResult:
-    plan = bundle.with_name(f"{'-'.join(targets) or 'all'}.plan")
+    plan = bundle.with_name(f"{bundle.name}-{'-'.join(targets) or 'all'}.plan")
     return build_plan(bundle, plan, BuildOptions(targets=tuple(targets), profiles=("decode",)), environment=CPU)
 
 
@@ -113,6 +117,66 @@ def test_a_decode_layer_is_at_most_twelve_kernels(bundle: tuple[CacheKind, Path]
         }
         assert audit.attention == {"_gemv_mha_v1": LAYERS}
         assert audit.unfused_attention == ()
+
+
+KERNELS: Mapping[str, tuple[int, int]] = {
+    "llama": (10, 12),
+    "mistral": (10, 12),
+    "gemma": (10, 12),
+    "granite": (10, 12),
+    "qwen2": (10, 12),
+    "phi3": (10, 10),
+    # Norms of queries and keys: each one's mean is a kernel of its own.
+    "qwen3": (12, 14),
+    "olmo2": (12, 14),
+    "gemma3_text": (12, 14),
+    # Its scores are capped, which no fused attention kernel does.
+    "gemma2": (17, 17),
+}
+"""Family without experts → most kernels of a layer behind the first, with a static and with a dynamic cache."""
+
+
+@needs_rtx
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.experts is None])
+def test_a_decode_layer_of_every_family(tmp_path: Path, family: str) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+    source = tiny_family(family, num_hidden_layers=LAYERS, **sizes, **MODELS.get(family, {})).checkpoint
+    caches: tuple[CacheKind, ...] = ("static", "dynamic")
+    for cache, expected in zip(caches, KERNELS[family], strict=True):
+        options = ExportOptions("float16", cache=CACHES[cache])
+        export_bundle(source, recipe_of(source), options, tmp_path / cache)
+        result = build(tmp_path / cache, ())
+        assert result.deviations == ()
+        assert [max(program.layer_kernels[1:]) for program in result.audit.programs] == [expected]
+
+
+VARIANTS: Mapping[str, tuple[Mapping[str, Any], ExportOptions, BuildOptions]] = {
+    "per-token": ({"activation_scale": None}, ExportOptions("float16"), BuildOptions(profiles=("decode",))),
+    "bfloat16": ({}, ExportOptions("bfloat16"), BuildOptions(profiles=("decode",))),
+    "last": ({}, ExportOptions("float16", logits="last"), BuildOptions(profiles=("decode",))),
+    "batch": ({}, ExportOptions("float16"), BuildOptions(profiles=("decode",), batch=BatchRange(1, 4, 8))),
+    "level-0": ({}, ExportOptions("float16"), BuildOptions(profiles=("decode",), optimization_level=0)),
+    "level-5": ({}, ExportOptions("float16"), BuildOptions(profiles=("decode",), optimization_level=5)),
+}
+"""Changes to every module's plan, and how it is exported and built."""
+
+
+@needs_rtx
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_count_is_the_same_in_every_variant(tmp_path: Path, variant: str) -> None:
+    change, options, building = VARIANTS[variant]
+    source = checkpoint()
+    recipe = recipe_of(source)
+    modules = {name: plan.model_copy(update=change) for name, plan in recipe.modules.items()}
+    recipe = Recipe.model_construct(**{**dict(recipe), "modules": modules})
+    for cache, count in (("static", 10), ("dynamic", 12)):
+        folder = tmp_path / cache
+        export_bundle(source, recipe, replace(options, cache=CACHES[cache]), folder)
+        result = build_plan(folder, folder.with_suffix(".plan"), building, environment=CPU)
+        assert result.deviations == ()
+        assert [program.layer_kernels[1] for program in result.audit.programs] == [count]
 
 
 @needs_rtx
