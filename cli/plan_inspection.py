@@ -209,7 +209,7 @@ def _shape_rows(inspection: PlanInspection) -> list[tuple[str, ...]]:
         # All caches have one shape, and there are dozens.
         alike = [(shape, list(names)) for shape, names in groupby(shapes, key=lambda name: shapes[name])]
         for shape, names in alike:
-            several = f"{names[0]} ... {names[-1]}" if len(names) > 1 else names[0]
+            several = f"{names[0]} ... {names[-1]}" if len(names) > 2 else ", ".join(names)
             rows.append((profile.name, several, shape))
     return rows
 

@@ -93,7 +93,7 @@ def _reading(outer: Program, inner: Sequence[Program]) -> ProgramReading:
         profile=outer.profile,
         targets=outer.targets,
         kernels=tuple(_kernels(outer, products[id(outer)])),
-        products=(*(Product(each.modules, each.precision) for each in separate), *within),
+        products=(*separate, *within),
         precisions=precisions,
         weight_bytes=_weight_bytes(programs),
     )
