@@ -63,13 +63,16 @@ class PlanInspection:
     @property
     def sample(self) -> tuple[ProgramReading, int] | None:
         """A program and the layer in its middle: of decode where there is one, else of the last profile."""
-        programs = [program for program in self.reading.programs if any(layer_kernels(program.kernels))]
+        layers = {
+            program.profile: sorted(layer for layer in layer_kernels(program.kernels) if layer is not None)
+            for program in self.reading.programs
+        }
+        programs = [program for program in self.reading.programs if layers[program.profile]]
+        decode = [program for program in programs if self.profile_name(program.profile) == "decode"]
         if not programs:
             return None
-        decode = [program for program in programs if self.profile_name(program.profile) == "decode"]
         program = (decode or programs)[-1]
-        layers = [layer for layer in layer_kernels(program.kernels) if layer is not None]
-        return (program, sorted(layers)[len(layers) // 2]) if layers else None
+        return program, layers[program.profile][len(layers[program.profile]) // 2]
 
 
 def inspect_plan(plan: Path, machine: Machine) -> PlanInspection:

@@ -82,6 +82,7 @@ def test_a_planted_fault_is_refused_on_all_default_targets(tmp_path: Path, fault
     assert done.code == 1
     assert set(document["targets"]) == set(TENSORRT_RTX.default_targets)
     assert set(document["deviations"]) == set(WRONG)
+    assert document["layer"]["layer"] == 0  # the only one
     for module in WRONG:
         assert document["modules"][module] == {"planned": "int8", "found": [FALLBACKS[fault]], "as_planned": False}
 
