@@ -336,24 +336,20 @@ def merge(
 
 @app.command
 def inspect(
-    run_directory: Annotated[Path, Parameter(help="Work directory of a run.")],
+    target: Annotated[Path, Parameter(help="A plan, a bundle's folder, or the work directory of a run.")],
     /,
     *,
     explain: Annotated[
-        tuple[str, ...], Parameter(help="Module, e.g. model.layers.11.mlp.down_proj or 11.mlp.down_proj; repeatable.")
+        tuple[str, ...],
+        Parameter(help="Of a run: module, e.g. model.layers.11.mlp.down_proj or 11.mlp.down_proj; repeatable."),
     ] = (),
     as_json: Annotated[bool, Parameter(name="--json", negative="", help="Print JSON instead of tables.")] = False,
     run_options: RunArguments = RunArguments(),
 ) -> int:
-    """Show what a run decided, what it compared, and why a module has its precision."""
-    from spike_export.cli.recipe_explanation import explain_modules, summarize_recipe
+    """Show what a plan really runs, what a bundle holds, or what a run decided and why."""
+    from spike_export.cli.inspection import inspect_target
 
-    console = Console()
-    if explain:
-        explain_modules(run_directory, explain, as_json, console)
-    else:
-        summarize_recipe(run_directory, as_json, console)
-    return DONE
+    return DONE if inspect_target(target, explain, as_json, Console()) else GATE_MISSED
 
 
 @app.command

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from spike_export.calibration.checkpoint import LM_HEAD
@@ -15,6 +14,7 @@ from spike_export.calibration.errors import ArtifactError, RecipeError
 from spike_export.calibration.modules import representative_of
 from spike_export.calibration.recipe import ModulePlan, Recipe, load_recipe
 from spike_export.calibration.spikes import load_description
+from spike_export.cli.text_table import print_facts, print_table
 from spike_export.cli.visible_text import visible
 
 HEAD = LM_HEAD.removesuffix(".weight")
@@ -36,11 +36,10 @@ def summarize_recipe(run: Path, as_json: bool, console: Console) -> None:
     if as_json:
         console.print_json(json.dumps(_summary(recipe)))
         return
-    for label, value in _headlines(recipe):
-        console.print(Text(f"{label}: {value}"), soft_wrap=True)
+    print_facts(console, _headlines(recipe))
     for title, columns, rows in _tables(recipe):
         if rows:
-            console.print(_table(title, columns, rows))
+            print_table(console, title, columns, rows)
 
 
 _Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]
@@ -102,15 +101,6 @@ def _headlines(recipe: Recipe) -> list[tuple[str, str]]:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
-
-
-def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    table = Table(title=title, title_justify="left")
-    for column in columns:
-        table.add_column(column)
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    return table
 
 
 def _kept(recipe: Recipe) -> dict[str, ModulePlan]:

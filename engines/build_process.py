@@ -18,10 +18,11 @@ from spike_export.calibration.errors import EngineError
 from spike_export.engines.build_options import BatchRange
 from spike_export.engines.build_profiles import Limits, Profile, make_profiles
 from spike_export.engines.build_request import BuildRequest, CompletionEvent, FailureEvent, ProgressEvent
-from spike_export.engines.plan_audit import audit_plan
+from spike_export.engines.plan_audit import judge
 from spike_export.engines.plan_backend import BACKENDS
 from spike_export.engines.plan_compiler import BuildCancelledError, CompileSettings, Watch, compile_plan
 from spike_export.engines.plan_graph import graph_inputs, load_graph, planned_precisions
+from spike_export.engines.plan_reader import read_built_plan
 from spike_export.engines.plan_sidecar import InputShapes, ProfileShapes
 from spike_export.engines.trt_callbacks import PlanStream
 
@@ -84,7 +85,7 @@ def build(request: BuildRequest, events: IO[bytes], cancelled: threading.Event) 
         seconds=round(seconds, 3),
         peak_memory=peak_memory(),
         warnings=tuple(dict.fromkeys(log.warnings)),
-        audit=audit_plan(Path(request.plan), planned_precisions(graph)),
+        audit=judge(read_built_plan(Path(request.plan), trt, backend), planned_precisions(graph)),
     )
 
 

@@ -169,4 +169,6 @@ def _audit(audit: PlanAudit) -> Audit:
             module.module: AuditedModule(planned=module.planned, found=module.found, as_planned=module.as_planned)
             for module in audit.modules
         },
+        evidence=audit.evidence.sentence,
+        programs=audit.programs,
     )

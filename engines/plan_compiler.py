@@ -71,6 +71,8 @@ def compile_plan(
     parser = trt.OnnxParser(network, logger)
     _parse(parser, graph_path, graph)
     config = builder.create_builder_config()
+    # Else the engine inspector, which proves the precisions of TensorRT's plans, tells names only.
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     _apply_targets(trt, config, settings.targets)
     if settings.optimization_level is not None:
         config.builder_optimization_level = settings.optimization_level

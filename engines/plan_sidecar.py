@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from spike_export.calibration.atomic_write import write_text
 from spike_export.calibration.errors import ArtifactError
 from spike_export.engines.build_options import ProfileName
+from spike_export.engines.plan_audit import ProgramAudit
 
 _NUMBER_LIST = re.compile(r"\[[\d,\s]+\]")
 """A shape, which is to stand on one line: a plan has hundreds of them."""
@@ -64,7 +65,9 @@ class Audit(_Document):
     """Precision proved from the plan (see `plan_audit`).
 
     Attributes:
-        readable: False when the plan holds no program text: then nothing is proved.
+        readable: False when nothing could be read of the plan: then nothing is proved.
+        evidence: How all this is known, in a sentence; empty in sidecars of older versions.
+        programs: What each profile compiles to; empty in sidecars of older versions.
     """
 
     readable: bool
@@ -72,6 +75,8 @@ class Audit(_Document):
     fp8_products: int = 0
     other_products: int
     modules: Mapping[str, AuditedModule]
+    evidence: str = ""
+    programs: tuple[ProgramAudit, ...] = ()
 
 
 class PlanSidecar(_Document):

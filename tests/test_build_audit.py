@@ -1,6 +1,8 @@
 """The audit tells a sabotaged graph from a good one, and says when it can tell nothing."""
 
 import importlib.util
+import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import onnx
@@ -14,9 +16,11 @@ from spike_export.engines.plan_audit import NOT_FOUND, WEIGHT_ONLY, ModuleAudit,
 from spike_export.engines.plan_backend import TENSORRT_RTX, Machine
 from spike_export.engines.plan_builder import BuildEnvironment, build_plan
 from spike_export.engines.plan_graph import planned_precisions
+from spike_export.engines.plan_reading import NARROW_SUMS
 from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.cache_options import CacheOptions
 from tests.tiny_bundles import TinyModel, tiny_graph, write_bundle
+from tests.tiny_cli_models import call
 from tests.tiny_families import tiny_family
 from tests.tiny_models import tiny_recipe
 
@@ -47,6 +51,50 @@ def test_negative_control_a_wrong_axis_is_found_out(tmp_path: Path, profiles: tu
         assert "int8" not in module.found
         assert NOT_FOUND not in module.found
     assert found.profiles == len(profiles)
+
+
+SABOTAGED: Mapping[str, TinyModel] = {
+    "scale along K": TinyModel(wrong_axis=WRONG),
+    "FP16 scales": TinyModel(half_scales=WRONG),
+    "scale made at run time": TinyModel(runtime_scale=WRONG),
+}
+
+FALLBACKS: Mapping[str, str] = {
+    "scale along K": WEIGHT_ONLY,
+    "FP16 scales": NARROW_SUMS["int8"],
+    "scale made at run time": WEIGHT_ONLY,
+}
+"""What becomes of the sabotaged modules; FP16 scales leave the operands INT8, and their sums overflow."""
+
+
+RTX = ("--backend", "tensorrt-rtx")
+
+
+@needs_rtx
+@pytest.mark.parametrize("fault", SABOTAGED)
+def test_a_planted_fault_is_refused_on_all_default_targets(tmp_path: Path, fault: str) -> None:
+    bundle, plan = write_bundle(tmp_path / "bundle", SABOTAGED[fault]), tmp_path / "engine.plan"
+    done = call("build", bundle, "--out", plan, *RTX)
+    assert done.code == 1
+    assert f"{WRONG[0]} and 1 more does not run in the planned precision" in done.err
+    done = call("inspect", plan, "--json")
+    document = json.loads(done.out)
+    assert done.code == 1
+    assert set(document["targets"]) == set(TENSORRT_RTX.default_targets)
+    assert set(document["deviations"]) == set(WRONG)
+    assert document["layer"]["layer"] == 0  # the only one
+    for module in WRONG:
+        assert document["modules"][module] == {"planned": "int8", "found": [FALLBACKS[fault]], "as_planned": False}
+
+
+@needs_rtx
+def test_a_fallback_can_be_accepted_and_the_graph_without_faults_needs_not(tmp_path: Path) -> None:
+    wrong, good = (
+        write_bundle(tmp_path / name, model) for name, model in [("w", TinyModel(half_scales=WRONG)), ("g", None)]
+    )
+    one = ("--target", "SM86", *RTX)
+    assert call("build", wrong, "--out", tmp_path / "w.plan", *one, "--allow-fallback").code == 0
+    assert call("build", good, "--out", tmp_path / "g.plan", *one).code == 0
 
 
 @needs_rtx
@@ -102,6 +150,8 @@ def test_a_product_under_an_invented_name_is_known_by_the_layers_it_stands_for(t
         ("float16", ("int8",), False),
         ("float16", (WEIGHT_ONLY,), False),
         ("float16", (NOT_FOUND,), False),
+        ("int8", (NARROW_SUMS["int8"],), False),
+        ("float16", (NARROW_SUMS["int8"],), False),
         ("float16+int8-weights", (WEIGHT_ONLY,), True),
         ("float16+int8-weights", ("float16",), False),
         ("float16+int8-weights", ("float16", WEIGHT_ONLY), False),

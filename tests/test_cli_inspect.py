@@ -139,9 +139,9 @@ def test_an_unknown_module_is_named_with_likely_ones(run: Path, name: str) -> No
         assert "it has model.layers.0.mlp.down_proj, model.layers.1.mlp.down_proj" in line
 
 
-def test_a_folder_without_a_recipe(tmp_path: Path) -> None:
+def test_a_folder_that_is_neither_a_run_nor_a_bundle(tmp_path: Path) -> None:
     line = call("inspect", tmp_path).error
-    assert f"{tmp_path}: holds no recipe.json; give the work directory of a run that calibrated" in line
+    assert f"{tmp_path}: holds neither recipe.json, as a run that calibrated does, nor manifest.json" in line
 
 
 def test_statistics_that_are_gone_are_left_out(run: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ Hand-made so that the tests of the engine builders do not depend on the exporter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -30,7 +31,11 @@ LINEARS = (
 
 @dataclass(frozen=True)
 class TinyModel:
-    """What the graph looks like; `kept` linears stay in `dtype`, `wrong_axis` ones get a DQ along K."""
+    """What the graph looks like; `kept` linears stay in `dtype`.
+
+    Sabotaged ones: `wrong_axis` are dequantized along K, `half_scales` have FP16 scales and so an FP16 product, and
+    `runtime_scale` ones quantize their input with a scale made at run time.
+    """
 
     layers: int = 1
     hidden: int = 64
@@ -43,6 +48,8 @@ class TinyModel:
     dtype: Dtype = "float16"
     kept: tuple[str, ...] = ()
     wrong_axis: tuple[str, ...] = ()
+    half_scales: tuple[str, ...] = ()
+    runtime_scale: tuple[str, ...] = ()
     seed: int = 0
 
     @property
@@ -84,17 +91,26 @@ class _Graph:
         axis = 0 if name in self.model.wrong_axis else 1
         scales = np.full(rows if axis == 0 else columns, 0.001)
         values: NDArray[np.int8] = self.random.integers(-127, 128, (rows, columns), dtype=np.int8)
-        scale = self.const(f"{name}.input_scale", 0.03, np.float32)
+        half = name in self.model.half_scales
+        scale_type = np.float16 if half else np.float32
         zero = self.const(f"{name}.input_zero_point", 0, np.int8)
         weight = self.const(f"{name}.weight", values, np.int8)
-        weight_scale = self.const(f"{name}.weight_scale", scales, np.float32)
+        weight_scale = self.const(f"{name}.weight_scale", scales, scale_type)
         weight_zero = self.const(f"{name}.weight_zero_point", np.zeros_like(scales), np.int8)
-        x = self.op("Cast", [x], f"{name}.Cast_in", to=TensorProto.FLOAT)
+        if not half:
+            x = self.op("Cast", [x], f"{name}.Cast_in", to=TensorProto.FLOAT)
+        scale = self.input_scale(name, x, scale_type)
         x = self.op("QuantizeLinear", [x, scale, zero], f"{name}.Quantize")
         x = self.op("DequantizeLinear", [x, scale, zero], f"{name}.Dequantize")
         w = self.op("DequantizeLinear", [weight, weight_scale, weight_zero], f"{name}.DequantizeWeight", axis=axis)
         y = self.op("MatMul", [x, w], f"{name}.MatMul")
-        return self.op("Cast", [y], f"{name}.Cast_out", to=self.elem)
+        return y if half else self.op("Cast", [y], f"{name}.Cast_out", to=self.elem)
+
+    def input_scale(self, name: str, x: str, scale_type: type[np.floating[Any]]) -> str:
+        if name not in self.model.runtime_scale:
+            return self.const(f"{name}.input_scale", 0.03, scale_type)
+        amax = self.op("ReduceMax", [self.op("Abs", [x], f"{name}.Abs")], f"{name}.Amax", keepdims=0)
+        return self.op("Div", [amax, self.const(f"{name}.steps", 127, np.float32)], f"{name}.Scale")
 
     def linear(self, name: str, x: str, rows: int, columns: int) -> str:
         if name in self.model.kept:
