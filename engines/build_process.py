@@ -21,7 +21,7 @@ from spike_export.engines.build_request import BuildRequest, CompletionEvent, Fa
 from spike_export.engines.plan_audit import audit_plan
 from spike_export.engines.plan_backend import BACKENDS
 from spike_export.engines.plan_compiler import BuildCancelledError, CompileSettings, Watch, compile_plan
-from spike_export.engines.plan_graph import graph_inputs, load_graph, planned_precisions
+from spike_export.engines.plan_graph import graph_inputs, load_graph, planned_precisions, resize_cache
 from spike_export.engines.plan_sidecar import InputShapes, ProfileShapes
 from spike_export.engines.trt_callbacks import PlanStream
 
@@ -64,13 +64,26 @@ def build(request: BuildRequest, events: IO[bytes], cancelled: threading.Event) 
         raise EngineError(f"{backend.title} cannot be loaded ({error}); run: {backend.install}") from error
     started = time.monotonic()
     graph = load_graph(Path(request.graph))
+    if request.slots is not None:
+        resize_cache(graph, request.slots)
     profiles = make_profiles(graph_inputs(graph), request.profiles, _limits(request))
     cache = Path(request.timing_cache) if request.timing_cache else None
-    settings = CompileSettings(backend, request.targets, profiles, request.optimization_level, cache)
+    settings = CompileSettings(
+        backend,
+        request.targets,
+        profiles,
+        request.optimization_level,
+        request.features,
+        request.hardware_compatible,
+        cache,
+    )
+
+    only = f"{request.profiles[0]} " if len(request.profiles) == 1 else ""
+    what = f"percent of the {only}plan built"
 
     def report(percent: int) -> None:
         if not cancelled.is_set():
-            _send(events, ProgressEvent(what="percent of the plan built", done=percent, total=100))
+            _send(events, ProgressEvent(what=what, done=percent, total=100))
 
     with Path(request.plan).open("wb") as file:
         stream = PlanStream(file)
@@ -124,7 +137,12 @@ def _watch_caller(cancelled: threading.Event) -> None:
 
 def _limits(request: BuildRequest) -> Limits:
     return Limits(
-        BatchRange(*request.batch), request.context, request.typical_prompt, request.max_prompt, request.prefix
+        BatchRange(*request.batch),
+        request.context,
+        request.typical_prompt,
+        request.max_prompt,
+        request.prefix,
+        request.slots,
     )
 
 

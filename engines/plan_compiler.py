@@ -1,6 +1,6 @@
 """Drives TensorRT or TensorRT-RTX: graph in, serialized plan out. Runs inside the build process."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,13 +8,32 @@ from typing import Any
 import onnx
 
 from spike_export.calibration.errors import EngineError
+from spike_export.engines.build_options import HardwareCompatibility
 from spike_export.engines.build_profiles import Profile
-from spike_export.engines.plan_backend import Backend
+from spike_export.engines.plan_backend import Backend, PlanFeature
 from spike_export.engines.plan_graph import allow_unfused_attention
 from spike_export.engines.trt_callbacks import BuildLog, PlanStream, make_logger, make_monitor, make_writer
 
 _LONGEST_REASON = 600
 """Characters of a TensorRT message that are shown; some quote whole graphs."""
+
+
+FLAGS: Mapping[PlanFeature, str] = {
+    "refit": "REFIT",
+    "strip_weights": "STRIP_PLAN",
+    "weight_streaming": "WEIGHT_STREAMING",
+    "version_compatible": "VERSION_COMPATIBLE",
+}
+"""Feature → member of `trt.BuilderFlag`."""
+
+IDENTICAL_REFIT = "REFIT_IDENTICAL"
+"""The flag by which stripped weights can be put back, where other weights need not be possible."""
+
+HARDWARE_LEVELS: Mapping[HardwareCompatibility, str] = {
+    "ampere-plus": "AMPERE_PLUS",
+    "same-compute-capability": "SAME_COMPUTE_CAPABILITY",
+}
+"""Hardware compatibility → member of `trt.HardwareCompatibilityLevel`."""
 
 
 class BuildCancelledError(Exception):
@@ -27,14 +46,17 @@ class CompileSettings:
 
     Attributes:
         targets: Members of `trt.ComputeCapability`; empty where the backend takes the GPU at hand.
-        optimization_level: 0 to 5, or None for the backend's default.
+        optimization_level: 0 to 5.
+        features: Those of `FLAGS`; others have settings of their own.
         timing_cache: File to read when present and to write, or None.
     """
 
     backend: Backend
     targets: tuple[str, ...]
     profiles: tuple[Profile, ...]
-    optimization_level: int | None = None
+    optimization_level: int
+    features: frozenset[PlanFeature] = frozenset()
+    hardware_compatible: HardwareCompatibility | None = None
     timing_cache: Path | None = None
 
 
@@ -72,8 +94,8 @@ def compile_plan(
     _parse(parser, graph_path, graph)
     config = builder.create_builder_config()
     _apply_targets(trt, config, settings.targets)
-    if settings.optimization_level is not None:
-        config.builder_optimization_level = settings.optimization_level
+    config.builder_optimization_level = settings.optimization_level
+    _apply_features(trt, config, settings)
     for profile in settings.profiles:
         _add_profile(builder, config, profile, log)
     cache = _attach_timing_cache(config, settings)
@@ -115,6 +137,17 @@ def _apply_targets(trt: Any, config: Any, targets: Sequence[str]) -> None:
     for index, target in enumerate(targets):
         if not config.set_compute_capability(getattr(trt.ComputeCapability, target), index):
             raise EngineError(f"this version of TensorRT-RTX refuses the target {target}; leave it out")
+
+
+def _apply_features(trt: Any, config: Any, settings: CompileSettings) -> None:
+    flags = [flag for feature, flag in FLAGS.items() if feature in settings.features]
+    if "strip_weights" in settings.features and "refit" not in settings.features:
+        flags.append(IDENTICAL_REFIT)
+    for flag in flags:
+        config.set_flag(getattr(trt.BuilderFlag, flag))
+    if settings.hardware_compatible is not None:
+        level = HARDWARE_LEVELS[settings.hardware_compatible]
+        config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, level)
 
 
 def _add_profile(builder: Any, config: Any, profile: Profile, log: BuildLog) -> None:

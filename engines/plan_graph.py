@@ -3,13 +3,15 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import onnx
-from onnx import TensorProto
+from onnx import TensorProto, numpy_helper
 
 from spike_export.calibration.errors import EngineError
 from spike_export.engines.branches import inline_branches
 from spike_export.engines.build_profiles import GraphInput
 from spike_export.export.manifest import INT8_WEIGHTS
+from spike_export.export.static_context import CACHE_SLOTS
 
 _PRECISIONS: Mapping[int, str] = {
     TensorProto.FLOAT: "float32",
@@ -77,6 +79,23 @@ def allow_unfused_attention(model: onnx.ModelProto) -> None:
     for node in model.graph.node:
         if node.op_type == "Attention":
             node.attribute.append(onnx.helper.make_attribute("TRT_decomposable", 1))
+
+
+def resize_cache(model: onnx.ModelProto, slots: int) -> None:
+    """Give a static cache's buffers another length: in the inputs, in the outputs, and where a mask lists the slots.
+
+    A plan's buffer has one length only: TensorRT refuses a cache whose length a profile would set.
+
+    Raises:
+        EngineError: The graph has no static cache.
+    """
+    listed = next((tensor for tensor in model.graph.initializer if tensor.name == CACHE_SLOTS), None)
+    if listed is None:
+        raise EngineError(f"the graph has no static cache (no {CACHE_SLOTS!r}); export the bundle again")
+    listed.CopyFrom(numpy_helper.from_array(np.arange(slots, dtype=np.int64), CACHE_SLOTS))
+    for value in (*model.graph.input, *model.graph.output):
+        if value.name.startswith(("past_key_values.", "present.")):
+            value.type.tensor_type.shape.dim[2].dim_value = slots
 
 
 def planned_precisions(model: onnx.ModelProto) -> dict[str, str]:

@@ -15,6 +15,9 @@ from spike_export.export.graph_builder import GraphBuilder
 
 INT64, BOOL = ir.DataType.INT64, ir.DataType.BOOL
 
+CACHE_SLOTS = "cache.slots"
+"""The initializer that lists the buffer's slots: besides the declared shapes, all that depends on their number."""
+
 
 @dataclass(frozen=True)
 class StaticContextEmitter:
@@ -67,7 +70,7 @@ class StaticContextEmitter:
 
     def _masks(self, positions: ir.Value) -> dict[int | None, ir.Value]:
         b = self.builder
-        slots = b.initializer("cache.slots", np.arange(self.slots, dtype=np.int64))
+        slots = b.initializer(CACHE_SLOTS, np.arange(self.slots, dtype=np.int64))
         queries = self._op("Unsqueeze", positions, b.integers(1, 3), label="queries")
         causal = self._op("LessOrEqual", slots, queries, label="mask", dtype=BOOL)
         return {

@@ -236,7 +236,13 @@ def job(folder: Path, out: Path, *options: str | Path) -> str:
         (("--max-batch", "0"), ("batch", "1 <=")),
         (("--optimization-level", "6"), ("optimization_level is 6", "0 to 5")),
         (("--max-ppl-increase", "-0.1"), ("--max-ppl-increase is -0.1", "fraction")),
-        (("--profile", "decode", "--profile", "decode"), ("profiles", "each once")),
+        (("--profiles", "twice"), ("--profiles", "twice", "split")),
+        (("--typical-batch", "2"), ("batch 1, 2, 1",)),
+        (("--strip-weights",), ("--strip-weights", "on a GPU only")),
+        (("--hardware-compatible", "ampere-plus"), ("--hardware-compatible", "several --target")),
+        (("--version-compatible",), ("--version-compatible", "the release that built them")),
+        (("--timing-cache", "t"), ("--timing-cache", "leave it out")),
+        (("--plan-capacity", "16"), ("capacity is 16", "--kv-cache static")),
     ],
 )
 def test_what_stops_the_last_stage_is_said_before_the_first(
