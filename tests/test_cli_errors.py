@@ -242,7 +242,6 @@ def job(folder: Path, out: Path, *options: str | Path) -> str:
         (("--hardware-compatible", "ampere-plus"), ("--hardware-compatible", "several --target")),
         (("--version-compatible",), ("--version-compatible", "the release that built them")),
         (("--timing-cache", "t"), ("--timing-cache", "leave it out")),
-        (("--plan-capacity", "16"), ("capacity is 16", "--kv-cache static")),
     ],
 )
 def test_what_stops_the_last_stage_is_said_before_the_first(
@@ -251,6 +250,12 @@ def test_what_stops_the_last_stage_is_said_before_the_first(
     backend = () if "--backend" in options else ("--backend", "tensorrt-rtx")
     assert_says(job(folder, tmp_path / "e.plan", *backend, *options), *parts)
     assert not (tmp_path / "e.plan.run").exists()
+
+
+@pytest.mark.usefixtures("_rtx_machine")
+def test_a_plan_s_capacity_needs_a_static_cache(folder: Path, tmp_path: Path) -> None:
+    options = ("--backend", "tensorrt-rtx", "--plan-capacity", "16")
+    assert_says(job(folder, tmp_path / "e.plan", *options), "the plan's capacity is 16", "--kv-cache static")
 
 
 def test_a_machine_without_a_backend_is_told_at_once(
