@@ -10,8 +10,7 @@ from onnx import TensorProto, numpy_helper
 from spike_export.calibration.errors import EngineError
 from spike_export.engines.branches import inline_branches
 from spike_export.engines.build_profiles import GraphInput
-from spike_export.export.manifest import INT8_WEIGHTS
-from spike_export.export.static_context import CACHE_SLOTS
+from spike_export.export.manifest import CACHE_SLOTS, INT8_WEIGHTS
 
 _PRECISIONS: Mapping[int, str] = {
     TensorProto.FLOAT: "float32",

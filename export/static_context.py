@@ -12,11 +12,9 @@ import onnx_ir as ir
 
 from spike_export.export.attention_context import MODULE, AttentionContext, PrefixExtent, near_or_prefix
 from spike_export.export.graph_builder import GraphBuilder
+from spike_export.export.manifest import CACHE_SLOTS
 
 INT64, BOOL = ir.DataType.INT64, ir.DataType.BOOL
-
-CACHE_SLOTS = "cache.slots"
-"""The initializer that lists the buffer's slots: besides the declared shapes, all that depends on their number."""
 
 
 @dataclass(frozen=True)
