@@ -56,7 +56,7 @@ class Loaded:
     recipe: Recipe | None
     check: Check | None
     manifest: Mapping[str, Any] | None
-    engine: Mapping[str, Any] | None
+    engine: Mapping[str, Mapping[str, Any]] | None
     absences: Mapping[str, str]
     token_text: TokenText
 
@@ -157,10 +157,14 @@ def _without_stale_prefix(loaded: Loaded) -> Loaded:
     return replace(loaded, after=None, absences={**loaded.absences, "after": why})
 
 
-def _load_engine(sidecars: tuple[Path, ...]) -> Mapping[str, Any]:
-    """Return a sidecar, or those of a split engine under their names."""
-    loaded = {path.stem: _load_json(path) for path in sidecars}
-    return next(iter(loaded.values())) if len(loaded) == 1 else loaded
+def _load_engine(sidecars: tuple[Path, ...]) -> Mapping[str, Mapping[str, Any]]:
+    """Return the sidecars of an engine by their names without suffix: one, or two of a split engine."""
+    return {path.stem: _load_json(path) for path in sidecars}
+
+
+def _engine_facts(sidecars: Mapping[str, Mapping[str, Any]]) -> Iterable[tuple[str, str]]:
+    for name, document in sidecars.items():
+        yield from _flat(document if len(sidecars) == 1 else {name: document})
 
 
 def _load_json(path: Path) -> Mapping[str, Any]:
@@ -212,7 +216,7 @@ def _page(loaded: Loaded) -> dict[str, Any]:
         "check_sentence": corpus_sentence(loaded.check) if loaded.check is not None else "",
         "gates": [(gate.passed, gate_sentence(gate)) for gate in loaded.check.gates] if loaded.check else [],
         "manifest": list(_flat(loaded.manifest)) if loaded.manifest is not None else [],
-        "engine": list(_flat(loaded.engine)) if loaded.engine is not None else [],
+        "engine": list(_engine_facts(loaded.engine)) if loaded.engine is not None else [],
     }
 
 
