@@ -14,7 +14,7 @@ from typing import IO
 
 from pydantic import BaseModel
 
-from spike_export.calibration.errors import EngineError
+from spike_export.calibration.errors import EngineError, SpikeExportError
 from spike_export.engines.build_options import BatchRange
 from spike_export.engines.build_profiles import Limits, Profile, make_profiles
 from spike_export.engines.build_request import BuildRequest, CompletionEvent, FailureEvent, ProgressEvent
@@ -42,7 +42,7 @@ def main() -> int:
         _send(events, build(request, events, cancelled))
     except BuildCancelledError:
         return _CANCELLED
-    except EngineError as error:
+    except SpikeExportError as error:
         _send(events, FailureEvent(message=str(error)))
     except OSError as error:
         _send(events, FailureEvent(message=str(error), errno=error.errno))
@@ -54,6 +54,7 @@ def build(request: BuildRequest, events: IO[bytes], cancelled: threading.Event) 
 
     Raises:
         EngineError: The backend cannot be loaded, or refuses the graph.
+        ArtifactError: The timing cache cannot be written.
         BuildCancelledError: The caller asked for it.
         OSError: The plan cannot be written.
     """

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
-from spike_export.calibration.atomic_write import atomic_path
-from spike_export.calibration.errors import EngineError
+from spike_export.calibration.atomic_write import atomic_path, describe_os_error
+from spike_export.calibration.errors import ArtifactError, EngineError
 from spike_export.calibration.progress import Progress, silent
 from spike_export.engines.build_options import DEFAULT_OPTIMIZATION_LEVEL, BuildOptions, ProfileName
 from spike_export.engines.build_profiles import Limits, resolve_limits
@@ -215,13 +215,22 @@ def build_engine(
             _request(build, key, partial, profiles)
             for partial, profiles in zip(partials, options.plan_profiles, strict=True)
         ]
-        completions = [run_build(request, progress, environment.command) for request in requests]
+        completions = [
+            _run(request, plan, progress, environment) for request, plan in zip(requests, plans, strict=True)
+        ]
     results = []
     for plan, completion in zip(plans, completions, strict=True):
         sidecar = _sidecar(build, key, completion)
         save_sidecar(sidecar, plan)
         results.append(BuildResult(plan, sidecar, completion.audit, completion.warnings))
     return tuple(results)
+
+
+def _run(request: BuildRequest, plan: Path, progress: Progress, environment: BuildEnvironment) -> CompletionEvent:
+    try:
+        return run_build(request, progress, environment.command)
+    except OSError as error:  # here, where it is known which of two plans it was
+        raise ArtifactError(describe_os_error(error, plan)) from error
 
 
 def _request(build: PlannedBuild, key: PlanKey, partial: Path, profiles: tuple[ProfileName, ...]) -> BuildRequest:

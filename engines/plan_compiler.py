@@ -7,6 +7,7 @@ from typing import Any
 
 import onnx
 
+from spike_export.calibration.atomic_write import atomic_path
 from spike_export.calibration.errors import EngineError
 from spike_export.engines.build_options import HardwareCompatibility
 from spike_export.engines.build_profiles import Profile
@@ -84,6 +85,7 @@ def compile_plan(
     Raises:
         EngineError: TensorRT refused a node, a profile or the whole network; with its reason.
         BuildCancelledError: `watch.cancelled` said so.
+        ArtifactError: The timing cache could not be written.
         OSError: The stream could not be written.
     """
     log = BuildLog()
@@ -95,10 +97,10 @@ def compile_plan(
     config = builder.create_builder_config()
     _apply_targets(trt, config, settings.targets)
     config.builder_optimization_level = settings.optimization_level
-    _apply_features(trt, config, settings)
+    apply_features(trt, config, settings)
     for profile in settings.profiles:
         _add_profile(builder, config, profile, log)
-    cache = _attach_timing_cache(config, settings)
+    cache = attach_timing_cache(config, settings)
     monitor = make_monitor(trt, watch.report, watch.cancelled)
     config.progress_monitor = monitor
     built = _serialize(trt, builder, network, config, stream)
@@ -109,7 +111,8 @@ def compile_plan(
     if not built:
         raise EngineError(f"{settings.backend.title} cannot build the plan: {_first_reason(log.errors)}")
     if cache is not None and settings.timing_cache is not None:
-        settings.timing_cache.write_bytes(memoryview(cache.serialize()))
+        with atomic_path(settings.timing_cache) as partial:
+            partial.write_bytes(memoryview(cache.serialize()))
     return log
 
 
@@ -139,7 +142,8 @@ def _apply_targets(trt: Any, config: Any, targets: Sequence[str]) -> None:
             raise EngineError(f"this version of TensorRT-RTX refuses the target {target}; leave it out")
 
 
-def _apply_features(trt: Any, config: Any, settings: CompileSettings) -> None:
+def apply_features(trt: Any, config: Any, settings: CompileSettings) -> None:
+    """Set the flags and levels of a builder configuration for what the plan is to be able to do."""
     flags = [flag for feature, flag in FLAGS.items() if feature in settings.features]
     if "strip_weights" in settings.features and "refit" not in settings.features:
         flags.append(IDENTICAL_REFIT)
@@ -158,12 +162,20 @@ def _add_profile(builder: Any, config: Any, profile: Profile, log: BuildLog) -> 
         raise EngineError(f"TensorRT refuses the {profile.name} profile: {_first_reason(log.errors)}")
 
 
-def _attach_timing_cache(config: Any, settings: CompileSettings) -> Any:
-    """Give the build its timing cache, read from the file when there is one; return it, or None without."""
+def attach_timing_cache(config: Any, settings: CompileSettings) -> Any:
+    """Give the build its timing cache, read from the file when there is one; return it, or None without.
+
+    Raises:
+        EngineError: The file is there and cannot be read.
+    """
     if settings.timing_cache is None:
         return None
-    settings.timing_cache.parent.mkdir(parents=True, exist_ok=True)
-    stored = settings.timing_cache.read_bytes() if settings.timing_cache.is_file() else b""
+    try:
+        stored = settings.timing_cache.read_bytes()
+    except FileNotFoundError:
+        stored = b""
+    except OSError as error:
+        raise EngineError(f"{settings.timing_cache}: cannot read the timing cache: {error.strerror}") from error
     cache = config.create_timing_cache(stored)
     # A cache of another GPU or version is not an error: it is replaced.
     if not config.set_timing_cache(cache, False):
