@@ -12,7 +12,7 @@ from spike_export.calibration.errors import EngineError
 from spike_export.engines.build_options import HardwareCompatibility
 from spike_export.engines.build_profiles import Profile
 from spike_export.engines.plan_backend import Backend, PlanFeature
-from spike_export.engines.plan_graph import allow_unfused_attention
+from spike_export.engines.plan_graph import serialize_for_tensorrt
 from spike_export.engines.trt_callbacks import BuildLog, PlanStream, make_logger, make_monitor, make_writer
 
 _LONGEST_REASON = 600
@@ -117,20 +117,19 @@ def compile_plan(
 
 
 def _parse(parser: Any, path: Path, graph: onnx.ModelProto) -> None:
-    # A copy, given with its path so that the weights, which may exceed protobuf's 2 GiB, are read from their file.
-    parsed = onnx.ModelProto()
-    parsed.CopyFrom(graph)
-    allow_unfused_attention(parsed)
-    if parser.parse(parsed.SerializeToString(), str(path)):
-        return
+    # Given with its path so that the weights, which may exceed protobuf's 2 GiB, are read from their file.
+    if not parser.parse(serialize_for_tensorrt(graph), str(path)):
+        raise EngineError(f"{path}: TensorRT {describe_refusal(parser)}")
+
+
+def describe_refusal(parser: Any) -> str:
+    """Return what an `OnnxParser` or `OnnxParserRefitter` says against a graph, to stand behind its name."""
     faults = [parser.get_error(index) for index in range(parser.num_errors)]
     if not faults:
-        raise EngineError(f"{path}: TensorRT cannot parse the graph and gives no reason; export the bundle again")
+        return "cannot take the graph and gives no reason; export the bundle again"
     fault = faults[0]
     more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-    raise EngineError(
-        f"{path}: TensorRT refuses node {fault.node_name()!r} ({fault.node_operator()}): {_shorten(fault.desc())}{more}"
-    )
+    return f"refuses node {fault.node_name()!r} ({fault.node_operator()}): {_shorten(fault.desc())}{more}"
 
 
 def _apply_targets(trt: Any, config: Any, targets: Sequence[str]) -> None:

@@ -69,15 +69,19 @@ def graph_inputs(model: onnx.ModelProto) -> tuple[GraphInput, ...]:
     )
 
 
-def allow_unfused_attention(model: onnx.ModelProto) -> None:
-    """Let TensorRT take Attention apart where it has no fused kernel, in this copy of the graph.
+def serialize_for_tensorrt(model: onnx.ModelProto) -> bytes:
+    """Return the graph as TensorRT gets it, without its weights; the model itself is not changed.
 
-    Without the attribute such a build fails: all of float32, and float16 with few heads in decode. Where there is
-    a fused kernel it is taken with and without. ONNX Runtime refuses the attribute, so no file may contain it.
+    It may take Attention apart where it has no fused kernel. Without that attribute such a build fails: all of
+    float32, and float16 with few heads in decode. Where there is a fused kernel it is taken with and without. ONNX
+    Runtime refuses the attribute, so no file may contain it.
     """
-    for node in model.graph.node:
+    given = onnx.ModelProto()
+    given.CopyFrom(model)
+    for node in given.graph.node:
         if node.op_type == "Attention":
             node.attribute.append(onnx.helper.make_attribute("TRT_decomposable", 1))
+    return bytes(given.SerializeToString())
 
 
 def resize_cache(model: onnx.ModelProto, slots: int) -> None:

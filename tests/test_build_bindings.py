@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from spike_export.engines import plan_compiler, plan_validity, trt_callbacks
+from spike_export.engines import plan_compiler, plan_refit, plan_validity, trt_callbacks
 from spike_export.engines.build_options import DEFAULT_OPTIMIZATION_LEVEL
 from spike_export.engines.plan_backend import BACKENDS, TENSORRT, TENSORRT_RTX, Backend, installed_version
 
-SOURCES = (plan_compiler, plan_validity, trt_callbacks)
+SOURCES = (plan_compiler, plan_refit, plan_validity, trt_callbacks)
 
 CLASSES = {
     "builder": "Builder",
@@ -23,6 +23,8 @@ CLASSES = {
     "made": "IOptimizationProfile",
     "network": "INetworkDefinition",
     "runtime": "Runtime",
+    "refitter": "Refitter",
+    "source": "OnnxParserRefitter",
 }
 """Variable in the sources → the class of the bindings it holds."""
 
