@@ -62,7 +62,8 @@ def usable_plan(plan: Path, bundle: Path | None, machine: Machine, progress: Pro
     Raises:
         StalePlanError: The plan was built here, but for another backend version or GPU, from another bundle, or its
             bytes have changed since. The reason is named.
-        EngineError: The file is no plan or a foreign one, or this machine cannot run plans.
+        EngineError: The file is no plan or a foreign one, it lacks its weights and there is no bundle to take them
+            from, or this machine cannot run plans.
     """
     header = read_header(plan)
     sidecar = _sidecar(plan, header)
@@ -79,6 +80,8 @@ def usable_plan(plan: Path, bundle: Path | None, machine: Machine, progress: Pro
         )
     _require_backend(plan, sidecar, machine)
     _require_gpu(plan, sidecar, machine.gpu)
+    if bundle is None and sidecar.key is not None and sidecar.key.strip_weights:
+        raise EngineError(f"{plan} was built without its weights; give the bundle it was built from, which has them")
     if bundle is not None and hash_bundle(bundle, progress) != sidecar.bundle_sha256:
         raise StalePlanError(f"{plan} was built from another bundle than {bundle} is now; build it again")
     if hash_plan(plan, progress) != sidecar.plan.sha256:

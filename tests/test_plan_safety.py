@@ -180,7 +180,14 @@ def test_without_a_gpu_no_plan_runs(plan: Path) -> None:
         usable_plan(plan, None, replace(HERE, gpu=None))
 
 
-A100, A100_40, A30 = (Gpu(f"NVIDIA A{name}", "SM80") for name in ("100", "100-40GB", "30"))
+def test_a_plan_without_its_weights_needs_its_bundle(plan: Path) -> None:
+    describe(plan, key={"strip_weights": True})
+    with pytest.raises(EngineError, match="was built without its weights; give the bundle"):
+        usable_plan(plan, None, HERE)
+    assert usable_plan(plan, plan.parent / "bundle", HERE)
+
+
+A100, A30 = Gpu("NVIDIA A100", "SM80"), Gpu("NVIDIA A30", "SM80")
 H200 = Gpu("NVIDIA H200", "SM90")
 
 
