@@ -188,6 +188,9 @@ def _open(work: "Job", options: RunArguments, stages: Sequence[str], console: Co
 
     # What would stop the last stage is said before the first one, which may take hours.
     if work.plan:
+        from spike_export.engines.plan_reuse import require_own_place
+
+        require_own_place(work.plan, work.build.split)
         require_buildable(work.build, work.number_format)
         require_writable(work.plan.parent)
     require_writable(work.work_dir)

@@ -8,6 +8,9 @@ from spike_export.calibration.errors import EngineError
 from spike_export.engines.plan_backend import BackendChoice, PlanFeature
 
 ProfileName = Literal["prefill", "decode"]
+SPLIT_PROFILES: tuple[ProfileName, ...] = ("prefill", "decode")
+"""The plans of a split engine, in the order in which they are built and listed."""
+
 HardwareCompatibility = Literal["ampere-plus", "same-compute-capability"]
 
 DEFAULT_CONTEXT = 2048
@@ -104,4 +107,4 @@ class BuildOptions:
     @property
     def plan_profiles(self) -> tuple[tuple[ProfileName, ...], ...]:
         """Return the profiles of each plan the engine consists of."""
-        return tuple((name,) for name in self.profiles) if self.split else (self.profiles,)
+        return tuple((name,) for name in SPLIT_PROFILES) if self.split else (self.profiles,)

@@ -3,10 +3,8 @@
 from pathlib import Path
 
 from spike_export.calibration.errors import EngineError
-from spike_export.engines.build_options import ProfileName
+from spike_export.engines.build_options import SPLIT_PROFILES, ProfileName
 from spike_export.engines.plan_sidecar import sidecar_path
-
-SPLIT_PROFILES: tuple[ProfileName, ...] = ("prefill", "decode")
 
 
 def split_path(engine: Path, profile: ProfileName) -> Path:

@@ -75,7 +75,7 @@ def provide_engine(
     """
     environment = environment or detect_environment()
     build = plan_build(bundle, engine, options, environment)
-    _require_own_place(engine, options.split)
+    require_own_place(engine, options.split)
     plans = plan_paths(engine, options.split)
     identity, note = None, "built"
     earlier = _earlier_plans(engine, options.split)
@@ -95,8 +95,12 @@ def provide_engine(
     return ProvidedEngine(plans, tuple(result.sidecar for result in results), note, reused=False)
 
 
-def _require_own_place(engine: Path, split: bool) -> None:
-    """Refuse to build a split engine beside a file of its name that is not ours: it would be taken for the engine."""
+def require_own_place(engine: Path, split: bool) -> None:
+    """Refuse to build a split engine beside a file of its name that is not ours: it would be taken for the engine.
+
+    Raises:
+        EngineError: Names the file.
+    """
     if split and engine.exists() and not sidecar_path(engine).is_file():
         names = " and ".join(path.name for path in plan_paths(engine, split=True))
         raise EngineError(

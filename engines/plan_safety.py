@@ -5,7 +5,9 @@ is what the backend would refuse in words of its own, or run wrong.
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from spike_export.calibration.errors import ArtifactError, EngineError
@@ -41,7 +43,8 @@ def usable_engine(
         StalePlanError: A plan was built here and cannot be used; or the two halves are of different builds.
         EngineError: A plan is missing or foreign.
     """
-    plans = tuple(CheckedPlan(plan, usable_plan(plan, bundle, machine, progress)) for plan in find_plans(engine))
+    identity = _identity(bundle, progress)
+    plans = tuple(CheckedPlan(plan, _usable(plan, identity, machine, progress)) for plan in find_plans(engine))
     if len({plan.sidecar.key for plan in plans}) > 1:
         names = " and ".join(plan.path.name for plan in plans)
         raise StalePlanError(f"{engine}: {names} are of different builds; build the engine again")
@@ -65,6 +68,22 @@ def usable_plan(plan: Path, bundle: Path | None, machine: Machine, progress: Pro
         EngineError: The file is no plan or a foreign one, it lacks its weights and there is no bundle to take them
             from, or this machine cannot run plans.
     """
+    return _usable(plan, _identity(bundle, progress), machine, progress)
+
+
+@dataclass(frozen=True, slots=True)
+class _Identity:
+    """A bundle, and its hash, which is computed when it is first asked for."""
+
+    bundle: Path
+    sha256: Callable[[], str]
+
+
+def _identity(bundle: Path | None, progress: Progress) -> _Identity | None:
+    return None if bundle is None else _Identity(bundle, cache(lambda: hash_bundle(bundle, progress)))
+
+
+def _usable(plan: Path, identity: _Identity | None, machine: Machine, progress: Progress) -> PlanSidecar:
     header = read_header(plan)
     sidecar = _sidecar(plan, header)
     backend = BACKENDS[sidecar.backend.name]
@@ -80,10 +99,10 @@ def usable_plan(plan: Path, bundle: Path | None, machine: Machine, progress: Pro
         )
     _require_backend(plan, sidecar, machine)
     _require_gpu(plan, sidecar, machine.gpu)
-    if bundle is None and sidecar.key is not None and sidecar.key.strip_weights:
+    if identity is None and sidecar.key is not None and sidecar.key.strip_weights:
         raise EngineError(f"{plan} was built without its weights; give the bundle it was built from, which has them")
-    if bundle is not None and hash_bundle(bundle, progress) != sidecar.bundle_sha256:
-        raise StalePlanError(f"{plan} was built from another bundle than {bundle} is now; build it again")
+    if identity is not None and identity.sha256() != sidecar.bundle_sha256:
+        raise StalePlanError(f"{plan} was built from another bundle than {identity.bundle} is now; build it again")
     if hash_plan(plan, progress) != sidecar.plan.sha256:
         raise StalePlanError(f"{plan} is not the file that was built: its bytes have changed; build it again")
     return sidecar

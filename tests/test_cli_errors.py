@@ -253,6 +253,14 @@ def test_what_stops_the_last_stage_is_said_before_the_first(
 
 
 @pytest.mark.usefixtures("_rtx_machine")
+def test_a_foreign_file_that_would_be_taken_for_a_split_engine(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "e.plan").write_bytes(b"mine")
+    options = ("--backend", "tensorrt-rtx", "--profiles", "split")
+    assert_says(job(folder, tmp_path / "e.plan", *options), "was not built here", "e.prefill.plan and e.decode.plan")
+    assert not (tmp_path / "e.plan.run").exists()
+
+
+@pytest.mark.usefixtures("_rtx_machine")
 def test_a_plan_s_capacity_needs_a_static_cache(folder: Path, tmp_path: Path) -> None:
     options = ("--backend", "tensorrt-rtx", "--plan-capacity", "16")
     assert_says(job(folder, tmp_path / "e.plan", *options), "the plan's capacity is 16", "--kv-cache static")

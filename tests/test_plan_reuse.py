@@ -251,6 +251,15 @@ def test_one_plan_cannot_be_split(tmp_path: Path) -> None:
         build_plan(write_bundle(tmp_path / "bundle"), tmp_path / "e.plan", SPLIT, environment=NO_BUILD)
 
 
+@needs_rtx
+def test_the_halves_have_their_profiles_in_whatever_order_they_are_asked_for(tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "bundle")
+    backwards = replace(SPLIT, profiles=("decode", "prefill"))
+    provided = provide_engine(bundle, tmp_path / "e.plan", backwards, environment=CPU)
+    assert [path.name for path in provided.plans] == ["e.prefill.plan", "e.decode.plan"]
+    assert [sidecar.profiles[0].name for sidecar in provided.sidecars] == ["prefill", "decode"]
+
+
 def test_a_bundle_without_weights_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     bundle = write_bundle(tmp_path / "bundle")
     (bundle / "model.onnx.data").unlink()

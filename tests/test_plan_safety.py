@@ -7,9 +7,12 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from spike_export.calibration.errors import EngineError
 from spike_export.engines.build_options import BuildOptions
@@ -231,7 +234,9 @@ def test_a_plan_of_tensorrt_runs_where_it_was_built_to_run(
 
 
 def test_a_split_engine_is_two_plans_that_belong_together(built: Path, tmp_path: Path) -> None:
-    prefill, decode = usable_engine(built / "two.plan", built / "bundle", HERE)
+    steps: list[str] = []
+    prefill, decode = usable_engine(built / "two.plan", built / "bundle", HERE, lambda *step: steps.append(step[0]))
+    assert len([step for step in steps if "bundle" in step]) == 3, "the bundle is hashed once for both"
     assert [plan.path.name for plan in (prefill, decode)] == ["two.prefill.plan", "two.decode.plan"]
     assert [[p.name for p in plan.sidecar.profiles] for plan in (prefill, decode)] == [["prefill"], ["decode"]]
     for path in built.glob("two.*"):
@@ -309,6 +314,24 @@ def test_the_runtime_s_answer_is_put_into_words(plan: Path) -> None:
         require_valid_header(trt, FakeRuntime(validity.INVALID, old), plan)
     with pytest.raises(EngineError, match="no reason given; is the CUDA driver in order"):
         require_valid_header(trt, FakeRuntime(validity.INVALID), plan)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from([b"", b"vtrt", b"ftrt", b"vtrt" + bytes(4)]), st.binary(max_size=200))
+def test_no_bytes_at_all_are_more_than_an_error(start: bytes, rest: bytes) -> None:
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "engine.plan"
+        path.write_bytes(start + rest)
+        with pytest.raises(EngineError, match=r"not a TensorRT or TensorRT-RTX plan|is a foreign plan of"):
+            usable_engine(path, None, HERE)
+
+
+def test_a_sidecar_cut_anywhere_is_an_error_and_mends_by_building(plan: Path) -> None:
+    text = sidecar_path(plan).read_text()
+    for length in range(0, len(text) - 2, 37):
+        sidecar_path(plan).write_text(text[:length])
+        with pytest.raises(StalePlanError, match="build the plan again"):
+            usable_plan(plan, None, HERE)
 
 
 def test_sidecars_of_older_versions_can_be_used(plan: Path) -> None:
