@@ -9,7 +9,7 @@ from pathlib import Path
 from spike_export.calibration.atomic_write import atomic_path, describe_os_error
 from spike_export.calibration.errors import ArtifactError, EngineError
 from spike_export.calibration.progress import Progress, silent
-from spike_export.engines.build_options import DEFAULT_OPTIMIZATION_LEVEL, BuildOptions, ProfileName
+from spike_export.engines.build_options import DEFAULT_OPTIMIZATION_LEVEL, SPLIT_PROFILES, BuildOptions, ProfileName
 from spike_export.engines.build_profiles import Limits, resolve_limits
 from spike_export.engines.build_request import BuildRequest, CompletionEvent
 from spike_export.engines.bundle_identity import file_size, hash_bundle
@@ -83,6 +83,8 @@ class PlannedBuild:
 
     Attributes:
         engine: File of the plan, or of which the plans of a split engine have their names.
+        device: Name of the GPU, where the backend compiles for the one at hand.
+        version: Of the backend that is installed.
         weight_bytes: Size of the bundle's data file.
     """
 
@@ -107,7 +109,7 @@ class PlannedBuild:
             version=self.version,
             targets=self.targets,
             device=self.device,
-            profiles=options.profiles,
+            profiles=SPLIT_PROFILES if options.split else options.profiles,
             split=options.split,
             batch=(limits.batch.smallest, limits.batch.typical, limits.batch.largest),
             context=limits.context,

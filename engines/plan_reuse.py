@@ -76,22 +76,26 @@ def provide_engine(
     environment = environment or detect_environment()
     build = plan_build(bundle, engine, options, environment)
     require_own_place(engine, options.split)
-    plans = plan_paths(engine, options.split)
+    plans, other = plan_paths(engine, options.split), plan_paths(engine, not options.split)
+    earlier = next((form for form in (plans, other) if all(plan.exists() for plan in form)), None)
     identity, note = None, "built"
-    earlier = _earlier_plans(engine, options.split)
-    if earlier and force:
+    if earlier is None:
+        halves = [plan for plan in plans if plan.exists()]
+        note = f"built again: the other half of {halves[0]} is missing" if halves else note
+    elif force:
         note = "built again: as asked for"
-    elif earlier:
-        reason = _damage(earlier, progress)
+    else:
+        reason = _unreadable(earlier)
         if reason is None:
             identity = hash_bundle(bundle, progress)
-            reason = "; ".join(build.key(identity).changes_since(_key(earlier[0])))
-        if not reason:
-            sidecars = tuple(load_sidecar(plan) for plan in plans)
-            return ProvidedEngine(plans, sidecars, KEPT, reused=True)
+            changes = build.key(identity).changes_since(_key(earlier[0]))
+            reason = "; ".join(changes) or _altered(earlier, progress)
+        if reason is None:
+            _discard(other)
+            return ProvidedEngine(plans, tuple(load_sidecar(plan) for plan in plans), KEPT, reused=True)
         note = f"built again: {reason}"
     results = build_engine(build, identity, progress, environment)
-    _discard(plan_paths(engine, not options.split))
+    _discard(other)
     return ProvidedEngine(plans, tuple(result.sidecar for result in results), note, reused=False)
 
 
@@ -109,34 +113,29 @@ def require_own_place(engine: Path, split: bool) -> None:
         )
 
 
-def _earlier_plans(engine: Path, split: bool) -> tuple[Path, ...]:
-    """Return the plans that are there under this name, in the wanted form or the other one; none when incomplete."""
-    for form in (split, not split):
-        plans = plan_paths(engine, form)
-        if all(plan.exists() for plan in plans):
-            return plans
-    return ()
-
-
-def _damage(plans: tuple[Path, ...], progress: Progress) -> str | None:
-    """Return why plans that are there cannot be kept, whatever was asked for; None when they can."""
+def _unreadable(plans: tuple[Path, ...]) -> str | None:
+    """Return why nothing can be said of plans that are there; None where their sidecars tell one key."""
     keys = set()
     for plan in plans:
         try:
-            sidecar = load_sidecar(plan)
+            key = load_sidecar(plan).key
         except ArtifactError as error:
             return str(error).removesuffix("; build the plan again")
-        if sidecar.key is None:
+        if key is None:
             return f"{sidecar_path(plan)} is of an older version"
-        if hash_plan(plan, progress) != sidecar.plan.sha256:
-            return f"{plan} is not the file that was built"
-        keys.add(sidecar.key)
+        keys.add(key)
     return "its plans are of different builds" if len(keys) > 1 else None
+
+
+def _altered(plans: tuple[Path, ...], progress: Progress) -> str | None:
+    """Return which plan has other bytes than were built; None when none has."""
+    altered = [plan for plan in plans if hash_plan(plan, progress) != load_sidecar(plan).plan.sha256]
+    return f"{altered[0]} is not the file that was built" if altered else None
 
 
 def _key(plan: Path) -> PlanKey:
     key = load_sidecar(plan).key
-    assert key is not None, "a plan without a key counts as damaged"
+    assert key is not None, "a plan without a key counts as unreadable"
     return key
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 import shutil
 import signal
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,12 +13,13 @@ import pytest
 
 from spike_export.calibration.errors import ArtifactError, EngineError
 from spike_export.engines.build_options import BatchRange, BuildOptions
+from spike_export.engines.build_request import CompletionEvent
 from spike_export.engines.bundle_identity import hash_bundle
 from spike_export.engines.plan_backend import TENSORRT_RTX, Machine
-from spike_export.engines.plan_builder import BuildEnvironment, build_engine, build_plan, plan_build
+from spike_export.engines.plan_builder import BuildEnvironment, BuildResult, build_engine, build_plan, plan_build
 from spike_export.engines.plan_paths import artifact_paths, find_plans
 from spike_export.engines.plan_reuse import ProvidedEngine, provide_engine
-from spike_export.engines.plan_sidecar import PlanKey, load_sidecar, sidecar_path
+from spike_export.engines.plan_sidecar import AuditedModule, PlanKey, load_sidecar, sidecar_path
 from tests.tiny_bundles import TinyModel, write_bundle
 
 needs_rtx = pytest.mark.skipif(
@@ -102,29 +104,60 @@ def test_every_option_of_a_build_is_part_of_its_key(tmp_path: Path) -> None:
     assert plan_build(bundle, tmp_path / "e.plan", level, CPU).key("aa") == key
 
 
+QUICK = """
+import hashlib, json, sys
+request, event = json.loads(sys.stdin.readline()), json.loads(sys.argv[1])
+plan = json.dumps(request, sort_keys=True).encode()
+open(request["plan"], "wb").write(plan)
+event["profiles"] = [{"name": name, "inputs": {}} for name in request["profiles"]]
+event["plan_sha256"], event["plan_size"] = hashlib.sha256(plan).hexdigest(), len(plan)
+print(json.dumps(event))
+"""
+"""A build process that writes down what it was asked for, and tells of it what a real one told of its plan."""
+
+
 @dataclass(frozen=True)
 class Place:
-    """A bundle, and an engine of it that was built."""
+    """A bundle, and an engine of it that was built; what else is built is built by `QUICK`."""
 
     bundle: Path
     engine: Path
-    provided: ProvidedEngine
+    built: BuildResult
+    quick: BuildEnvironment
 
-    def again(self, options: BuildOptions, environment: BuildEnvironment = CPU, **more: bool) -> ProvidedEngine:
-        return provide_engine(self.bundle, self.engine, options, environment=environment, **more)
+    def again(
+        self, options: BuildOptions, environment: BuildEnvironment | None = None, force: bool = False
+    ) -> ProvidedEngine:
+        environment = environment or self.quick
+        return provide_engine(self.bundle, self.engine, options, environment=environment, force=force)
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in self.engine.parent.iterdir() if path.is_file()}
 
 
 @pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ProvidedEngine]:
+def template(tmp_path_factory: pytest.TempPathFactory) -> BuildResult:
     folder = tmp_path_factory.mktemp("engine")
-    bundle = write_bundle(folder / "bundle")
-    return folder, provide_engine(bundle, folder / "engine.plan", SMALL, environment=CPU)
+    return build_plan(write_bundle(folder / "bundle"), folder / "engine.plan", SMALL, environment=CPU)
 
 
 @pytest.fixture
-def place(template: tuple[Path, ProvidedEngine], tmp_path: Path) -> Place:
-    shutil.copytree(template[0], tmp_path, dirs_exist_ok=True)
-    return Place(tmp_path / "bundle", tmp_path / "engine.plan", template[1])
+def place(template: BuildResult, tmp_path: Path) -> Place:
+    shutil.copytree(template.plan.parent, tmp_path, dirs_exist_ok=True)
+    version = template.sidecar.backend.version
+    told = CompletionEvent(
+        version=version,
+        profiles=(),
+        plan_sha256="",
+        plan_size=0,
+        seconds=1.0,
+        peak_memory=1,
+        warnings=(),
+        audit=template.audit,
+    )
+    quick = replace(CPU, command=(sys.executable, "-I", "-c", QUICK, told.model_dump_json()))
+    return Place(tmp_path / "bundle", tmp_path / "engine.plan", template, quick)
 
 
 @needs_rtx
@@ -133,9 +166,15 @@ def test_the_same_engine_is_not_built_twice(place: Place) -> None:
     again = place.again(SMALL, NO_BUILD)
     assert again.reused
     assert again.note == "kept: nothing it was built from has changed"
-    assert (again.plans, again.sidecars) == ((place.engine,), place.provided.sidecars)
+    assert (again.plans, again.sidecars) == ((place.engine,), (place.built.sidecar,))
     assert place.engine.read_bytes() == before
-    assert (place.provided.note, place.provided.reused) == ("built", False)
+
+
+@needs_rtx
+def test_where_nothing_was_it_is_built(place: Place, tmp_path: Path) -> None:
+    first = provide_engine(place.bundle, tmp_path / "new" / "e.plan", SMALL, environment=place.quick)
+    assert (first.note, first.reused) == ("built", False)
+    assert provide_engine(place.bundle, tmp_path / "new" / "e.plan", SMALL, environment=NO_BUILD).reused
 
 
 @needs_rtx
@@ -154,7 +193,7 @@ def test_another_backend_version_makes_another_engine(place: Place) -> None:
     with pytest.raises(EngineError, match="exit code 1"):  # it is built, and this environment cannot
         place.again(SMALL, replace(NO_BUILD, machine=machine))
     key = plan_build(place.bundle, place.engine, SMALL, replace(CPU, machine=machine)).key(hash_bundle(place.bundle))
-    old = place.provided.sidecars[0].key
+    old = place.built.sidecar.key
     assert old is not None
     assert key.changes_since(old) == (f"backend version {old.version} -> 1.8.0.1",)
 
@@ -186,11 +225,11 @@ def test_force_builds_in_any_case(place: Place) -> None:
 
 @needs_rtx
 def test_a_split_engine_is_two_plans_and_replaces_the_one(place: Place) -> None:
-    again = place.again(SPLIT)
+    again = place.again(SPLIT, CPU)
     assert again.note == "built again: profiles decode -> prefill+decode; a plan per profile no -> yes"
-    names = {path.name for path in place.engine.parent.iterdir() if path.is_file()}
-    assert names == {"engine.prefill.plan", "engine.prefill.json", "engine.decode.plan", "engine.decode.json"}
-    assert set(artifact_paths(place.engine, split=True)) == {place.engine.parent / name for name in names}
+    names = {"engine.prefill.plan", "engine.prefill.json", "engine.decode.plan", "engine.decode.json"}
+    assert place.files.keys() == names
+    assert {path.name for path in artifact_paths(place.engine, split=True)} == names
     assert find_plans(place.engine) == again.plans
     first, second = again.sidecars
     assert first.key == second.key
@@ -202,21 +241,38 @@ def test_a_split_engine_is_two_plans_and_replaces_the_one(place: Place) -> None:
     assert again.deviations == ()
     assert place.again(SPLIT, NO_BUILD).reused
     back = place.again(SMALL)
-    assert {path.name for path in place.engine.parent.iterdir() if path.is_file()} == {"engine.plan", "engine.json"}
+    assert place.files.keys() == {"engine.plan", "engine.json"}
     assert "a plan per profile yes -> no" in back.note
 
 
 @needs_rtx
-def test_a_split_engine_names_a_module_that_deviates_once(tmp_path: Path) -> None:
-    wrong = "model.layers.0.mlp.up_proj"
-    bundle = write_bundle(tmp_path / "bundle", TinyModel(wrong_axis=(wrong,), hidden=128))
-    assert provide_engine(bundle, tmp_path / "e.plan", SPLIT, environment=CPU).deviations == (wrong,)
+def test_what_is_left_of_an_interrupted_change_of_form_is_removed_or_built_again(place: Place) -> None:
+    single = {path: path.read_bytes() for path in (place.engine, sidecar_path(place.engine))}
+    place.again(SPLIT)
+    for path, content in single.items():  # as if the process had died before the old form was removed
+        path.write_bytes(content)
+    assert place.again(SPLIT, NO_BUILD).reused
+    assert not any(path.exists() for path in single)
+    (place.engine.parent / "engine.prefill.plan").unlink()
+    assert place.again(SPLIT).note.endswith("engine.decode.plan is missing")
+
+
+@needs_rtx
+def test_a_module_that_deviates_in_both_halves_is_named_once(place: Place) -> None:
+    provided = place.again(SPLIT)
+    wrong = AuditedModule(planned="int8", found=("float16",), as_planned=False)
+    sidecars = tuple(
+        sidecar.model_copy(update={"audit": sidecar.audit.model_copy(update={"modules": {"m": wrong}})})
+        for sidecar in provided.sidecars
+    )
+    assert provided.deviations == ()
+    assert replace(provided, sidecars=sidecars).deviations == ("m",)
 
 
 @needs_rtx
 @pytest.mark.parametrize("half", ["prefill", "decode"])
 def test_ctrl_c_during_either_half_keeps_the_engine_that_was_there(place: Place, half: str) -> None:
-    before = {path: path.read_bytes() for path in place.engine.parent.rglob("*") if path.is_file()}
+    before = place.files
 
     def interrupt(what: str, done: int, total: int) -> None:
         if half in what:
@@ -224,7 +280,7 @@ def test_ctrl_c_during_either_half_keeps_the_engine_that_was_there(place: Place,
 
     with pytest.raises(KeyboardInterrupt):
         provide_engine(place.bundle, place.engine, SPLIT, interrupt, CPU)
-    assert {path: path.read_bytes() for path in place.engine.parent.rglob("*") if path.is_file()} == before
+    assert place.files == before
 
 
 def test_a_split_engine_needs_the_memory_of_one_profile(tmp_path: Path) -> None:
@@ -252,12 +308,11 @@ def test_one_plan_cannot_be_split(tmp_path: Path) -> None:
 
 
 @needs_rtx
-def test_the_halves_have_their_profiles_in_whatever_order_they_are_asked_for(tmp_path: Path) -> None:
-    bundle = write_bundle(tmp_path / "bundle")
-    backwards = replace(SPLIT, profiles=("decode", "prefill"))
-    provided = provide_engine(bundle, tmp_path / "e.plan", backwards, environment=CPU)
-    assert [path.name for path in provided.plans] == ["e.prefill.plan", "e.decode.plan"]
+def test_the_halves_have_their_profiles_in_whatever_order_they_are_asked_for(place: Place) -> None:
+    provided = place.again(replace(SPLIT, profiles=("decode", "prefill")))
+    assert [path.name for path in provided.plans] == ["engine.prefill.plan", "engine.decode.plan"]
     assert [sidecar.profiles[0].name for sidecar in provided.sidecars] == ["prefill", "decode"]
+    assert place.again(SPLIT, NO_BUILD).reused
 
 
 def test_a_bundle_without_weights_is_refused_before_anything_is_written(tmp_path: Path) -> None:
