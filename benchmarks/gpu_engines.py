@@ -19,8 +19,8 @@ from spike_export.calibration.recipe import ModulePlan, Recipe
 from spike_export.engines.build_options import BatchRange, BuildOptions
 from spike_export.engines.generation_options import GenerationOptions
 from spike_export.engines.plan_backend import BACKENDS, FLOAT8_TARGETS, BackendName, Machine
+from spike_export.engines.plan_safety import CheckedPlan
 from spike_export.engines.trt_decoding import DrawnTensors, TensorRtDecoding
-from spike_export.engines.trt_engines import CheckedPlan
 from spike_export.export.manifest import Manifest, load_manifest
 
 if TYPE_CHECKING:

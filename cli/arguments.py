@@ -1,5 +1,6 @@
 """The options of the commands, in groups that several commands share. Their texts are the help."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -160,6 +161,15 @@ class GateArguments:
     "Largest relative perplexity increase over the unquantized model, e.g. 0.05; exit code 1 when missed."
 
 
+Profiles = Literal["both", "split", "prefill", "decode"]
+PROFILES_OF: Mapping[Profiles, tuple[Literal["prefill", "decode"], ...]] = {
+    "both": ("prefill", "decode"),
+    "split": ("prefill", "decode"),
+    "prefill": ("prefill",),
+    "decode": ("decode",),
+}
+
+
 @Parameter(name="*", group=_BUILD)
 @dataclass(frozen=True, kw_only=True)
 class BuildArguments:
@@ -171,17 +181,48 @@ class BuildArguments:
     target: Annotated[tuple[str, ...], Parameter(negative="")] = ()
     "Compute capability such as SM86; repeat for several (default: all that the backend builds for)."
 
-    profile: Annotated[tuple[Literal["prefill", "decode"], ...], Parameter(negative="")] = ("prefill", "decode")
-    "Use the plan serves; repeat for both. TensorRT-RTX stores the weights once per profile."
+    profiles: Profiles = "both"
+    """Uses the engine serves: prefill and decode in one plan, each in a plan of its own (OUT.prefill and OUT.decode,
+    built one after another, in less memory), or one of them. TensorRT-RTX stores the weights once per use."""
 
     max_batch: int = 1
     "Most sequences per call."
 
+    typical_batch: int = 1
+    "Sequences per call that the kernels are chosen for."
+
     max_context: int | None = None
     "Most tokens of a sequence (default: a static cache's capacity, else 2048 or what the model can do)."
 
+    max_prompt: int | None = None
+    "Most tokens in one call (default: --max-context)."
+
+    typical_prompt: int = 256
+    "Tokens of a prompt that the kernels are chosen for."
+
+    plan_capacity: int | None = None
+    "Tokens a static cache has room for in this plan, where that is to be less than the bundle's capacity."
+
     optimization_level: int | None = None
-    "TensorRT's builder optimization level, 0 to 5."
+    "TensorRT's builder optimization level, 0 to 5 (default: 3)."
+
+    refit: Annotated[bool, Parameter(negative="")] = False
+    "Weights can be replaced by others in the finished plan."
+
+    strip_weights: Annotated[bool, Parameter(negative="")] = False
+    "Leave weights out of the plan that can be put back into it from the bundle."
+
+    weight_streaming: Annotated[bool, Parameter(negative="")] = False
+    "Weights may stay in host memory and come to the GPU when they are needed."
+
+    hardware_compatible: Literal["ampere-plus", "same-compute-capability"] | None = None
+    "Other GPUs the plan is to run on (tensorrt only): all from Ampere on, or those of this compute capability."
+
+    version_compatible: Annotated[bool, Parameter(negative="")] = False
+    "The plan also runs in later versions of TensorRT (tensorrt only)."
+
+    timing_cache: Path | None = None
+    "File that keeps kernel timings between builds (tensorrt only); made when missing."
 
     ignore_memory: Annotated[bool, Parameter(negative="")] = False
     "Build even when the estimated memory exceeds what is available."

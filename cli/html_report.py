@@ -32,6 +32,7 @@ from spike_export.cli.check_table import (
 from spike_export.cli.spike_figures import qfem_curve, ratio_chart, spike_picture, svg_text
 from spike_export.cli.visible_text import visible
 from spike_export.engines.check_document import Check, load_check
+from spike_export.engines.plan_paths import plan_paths
 
 REPORT_NAME = "report.html"
 
@@ -55,7 +56,7 @@ class Loaded:
     recipe: Recipe | None
     check: Check | None
     manifest: Mapping[str, Any] | None
-    engine: Mapping[str, Any] | None
+    engine: Mapping[str, Mapping[str, Any]] | None
     absences: Mapping[str, str]
     token_text: TokenText
 
@@ -93,7 +94,8 @@ def write_report(run: Path, engine: Path | None = None, tokenizer: Path | None =
 
     Args:
         run: The work directory.
-        engine: The engine's sidecar (`engine.json`); by default the one in the work directory, if there is one.
+        engine: The engine's sidecar (`engine.json`); by default the one in the work directory, if there is one. Where
+            there is none of this name, those of a split engine are taken (`engine.prefill.json`, `engine.decode.json`).
         tokenizer: A `tokenizer.json` for the text of tokens; by default the bundle's. Without one, ids are shown.
 
     Returns:
@@ -130,13 +132,15 @@ def _load(run: Path, engine: Path, tokenizer: Path) -> Loaded:
 
     recipe_path, check_path, manifest = run / "recipe.json", run / "check.json", run / "bundle" / "manifest.json"
     before, after = run / "spikes", run / "spikes_prefixed"
+    halves = plan_paths(engine, split=True)
+    sidecars = halves if not engine.is_file() and all(half.is_file() for half in halves) else (engine,)
     loaded = Loaded(
         before=part("before", run / "spikes.json", lambda: load_spikes(before), "No activations were measured."),
         after=part("after", run / "spikes_prefixed.json", lambda: load_spikes(after), "No prefix was measured."),
         recipe=part("recipe", recipe_path, lambda: load_recipe(recipe_path), "There is no recipe."),
         check=part("check", check_path, lambda: load_check(check_path), "The accuracy has not been checked yet."),
         manifest=part("manifest", manifest, lambda: _load_json(manifest), "The model has not been exported yet."),
-        engine=part("engine", engine, lambda: _load_json(engine), "No engine has been built yet."),
+        engine=part("engine", sidecars[-1], lambda: _load_engine(sidecars), "No engine has been built yet."),
         absences=absences,
         token_text=_token_text(tokenizer),
     )
@@ -151,6 +155,16 @@ def _without_stale_prefix(loaded: Loaded) -> Loaded:
         return loaded
     why = "The statistics with a prefix are left out: the recipe has another prefix, or none."
     return replace(loaded, after=None, absences={**loaded.absences, "after": why})
+
+
+def _load_engine(sidecars: tuple[Path, ...]) -> Mapping[str, Mapping[str, Any]]:
+    """Return the sidecars of an engine by their names without suffix: one, or two of a split engine."""
+    return {path.stem: _load_json(path) for path in sidecars}
+
+
+def _engine_facts(sidecars: Mapping[str, Mapping[str, Any]]) -> Iterable[tuple[str, str]]:
+    for name, document in sidecars.items():
+        yield from _flat(document if len(sidecars) == 1 else {name: document})
 
 
 def _load_json(path: Path) -> Mapping[str, Any]:
@@ -202,7 +216,7 @@ def _page(loaded: Loaded) -> dict[str, Any]:
         "check_sentence": corpus_sentence(loaded.check) if loaded.check is not None else "",
         "gates": [(gate.passed, gate_sentence(gate)) for gate in loaded.check.gates] if loaded.check else [],
         "manifest": list(_flat(loaded.manifest)) if loaded.manifest is not None else [],
-        "engine": list(_flat(loaded.engine)) if loaded.engine is not None else [],
+        "engine": list(_engine_facts(loaded.engine)) if loaded.engine is not None else [],
     }
 
 

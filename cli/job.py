@@ -124,11 +124,12 @@ def require_buildable(options: BuildOptions, number_format: NumberFormat = "int8
     Raises:
         EngineError: Names the backend or the target, and the remedy.
     """
-    from spike_export.engines.plan_backend import choose_backend, detect_machine, resolve_targets
+    from spike_export.engines.plan_backend import choose_backend, detect_machine, require_features, resolve_targets
 
     machine = detect_machine()
     backend = choose_backend(options.backend, machine).backend
     resolve_targets(backend, options.targets, machine.gpu, float8=number_format == "fp8")
+    require_features(backend, options.features, machine.gpu)
 
 
 def require_bundle_or_nothing(folder: Path) -> None:

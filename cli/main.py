@@ -17,6 +17,7 @@ from rich.text import Text
 
 from spike_export.calibration.errors import ArtifactError, SpikeExportError
 from spike_export.cli.arguments import (
+    PROFILES_OF,
     BuildArguments,
     CorpusArguments,
     DtypeArguments,
@@ -157,18 +158,18 @@ def _run_job(work: "Job", options: RunArguments) -> int:
         recipe = pipeline.calibrate() if work.quantize else None
         bundle = pipeline.export(recipe)
         check = pipeline.check(recipe, bundle)
-        wrong: tuple[str, ...] = ()
-        if check.passed:
-            _, wrong = pipeline.build(bundle)
+        engine = pipeline.build(bundle) if check.passed else None
         report = pipeline.report(built=check.passed)
     if not options.quiet:
         print_check(check, console)
         if recipe is not None:
             _print_notes(recipe, console)
-        places = [("plan", work.plan if check.passed else None), ("bundle", bundle), ("report", report)]
-        for name, place in places:
-            console.print(Text(f"{name}: {place or 'not built: the accuracy limit was missed'}"), soft_wrap=True)
-    return _verdict(check.passed, wrong, work.allow_fallback)
+        if engine is not None:
+            console.print(Text(f"plan {engine.note}"), soft_wrap=True)
+        plans = engine.plans if engine else ("not built: the accuracy limit was missed",)
+        for name, place in (*(("plan", plan) for plan in plans), ("bundle", bundle), ("report", report)):
+            console.print(Text(f"{name}: {place}"), soft_wrap=True)
+    return _verdict(check.passed, engine.deviations if engine else (), work.allow_fallback)
 
 
 def _verdict(passed: bool, wrong: tuple[str, ...], allow_fallback: bool) -> int:
@@ -187,6 +188,9 @@ def _open(work: "Job", options: RunArguments, stages: Sequence[str], console: Co
 
     # What would stop the last stage is said before the first one, which may take hours.
     if work.plan:
+        from spike_export.engines.plan_reuse import require_own_place
+
+        require_own_place(work.plan, work.build.split)
         require_buildable(work.build, work.number_format)
         require_writable(work.plan.parent)
     require_writable(work.work_dir)
@@ -255,10 +259,20 @@ def _build_options(build: BuildArguments) -> "BuildOptions":
     return BuildOptions(
         backend=build.backend,
         targets=build.target,
-        profiles=build.profile,
-        batch=BatchRange(1, 1, build.max_batch),
+        profiles=PROFILES_OF[build.profiles],
+        split=build.profiles == "split",
+        batch=BatchRange(1, build.typical_batch, build.max_batch),
+        capacity=build.plan_capacity,
         max_context=build.max_context,
+        typical_prompt=build.typical_prompt,
+        max_prompt=build.max_prompt,
         optimization_level=build.optimization_level,
+        refit=build.refit,
+        strip_weights=build.strip_weights,
+        weight_streaming=build.weight_streaming,
+        hardware_compatible=build.hardware_compatible,
+        version_compatible=build.version_compatible,
+        timing_cache=build.timing_cache,
         ignore_memory=build.ignore_memory,
     )
 
@@ -478,14 +492,16 @@ def build(
 ) -> int:
     """Build the engine plan of a bundle, and prove from the plan in which precision each module runs."""
     from spike_export.cli.progress_display import ProgressDisplay
-    from spike_export.engines.plan_builder import build_plan
+    from spike_export.engines.plan_reuse import provide_engine
 
     console = Console()
     with ProgressDisplay(console, ["plan"], quiet=run_options.quiet) as display, display.stage("plan") as progress:
-        result = build_plan(bundle, out, _build_options(build_options), progress)
+        engine = provide_engine(bundle, out, _build_options(build_options), progress, force=run_options.force)
     if not run_options.quiet:
-        console.print(Text(f"plan: {out} ({result.sidecar.backend.reason})"), soft_wrap=True)
-    return _verdict(True, tuple(module.module for module in result.deviations), build_options.allow_fallback)
+        console.print(Text(f"plan {engine.note}"), soft_wrap=True)
+        for plan, sidecar in zip(engine.plans, engine.sidecars, strict=True):
+            console.print(Text(f"plan: {plan} ({sidecar.backend.reason})"), soft_wrap=True)
+    return _verdict(True, engine.deviations, build_options.allow_fallback)
 
 
 @app.command

@@ -37,8 +37,10 @@ from spike_export.cli.job import Job, require_bundle_or_nothing
 from spike_export.cli.progress_display import ProgressDisplay
 from spike_export.cli.run_directory import RunDirectory, stage_key
 from spike_export.engines.check_document import Check, load_check, save_check
-from spike_export.engines.plan_builder import BuildResult, build_plan
-from spike_export.engines.plan_sidecar import PlanSidecar, load_sidecar, sidecar_path
+from spike_export.engines.plan_backend import detect_machine
+from spike_export.engines.plan_paths import artifact_paths, plan_paths
+from spike_export.engines.plan_reuse import KEPT, ProvidedEngine, provide_engine
+from spike_export.engines.plan_sidecar import load_sidecar, sidecar_path
 from spike_export.engines.variants import Variant, check_variants
 from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.manifest import DATA_FILE, GRAPH_FILE, MANIFEST_FILE
@@ -340,29 +342,34 @@ class Pipeline:
             return load_spikes(place)
         return self.calibration.measure(recipe.prefix_ids)
 
-    def build(self, bundle: Path) -> tuple[PlanSidecar, tuple[str, ...]]:
-        """Build the plan; return its sidecar and the modules that do not run as planned."""
-        plan = self.job.plan
-        assert plan is not None, "a job without a plan has no build stage"
+    def build(self, bundle: Path) -> ProvidedEngine:
+        """Build the engine, or keep the one that is there."""
+        engine, options = self.job.plan, self.job.build
+        assert engine is not None, "a job without a plan has no build stage"
         # The weights are no longer needed here, and the build process wants the memory.
         self.__dict__.pop("calibration", None)
         collect_and_return_memory()
-        results: list[BuildResult] = []
+        provided: list[ProvidedEngine] = []
+        machine, plans = detect_machine(), plan_paths(engine, options.split)
         key = stage_key(
             tool=version("spike-export"),
             manifest=(bundle / MANIFEST_FILE).read_text(encoding="utf-8"),
-            options=asdict(self.job.build),
-            plan=plan.absolute(),
-            backends=installed_backends(),
+            options=asdict(options),
+            plan=engine.absolute(),
+            backends={name: machine.version(name) for name in machine.installed},
+            gpu=machine.gpu,
         )
 
         def work(progress: Progress) -> None:
-            results.append(build_plan(bundle, plan, self.job.build, progress))
+            provided.append(provide_engine(bundle, engine, options, progress, force=self.run.force))
 
-        self._stage(PLAN, key, [plan, sidecar_path(plan)], work)
-        sidecar = load_sidecar(plan)
-        wrong = tuple(name for name, module in sidecar.audit.modules.items() if not module.as_planned)
-        return sidecar, wrong if sidecar.audit.readable else ()
+        if not all(_is_whole(plan) for plan in plans):
+            self.run.begin(PLAN)
+        self._stage(PLAN, key, artifact_paths(engine, options.split), work)
+        if provided:
+            return provided[0]
+        sidecars = tuple(load_sidecar(plan) for plan in plans)
+        return ProvidedEngine(plans, sidecars, KEPT, reused=True)
 
     def report(self, built: bool) -> Path:
         """Write the HTML page; cheap, and never stale: a plan of an earlier run is left out."""
@@ -397,14 +404,10 @@ def _with_every_module_quantized(options: CalibrationOptions) -> CalibrationOpti
     )
 
 
-def installed_backends() -> dict[str, str]:
-    """Return the TensorRT packages that are installed, with their versions: another one makes another plan."""
-    from importlib.metadata import PackageNotFoundError
-
-    found = {}
-    for package in ("tensorrt", "tensorrt-cu13", "tensorrt-rtx", "tensorrt-rtx-cu13"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+def _is_whole(plan: Path) -> bool:
+    """Return whether a plan has its sidecar and the size that this tells; hashing is for whoever loads it."""
+    try:
+        load_sidecar(plan)
+    except ArtifactError:
+        return False
+    return True

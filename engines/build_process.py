@@ -14,14 +14,14 @@ from typing import IO
 
 from pydantic import BaseModel
 
-from spike_export.calibration.errors import EngineError
+from spike_export.calibration.errors import EngineError, SpikeExportError
 from spike_export.engines.build_options import BatchRange
 from spike_export.engines.build_profiles import Limits, Profile, make_profiles
 from spike_export.engines.build_request import BuildRequest, CompletionEvent, FailureEvent, ProgressEvent
 from spike_export.engines.plan_audit import judge
 from spike_export.engines.plan_backend import BACKENDS
 from spike_export.engines.plan_compiler import BuildCancelledError, CompileSettings, Watch, compile_plan
-from spike_export.engines.plan_graph import graph_inputs, load_graph, planned_precisions
+from spike_export.engines.plan_graph import graph_inputs, load_graph, planned_precisions, resize_cache
 from spike_export.engines.plan_reader import read_built_plan
 from spike_export.engines.plan_sidecar import InputShapes, ProfileShapes
 from spike_export.engines.trt_callbacks import PlanStream
@@ -43,7 +43,7 @@ def main() -> int:
         _send(events, build(request, events, cancelled))
     except BuildCancelledError:
         return _CANCELLED
-    except EngineError as error:
+    except SpikeExportError as error:
         _send(events, FailureEvent(message=str(error)))
     except OSError as error:
         _send(events, FailureEvent(message=str(error), errno=error.errno))
@@ -55,6 +55,7 @@ def build(request: BuildRequest, events: IO[bytes], cancelled: threading.Event) 
 
     Raises:
         EngineError: The backend cannot be loaded, or refuses the graph.
+        ArtifactError: The timing cache cannot be written.
         BuildCancelledError: The caller asked for it.
         OSError: The plan cannot be written.
     """
@@ -65,13 +66,26 @@ def build(request: BuildRequest, events: IO[bytes], cancelled: threading.Event) 
         raise EngineError(f"{backend.title} cannot be loaded ({error}); run: {backend.install}") from error
     started = time.monotonic()
     graph = load_graph(Path(request.graph))
+    if request.slots is not None:
+        resize_cache(graph, request.slots)
     profiles = make_profiles(graph_inputs(graph), request.profiles, _limits(request))
     cache = Path(request.timing_cache) if request.timing_cache else None
-    settings = CompileSettings(backend, request.targets, profiles, request.optimization_level, cache)
+    settings = CompileSettings(
+        backend,
+        request.targets,
+        profiles,
+        request.optimization_level,
+        request.features,
+        request.hardware_compatible,
+        cache,
+    )
+
+    only = f"{request.profiles[0]} " if len(request.profiles) == 1 else ""
+    what = f"percent of the {only}plan built"
 
     def report(percent: int) -> None:
         if not cancelled.is_set():
-            _send(events, ProgressEvent(what="percent of the plan built", done=percent, total=100))
+            _send(events, ProgressEvent(what=what, done=percent, total=100))
 
     with Path(request.plan).open("wb") as file:
         stream = PlanStream(file)
@@ -125,7 +139,12 @@ def _watch_caller(cancelled: threading.Event) -> None:
 
 def _limits(request: BuildRequest) -> Limits:
     return Limits(
-        BatchRange(*request.batch), request.context, request.typical_prompt, request.max_prompt, request.prefix
+        BatchRange(*request.batch),
+        request.context,
+        request.typical_prompt,
+        request.max_prompt,
+        request.prefix,
+        request.slots,
     )
 
 

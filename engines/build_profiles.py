@@ -43,6 +43,7 @@ class Limits:
         typical_prompt: New tokens prefill is tuned for.
         max_prompt: Most new tokens of one call.
         prefix: P, tokens the graph itself puts into the cache of a fresh sequence.
+        slots: Length of a static cache's buffer where it is not to be the graph's own.
     """
 
     batch: BatchRange
@@ -50,6 +51,7 @@ class Limits:
     typical_prompt: int
     max_prompt: int
     prefix: int
+    slots: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +82,15 @@ def resolve_limits(
     Raises:
         EngineError: More context is asked for than the model or its cache has, or a call larger than the context.
     """
+    slots = None
+    if options.capacity is not None:
+        _require_capacity(options.capacity, capacity)
+        slots, capacity = prefix + options.capacity, options.capacity
     if capacity is not None and options.max_context is not None and options.max_context > capacity:
+        remedy = "export with a larger --capacity" if slots is None else "build with a larger --plan-capacity"
+        owner = "bundle" if slots is None else "plan"
         raise EngineError(
-            f"max_context is {options.max_context}, but the bundle's static cache holds {capacity} tokens; export with "
-            f"a larger --capacity"
+            f"max_context is {options.max_context}, but the {owner}'s static cache holds {capacity} tokens; {remedy}"
         )
     ceiling = max_positions or DEFAULT_CONTEXT
     # A static cache has its length whatever the context is: there is no reason to use less of it.
@@ -93,7 +100,20 @@ def resolve_limits(
     longest = options.max_prompt or context
     if longest > context:
         raise EngineError(f"max_prompt is {longest}, more than max_context ({context})")
-    return Limits(options.batch, context, min(options.typical_prompt, longest), longest, prefix)
+    return Limits(options.batch, context, min(options.typical_prompt, longest), longest, prefix, slots)
+
+
+def _require_capacity(wanted: int, capacity: int | None) -> None:
+    if capacity is None:
+        raise EngineError(
+            f"the plan's capacity is {wanted}, but the bundle's cache has none, it grows with the sequence; leave it "
+            f"out, or export with --kv-cache static"
+        )
+    if not 2 <= wanted <= capacity:
+        raise EngineError(
+            f"the plan's capacity is {wanted}; expected 2 to {capacity} tokens, the bundle's: export with a larger "
+            f"--capacity for more"
+        )
 
 
 def make_profiles(inputs: Sequence[GraphInput], names: Sequence[ProfileName], limits: Limits) -> tuple[Profile, ...]:

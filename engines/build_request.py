@@ -4,8 +4,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from spike_export.engines.build_options import ProfileName
+from spike_export.engines.build_options import HardwareCompatibility, ProfileName
 from spike_export.engines.plan_audit import PlanAudit
+from spike_export.engines.plan_backend import PlanFeature
 from spike_export.engines.plan_sidecar import ProfileShapes
 
 
@@ -22,7 +23,8 @@ class BuildRequest(_Message):
         plan: Path to write to; an existing file is overwritten.
         targets: Compute capabilities; empty where the backend cannot be asked.
         batch: Smallest, typical, largest.
-        context, typical_prompt, max_prompt, prefix: Tokens, as in `build_profiles.Limits`.
+        context, typical_prompt, max_prompt, prefix, slots: Tokens, as in `build_profiles.Limits`.
+        features: What the plan can do beyond running; see `BuildOptions`.
         timing_cache: Path, or None for none.
     """
 
@@ -36,8 +38,11 @@ class BuildRequest(_Message):
     typical_prompt: int
     max_prompt: int
     prefix: int
-    optimization_level: int | None
-    timing_cache: str | None
+    slots: int | None = None
+    optimization_level: int
+    features: frozenset[PlanFeature] = frozenset()
+    hardware_compatible: HardwareCompatibility | None = None
+    timing_cache: str | None = None
 
 
 class ProgressEvent(_Message):

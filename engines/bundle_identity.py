@@ -1,6 +1,7 @@
-"""Which bundle a plan was built from."""
+"""Which bundle a plan was built from, and whether a file is the one that was written."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from spike_export.calibration.errors import EngineError
@@ -18,14 +19,31 @@ def hash_bundle(bundle: Path, progress: Progress = silent) -> str:
     Raises:
         EngineError: A file is missing or cannot be read.
     """
+    files = [bundle / name for name in HASHED_FILES]
+    total = sum(file_size(file) for file in files)
+    return _hash(files, "bytes of the bundle hashed", total, progress)
+
+
+def hash_plan(plan: Path, progress: Progress = silent) -> str:
+    """Return the SHA-256 of a plan's bytes, as hex.
+
+    Raises:
+        EngineError: It cannot be read.
+    """
+    try:
+        return _hash([plan], "bytes of the plan hashed", plan.stat().st_size, progress)
+    except OSError as error:
+        raise EngineError(f"{plan}: cannot read the plan: {error.strerror}") from error
+
+
+def _hash(files: Sequence[Path], what: str, total: int, progress: Progress) -> str:
     digest, done = hashlib.sha256(), 0
-    total = sum(file_size(bundle / name) for name in HASHED_FILES)
-    for name in HASHED_FILES:
-        with (bundle / name).open("rb") as file:
+    for path in files:
+        with path.open("rb") as file:
             while chunk := file.read(_CHUNK):
                 digest.update(chunk)
                 done += len(chunk)
-                progress("bytes of the bundle hashed", done, total)
+                progress(what, done, total)
     return digest.hexdigest()
 
 

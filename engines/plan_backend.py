@@ -1,15 +1,21 @@
 """The two compilers that share one Python API: TensorRT (needs a GPU) and TensorRT-RTX (builds on a CPU)."""
 
 import ctypes
+import importlib
 import importlib.util
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
 from spike_export.calibration.errors import EngineError
 
 BackendName = Literal["tensorrt", "tensorrt-rtx"]
 BackendChoice = Literal["auto", "tensorrt", "tensorrt-rtx"]
+PlanFeature = Literal[
+    "refit", "strip_weights", "weight_streaming", "hardware_compatible", "version_compatible", "timing_cache"
+]
+"""What a build can be asked for beyond shapes and targets; the fields of `BuildOptions` have these names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,20 +26,24 @@ class Backend:
         title: Its name in messages.
         module: Python module that holds the bindings.
         install: Command that installs it.
+        packages: Distributions of which one holds the bindings; its version is theirs.
         needs_gpu: It compiles for the GPU at hand, and only there.
         targets: Compute capabilities a plan can be built for; empty where the GPU at hand decides.
         default_targets: What is built when none are asked for.
-        timing_cache: It can keep kernel timings between builds.
+        lacking: What it cannot be asked for → why, and what to do instead.
+        lacking_without_gpu: The same of what it can do only on a machine with a GPU.
     """
 
     name: BackendName
     title: str
     module: str
     install: str
+    packages: tuple[str, ...]
     needs_gpu: bool
     targets: tuple[str, ...]
     default_targets: tuple[str, ...]
-    timing_cache: bool
+    lacking: Mapping[PlanFeature, str] = field(default_factory=dict)
+    lacking_without_gpu: Mapping[PlanFeature, str] = field(default_factory=dict)
 
 
 TENSORRT = Backend(
@@ -41,23 +51,32 @@ TENSORRT = Backend(
     title="TensorRT",
     module="tensorrt",
     install="pip install 'spike-export[tensorrt]'",
+    packages=("tensorrt-cu13", "tensorrt-cu12", "tensorrt"),
     needs_gpu=True,
     targets=(),
     default_targets=(),
-    timing_cache=True,
 )
+
+_REFIT_NEEDS_A_GPU = "it compiles weights that can be replaced on a GPU only; build on a machine with one"
 
 TENSORRT_RTX = Backend(
     name="tensorrt-rtx",
     title="TensorRT-RTX",
     module="tensorrt_rtx",
     install="pip install 'spike-export[rtx]'",
+    packages=("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx"),
     needs_gpu=False,
     # The members of trt.ComputeCapability in 1.7, less NONE and CURRENT: Hopper is not among them.
     targets=("SM75", "SM80", "SM86", "SM89", "SM120", "SM121"),
     default_targets=("SM80", "SM86", "SM89", "SM120"),
-    # Asking TensorRT-RTX for a timing cache makes it query a GPU; its kernels are not timed when it builds.
-    timing_cache=False,
+    lacking={
+        # It would also make TensorRT-RTX query a GPU.
+        "timing_cache": "it builds without timing kernels and keeps no timing cache; leave it out",
+        "hardware_compatible": "its plans run on every GPU they have a target for; give several --target instead",
+        "version_compatible": "its plans run in the release that built them only; build one plan per release",
+    },
+    # docs/decisions/plan-building.md: not so in its manual, but so in 1.7.1, and for a single MatMul already.
+    lacking_without_gpu={"refit": _REFIT_NEEDS_A_GPU, "strip_weights": _REFIT_NEEDS_A_GPU},
 )
 
 BACKENDS: Mapping[BackendName, Backend] = {backend.name: backend for backend in (TENSORRT, TENSORRT_RTX)}
@@ -84,10 +103,16 @@ class Machine:
     Attributes:
         installed: Names of the backends whose bindings can be imported.
         gpu: None without an NVIDIA GPU (or without its driver).
+        versions: Of the installed backends; what is missing here is asked of the installation.
     """
 
     installed: frozenset[BackendName]
     gpu: Gpu | None
+    versions: Mapping[BackendName, str] = field(default_factory=dict)
+
+    def version(self, name: BackendName) -> str | None:
+        """Return a backend's version, such as `1.7.1.116`; None where it is not installed."""
+        return self.versions.get(name) or installed_version(BACKENDS[name])
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +127,37 @@ def detect_machine() -> Machine:
     """Look for the backends and for a GPU, without importing or initialising either backend."""
     installed = frozenset(name for name, backend in BACKENDS.items() if importlib.util.find_spec(backend.module))
     return Machine(installed, find_gpu())
+
+
+def installed_version(backend: Backend) -> str | None:
+    """Return the version of a backend's bindings; None where they are not installed.
+
+    The bindings are imported only where no package tells (installed as a system package, say).
+    """
+    for package in backend.packages:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            continue
+    try:
+        return str(importlib.import_module(backend.module).__version__)
+    except (ImportError, OSError):
+        return None
+
+
+def require_features(backend: Backend, asked: frozenset[PlanFeature], gpu: Gpu | None) -> None:
+    """Refuse what a backend cannot do.
+
+    Raises:
+        EngineError: Names the option, the reason, and what to do instead.
+    """
+    lacking = dict(backend.lacking)
+    if gpu is None:
+        lacking |= backend.lacking_without_gpu
+    for feature, reason in lacking.items():
+        if feature in asked:
+            option = feature.replace("_", "-")
+            raise EngineError(f"{backend.title} cannot build with --{option}: {reason}")
 
 
 def find_gpu() -> Gpu | None:

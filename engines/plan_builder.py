@@ -1,13 +1,15 @@
 """From a bundle to `engine.plan` and `engine.json`."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 
-from spike_export.calibration.atomic_write import atomic_path
-from spike_export.calibration.errors import EngineError
+from spike_export.calibration.atomic_write import atomic_path, describe_os_error
+from spike_export.calibration.errors import ArtifactError, EngineError
 from spike_export.calibration.progress import Progress, silent
-from spike_export.engines.build_options import BuildOptions
+from spike_export.engines.build_options import DEFAULT_OPTIMIZATION_LEVEL, SPLIT_PROFILES, BuildOptions, ProfileName
 from spike_export.engines.build_profiles import Limits, resolve_limits
 from spike_export.engines.build_request import BuildRequest, CompletionEvent
 from spike_export.engines.bundle_identity import file_size, hash_bundle
@@ -20,13 +22,16 @@ from spike_export.engines.plan_backend import (
     choose_backend,
     detect_machine,
     omission,
+    require_features,
     resolve_targets,
 )
+from spike_export.engines.plan_paths import plan_paths
 from spike_export.engines.plan_sidecar import (
     Audit,
     AuditedModule,
     BackendVersion,
     PlanFile,
+    PlanKey,
     PlanSidecar,
     save_sidecar,
     sidecar_path,
@@ -72,6 +77,94 @@ def detect_environment() -> BuildEnvironment:
     return BuildEnvironment(detect_machine(), available_memory())
 
 
+@dataclass(frozen=True)
+class PlannedBuild:
+    """An engine to build, everything decided and found possible.
+
+    Attributes:
+        engine: File of the plan, or of which the plans of a split engine have their names.
+        device: Name of the GPU, where the backend compiles for the one at hand.
+        version: Of the backend that is installed.
+        weight_bytes: Size of the bundle's data file.
+    """
+
+    bundle: Path
+    engine: Path
+    options: BuildOptions
+    chosen: ChosenBackend
+    targets: tuple[str, ...]
+    limits: Limits
+    device: str | None
+    version: str
+    weight_bytes: int
+
+    def key(self, identity: str) -> PlanKey:
+        """Return what the engine follows from; `identity` is the bundle's hash."""
+        options, limits = self.options, self.limits
+        level = options.optimization_level
+        return PlanKey(
+            tool=version("spike-export"),
+            bundle=identity,
+            backend=self.chosen.backend.name,
+            version=self.version,
+            targets=self.targets,
+            device=self.device,
+            profiles=SPLIT_PROFILES if options.split else options.profiles,
+            split=options.split,
+            batch=(limits.batch.smallest, limits.batch.typical, limits.batch.largest),
+            context=limits.context,
+            typical_prompt=limits.typical_prompt,
+            max_prompt=limits.max_prompt,
+            capacity=options.capacity,
+            optimization_level=DEFAULT_OPTIMIZATION_LEVEL if level is None else level,
+            refit=options.refit,
+            strip_weights=options.strip_weights,
+            weight_streaming=options.weight_streaming,
+            hardware_compatible=options.hardware_compatible,
+            version_compatible=options.version_compatible,
+        )
+
+
+def plan_build(bundle: Path, engine: Path, options: BuildOptions, environment: BuildEnvironment) -> PlannedBuild:
+    """Decide on everything a build needs, and refuse what cannot be built, before anything is read or written.
+
+    Raises:
+        EngineError: The backend, an option, a target, a size or the name of the plan stands in the way.
+        ArtifactError: The bundle's manifest cannot be read.
+    """
+    if engine == sidecar_path(engine):
+        raise EngineError(f"{engine}: the plan's sidecar has this name; choose another ending, such as .plan")
+    machine = environment.machine
+    chosen = choose_backend(options.backend, machine)
+    manifest = load_manifest(bundle)
+    float8 = "fp8" in manifest.linears
+    targets = resolve_targets(chosen.backend, options.targets, machine.gpu, float8=float8)
+    note = omission(chosen.backend, options.targets) if float8 else None
+    if note is not None:
+        chosen = replace(chosen, reason=f"{chosen.reason}; {note}")
+    require_features(chosen.backend, options.features, machine.gpu)
+    if float8 and options.hardware_compatible == "ampere-plus":
+        raise EngineError(
+            "--hardware-compatible ampere-plus takes GPUs that do not multiply FP8, and the bundle's linears are FP8; "
+            "leave it out, or export with --number-format int8"
+        )
+    limits = resolve_limits(options, manifest.cached_prefix_length, manifest.max_position_embeddings, manifest.capacity)
+    found = machine.version(chosen.backend.name)
+    if found is None:
+        raise EngineError(f"{chosen.backend.title} cannot be loaded; run: {chosen.backend.install}")
+    return PlannedBuild(
+        bundle=bundle,
+        engine=engine,
+        options=options,
+        chosen=chosen,
+        targets=targets,
+        limits=limits,
+        device=machine.gpu.name if machine.gpu and chosen.backend.needs_gpu else None,
+        version=found,
+        weight_bytes=file_size(bundle / DATA_FILE),
+    )
+
+
 def build_plan(
     bundle: Path,
     plan: Path,
@@ -79,7 +172,7 @@ def build_plan(
     progress: Progress = silent,
     environment: BuildEnvironment | None = None,
 ) -> BuildResult:
-    """Build a plan of a bundle, with its sidecar beside it; both appear whole or not at all.
+    """Build a plan and write the sidecar beside it; both appear whole or not at all.
 
     Args:
         bundle: Folder with model.onnx, model.onnx.data and manifest.json.
@@ -88,70 +181,90 @@ def build_plan(
         environment: This machine when omitted.
 
     Raises:
-        EngineError: The backend, a target, a size, the memory or the graph stands in the way.
+        EngineError: The backend, a target, a size, the memory or the graph stands in the way; or a split engine is
+            asked for, which `provide_engine` builds.
         ArtifactError: The bundle's manifest cannot be read, or the plan cannot be written.
         KeyboardInterrupt: As raised during the build; the build process is gone and nothing was written.
     """
+    if options.split:
+        raise EngineError(f"{plan} is one file, and a split engine is two; build it as an engine")
     environment = environment or detect_environment()
-    if plan == sidecar_path(plan):
-        raise EngineError(f"{plan}: the plan's sidecar has this name; choose another ending, such as .plan")
-    chosen = choose_backend(options.backend, environment.machine)
-    manifest = load_manifest(bundle)
-    float8 = "fp8" in manifest.linears
-    targets = resolve_targets(chosen.backend, options.targets, environment.machine.gpu, float8=float8)
-    note = omission(chosen.backend, options.targets) if float8 else None
-    if note is not None:
-        chosen = replace(chosen, reason=f"{chosen.reason}; {note}")
-    limits = resolve_limits(options, manifest.cached_prefix_length, manifest.max_position_embeddings, manifest.capacity)
-    _require_timing_cache(chosen, options)
+    build = plan_build(bundle, plan, options, environment)
+    return build_engine(build, None, progress, environment)[0]
+
+
+def build_engine(
+    build: PlannedBuild, identity: str | None, progress: Progress, environment: BuildEnvironment
+) -> tuple[BuildResult, ...]:
+    """Build the plans of an engine one after another, each in a process of its own; all appear or none.
+
+    Args:
+        identity: The bundle's hash, where it is known already.
+
+    Raises:
+        EngineError: The memory or the graph stands in the way.
+        ArtifactError: A plan cannot be written.
+    """
+    options, plans = build.options, plan_paths(build.engine, build.options.split)
     if not options.ignore_memory:
-        require_memory(file_size(bundle / DATA_FILE), len(options.profiles), environment.available)
-    with atomic_path(plan) as partial:
-        partial.touch()  # a place that cannot be written to is found out now, not after the build
-        identity = hash_bundle(bundle, progress)
-        request = _request(bundle, partial, options, limits, chosen, targets)
-        completion = run_build(request, progress, environment.command)
-    sidecar = _sidecar(completion, chosen, targets, limits, identity)
-    save_sidecar(sidecar, plan)
-    return BuildResult(plan, sidecar, completion.audit, completion.warnings)
+        require_memory(build.weight_bytes, max(map(len, options.plan_profiles)), environment.available)
+    with ExitStack() as stack:
+        partials = [stack.enter_context(atomic_path(plan)) for plan in plans]
+        for partial in partials:
+            partial.touch()  # a place that cannot be written to is found out now, not after the build
+        key = build.key(identity or hash_bundle(build.bundle, progress))
+        requests = [
+            _request(build, key, partial, profiles)
+            for partial, profiles in zip(partials, options.plan_profiles, strict=True)
+        ]
+        completions = [
+            _run(request, plan, progress, environment) for request, plan in zip(requests, plans, strict=True)
+        ]
+    results = []
+    for plan, completion in zip(plans, completions, strict=True):
+        sidecar = _sidecar(build, key, completion)
+        save_sidecar(sidecar, plan)
+        results.append(BuildResult(plan, sidecar, completion.audit, completion.warnings))
+    return tuple(results)
 
 
-def _require_timing_cache(chosen: ChosenBackend, options: BuildOptions) -> None:
-    if options.timing_cache is not None and not chosen.backend.timing_cache:
-        raise EngineError(
-            f"{chosen.backend.title} builds without timing kernels and keeps no timing cache; leave it out"
-        )
+def _run(request: BuildRequest, plan: Path, progress: Progress, environment: BuildEnvironment) -> CompletionEvent:
+    try:
+        return run_build(request, progress, environment.command)
+    except OSError as error:  # here, where it is known which of two plans it was
+        raise ArtifactError(describe_os_error(error, plan)) from error
 
 
-def _request(
-    bundle: Path, partial: Path, options: BuildOptions, limits: Limits, chosen: ChosenBackend, targets: tuple[str, ...]
-) -> BuildRequest:
+def _request(build: PlannedBuild, key: PlanKey, partial: Path, profiles: tuple[ProfileName, ...]) -> BuildRequest:
+    options, backend = build.options, build.chosen.backend
     return BuildRequest(
-        backend=chosen.backend.name,
-        graph=str((bundle / GRAPH_FILE).absolute()),
+        backend=backend.name,
+        graph=str((build.bundle / GRAPH_FILE).absolute()),
         plan=str(partial.absolute()),
-        targets=targets if chosen.backend.targets else (),
-        profiles=options.profiles,
-        batch=(limits.batch.smallest, limits.batch.typical, limits.batch.largest),
-        context=limits.context,
-        typical_prompt=limits.typical_prompt,
-        max_prompt=limits.max_prompt,
-        prefix=limits.prefix,
-        optimization_level=options.optimization_level,
+        targets=build.targets if backend.targets else (),
+        profiles=profiles,
+        batch=key.batch,
+        context=key.context,
+        typical_prompt=key.typical_prompt,
+        max_prompt=key.max_prompt,
+        prefix=build.limits.prefix,
+        slots=build.limits.slots,
+        optimization_level=key.optimization_level,
+        features=options.features,
+        hardware_compatible=options.hardware_compatible,
         timing_cache=str(options.timing_cache.absolute()) if options.timing_cache else None,
     )
 
 
-def _sidecar(
-    completion: CompletionEvent, chosen: ChosenBackend, targets: tuple[str, ...], limits: Limits, identity: str
-) -> PlanSidecar:
+def _sidecar(build: PlannedBuild, key: PlanKey, completion: CompletionEvent) -> PlanSidecar:
     return PlanSidecar(
-        backend=BackendVersion(name=chosen.backend.name, version=completion.version, reason=chosen.reason),
-        targets=targets,
+        key=key,
+        backend=BackendVersion(name=build.chosen.backend.name, version=completion.version, reason=build.chosen.reason),
+        targets=build.targets,
         profiles=completion.profiles,
-        prefix=limits.prefix,
-        max_context=limits.context,
-        bundle_sha256=identity,
+        prefix=build.limits.prefix,
+        max_context=build.limits.context,
+        bundle_sha256=key.bundle,
         plan=PlanFile(sha256=completion.plan_sha256, size=completion.plan_size),
         build_seconds=completion.seconds,
         peak_memory=completion.peak_memory,

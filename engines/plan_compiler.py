@@ -1,20 +1,40 @@
 """Drives TensorRT or TensorRT-RTX: graph in, serialized plan out. Runs inside the build process."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import onnx
 
+from spike_export.calibration.atomic_write import atomic_path
 from spike_export.calibration.errors import EngineError
+from spike_export.engines.build_options import HardwareCompatibility
 from spike_export.engines.build_profiles import Profile
-from spike_export.engines.plan_backend import Backend
-from spike_export.engines.plan_graph import allow_unfused_attention
+from spike_export.engines.plan_backend import Backend, PlanFeature
+from spike_export.engines.plan_graph import serialize_for_tensorrt
 from spike_export.engines.trt_callbacks import BuildLog, PlanStream, make_logger, make_monitor, make_writer
 
 _LONGEST_REASON = 600
 """Characters of a TensorRT message that are shown; some quote whole graphs."""
+
+
+FLAGS: Mapping[PlanFeature, str] = {
+    "refit": "REFIT",
+    "strip_weights": "STRIP_PLAN",
+    "weight_streaming": "WEIGHT_STREAMING",
+    "version_compatible": "VERSION_COMPATIBLE",
+}
+"""Feature → member of `trt.BuilderFlag`."""
+
+IDENTICAL_REFIT = "REFIT_IDENTICAL"
+"""The flag by which stripped weights can be put back, where other weights need not be possible."""
+
+HARDWARE_LEVELS: Mapping[HardwareCompatibility, str] = {
+    "ampere-plus": "AMPERE_PLUS",
+    "same-compute-capability": "SAME_COMPUTE_CAPABILITY",
+}
+"""Hardware compatibility → member of `trt.HardwareCompatibilityLevel`."""
 
 
 class BuildCancelledError(Exception):
@@ -27,14 +47,17 @@ class CompileSettings:
 
     Attributes:
         targets: Members of `trt.ComputeCapability`; empty where the backend takes the GPU at hand.
-        optimization_level: 0 to 5, or None for the backend's default.
+        optimization_level: 0 to 5.
+        features: Those of `FLAGS`; others have settings of their own.
         timing_cache: File to read when present and to write, or None.
     """
 
     backend: Backend
     targets: tuple[str, ...]
     profiles: tuple[Profile, ...]
-    optimization_level: int | None = None
+    optimization_level: int
+    features: frozenset[PlanFeature] = frozenset()
+    hardware_compatible: HardwareCompatibility | None = None
     timing_cache: Path | None = None
 
 
@@ -62,6 +85,7 @@ def compile_plan(
     Raises:
         EngineError: TensorRT refused a node, a profile or the whole network; with its reason.
         BuildCancelledError: `watch.cancelled` said so.
+        ArtifactError: The timing cache could not be written.
         OSError: The stream could not be written.
     """
     log = BuildLog()
@@ -74,11 +98,11 @@ def compile_plan(
     # Else the engine inspector, which proves the precisions of TensorRT's plans, tells names only.
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     _apply_targets(trt, config, settings.targets)
-    if settings.optimization_level is not None:
-        config.builder_optimization_level = settings.optimization_level
+    config.builder_optimization_level = settings.optimization_level
+    apply_features(trt, config, settings)
     for profile in settings.profiles:
         _add_profile(builder, config, profile, log)
-    cache = _attach_timing_cache(config, settings)
+    cache = attach_timing_cache(config, settings)
     monitor = make_monitor(trt, watch.report, watch.cancelled)
     config.progress_monitor = monitor
     built = _serialize(trt, builder, network, config, stream)
@@ -89,25 +113,25 @@ def compile_plan(
     if not built:
         raise EngineError(f"{settings.backend.title} cannot build the plan: {_first_reason(log.errors)}")
     if cache is not None and settings.timing_cache is not None:
-        settings.timing_cache.write_bytes(memoryview(cache.serialize()))
+        with atomic_path(settings.timing_cache) as partial:
+            partial.write_bytes(memoryview(cache.serialize()))
     return log
 
 
 def _parse(parser: Any, path: Path, graph: onnx.ModelProto) -> None:
-    # A copy, given with its path so that the weights, which may exceed protobuf's 2 GiB, are read from their file.
-    parsed = onnx.ModelProto()
-    parsed.CopyFrom(graph)
-    allow_unfused_attention(parsed)
-    if parser.parse(parsed.SerializeToString(), str(path)):
-        return
+    # Given with its path so that the weights, which may exceed protobuf's 2 GiB, are read from their file.
+    if not parser.parse(serialize_for_tensorrt(graph), str(path)):
+        raise EngineError(f"{path}: TensorRT {describe_refusal(parser)}")
+
+
+def describe_refusal(parser: Any) -> str:
+    """Return what an `OnnxParser` or `OnnxParserRefitter` says against a graph, to stand behind its name."""
     faults = [parser.get_error(index) for index in range(parser.num_errors)]
     if not faults:
-        raise EngineError(f"{path}: TensorRT cannot parse the graph and gives no reason; export the bundle again")
+        return "cannot take the graph and gives no reason; export the bundle again"
     fault = faults[0]
     more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-    raise EngineError(
-        f"{path}: TensorRT refuses node {fault.node_name()!r} ({fault.node_operator()}): {_shorten(fault.desc())}{more}"
-    )
+    return f"refuses node {fault.node_name()!r} ({fault.node_operator()}): {_shorten(fault.desc())}{more}"
 
 
 def _apply_targets(trt: Any, config: Any, targets: Sequence[str]) -> None:
@@ -119,6 +143,18 @@ def _apply_targets(trt: Any, config: Any, targets: Sequence[str]) -> None:
             raise EngineError(f"this version of TensorRT-RTX refuses the target {target}; leave it out")
 
 
+def apply_features(trt: Any, config: Any, settings: CompileSettings) -> None:
+    """Set the flags and levels of a builder configuration for what the plan is to be able to do."""
+    flags = [flag for feature, flag in FLAGS.items() if feature in settings.features]
+    if "strip_weights" in settings.features and "refit" not in settings.features:
+        flags.append(IDENTICAL_REFIT)
+    for flag in flags:
+        config.set_flag(getattr(trt.BuilderFlag, flag))
+    if settings.hardware_compatible is not None:
+        level = HARDWARE_LEVELS[settings.hardware_compatible]
+        config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, level)
+
+
 def _add_profile(builder: Any, config: Any, profile: Profile, log: BuildLog) -> None:
     made = builder.create_optimization_profile()
     for name, shapes in profile.shapes.items():
@@ -127,12 +163,20 @@ def _add_profile(builder: Any, config: Any, profile: Profile, log: BuildLog) -> 
         raise EngineError(f"TensorRT refuses the {profile.name} profile: {_first_reason(log.errors)}")
 
 
-def _attach_timing_cache(config: Any, settings: CompileSettings) -> Any:
-    """Give the build its timing cache, read from the file when there is one; return it, or None without."""
+def attach_timing_cache(config: Any, settings: CompileSettings) -> Any:
+    """Give the build its timing cache, read from the file when there is one; return it, or None without.
+
+    Raises:
+        EngineError: The file is there and cannot be read.
+    """
     if settings.timing_cache is None:
         return None
-    settings.timing_cache.parent.mkdir(parents=True, exist_ok=True)
-    stored = settings.timing_cache.read_bytes() if settings.timing_cache.is_file() else b""
+    try:
+        stored = settings.timing_cache.read_bytes()
+    except FileNotFoundError:
+        stored = b""
+    except OSError as error:
+        raise EngineError(f"{settings.timing_cache}: cannot read the timing cache: {error.strerror}") from error
     cache = config.create_timing_cache(stored)
     # A cache of another GPU or version is not an error: it is replaced.
     if not config.set_timing_cache(cache, False):

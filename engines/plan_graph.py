@@ -3,13 +3,14 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import onnx
-from onnx import TensorProto
+from onnx import TensorProto, numpy_helper
 
 from spike_export.calibration.errors import EngineError
 from spike_export.engines.branches import inline_branches
 from spike_export.engines.build_profiles import GraphInput
-from spike_export.export.manifest import INT8_WEIGHTS
+from spike_export.export.manifest import CACHE_SLOTS, INT8_WEIGHTS
 
 _PRECISIONS: Mapping[int, str] = {
     TensorProto.FLOAT: "float32",
@@ -68,15 +69,36 @@ def graph_inputs(model: onnx.ModelProto) -> tuple[GraphInput, ...]:
     )
 
 
-def allow_unfused_attention(model: onnx.ModelProto) -> None:
-    """Let TensorRT take Attention apart where it has no fused kernel, in this copy of the graph.
+def serialize_for_tensorrt(model: onnx.ModelProto) -> bytes:
+    """Return the graph as TensorRT gets it, without its weights; the model itself is not changed.
 
-    Without the attribute such a build fails: all of float32, and float16 with few heads in decode. Where there is
-    a fused kernel it is taken with and without. ONNX Runtime refuses the attribute, so no file may contain it.
+    It may take Attention apart where it has no fused kernel. Without that attribute such a build fails: all of
+    float32, and float16 with few heads in decode. Where there is a fused kernel it is taken with and without. ONNX
+    Runtime refuses the attribute, so no file may contain it.
     """
-    for node in model.graph.node:
+    given = onnx.ModelProto()
+    given.CopyFrom(model)
+    for node in given.graph.node:
         if node.op_type == "Attention":
             node.attribute.append(onnx.helper.make_attribute("TRT_decomposable", 1))
+    return bytes(given.SerializeToString())
+
+
+def resize_cache(model: onnx.ModelProto, slots: int) -> None:
+    """Give a static cache's buffers another length: in the inputs, in the outputs, and where a mask lists the slots.
+
+    A plan's buffer has one length only: TensorRT refuses a cache whose length a profile would set.
+
+    Raises:
+        EngineError: The graph has no static cache.
+    """
+    listed = next((tensor for tensor in model.graph.initializer if tensor.name == CACHE_SLOTS), None)
+    if listed is None:
+        raise EngineError(f"the graph has no static cache (no {CACHE_SLOTS!r}); export the bundle again")
+    listed.CopyFrom(numpy_helper.from_array(np.arange(slots, dtype=np.int64), CACHE_SLOTS))
+    for value in (*model.graph.input, *model.graph.output):
+        if value.name.startswith(("past_key_values.", "present.")):
+            value.type.tensor_type.shape.dim[2].dim_value = slots
 
 
 def planned_precisions(model: onnx.ModelProto) -> dict[str, str]:

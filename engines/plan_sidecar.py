@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from spike_export.calibration.atomic_write import write_text
 from spike_export.calibration.errors import ArtifactError
-from spike_export.engines.build_options import ProfileName
+from spike_export.engines.build_options import HardwareCompatibility, ProfileName
 from spike_export.engines.plan_audit import ProgramAudit
 
 _NUMBER_LIST = re.compile(r"\[[\d,\s]+\]")
@@ -79,6 +79,67 @@ class Audit(_Document):
     programs: tuple[ProgramAudit, ...] = ()
 
 
+class PlanKey(_Document):
+    """All that an engine follows from: the same key, the same engine. The plans of a split engine share theirs.
+
+    Attributes:
+        tool: Version of spike-export.
+        bundle: As `bundle_identity.hash_bundle` computes it.
+        version: Of the backend.
+        device: Name of the GPU, where the backend compiles for the one at hand.
+        batch: Smallest, typical, largest.
+        context, typical_prompt, max_prompt: Tokens, as in `build_profiles.Limits`.
+        capacity: Own tokens of a static cache where it is not the bundle's.
+    """
+
+    tool: str
+    bundle: str
+    backend: Literal["tensorrt", "tensorrt-rtx"]
+    version: str
+    targets: tuple[str, ...]
+    device: str | None
+    profiles: tuple[ProfileName, ...]
+    split: bool
+    batch: tuple[int, int, int]
+    context: int
+    typical_prompt: int
+    max_prompt: int
+    capacity: int | None
+    optimization_level: int
+    refit: bool
+    strip_weights: bool
+    weight_streaming: bool
+    hardware_compatible: HardwareCompatibility | None
+    version_compatible: bool
+
+    def changes_since(self, earlier: "PlanKey") -> tuple[str, ...]:
+        """Return what differs from an earlier key, each as words: `optimization level 3 -> 5`, `bundle changed`."""
+        differing = [name for name in type(self).model_fields if getattr(self, name) != getattr(earlier, name)]
+        return tuple(
+            "bundle changed"
+            if name == "bundle"
+            else f"{_KEY_LABELS.get(name) or name.replace('_', ' ')} "
+            f"{_in_words(getattr(earlier, name))} -> {_in_words(getattr(self, name))}"
+            for name in differing
+        )
+
+
+_KEY_LABELS: Mapping[str, str] = {
+    "tool": "spike-export",
+    "version": "backend version",
+    "split": "a plan per profile",
+    "context": "max context",
+}
+
+
+def _in_words(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, tuple):
+        return "+".join(str(part) for part in value) or "none"
+    return "none" if value is None else str(value)
+
+
 class PlanSidecar(_Document):
     """What `engine.json` holds.
 
@@ -88,6 +149,7 @@ class PlanSidecar(_Document):
         max_context: Most own tokens of a sequence.
         build_seconds: Time in the compiler.
         peak_memory: Of the build process, in bytes.
+        key: What the engine was built from and how; None in sidecars of older versions.
     """
 
     format: Literal[1] = 1
@@ -100,6 +162,7 @@ class PlanSidecar(_Document):
     plan: PlanFile
     build_seconds: float
     peak_memory: int
+    key: PlanKey | None = None
     audit: Audit
 
 

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from spike_export.calibration.errors import EngineError, one_line
 from spike_export.engines.decoding import DecodedStep
 from spike_export.engines.generation_options import GenerationOptions
+from spike_export.engines.plan_safety import CheckedPlan
 from spike_export.engines.trt_buffers import REMEDY, Buffers
 from spike_export.engines.trt_device import CudaDevice, Device, Fetched
-from spike_export.engines.trt_engines import CheckedPlan, LoadedPlans, RuntimeOptions
+from spike_export.engines.trt_engines import LoadedPlans, RuntimeOptions
 from spike_export.engines.trt_limits import plan_limits, require_fit
 from spike_export.engines.trt_steps import Steps, make_steps
 

@@ -4,13 +4,12 @@ import importlib
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from spike_export.calibration.errors import EngineError
 from spike_export.engines.build_options import ProfileName
 from spike_export.engines.plan_backend import BACKENDS, Backend
-from spike_export.engines.plan_sidecar import PlanSidecar
+from spike_export.engines.plan_safety import CheckedPlan
 from spike_export.engines.trt_buffers import Buffers
 from spike_export.engines.trt_callbacks import BuildLog, make_logger
 from spike_export.engines.trt_device import Device
@@ -23,14 +22,6 @@ Specialization = Literal["EAGER", "LAZY", "NONE"]
 _COMPILES_AT_RUN = frozenset({"tensorrt-rtx"})
 
 SCRATCH = "scratch memory"
-
-
-@dataclass(frozen=True, slots=True)
-class CheckedPlan:
-    """A plan that may be loaded: its sidecar was compared with it, the bundle and this machine (`plan_safety`)."""
-
-    path: Path
-    sidecar: PlanSidecar
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,9 @@ INT8_WEIGHTS = "+int8-weights"
 LAST_TOKEN_NODE = "model.last_token.Slice"
 """The node of a last-token graph that drops all positions but the last; without it the graph gives all logits."""
 
+CACHE_SLOTS = "cache.slots"
+"""The initializer that lists the slots of a static cache: but for declared shapes, all that depends on their number."""
+
 
 class _Document(BaseModel):
     """A part of the manifest: immutable, and unknown keys are refused."""

@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from spike_export.export.attention_context import MODULE, AttentionContext, PrefixExtent, near_or_prefix
 from spike_export.export.graph_builder import GraphBuilder
+from spike_export.export.manifest import CACHE_SLOTS
 
 INT64, BOOL = ir.DataType.INT64, ir.DataType.BOOL
 
@@ -67,7 +68,7 @@ class StaticContextEmitter:
 
     def _masks(self, positions: ir.Value) -> dict[int | None, ir.Value]:
         b = self.builder
-        slots = b.initializer("cache.slots", np.arange(self.slots, dtype=np.int64))
+        slots = b.initializer(CACHE_SLOTS, np.arange(self.slots, dtype=np.int64))
         queries = self._op("Unsqueeze", positions, b.integers(1, 3), label="queries")
         causal = self._op("LessOrEqual", slots, queries, label="mask", dtype=BOOL)
         return {

@@ -1,3 +1,6 @@
+from dataclasses import replace
+from typing import get_args
+
 import pytest
 
 from spike_export.calibration.errors import EngineError
@@ -8,7 +11,10 @@ from spike_export.engines.plan_backend import (
     BackendName,
     Gpu,
     Machine,
+    PlanFeature,
     choose_backend,
+    installed_version,
+    require_features,
     resolve_targets,
 )
 
@@ -78,3 +84,32 @@ def test_tensorrt_builds_for_the_gpu_at_hand_only() -> None:
     assert resolve_targets(TENSORRT, ("sm90",), H200) == ("SM90",)
     with pytest.raises(EngineError, match=r"builds for the GPU of this machine \(SM90\), not for SM86"):
         resolve_targets(TENSORRT, ("SM86",), H200)
+
+
+@pytest.mark.parametrize(
+    ("feature", "gpu", "message"),
+    [
+        ("timing_cache", RTX4090, "cannot build with --timing-cache: it builds without timing kernels"),
+        ("hardware_compatible", RTX4090, "give several --target instead"),
+        ("version_compatible", RTX4090, "build one plan per release"),
+        ("refit", None, "cannot build with --refit: .* on a GPU only"),
+        ("strip_weights", None, "cannot build with --strip-weights: .* on a GPU only"),
+    ],
+)
+def test_rtx_refuses_what_it_cannot_do_with_the_reason(feature: PlanFeature, gpu: Gpu | None, message: str) -> None:
+    with pytest.raises(EngineError, match=message):
+        require_features(TENSORRT_RTX, frozenset({feature, "weight_streaming"}), gpu)
+
+
+def test_what_a_backend_can_do_is_not_refused() -> None:
+    everything: frozenset[PlanFeature] = frozenset(get_args(PlanFeature))
+    assert require_features(TENSORRT, everything, H200) is None
+    assert require_features(TENSORRT_RTX, frozenset({"refit", "strip_weights"}), RTX4090) is None
+    assert require_features(TENSORRT_RTX, frozenset({"weight_streaming"}), None) is None
+
+
+def test_a_machine_knows_its_backend_s_versions() -> None:
+    told = Machine(frozenset({"tensorrt"}), H200, {"tensorrt": "11.4.0.106"})
+    assert told.version("tensorrt") == "11.4.0.106"
+    nothing = replace(TENSORRT, module="no_such_bindings", packages=("no-such-package",))
+    assert installed_version(nothing) is None

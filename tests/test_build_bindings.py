@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from spike_export.engines import plan_compiler, trt_callbacks
-from spike_export.engines.plan_backend import BACKENDS, TENSORRT, TENSORRT_RTX, Backend
+from spike_export.engines import plan_compiler, plan_refit, plan_validity, trt_callbacks
+from spike_export.engines.build_options import DEFAULT_OPTIMIZATION_LEVEL
+from spike_export.engines.plan_backend import BACKENDS, TENSORRT, TENSORRT_RTX, Backend, installed_version
 
-SOURCES = (plan_compiler, trt_callbacks)
+SOURCES = (plan_compiler, plan_refit, plan_validity, trt_callbacks)
 
 CLASSES = {
     "builder": "Builder",
@@ -21,10 +22,20 @@ CLASSES = {
     "fault": "ParserError",
     "made": "IOptimizationProfile",
     "network": "INetworkDefinition",
+    "runtime": "Runtime",
+    "refitter": "Refitter",
+    "source": "OnnxParserRefitter",
 }
 """Variable in the sources → the class of the bindings it holds."""
 
-RTX_ONLY = {"trt.ComputeCapability", "config.num_compute_capabilities", "config.set_compute_capability"}
+RTX_ONLY = {
+    "trt.ComputeCapability",
+    "config.num_compute_capabilities",
+    "config.set_compute_capability",
+    "runtime.get_engine_validity",
+    "trt.EngineValidity",
+    "trt.EngineInvalidityDiagnostics",
+}
 
 
 def used_names() -> Iterator[tuple[str, ...]]:
@@ -66,3 +77,20 @@ def test_the_targets_are_those_of_the_bindings() -> None:
     members = set(trt.ComputeCapability.__members__) - {"NONE", "CURRENT"}
     assert set(TENSORRT_RTX.targets) == members
     assert set(TENSORRT_RTX.default_targets) <= members
+
+
+@pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
+def test_the_members_of_every_table_exist(backend: Backend) -> None:
+    trt = bindings(backend)
+    assert {*plan_compiler.FLAGS.values(), plan_compiler.IDENTICAL_REFIT} <= set(trt.BuilderFlag.__members__)
+    assert set(plan_compiler.HARDWARE_LEVELS.values()) <= set(trt.HardwareCompatibilityLevel.__members__)
+
+
+def test_the_default_optimization_level_is_the_builder_s_own() -> None:
+    trt = bindings(TENSORRT_RTX)
+    config = trt.Builder(trt.Logger(trt.Logger.ERROR)).create_builder_config()
+    assert config.builder_optimization_level == DEFAULT_OPTIMIZATION_LEVEL
+
+
+def test_the_version_is_told_without_the_bindings() -> None:
+    assert installed_version(TENSORRT_RTX) == bindings(TENSORRT_RTX).__version__

@@ -21,8 +21,7 @@ REQUEST = BuildRequest(
     typical_prompt=64,
     max_prompt=64,
     prefix=0,
-    optimization_level=None,
-    timing_cache=None,
+    optimization_level=3,
 )
 
 

@@ -183,8 +183,7 @@ def test_a_full_disk_during_the_build_is_an_os_error(bundle: Path) -> None:
         typical_prompt=64,
         max_prompt=64,
         prefix=3,
-        optimization_level=None,
-        timing_cache=None,
+        optimization_level=3,
     )
     with pytest.raises(OSError, match="No space left"):
         run_build(request, lambda *step: None)

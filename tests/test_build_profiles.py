@@ -108,6 +108,19 @@ def test_a_static_cache_is_used_to_its_end() -> None:
         resolve_limits(BuildOptions(max_context=101), 3, 8192, 100)
 
 
+def test_a_plan_may_have_less_capacity_than_its_bundle() -> None:
+    small = resolve_limits(BuildOptions(capacity=64), 3, 8192, 100)
+    assert small == Limits(BatchRange(), 64, 64, 64, 3, slots=67)
+    for options, capacity, message in (
+        (BuildOptions(capacity=101), 100, "capacity is 101; expected 2 to 100 tokens, the bundle's"),
+        (BuildOptions(capacity=1), 100, "capacity is 1; expected 2 to 100"),
+        (BuildOptions(capacity=64), None, "grows with the sequence"),
+        (BuildOptions(capacity=64, max_context=65), 100, "the plan's static cache holds 64 tokens; .* --plan-capacity"),
+    ):
+        with pytest.raises(EngineError, match=message):
+            resolve_limits(options, 3, 8192, capacity)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -131,6 +144,9 @@ def test_sizes_beyond_the_model_are_refused(options: dict[str, Any], message: st
         ({"typical_prompt": 0}, "typical_prompt is 0"),
         ({"max_prompt": 0}, "max_prompt is 0"),
         ({"optimization_level": 6}, "expected 0 to 5"),
+        ({"capacity": 0}, "capacity is 0"),
+        ({"split": True, "profiles": ("decode",)}, "not only decode"),
+        ({"hardware_compatible": "all"}, "unknown hardware compatibility 'all'"),
     ],
 )
 def test_options_check_themselves(options: dict[str, Any], message: str) -> None:

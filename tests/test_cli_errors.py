@@ -236,7 +236,12 @@ def job(folder: Path, out: Path, *options: str | Path) -> str:
         (("--max-batch", "0"), ("batch", "1 <=")),
         (("--optimization-level", "6"), ("optimization_level is 6", "0 to 5")),
         (("--max-ppl-increase", "-0.1"), ("--max-ppl-increase is -0.1", "fraction")),
-        (("--profile", "decode", "--profile", "decode"), ("profiles", "each once")),
+        (("--profiles", "twice"), ("--profiles", "twice", "split")),
+        (("--typical-batch", "2"), ("batch 1, 2, 1",)),
+        (("--strip-weights",), ("--strip-weights", "on a GPU only")),
+        (("--hardware-compatible", "ampere-plus"), ("--hardware-compatible", "several --target")),
+        (("--version-compatible",), ("--version-compatible", "the release that built them")),
+        (("--timing-cache", "t"), ("--timing-cache", "leave it out")),
     ],
 )
 def test_what_stops_the_last_stage_is_said_before_the_first(
@@ -245,6 +250,20 @@ def test_what_stops_the_last_stage_is_said_before_the_first(
     backend = () if "--backend" in options else ("--backend", "tensorrt-rtx")
     assert_says(job(folder, tmp_path / "e.plan", *backend, *options), *parts)
     assert not (tmp_path / "e.plan.run").exists()
+
+
+@pytest.mark.usefixtures("_rtx_machine")
+def test_a_foreign_file_that_would_be_taken_for_a_split_engine(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "e.plan").write_bytes(b"mine")
+    options = ("--backend", "tensorrt-rtx", "--profiles", "split")
+    assert_says(job(folder, tmp_path / "e.plan", *options), "was not built here", "e.prefill.plan and e.decode.plan")
+    assert not (tmp_path / "e.plan.run").exists()
+
+
+@pytest.mark.usefixtures("_rtx_machine")
+def test_a_plan_s_capacity_needs_a_static_cache(folder: Path, tmp_path: Path) -> None:
+    options = ("--backend", "tensorrt-rtx", "--plan-capacity", "16")
+    assert_says(job(folder, tmp_path / "e.plan", *options), "the plan's capacity is 16", "--kv-cache static")
 
 
 def test_a_machine_without_a_backend_is_told_at_once(

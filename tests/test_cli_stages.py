@@ -139,7 +139,7 @@ def test_check_writes_beside_the_bundle_by_default(folder: Path) -> None:
 )
 def test_build_writes_plan_and_description(folder: Path, tmp_path: Path) -> None:
     plan = tmp_path / "new" / "engine.plan"
-    options = ("--backend", "tensorrt-rtx", "--target", "SM86", "--profile", "decode")
+    options = ("--backend", "tensorrt-rtx", "--target", "SM86", "--profiles", "decode")
     done = call("build", folder / "bundle", "--out", plan, *options)
     assert done.code == 0, done.err
     sidecar = load_sidecar(plan)

@@ -194,8 +194,9 @@ def test_what_the_real_runtime_says_without_a_gpu(tmp_path: Path) -> None:
 
     from spike_export.calibration.errors import EngineError
     from spike_export.engines.build_profiles import Profile, ShapeRange
+    from spike_export.engines.plan_safety import CheckedPlan
     from spike_export.engines.trt_buffers import Buffers
-    from spike_export.engines.trt_engines import CheckedPlan, LoadedPlans, RuntimeOptions
+    from spike_export.engines.trt_engines import LoadedPlans, RuntimeOptions
     from tests.trt_simulation import SimulatedDevice, sidecar
 
     if torch.cuda.is_available():

@@ -14,9 +14,10 @@ from spike_export.calibration.errors import EngineError
 from spike_export.engines.decoding import DecodedStep
 from spike_export.engines.generation_options import GenerationOptions
 from spike_export.engines.plan_backend import BackendName
+from spike_export.engines.plan_safety import CheckedPlan
 from spike_export.engines.trt_capacities import CapacityChoice
 from spike_export.engines.trt_decoding import DrawnTensors, TensorRtDecoding
-from spike_export.engines.trt_engines import CheckedPlan, RuntimeOptions
+from spike_export.engines.trt_engines import RuntimeOptions
 from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.cache_options import CacheOptions
 from spike_export.export.graph_plan import LogitsScope

@@ -12,9 +12,10 @@ from spike_export.engines.build_options import BatchRange, BuildOptions
 from spike_export.engines.generation_options import GenerationOptions
 from spike_export.engines.plan_backend import choose_backend, detect_machine
 from spike_export.engines.plan_builder import build_plan
+from spike_export.engines.plan_safety import CheckedPlan
 from spike_export.engines.trt_decoding import TensorRtDecoding
 from spike_export.engines.trt_device import CudaDevice
-from spike_export.engines.trt_engines import CheckedPlan, RuntimeOptions
+from spike_export.engines.trt_engines import RuntimeOptions
 from spike_export.engines.trt_runtime_cache import runtime_cache_path
 from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.cache_options import CacheOptions

@@ -12,11 +12,12 @@ from spike_export.calibration.errors import EngineError
 from spike_export.engines.build_options import ProfileName
 from spike_export.engines.build_profiles import Profile, ShapeRange
 from spike_export.engines.generation_options import GenerationOptions
+from spike_export.engines.plan_safety import CheckedPlan
 from spike_export.engines.plan_sidecar import PlanSidecar
 from spike_export.engines.trt_buffers import Buffers
 from spike_export.engines.trt_decoding import TensorRtDecoding
 from spike_export.engines.trt_device import ALIGNMENT, CudaDevice
-from spike_export.engines.trt_engines import CheckedPlan, RuntimeOptions, specialization
+from spike_export.engines.trt_engines import RuntimeOptions, specialization
 from spike_export.engines.trt_kv_cache import CACHE
 from spike_export.engines.trt_limits import PlanLimits, plan_limits, require_fit
 from spike_export.engines.trt_prefill import dynamic_calls, static_calls

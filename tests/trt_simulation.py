@@ -27,6 +27,7 @@ from spike_export.engines.generation_options import GenerationOptions
 from spike_export.engines.onnx_session import open_bundle
 from spike_export.engines.plan_backend import BackendName
 from spike_export.engines.plan_graph import graph_inputs, load_graph
+from spike_export.engines.plan_safety import CheckedPlan
 from spike_export.engines.plan_sidecar import (
     Audit,
     BackendVersion,
@@ -37,7 +38,6 @@ from spike_export.engines.plan_sidecar import (
 )
 from spike_export.engines.trt_decoding import DrawnTensors
 from spike_export.engines.trt_device import ALIGNMENT
-from spike_export.engines.trt_engines import CheckedPlan
 from spike_export.export.manifest import GRAPH_FILE, Manifest, load_manifest
 
 SCRATCH_BYTES = {"prefill": 3000, "decode": 1000}

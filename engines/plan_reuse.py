@@ -1,0 +1,147 @@
+"""An engine for a bundle: the one that is there where nothing it follows from has changed, else built anew."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from spike_export.calibration.errors import ArtifactError, EngineError
+from spike_export.calibration.progress import Progress, silent
+from spike_export.engines.build_options import BuildOptions
+from spike_export.engines.bundle_identity import hash_bundle, hash_plan
+from spike_export.engines.plan_builder import (
+    BuildEnvironment,
+    build_engine,
+    detect_environment,
+    plan_build,
+)
+from spike_export.engines.plan_paths import plan_paths
+from spike_export.engines.plan_sidecar import PlanKey, PlanSidecar, load_sidecar, sidecar_path
+
+KEPT = "kept: nothing it was built from has changed"
+
+
+@dataclass(frozen=True)
+class ProvidedEngine:
+    """Plans that belong to a bundle and its options.
+
+    Attributes:
+        plans: One, or one for prefill and one for decode.
+        sidecars: Of the plans, in their order.
+        note: Whether the engine was kept or built, and what has changed since it was built before.
+        reused: Nothing was built.
+    """
+
+    plans: tuple[Path, ...]
+    sidecars: tuple[PlanSidecar, ...]
+    note: str
+    reused: bool
+
+    @property
+    def deviations(self) -> tuple[str, ...]:
+        """Modules that do not run as planned in some plan; those of a plan that could not be read are not known."""
+        found = (
+            name
+            for sidecar in self.sidecars
+            if sidecar.audit.readable
+            for name, module in sidecar.audit.modules.items()
+            if not module.as_planned
+        )
+        return tuple(dict.fromkeys(found))
+
+
+def provide_engine(
+    bundle: Path,
+    engine: Path,
+    options: BuildOptions,
+    progress: Progress = silent,
+    environment: BuildEnvironment | None = None,
+    *,
+    force: bool = False,
+) -> ProvidedEngine:
+    """Return the engine of a bundle, built only where it has to be.
+
+    Args:
+        bundle: Folder with model.onnx, model.onnx.data and manifest.json.
+        engine: File of the plan; a split engine's plans are named after it (`plan_paths`). One that is there is
+            replaced, in either form.
+        progress: Told of the hashing of bundle and plan (bytes) and of the build (percent).
+        environment: This machine when omitted.
+        force: Build in any case.
+
+    Raises:
+        EngineError: The backend, an option, a size, the memory or the graph stands in the way, or a file that is no
+            engine of ours has the name of a split one.
+        ArtifactError: The bundle's manifest cannot be read, or a plan cannot be written.
+        KeyboardInterrupt: As raised during a build; what was there before is still there.
+    """
+    environment = environment or detect_environment()
+    build = plan_build(bundle, engine, options, environment)
+    require_own_place(engine, options.split)
+    plans, other = plan_paths(engine, options.split), plan_paths(engine, not options.split)
+    earlier = next((form for form in (plans, other) if all(plan.exists() for plan in form)), None)
+    identity, note = None, "built"
+    if earlier is None:
+        halves = [plan for plan in plans if plan.exists()]
+        note = f"built again: the other half of {halves[0]} is missing" if halves else note
+    elif force:
+        note = "built again: as asked for"
+    else:
+        reason = _unreadable(earlier)
+        if reason is None:
+            identity = hash_bundle(bundle, progress)
+            changes = build.key(identity).changes_since(_key(earlier[0]))
+            reason = "; ".join(changes) or _altered(earlier, progress)
+        if reason is None:
+            _discard(other)
+            return ProvidedEngine(plans, tuple(load_sidecar(plan) for plan in plans), KEPT, reused=True)
+        note = f"built again: {reason}"
+    results = build_engine(build, identity, progress, environment)
+    _discard(other)
+    return ProvidedEngine(plans, tuple(result.sidecar for result in results), note, reused=False)
+
+
+def require_own_place(engine: Path, split: bool) -> None:
+    """Refuse to build a split engine beside a file of its name that is not ours: it would be taken for the engine.
+
+    Raises:
+        EngineError: Names the file.
+    """
+    if split and engine.exists() and not sidecar_path(engine).is_file():
+        names = " and ".join(path.name for path in plan_paths(engine, split=True))
+        raise EngineError(
+            f"{engine} is there and was not built here; a split engine is {names}, and {engine.name} would be taken "
+            f"for it: remove that file, or choose another name"
+        )
+
+
+def _unreadable(plans: tuple[Path, ...]) -> str | None:
+    """Return why nothing can be said of plans that are there; None where their sidecars tell one key."""
+    keys = set()
+    for plan in plans:
+        try:
+            key = load_sidecar(plan).key
+        except ArtifactError as error:
+            return str(error).removesuffix("; build the plan again")
+        if key is None:
+            return f"{sidecar_path(plan)} is of an older version"
+        keys.add(key)
+    return "its plans are of different builds" if len(keys) > 1 else None
+
+
+def _altered(plans: tuple[Path, ...], progress: Progress) -> str | None:
+    """Return which plan has other bytes than were built; None when none has."""
+    altered = [plan for plan in plans if hash_plan(plan, progress) != load_sidecar(plan).plan.sha256]
+    return f"{altered[0]} is not the file that was built" if altered else None
+
+
+def _key(plan: Path) -> PlanKey:
+    key = load_sidecar(plan).key
+    assert key is not None, "a plan without a key counts as unreadable"
+    return key
+
+
+def _discard(plans: tuple[Path, ...]) -> None:
+    """Remove what the engine was in its other form: it would be taken for the engine, or for a part of it."""
+    for plan in plans:
+        if sidecar_path(plan).is_file():
+            plan.unlink(missing_ok=True)
+            sidecar_path(plan).unlink()
