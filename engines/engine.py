@@ -185,9 +185,15 @@ class Engine:
             raise EngineError(f"prompt {row} is empty; give some text")
         tokens = np.array(self.tokenizer.encode(text), np.int64)
         bos, prefix = self.manifest.bos_token_id, self.manifest.prefix
-        if bos is None or (prefix is not None and prefix.holds_bos) or tokens[:1].tolist() == [bos]:
-            return tokens
-        return np.concatenate([[bos], tokens])
+        if bos is not None and not (prefix is not None and prefix.holds_bos) and tokens[:1].tolist() != [bos]:
+            return np.concatenate([[bos], tokens])
+        return self._without_second_bos(tokens)
+
+    def _without_second_bos(self, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Drop a BOS in front where it would follow the prefix's: of templates and texts that spell it out."""
+        bos, prefix = self.manifest.bos_token_id, self.manifest.prefix
+        repeated = prefix is not None and [prefix.token_ids[-1]] == tokens[:1].tolist() == [bos]
+        return tokens[1:] if repeated else tokens
 
     def _of_chat(self, chat: Chat, row: int) -> NDArray[np.int64]:
         if not chat:
@@ -203,7 +209,7 @@ class Engine:
             text = self.tokenizer.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=True)
         except Exception as error:  # templates raise jinja's errors, and whatever their expressions run into
             raise EngineError(f"prompt {row}: the chat template refuses it ({one_line(error)}); correct it") from error
-        return np.array(self.tokenizer.encode(text, add_special_tokens=False), np.int64)
+        return self._without_second_bos(np.array(self.tokenizer.encode(text, add_special_tokens=False), np.int64))
 
 
 def open_decoding(path: Path, threads: int, provider: "Provider") -> Decoding:
