@@ -122,8 +122,8 @@ class Engine:
         """Return what follows each prompt; all prompts are decoded together, and each as it would be alone.
 
         Args:
-            prompts: One text, or a list of texts, chats and token arrays. BOS is put before a text unless the prefix
-                holds it or the text begins with it; a chat has what its template says.
+            prompts: One text, or a list of texts, chats and token arrays. BOS is put before a text that does not begin
+                with it; a chat has what its template says. Where the prefix holds BOS, neither begins with it.
             options: Instead of the bundle's own defaults.
             changes: Fields of `GenerationOptions` that differ from those.
 
@@ -190,9 +190,9 @@ class Engine:
         return self._without_second_bos(tokens)
 
     def _without_second_bos(self, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Drop a BOS in front where it would follow the prefix's: of templates and texts that spell it out."""
+        """Drop a BOS in front, of a text or template that spells it out, where the prefix holds it already."""
         bos, prefix = self.manifest.bos_token_id, self.manifest.prefix
-        repeated = prefix is not None and [prefix.token_ids[-1]] == tokens[:1].tolist() == [bos]
+        repeated = prefix is not None and prefix.holds_bos and tokens[:1].tolist() == [bos]
         return tokens[1:] if repeated else tokens
 
     def _of_chat(self, chat: Chat, row: int) -> NDArray[np.int64]:
