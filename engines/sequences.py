@@ -129,6 +129,8 @@ class StaticSequences:
     lengths: NDArray[np.int64]
     buffers: list[torch.Tensor]
     provider: Provider = "cpu"
+    _last_logits: bool = False
+    """Whether the graph gives logits of the last column only."""
     _binding: Any = None
     _begun: bool = False
 
@@ -140,7 +142,8 @@ class StaticSequences:
         own = min(BUCKET, manifest.capacity) if growing else manifest.capacity
         shape = (batch, manifest.num_key_value_heads, manifest.prefix_length + own, manifest.head_dim)
         buffers = [_zeros(shape, manifest, provider) for _ in _cache_names(manifest)]
-        sequences = cls(session, manifest, np.zeros(batch, np.int64), buffers, provider)
+        logits = next(value for value in session.get_outputs() if value.name == "logits")
+        sequences = cls(session, manifest, np.zeros(batch, np.int64), buffers, provider, logits.shape[1] == 1)
         sequences._bind()
         return sequences
 
@@ -181,11 +184,6 @@ class StaticSequences:
         """Forget a row's tokens, so that it has room for padding again; the prefix stays."""
         self.lengths[row] = 0
 
-    @property
-    def _last_logits(self) -> bool:
-        """Whether the graph gives logits of the last column only."""
-        return self.manifest.logits == "last" or self.session.get_outputs()[0].shape[1] == 1
-
     def _run_row(self, row: int, tokens: NDArray[np.int64], *, fresh: bool) -> NDArray[np.float32]:
         _counts(tokens[None], None, 1)
         if not 0 <= row < len(self.lengths):
@@ -209,7 +207,8 @@ class StaticSequences:
             binding.bind_cpu_input("fresh", np.ones(int(fresh), np.bool_))
         binding.bind_output("logits", "cpu")
         run_bound(self.session, binding, tokens.shape[1])
-        logits: NDArray[np.float32] = binding.get_outputs()[0].numpy()
+        # The buffers are outputs too, and need no objects of Python's for each call.
+        logits: NDArray[np.float32] = binding.get_outputs_as_ortvaluevector()[0].numpy()
         return logits
 
     def _make_room(self, lengths: NDArray[np.int64], sequence: int, first_row: int = 0) -> None:
