@@ -11,7 +11,8 @@ from spike_export.calibration.errors import EngineError
 from spike_export.cli.arguments import SamplingArguments, values
 
 if TYPE_CHECKING:
-    from spike_export.engines.engine import Engine, Prompt
+    from spike_export.engines.engine import Engine
+    from spike_export.engines.prompt_tokens import Prompt
 
 
 def generate(

@@ -1,7 +1,7 @@
 """Prompts in, text out: what is fed, where a text ends, what streams, and what is refused."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from spike_export.calibration.errors import ArtifactError, EngineError
 from spike_export.engines.decoding import DecodedStep
-from spike_export.engines.engine import Engine, Generation
+from spike_export.engines.engine import Engine
 from spike_export.engines.generation_options import GenerationOptions
 from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.manifest import load_manifest
@@ -40,17 +40,21 @@ class Scripted:
     rows: Sequence[Sequence[int]]
     fed: list[list[int]] = field(default_factory=list)
     steps: int = 0
+    closed: bool = False
 
     def decode(self, prompts: Sequence[NDArray[np.int64]], options: GenerationOptions) -> Iterator[DecodedStep]:
         self.fed = [prompt.tolist() for prompt in prompts]
         return self._steps(options)
 
     def _steps(self, options: GenerationOptions) -> Iterator[DecodedStep]:
-        for step in range(options.max_new_tokens):
-            self.steps += 1
-            tokens = np.array([row[min(step, len(row) - 1)] for row in self.rows])
-            best = None if options.logprobs is None else np.stack([tokens, tokens + 1], axis=1)
-            yield DecodedStep(tokens, -tokens / 100, best, None if best is None else -best / 100)
+        try:
+            for step in range(options.max_new_tokens):
+                self.steps += 1
+                tokens = np.array([row[min(step, len(row) - 1)] for row in self.rows])
+                best = None if options.logprobs is None else np.stack([tokens, tokens + 1], axis=1)
+                yield DecodedStep(tokens, -tokens / 100, best, None if best is None else -best / 100)
+        finally:
+            self.closed = True
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +143,17 @@ def test_rows_end_for_themselves_and_the_runtime_stops_with_the_last(engine: Eng
     assert [result.prompt_tokens for result in results] == [2, 2, 2]
     short, runtime = says(engine, [60, EOS], [EOS])
     short.generate(["1", "2"], max_new_tokens=50)
-    assert runtime.steps == 2
+    assert (runtime.steps, runtime.closed) == (2, True)
+
+
+def test_who_stops_reading_stops_the_runtime(engine: Engine) -> None:
+    told, runtime = says(engine, "endless")
+    pieces = told.stream("1", max_new_tokens=50)
+    assert [next(pieces).text for _ in range(3)] == list("end")
+    assert not runtime.closed
+    assert isinstance(pieces, Generator)
+    pieces.close()
+    assert (runtime.steps, runtime.closed) == (3, True)
 
 
 def test_ignoring_the_end_goes_on_and_other_ends_can_be_named(engine: Engine) -> None:
@@ -239,7 +253,3 @@ def test_bundles_that_cannot_be_opened(model: TinyModel, tmp_path: Path) -> None
     (bundle / "manifest.json").unlink()
     with pytest.raises(ArtifactError, match=r"is .* a bundle"):
         Engine.open(bundle)
-
-
-def test_results_are_values() -> None:
-    assert Generation("a", (1,), "stop", 1) == Generation("a", (1,), "stop", 1)
