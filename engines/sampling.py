@@ -115,10 +115,10 @@ def _least_of_top_p(scores: torch.Tensor, options: GenerationOptions) -> torch.T
     CPU, whose results need no waiting, sorts all of them only where the first few do not reach p.
     """
     total, vocab = scores.logsumexp(dim=-1, keepdim=True), scores.shape[-1]
-    first = options.top_k or (_SORTED_FIRST if scores.device.type == "cpu" else vocab)
-    ordered = scores.topk(min(first, vocab), dim=-1).values
+    first = min(vocab, options.top_k or (_SORTED_FIRST if scores.device.type == "cpu" else vocab))
+    ordered = scores.topk(first, dim=-1).values if first < vocab else scores.sort(dim=-1, descending=True).values
     reached = (ordered - total).exp().cumsum(dim=-1)
-    if not options.top_k and len(ordered[0]) < vocab and float(reached[:, -1].min()) < options.top_p:
+    if not options.top_k and first < vocab and float(reached[:, -1].min()) < options.top_p:
         ordered = scores.sort(dim=-1, descending=True).values
         reached = (ordered - total).exp().cumsum(dim=-1)
     # A token is needed where those before it do not reach p; the first always is.

@@ -177,6 +177,25 @@ def test_logprobs_are_of_the_model_itself() -> None:
     assert Sampler(GenerationOptions(), 2, CPU).draw(logits, None).logprobs is None
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_on_a_gpu_the_draws_are_the_cpus_and_nothing_waits_for_it() -> None:
+    options = GenerationOptions(
+        do_sample=True, seed=2, top_p=0.9, min_p=0.01, repetition_penalty=1.2, logprobs=3, max_new_tokens=20
+    )
+    drawn = []
+    for device in (CPU, torch.device("cuda")):
+        sampler, seen = Sampler(options, 4, device), seen_tokens([np.arange(5)] * 4, 500, options, device)
+        steps = [logits_of(4, 500, seed).to(device) for seed in range(20)]
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            tokens = [sampler.draw(logits, seen).tokens for logits in steps]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        drawn.append(torch.stack(tokens).tolist())
+    assert drawn[0] == drawn[1]
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
