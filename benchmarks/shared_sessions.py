@@ -2,7 +2,8 @@
 
 ONNX Runtime packs weights for the processor when it opens a session, into memory of the session's own. Compared are
 one session; the bundle opened twice, which is one session; and two sessions, as they come, with packing switched off,
-and with the packed weights read from a file that a first session wrote. Memory is what belongs to the process alone;
+with weights given to both from one mapped file, and with packed weights read from a file that a first session wrote.
+Memory is what belongs to the process alone;
 weights that it only reads from a file are shared with other sessions and processes.
 """
 
@@ -70,6 +71,26 @@ def _two_unpacked(bundle: Path, threads: int, _: Path) -> list[Any]:
     return [_session(bundle, threads, {"session.disable_prepacking": "1"}) for _ in range(2)]
 
 
+def _two_given_weights(bundle: Path, threads: int, _: Path) -> list[Any]:
+    import numpy as np
+    import onnx
+    import onnxruntime as ort
+    from onnx.external_data_helper import ExternalDataInfo
+
+    from spike_export.engines.generation_graph import generation_graph
+    from spike_export.export.manifest import DATA_FILE, load_manifest
+
+    data, given = np.memmap(bundle / DATA_FILE, np.uint8, "r"), {}
+    for tensor in onnx.load_from_string(generation_graph(bundle, load_manifest(bundle))).graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            place = ExternalDataInfo(tensor)
+            start = place.offset or 0
+            raw = data[start : start + (place.length or 0)]
+            values = raw.view(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)).reshape(tuple(tensor.dims))
+            given[tensor.name] = ort.OrtValue.ortvalue_from_numpy(values)
+    return [_session(bundle, threads, given=given) for _ in range(2)]
+
+
 def _two_from_packed_file(bundle: Path, threads: int, folder: Path) -> list[Any]:
     import onnxruntime as ort
 
@@ -90,7 +111,13 @@ def _write_packed(bundle: Path, threads: int, path: Path) -> None:
     _session(bundle, threads, entries, path)
 
 
-def _session(bundle: Path, threads: int, entries: dict[str, str] | None = None, saved: Path | None = None) -> Any:
+def _session(
+    bundle: Path,
+    threads: int,
+    entries: dict[str, str] | None = None,
+    saved: Path | None = None,
+    given: dict[str, Any] | None = None,
+) -> Any:
     import onnxruntime as ort
 
     from spike_export.engines.generation_graph import generation_graph
@@ -101,6 +128,8 @@ def _session(bundle: Path, threads: int, entries: dict[str, str] | None = None, 
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle))
     for name, value in (entries or {}).items():
         options.add_session_config_entry(name, value)
+    if given:
+        options.add_external_initializers(list(given), list(given.values()))
     if saved is not None:
         options.optimized_model_filepath = str(saved)
     return ort.InferenceSession(
@@ -113,6 +142,7 @@ WAYS: dict[str, Callable[[Path, int, Path], list[Any]]] = {
     "opened twice": _opened_twice,
     "two": _two,
     "two, weights not packed": _two_unpacked,
+    "two, weights given to both": _two_given_weights,
     "two, packed weights from a file": _two_from_packed_file,
 }
 

@@ -32,7 +32,11 @@ _sharing = threading.Lock()
 
 @dataclass(frozen=True)
 class BundleSession:
-    """An ONNX Runtime session over a bundle, with the manifest that says how to call it."""
+    """An ONNX Runtime session over a bundle, with the manifest that says how to call it.
+
+    Attributes:
+        provider: Where it computes and keeps its caches.
+    """
 
     manifest: Manifest
     session: Any
