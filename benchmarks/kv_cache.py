@@ -1,8 +1,9 @@
 """Decode with a static cache, written in place, against a dynamic one, which every call copies.
 
 W8A8 bundles with float32 for the rest, in ONNX Runtime on this machine's CPU. At each context there are the dynamic
-cache, a static one whose capacity is just enough, and a static one of the largest context's capacity: attention reads
-the whole buffer, so that room nobody uses costs time. All take turns, call by call.
+cache, a static one whose capacity is just enough, and the static one of the largest context's capacity twice: with its
+whole buffer, and with buffers as long as the sequences need, as generation has them. Attention reads the whole buffer,
+so that room nobody uses costs time. All take turns, call by call.
 """
 
 import argparse
@@ -19,7 +20,25 @@ from benchmarks.fetch_models import smollm2_path
 from benchmarks.peak_memory import in_own_process, peak_rss
 from benchmarks.speed import WARM_UP_CALLS, Timing, add_recipe_arguments, interleaved, open_session, quick_recipe
 
-CONTEXTS = (256, 1024)
+CONTEXTS = (16, 256, 1024)
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A cache to measure.
+
+    Attributes:
+        capacity: Of the static cache; None for the dynamic one.
+        grows: Whether the buffer is as long as the sequence needs, in steps; else it is the whole capacity.
+    """
+
+    capacity: int | None = None
+    grows: bool = False
+
+    @property
+    def name(self) -> str:
+        """For reading."""
+        return "dynamic" if self.capacity is None else f"static {self.capacity}{' in steps' if self.grows else ''}"
 
 
 @dataclass(frozen=True)
@@ -27,20 +46,14 @@ class Result:
     """One cache at one context.
 
     Attributes:
-        capacity: Of the static cache; None for the dynamic one.
         decode: Calls of one token.
         peak_rss: Bytes; of a process of its own that reads the context and decodes.
     """
 
     context: int
-    capacity: int | None
+    cache: Cache
     decode: Timing
     peak_rss: int
-
-    @property
-    def name(self) -> str:
-        """For reading."""
-        return "dynamic" if self.capacity is None else f"static {self.capacity}"
 
 
 def main() -> int:
@@ -68,11 +81,14 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def capacities(contexts: Sequence[int], decodes: int) -> dict[int, tuple[int | None, ...]]:
-    """Return the caches to compare at each context: the dynamic one, and the static ones by their capacity."""
+def caches(contexts: Sequence[int], decodes: int) -> dict[int, tuple[Cache, ...]]:
+    """Return the caches to compare at each context."""
     room = decodes + WARM_UP_CALLS
     largest = max(contexts) + room
-    return {context: tuple(dict.fromkeys((None, context + room, largest))) for context in contexts}
+    return {
+        context: tuple(dict.fromkeys((Cache(), Cache(context + room), Cache(largest), Cache(largest, grows=True))))
+        for context in contexts
+    }
 
 
 def build_bundles(arguments: argparse.Namespace, folder: Path, wanted: set[int | None]) -> dict[int | None, Path]:
@@ -96,31 +112,35 @@ def build_bundles(arguments: argparse.Namespace, folder: Path, wanted: set[int |
 
 def measure(arguments: argparse.Namespace, folder: Path) -> list[Result]:
     """Time the caches against each other, then use each alone for its memory."""
-    compared = capacities(arguments.contexts, arguments.decodes)
-    bundles = build_bundles(arguments, folder, {capacity for each in compared.values() for capacity in each})
+    compared = caches(arguments.contexts, arguments.decodes)
+    bundles = build_bundles(arguments, folder, {cache.capacity for each in compared.values() for cache in each})
     results = []
     for context, chosen in compared.items():
         _say(f"measuring at {context} tokens")
-        decoders = {capacity: Decoding(bundles[capacity], context, arguments.threads) for capacity in chosen}
-        timings = interleaved({capacity: decoder.step for capacity, decoder in decoders.items()}, arguments.decodes)
+        decoders = {
+            cache: Decoding(bundles[cache.capacity], cache.grows, context, arguments.threads) for cache in chosen
+        }
+        timings = interleaved({cache: decoder.step for cache, decoder in decoders.items()}, arguments.decodes)
         decoders.clear()
-        for capacity in chosen:
-            peak = in_own_process(_use_alone, bundles[capacity], context, arguments.threads, arguments.decodes)
-            results.append(Result(context, capacity, timings[capacity], peak))
+        for cache in chosen:
+            given = (bundles[cache.capacity], cache.grows, context, arguments.threads, arguments.decodes)
+            results.append(Result(context, cache, timings[cache], in_own_process(_use_alone, *given)))
     return results
 
 
 class Decoding:
     """One sequence that has read `context` tokens, and goes on by one token per step."""
 
-    def __init__(self, bundle: Path, context: int, threads: int) -> None:
+    def __init__(self, bundle: Path, grows: bool, context: int, threads: int) -> None:
         import numpy as np
 
+        from spike_export.engines.generation_graph import generation_graph
         from spike_export.engines.onnx_session import BundleSession
         from spike_export.export.manifest import load_manifest
 
         manifest = load_manifest(bundle)
-        self._sequences = BundleSession(manifest, open_session(bundle, threads)).begin(1)
+        graph = generation_graph(bundle, manifest) if grows else None
+        self._sequences = BundleSession(manifest, open_session(bundle, threads, graph)).begin(1)
         tokens = np.random.default_rng(0).integers(0, manifest.vocab_size, (1, context + 1))
         self._next = tokens[:, context:]
         self._sequences.step(tokens[:, :context])
@@ -130,9 +150,9 @@ class Decoding:
         self._sequences.step(self._next)
 
 
-def _use_alone(bundle: Path, context: int, threads: int, decodes: int) -> int:
+def _use_alone(bundle: Path, grows: bool, context: int, threads: int, decodes: int) -> int:
     """Return the peak resident memory of this process, which reads a context, decodes, and does nothing else."""
-    decoding = Decoding(bundle, context, threads)
+    decoding = Decoding(bundle, grows, context, threads)
     for _ in range(decodes):
         decoding.step()
     return peak_rss()
@@ -140,15 +160,15 @@ def _use_alone(bundle: Path, context: int, threads: int, decodes: int) -> int:
 
 def ratio(results: Sequence[Result], result: Result) -> float:
     """Return how many times faster than the dynamic cache at the same context, by medians."""
-    (dynamic,) = (other for other in results if other.context == result.context and other.capacity is None)
+    (dynamic,) = (other for other in results if other.context == result.context and other.cache == Cache())
     return dynamic.decode.median / result.decode.median
 
 
 def table(results: Sequence[Result]) -> str:
     """Return the figures for reading."""
-    lines = [f"{'context':>7} {'cache':14} | {'decode: ms':>10} {'min':>6} {'ratio':>6} | {'peak RSS MB':>11}"]
+    lines = [f"{'context':>7} {'cache':20} | {'decode: ms':>10} {'min':>6} {'ratio':>6} | {'peak RSS MB':>11}"]
     lines += [
-        f"{r.context:7} {r.name:14} | {r.decode.median * 1e3:10.1f} {r.decode.minimum * 1e3:6.1f}"
+        f"{r.context:7} {r.cache.name:20} | {r.decode.median * 1e3:10.1f} {r.decode.minimum * 1e3:6.1f}"
         f" {ratio(results, r):5.2f}x | {r.peak_rss / 1e6:11.0f}"
         for r in results
     ]
@@ -157,7 +177,12 @@ def table(results: Sequence[Result]) -> str:
 
 def as_json(results: Sequence[Result], threads: int) -> dict[str, Any]:
     """Return the figures for programs: seconds, bytes, and ratios of medians to the dynamic cache."""
-    return {"threads": threads, "caches": [asdict(result) | {"ratio": ratio(results, result)} for result in results]}
+    rows = [
+        {"context": each.context, **asdict(each.cache), "ratio": ratio(results, each)}
+        | {"decode": asdict(each.decode), "peak_rss": each.peak_rss}
+        for each in results
+    ]
+    return {"threads": threads, "caches": rows}
 
 
 def _say(text: str) -> None:

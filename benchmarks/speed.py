@@ -244,7 +244,8 @@ def interleaved(
     return {variant: Timing.of(durations) for variant, durations in seconds.items()}
 
 
-def open_session(folder: Path, threads: int) -> "ort.InferenceSession":
+def open_session(folder: Path, threads: int, graph: bytes | None = None) -> "ort.InferenceSession":
+    """Open a bundle's graph, or another one over its weights."""
     import onnxruntime as ort
 
     from spike_export.engines.onnx_session import session_options
@@ -253,7 +254,8 @@ def open_session(folder: Path, threads: int) -> "ort.InferenceSession":
     options = session_options(threads)
     # Threads that spin after a call would take the cores from the session whose turn is next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    return ort.InferenceSession(folder / GRAPH_FILE, options, providers=["CPUExecutionProvider"])
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    return ort.InferenceSession(graph or folder / GRAPH_FILE, options, providers=["CPUExecutionProvider"])
 
 
 def _bound_call(session: "ort.InferenceSession", manifest: "Manifest", tokens: int, past: int) -> Callable[[], None]:

@@ -16,6 +16,7 @@ _EXECUTION = Group("Execution", sort_key=3)
 _GRAPH = Group("Graph", sort_key=3)
 _CHECK = Group("Check", sort_key=3)
 _BUILD = Group("Engine", sort_key=4)
+_GENERATION = Group("Generation", sort_key=4)
 _RUN = Group("Run", sort_key=5)
 
 
@@ -229,6 +230,46 @@ class BuildArguments:
 
     allow_fallback: Annotated[bool, Parameter(negative="")] = False
     "Accept a plan in which a module planned as INT8 or FP8 runs in 16 bit."
+
+
+@Parameter(name="*", group=_GENERATION)
+@dataclass(frozen=True, kw_only=True)
+class SamplingArguments:
+    """What is drawn, and where it ends; what is not given is as the model's generation_config.json says."""
+
+    max_new_tokens: int | None = None
+    "Most tokens of an answer (default: 128)."
+
+    do_sample: bool | None = None
+    """Draw from the distribution instead of taking the best token; temperature, top-k, top-p, min-p or seed ask for it
+    too."""
+
+    temperature: float | None = None
+    "Divides the logits."
+
+    top_k: int | None = None
+    "Only the k most probable tokens; 0 for all."
+
+    top_p: float | None = None
+    "Only the most probable tokens that together reach this probability."
+
+    min_p: float | None = None
+    "Only tokens at least this share as probable as the most probable one."
+
+    repetition_penalty: float | None = None
+    "Makes tokens that are there already less probable, above 1."
+
+    seed: int | None = None
+    "Of the draws; prompt i draws with seed + i (default: another one each time)."
+
+    stop: Annotated[tuple[str, ...], Parameter(negative="")] = ()
+    "The text ends before this; repeat for several."
+
+    ignore_eos: Annotated[bool | None, Parameter(negative="")] = None
+    "Go on behind tokens that end a sequence."
+
+    logprobs: int | None = None
+    "With --json: log-probability of each token, and of so many of the most probable ones."
 
 
 @Parameter(name="*", group=_RUN)

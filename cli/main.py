@@ -27,6 +27,7 @@ from spike_export.cli.arguments import (
     GraphArguments,
     QuantizationArguments,
     RunArguments,
+    SamplingArguments,
     values,
 )
 from spike_export.cli.visible_text import visible
@@ -502,6 +503,44 @@ def build(
         for plan, sidecar in zip(engine.plans, engine.sidecars, strict=True):
             console.print(Text(f"plan: {plan} ({sidecar.backend.reason})"), soft_wrap=True)
     return _verdict(True, engine.deviations, build_options.allow_fallback)
+
+
+@app.command
+def generate(
+    bundle: Bundle,
+    /,
+    *,
+    prompt: Annotated[
+        tuple[str, ...], Parameter(negative="", help="Text to go on from; repeat for several, decoded together.")
+    ] = (),
+    prompt_file: Annotated[Path | None, Parameter(help="UTF-8 text to go on from.")] = None,
+    chat: Annotated[
+        bool, Parameter(negative="", help="Prompts are a user's messages: render them by the chat template.")
+    ] = False,
+    system: Annotated[str | None, Parameter(help="With --chat: the system's message.")] = None,
+    sampling: SamplingArguments = SamplingArguments(),
+    provider: Annotated[Literal["cpu", "cuda"], Parameter(help="Where ONNX Runtime computes.")] = "cpu",
+    threads: Annotated[int, Parameter(help="Of ONNX Runtime, for one operator; 0 for one per core.")] = 0,
+    as_json: Annotated[
+        bool, Parameter(name="--json", negative="", help="Print JSON: text, tokens, finish reason, log-probabilities.")
+    ] = False,
+    config: Annotated[Path | None, Parameter(help="TOML file with any of these options.", group="Run")] = None,
+) -> int:
+    """Generate text with a bundle in ONNX Runtime, and write it as it comes."""
+    from spike_export.cli.generate import generate as write_generated
+    from spike_export.cli.generate import option_changes, read_prompts
+
+    prompts, changes = read_prompts(prompt, prompt_file, chat, system), option_changes(sampling)
+    if "logprobs" in changes and not as_json:
+        raise ArtifactError("generate writes log-probabilities with --json only; add it, or leave --logprobs out")
+    from spike_export.engines.engine import Engine
+
+    engine = Engine.open(bundle, threads=threads, provider=provider)
+    try:
+        write_generated(engine, prompts, changes, as_json=as_json)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return DONE
 
 
 @app.command

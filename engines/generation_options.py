@@ -46,6 +46,7 @@ class GenerationOptions:
             ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", self.min_p, 0 <= self.min_p <= 1, "0 to 1"),
             ("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "above 0"),
+            ("seed", self.seed, self.seed is None or 0 <= self.seed < 2**62, "0 to 2^62 - 1"),
             ("logprobs", self.logprobs, self.logprobs is None or self.logprobs >= 0, "at least 0"),
             ("stop_strings", self.stop_strings, all(self.stop_strings), "no empty string"),
         )

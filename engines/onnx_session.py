@@ -1,5 +1,7 @@
 """A bundle in ONNX Runtime: the embedded engine, on any machine."""
 
+import threading
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,16 +13,34 @@ from spike_export.calibration.errors import EngineError
 from spike_export.calibration.perplexity import with_bos
 from spike_export.engines.all_logits import all_logits_graph
 from spike_export.engines.denormals import denormals_flushed
-from spike_export.engines.sequences import CACHE_TYPES, DynamicSequences, Sequences, StaticSequences, run_failure
+from spike_export.engines.generation_graph import generation_graph
+from spike_export.engines.sequences import (
+    CACHE_TYPES,
+    DynamicSequences,
+    Provider,
+    Sequences,
+    StaticSequences,
+    run_failure,
+)
 from spike_export.export.manifest import DATA_FILE, GRAPH_FILE, Manifest, load_manifest
+
+_PROVIDERS: dict[Provider, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+_shared: "weakref.WeakValueDictionary[tuple[object, ...], Any]" = weakref.WeakValueDictionary()
+_sharing = threading.Lock()
 
 
 @dataclass(frozen=True)
 class BundleSession:
-    """An ONNX Runtime session over a bundle, with the manifest that says how to call it."""
+    """An ONNX Runtime session over a bundle, with the manifest that says how to call it.
+
+    Attributes:
+        provider: Where it computes and keeps its caches.
+    """
 
     manifest: Manifest
     session: Any
+    provider: Provider = "cpu"
 
     def prefill(self, content: NDArray[np.int64]) -> NDArray[np.float32]:
         """Run fresh sequences in one call and return the logits [batch, tokens, vocab] of the content's tokens.
@@ -55,7 +75,7 @@ class BundleSession:
     def begin(self, batch: int) -> Sequences:
         """Return `batch` sequences without tokens; their BOS, where the prefix holds none, is the caller's to feed."""
         kind = StaticSequences if self.manifest.kv_cache == "static" else DynamicSequences
-        return kind.begin(self.session, self.manifest, batch)
+        return kind.begin(self.session, self.manifest, batch, self.provider)
 
 
 def session_options(threads: int = 0) -> Any:
@@ -106,17 +126,73 @@ def open_bundle(bundle: Path, threads: int = 0, *, all_logits: bool = False) -> 
         ArtifactError: The manifest cannot be read.
         EngineError: The bundle is incomplete, of a precision that the CPU lacks, or refused by ONNX Runtime.
     """
+    manifest = runnable_manifest(bundle)
+    if all_logits and manifest.logits == "last":
+        return BundleSession(manifest, _session(bundle, all_logits_graph(bundle), threads))
+    return BundleSession(manifest, _session(bundle, bundle / GRAPH_FILE, threads))
+
+
+def open_for_generation(bundle: Path, threads: int = 0, provider: Provider = "cpu") -> BundleSession:
+    """Load a bundle's graph as generation runs it (`generation_graph`).
+
+    Who opens the same bundle in the same way again, while the session is in use, shares it: a session may be run from
+    several threads, and each copy would hold weights of its own, packed for the processor.
+
+    Args:
+        bundle: Folder that export wrote.
+        threads: For one operator; 0 for one per core.
+        provider: Where to compute.
+
+    Raises:
+        ArtifactError: The manifest cannot be read.
+        EngineError: The bundle is incomplete, of a precision that ONNX Runtime lacks, or refused by it; or the
+            provider is not there.
+    """
+    manifest = runnable_manifest(bundle)
+    require_provider(provider)
+    stamps = ((bundle / name).stat() for name in (GRAPH_FILE, DATA_FILE))
+    key = (bundle.resolve(), *((stamp.st_ino, stamp.st_mtime_ns) for stamp in stamps), threads, provider)
+    with _sharing:
+        session = _shared.get(key)
+        if session is None:
+            session = _session(bundle, generation_graph(bundle, manifest), threads, provider)
+            _shared[key] = session
+    return BundleSession(manifest, session, provider)
+
+
+def require_provider(provider: str) -> None:
+    """Refuse a provider that this ONNX Runtime does not have.
+
+    Raises:
+        EngineError: Names it, and what to do.
+    """
     import onnxruntime as ort
 
-    manifest = runnable_manifest(bundle)
+    if provider not in _PROVIDERS:
+        raise EngineError(f"provider {provider!r} is not known; expected one of {', '.join(_PROVIDERS)}")
+    if _PROVIDERS[provider] not in ort.get_available_providers():
+        raise EngineError(
+            f"provider {provider!r}: the installed ONNX Runtime has no {_PROVIDERS[provider]}; install the extra `gpu` "
+            "(onnxruntime-gpu in place of onnxruntime), or use the provider cpu"
+        )
+
+
+def _session(bundle: Path, graph: Path | bytes, threads: int, provider: Provider = "cpu") -> Any:
+    """Return a session over a graph whose weights are the bundle's."""
+    import onnxruntime as ort
+
     options = session_options(threads)
-    graph: Path | bytes = bundle / GRAPH_FILE
-    if all_logits and manifest.logits == "last":
-        graph = all_logits_graph(bundle)
+    if isinstance(graph, bytes):
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle))
+    providers = list(dict.fromkeys((_PROVIDERS[provider], _PROVIDERS["cpu"])))
     try:
         with denormals_flushed():
-            session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+            session = ort.InferenceSession(graph, options, providers=providers, enable_fallback=0)
     except Exception as error:  # ONNX Runtime's exceptions have no common type
         raise EngineError(f"{bundle}: ONNX Runtime refuses the graph: {str(error).splitlines()[0]}") from error
-    return BundleSession(manifest, session)
+    if session.get_providers()[0] != _PROVIDERS[provider]:
+        raise EngineError(
+            f"{bundle}: ONNX Runtime could not start its {_PROVIDERS[provider]}, which needs a CUDA device with its "
+            "driver and the CUDA libraries; use the provider cpu"
+        )
+    return session

@@ -4,9 +4,10 @@ Tokens and lengths are the caller's own; the prefix is invisible.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from spike_export.calibration.errors import EngineError
@@ -15,6 +16,17 @@ from spike_export.export.manifest import Manifest
 
 CACHE_TYPES = {"float32": np.float32, "float16": np.float16}
 """Cache precisions that ONNX Runtime's CPU kernels compute in; it has no bfloat16 product."""
+
+Provider = Literal["cpu", "cuda"]
+"""Where ONNX Runtime computes; caches stay there between the calls."""
+
+BUCKET = 128
+"""Own tokens by which the buffers of a graph with free slots grow.
+
+Equal steps b, not doublings: a token reads b / 2 empty slots on average, and pays for n / b slots of a copy where n are
+held. That is least at b = sqrt(2 n c), if copying a slot costs c times reading it: 72 to 220 slots for n from 1,024 to
+8,192 and c from 2.5 to 3.
+"""
 
 
 class Sequences(Protocol):
@@ -52,12 +64,13 @@ class DynamicSequences:
     manifest: Manifest
     lengths: NDArray[np.int64]
     _mask: NDArray[np.int64]
+    provider: Provider = "cpu"
     _cache: list[Any] = field(default_factory=list)
 
     @classmethod
-    def begin(cls, session: Any, manifest: Manifest, batch: int) -> "DynamicSequences":
+    def begin(cls, session: Any, manifest: Manifest, batch: int, provider: Provider = "cpu") -> "DynamicSequences":
         """Return `batch` sequences without tokens."""
-        return cls(session, manifest, np.zeros(batch, np.int64), np.zeros((batch, 0), np.int64))
+        return cls(session, manifest, np.zeros(batch, np.int64), np.zeros((batch, 0), np.int64), provider)
 
     def step(self, tokens: NDArray[np.int64], counts: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
         """See `Sequences`."""
@@ -77,28 +90,35 @@ class DynamicSequences:
         binding.bind_cpu_input("input_ids", np.ascontiguousarray(np.take_along_axis(tokens, columns, axis=1)))
         binding.bind_cpu_input("attention_mask", mask)
         cache = self._cache or [
-            ort.OrtValue.ortvalue_from_numpy(empty) for empty in _zeros(self.manifest, len(tokens), 0)
+            ort.OrtValue.ortvalue_from_numpy(empty, self.provider) for empty in self._empty(len(tokens))
         ]
         binding.bind_output("logits", "cpu")
         for (past, present), value in zip(_cache_names(self.manifest), cache, strict=True):
             binding.bind_ortvalue_input(past, value)
-            binding.bind_output(present, "cpu")
+            binding.bind_output(present, self.provider)
         run_bound(self.session, binding, sequence)
         logits, *self._cache = binding.get_outputs()
         self._mask, self.lengths = mask, self.lengths + counts
         given: NDArray[np.float32] = logits.numpy()
-        if not pads.any() or self.manifest.logits == "last":
+        if not pads.any() or given.shape[1] != sequence:  # all alike, or the last column's only
             return given
         back = (np.arange(sequence) + pads[:, None]) % sequence
         return np.take_along_axis(given, back[:, :, None], axis=1)
 
+    def _empty(self, batch: int) -> list[NDArray[Any]]:
+        shape = (batch, self.manifest.num_key_value_heads, 0, self.manifest.head_dim)
+        return [np.zeros(shape, CACHE_TYPES[self.manifest.dtype]) for _ in _cache_names(self.manifest)]
+
 
 @dataclass
 class StaticSequences:
-    """Over buffers of fixed size that this object owns and ONNX Runtime writes in place.
+    """Over buffers that this object owns and ONNX Runtime writes in place.
 
     Each row has a length of its own. A row is a sequence's place: `admit` gives it to a new one at any time. Rows begin
     together by the first `step`, or else each by `admit`; what a row says before that is of no use.
+
+    The buffers have the bundle's capacity. Where the session's graph takes buffers of any length (`generation_graph`)
+    they are only as long as the longest row needs, in steps of `BUCKET`, and are copied when that outgrows them.
 
     Attributes:
         buffers: Per layer key, value: [batch, kv_heads, slots, head_dim]; finite everywhere, because a slot that a
@@ -108,16 +128,25 @@ class StaticSequences:
     session: Any
     manifest: Manifest
     lengths: NDArray[np.int64]
-    buffers: list[NDArray[Any]]
-    _binding: Any
+    buffers: list[torch.Tensor]
+    provider: Provider = "cpu"
+    _last_logits: bool = False
+    """Whether the graph gives logits of the last column only."""
+    _binding: Any = None
     _begun: bool = False
 
     @classmethod
-    def begin(cls, session: Any, manifest: Manifest, batch: int) -> "StaticSequences":
+    def begin(cls, session: Any, manifest: Manifest, batch: int, provider: Provider = "cpu") -> "StaticSequences":
         """Return `batch` sequences without tokens."""
-        assert manifest.cache_slots is not None, "a static cache has slots"
-        buffers = _zeros(manifest, batch, manifest.cache_slots)
-        return cls(session, manifest, np.zeros(batch, np.int64), buffers, _bound(session, manifest, buffers))
+        assert manifest.capacity is not None, "a static cache has a capacity"
+        growing = not isinstance(_past_shape(session)[2], int)
+        own = min(BUCKET, manifest.capacity) if growing else manifest.capacity
+        shape = (batch, manifest.num_key_value_heads, manifest.prefix_length + own, manifest.head_dim)
+        buffers = [_zeros(shape, manifest, provider) for _ in _cache_names(manifest)]
+        logits = next(value for value in session.get_outputs() if value.name == "logits")
+        sequences = cls(session, manifest, np.zeros(batch, np.int64), buffers, provider, logits.shape[1] == 1)
+        sequences._bind()
+        return sequences
 
     def step(self, tokens: NDArray[np.int64], counts: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
         """See `Sequences`. A row with count 0 keeps its length, but its buffer needs room for the padding.
@@ -125,11 +154,12 @@ class StaticSequences:
         Rows are padded on the right here, so that a bundle with logits of the last token only takes no ragged call.
         """
         counts = _counts(tokens, counts, len(self.lengths))
-        if self.manifest.logits == "last" and (counts != tokens.shape[1]).any():
+        if self._last_logits and (counts != tokens.shape[1]).any():
             raise EngineError(
                 "rows of different lengths in one call need all logits of a static cache: export with --logits all, or "
                 "feed the rows one by one"
             )
+        self._make_room(self.lengths, tokens.shape[1])
         logits = self._run(self._binding, tokens, self.lengths, fresh=not self._begun)
         self._begun = True
         self.lengths = self.lengths + counts
@@ -141,44 +171,77 @@ class StaticSequences:
         Raises:
             EngineError: The tokens do not fit, or ONNX Runtime fails.
         """
-        _counts(tokens[None], None, 1)
-        if not 0 <= row < len(self.lengths):
-            raise EngineError(f"row {row} of a batch of {len(self.lengths)}: expected 0 to {len(self.lengths) - 1}")
-        # A row's part of a buffer lies in one piece, so that the graph can write it in place with a batch of one.
-        binding = _bound(self.session, self.manifest, [buffer[row : row + 1] for buffer in self.buffers])
-        logits = self._run(binding, tokens[None], np.zeros(1, np.int64), fresh=True, first_row=row)
-        # From now on a fresh step would give all rows the prefix anew.
-        self._begun = True
-        self.lengths[row] = len(tokens)
-        return logits
+        return self._run_row(row, tokens, fresh=True)
+
+    def extend(self, row: int, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Append tokens [sequence] to one row, the others stand still; return its logits [1, sequence, vocab].
+
+        Raises:
+            EngineError: The tokens do not fit, or ONNX Runtime fails.
+        """
+        return self._run_row(row, tokens, fresh=False)
 
     def release(self, row: int) -> None:
         """Forget a row's tokens, so that it has room for padding again; the prefix stays."""
         self.lengths[row] = 0
 
+    def _run_row(self, row: int, tokens: NDArray[np.int64], *, fresh: bool) -> NDArray[np.float32]:
+        _counts(tokens[None], None, 1)
+        if not 0 <= row < len(self.lengths):
+            raise EngineError(f"row {row} of a batch of {len(self.lengths)}: expected 0 to {len(self.lengths) - 1}")
+        length = np.zeros(1, np.int64) if fresh else self.lengths[row : row + 1]
+        self._make_room(length, len(tokens), first_row=row)
+        # A row's part of a buffer lies in one piece, so that the graph can write it in place with a batch of one.
+        binding = _bound(self.session, self.manifest, [buffer[row : row + 1] for buffer in self.buffers])
+        logits = self._run(binding, tokens[None], length, fresh=fresh)
+        # From now on a fresh step would give all rows the prefix anew.
+        self._begun = True
+        self.lengths[row] = length[0] + len(tokens)
+        return logits
+
     def _run(
-        self, binding: Any, tokens: NDArray[np.int64], lengths: NDArray[np.int64], *, fresh: bool, first_row: int = 0
+        self, binding: Any, tokens: NDArray[np.int64], lengths: NDArray[np.int64], *, fresh: bool
     ) -> NDArray[np.float32]:
-        sequence = tokens.shape[1]
-        self._require_room(lengths, sequence, first_row)
         binding.bind_cpu_input("input_ids", np.ascontiguousarray(tokens, np.int64))
         binding.bind_cpu_input("write_indices", lengths.copy())
         if self.manifest.prefix is not None:
             binding.bind_cpu_input("fresh", np.ones(int(fresh), np.bool_))
         binding.bind_output("logits", "cpu")
-        run_bound(self.session, binding, sequence)
-        logits: NDArray[np.float32] = binding.get_outputs()[0].numpy()
+        run_bound(self.session, binding, tokens.shape[1])
+        # The buffers are outputs too, and need no objects of Python's for each call.
+        logits: NDArray[np.float32] = binding.get_outputs_as_ortvaluevector()[0].numpy()
         return logits
 
-    def _require_room(self, lengths: NDArray[np.int64], sequence: int, first_row: int) -> None:
+    def _make_room(self, lengths: NDArray[np.int64], sequence: int, first_row: int = 0) -> None:
+        """Let the buffers hold `sequence` more tokens of rows of these lengths.
+
+        Raises:
+            EngineError: The bundle's capacity ends before.
+        """
         capacity = self.manifest.capacity
         assert capacity is not None, "a static cache has a capacity"
         row = int(lengths.argmax())
-        if lengths[row] + sequence > capacity:
+        own = int(lengths[row]) + sequence
+        if own > capacity:
             raise EngineError(
                 f"row {first_row + row} has {lengths[row]} tokens and {sequence} more do not fit into the cache's "
                 f"capacity of {capacity}; feed fewer, or export with a larger --capacity"
             )
+        prefix = self.manifest.prefix_length
+        held = self.buffers[0].shape[2]
+        if prefix + own <= held:
+            return
+        slots = prefix + min(capacity, -(-own // BUCKET) * BUCKET)
+        for index, old in enumerate(self.buffers):  # one by one: never two whole caches in memory
+            new = _zeros((*old.shape[:2], slots, old.shape[3]), self.manifest, self.provider)
+            new[:, :, :held] = old
+            self.buffers[index] = new
+        self._bind()
+
+    def _bind(self) -> None:
+        if self.provider == "cuda":
+            torch.cuda.synchronize()  # ONNX Runtime works on a stream of its own
+        self._binding = _bound(self.session, self.manifest, self.buffers)
 
 
 def run_bound(session: Any, binding: Any, sequence: int) -> None:
@@ -199,17 +262,25 @@ def run_failure(error: Exception, sequence: int) -> EngineError:
     return EngineError(f"ONNX Runtime fails on {sequence} tokens: {str(error).splitlines()[0]}")
 
 
-def _bound(session: Any, manifest: Manifest, buffers: list[NDArray[Any]]) -> Any:
-    """Return a binding in which every buffer is both past and present."""
-    import onnxruntime as ort
-
+def _bound(session: Any, manifest: Manifest, buffers: list[torch.Tensor]) -> Any:
+    """Return a binding in which every buffer is both past and present; it does not keep the buffers alive."""
     binding = session.io_binding()
     binding.bind_output("logits", "cpu")  # the first output, whatever is bound later
     for (past, present), buffer in zip(_cache_names(manifest), buffers, strict=True):
-        value = ort.OrtValue.ortvalue_from_numpy(buffer)  # on a CPU the same memory
-        binding.bind_ortvalue_input(past, value)
-        binding.bind_ortvalue_output(present, value)
+        assert buffer.is_contiguous(), "a graph writes into one piece of memory"
+        device = (buffer.device.type, buffer.device.index or 0)
+        memory = (CACHE_TYPES[manifest.dtype], list(buffer.shape), buffer.data_ptr())
+        binding.bind_input(past, *device, *memory)
+        binding.bind_output(present, *device, *memory)
     return binding
+
+
+def _past_shape(session: Any) -> list[int | str]:
+    """Return the shape of a layer's cache as the graph declares it; a word stands for any length."""
+    shape: list[int | str] = next(
+        value.shape for value in session.get_inputs() if value.name.startswith("past_key_values.")
+    )
+    return shape
 
 
 def _cache_names(manifest: Manifest) -> list[tuple[str, str]]:
@@ -218,11 +289,9 @@ def _cache_names(manifest: Manifest) -> list[tuple[str, str]]:
     return [(f"past_key_values.{place}", f"present.{place}") for place in places]
 
 
-def _zeros(manifest: Manifest, batch: int, slots: int) -> list[NDArray[Any]]:
-    """Return a cache of zeros: per layer key, value [batch, kv_heads, slots, head_dim]."""
-    shape = (batch, manifest.num_key_value_heads, slots, manifest.head_dim)
-    dtype = np.dtype(CACHE_TYPES[manifest.dtype])
-    return [np.zeros(shape, dtype) for _ in _cache_names(manifest)]
+def _zeros(shape: tuple[int, ...], manifest: Manifest, provider: Provider) -> torch.Tensor:
+    # numpy's zeros take memory only where something is written.
+    return torch.from_numpy(np.zeros(shape, CACHE_TYPES[manifest.dtype])).to(provider)
 
 
 def _counts(tokens: NDArray[np.int64], counts: NDArray[np.int64] | None, batch: int) -> NDArray[np.int64]:

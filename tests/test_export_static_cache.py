@@ -65,6 +65,10 @@ def static(session: BundleSession, batch: int) -> StaticSequences:
     return sequences
 
 
+def contents(sequences: StaticSequences) -> list[NDArray[Any]]:
+    return [buffer.numpy() for buffer in sequences.buffers]
+
+
 def reference(model: TinyModel, ids: NDArray[np.int64], prefix: tuple[int, ...] = ()) -> NDArray[Any]:
     """transformers' logits of one row `ids` [tokens] after the prefix."""
     return graph_parity.reference_logits(model, ids[None], prefix)[0]
@@ -145,12 +149,12 @@ def test_a_new_sequence_takes_a_row_of_a_running_batch(
     ids, new = tokens(2, 20), tokens(1, 12, seed=5)[0]
     sequences = static(opened(tmp_path, model, prefix), 2)
     sequences.step(ids[:, :15])
-    before = [buffer.copy() for buffer in sequences.buffers]
+    before = [buffer.copy() for buffer in contents(sequences)]
     # The row is full of an earlier sequence, of which nothing may be seen.
     admitted = sequences.admit(1, new[:8])
     assert_close(admitted[0], reference(model, new[:8], prefix))
     written = len(prefix) + 8
-    for old, buffer in zip(before, sequences.buffers, strict=True):
+    for old, buffer in zip(before, contents(sequences), strict=True):
         np.testing.assert_array_equal(buffer[0], old[0])
         np.testing.assert_array_equal(buffer[1, :, written:], old[1, :, written:])
         # The prefix was there already, and is written again with the same values.
@@ -214,19 +218,19 @@ def test_a_call_writes_its_own_slots_of_the_callers_memory_and_nothing_else(
 ) -> None:
     model, p = tiny_llama(), len(prefix)
     sequences = static(opened(tmp_path, model, prefix), 2)
-    addresses = [buffer.ctypes.data for buffer in sequences.buffers]
+    addresses = [buffer.data_ptr() for buffer in sequences.buffers]
     for buffer in sequences.buffers:
         buffer[:] = 7.0
     for start, count, counts in ((0, 6, [6, 4]), (6, 1, [1, 1])):
-        before = [buffer.copy() for buffer in sequences.buffers]
+        before = [buffer.copy() for buffer in contents(sequences)]
         begins = sequences.lengths.copy()
         sequences.step(tokens(2, count, seed=start), np.array(counts))
-        for old, buffer in zip(before, sequences.buffers, strict=True):
+        for old, buffer in zip(before, contents(sequences), strict=True):
             changed = (buffer != old).any(axis=(1, 3))
             for row, begin in enumerate(begins):
                 slots = set(range(p + begin, p + begin + count)) | (set(range(p)) if start == 0 else set())
                 assert set(np.flatnonzero(changed[row])) == slots
-    assert [buffer.ctypes.data for buffer in sequences.buffers] == addresses
+    assert [buffer.data_ptr() for buffer in sequences.buffers] == addresses
 
 
 def test_onnx_runtime_writes_into_the_ort_value_it_reads(tmp_path: Path) -> None:
@@ -292,14 +296,14 @@ def test_tokens_beyond_the_capacity_are_refused_before_onnx_runtime_sees_them(
     sequences = static(opened(tmp_path, tiny_llama()), 2)
     if before:
         sequences.step(tokens(2, before), np.array([1, before]))
-    kept = [buffer.copy() for buffer in sequences.buffers]
+    kept = [buffer.copy() for buffer in contents(sequences)]
     monkeypatch.setattr(sequences.session, "run_with_iobinding", None)
     with pytest.raises(EngineError, match=rf"row \d has {before} tokens and {more} more do not fit .* of {CAPACITY}"):
         sequences.step(tokens(2, more))
     with pytest.raises(EngineError, match=rf"row 1 has 0 tokens and {CAPACITY + 1} more do not fit"):
         sequences.admit(1, tokens(1, CAPACITY + 1)[0])
     assert sequences.lengths.max() == before
-    for old, buffer in zip(kept, sequences.buffers, strict=True):
+    for old, buffer in zip(kept, contents(sequences), strict=True):
         np.testing.assert_array_equal(buffer, old)
 
 

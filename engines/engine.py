@@ -1,0 +1,152 @@
+"""Text from prompts: the Python interface over every runtime."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spike_export.calibration.errors import EngineError, one_line
+from spike_export.engines.decoding import Decoding
+from spike_export.engines.generated_text import Generation, Piece, Row, joined, streamed
+from spike_export.engines.generation_options import GenerationOptions
+from spike_export.engines.prompt_tokens import Prompt, PromptEncoder
+from spike_export.export.manifest import Manifest, load_manifest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from spike_export.engines.sequences import Provider
+
+_TOKENIZER_FILE, _GENERATION_FILE = "tokenizer.json", "generation_config.json"
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A runtime with the tokenizer and the manifest of the bundle it runs.
+
+    Attributes:
+        defaults: Options of the bundle's `generation_config.json`, with the tokens that end a sequence.
+    """
+
+    decoding: Decoding
+    tokenizer: "PreTrainedTokenizerBase"
+    manifest: Manifest
+    defaults: GenerationOptions
+
+    @classmethod
+    def open(cls, path: Path | str, *, threads: int = 0, provider: "Provider" = "cpu") -> "Engine":
+        """Open a bundle in ONNX Runtime.
+
+        Args:
+            path: Folder that export wrote.
+            threads: For one operator; 0 for one per core.
+            provider: Where to compute: `cpu`, or `cuda` with the extra `gpu`.
+
+        Raises:
+            ArtifactError: The manifest cannot be read.
+            EngineError: The bundle is incomplete, has no tokenizer, or cannot be run here.
+        """
+        bundle = Path(path)
+        manifest = load_manifest(bundle)
+        tokenizer = _tokenizer(bundle)
+        defaults = default_options(bundle, manifest, tokenizer)
+        return cls(open_decoding(bundle, threads, provider), tokenizer, manifest, defaults)
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], options: GenerationOptions | None = None, **changes: Any
+    ) -> list[Generation]:
+        """Return what follows each prompt; all prompts are decoded together, and each as it would be alone.
+
+        Args:
+            prompts: One text, or a list of texts, chats and token arrays (`PromptEncoder` says what is fed).
+            options: Instead of the bundle's own defaults.
+            changes: Fields of `GenerationOptions` that differ from those.
+
+        Raises:
+            EngineError: A prompt or an option cannot be used, or the runtime fails.
+        """
+        options = self._options(options, changes)
+        tokens = self.prompts.encode(prompts)
+        pieces: list[list[Piece]] = [[] for _ in tokens]
+        for piece in self._pieces(tokens, options):
+            pieces[piece.row].append(piece)
+        return [joined(own, len(prompt)) for own, prompt in zip(pieces, tokens, strict=True)]
+
+    def stream(
+        self, prompts: Prompt | Sequence[Prompt], options: GenerationOptions | None = None, **changes: Any
+    ) -> Iterator[Piece]:
+        """Yield the text as it comes, a piece for each token; the arguments and errors are those of `generate`."""
+        options = self._options(options, changes)
+        return self._pieces(self.prompts.encode(prompts), options)
+
+    @property
+    def prompts(self) -> PromptEncoder:
+        """What turns prompts into tokens."""
+        return PromptEncoder(self.tokenizer, self.manifest)
+
+    def _options(self, options: GenerationOptions | None, changes: Mapping[str, Any]) -> GenerationOptions:
+        base = options or self.defaults
+        options = replace(base, **changes)
+        return options if options.eos_token_ids else replace(options, eos_token_ids=self.defaults.eos_token_ids)
+
+    def _pieces(self, tokens: list[NDArray[np.int64]], options: GenerationOptions) -> Iterator[Piece]:
+        steps = self.decoding.decode(tokens, options)  # what does not fit is said here, not at the first piece
+        return streamed(steps, [Row(self.tokenizer, row, prompt, options) for row, prompt in enumerate(tokens)])
+
+
+def open_decoding(path: Path, threads: int, provider: "Provider") -> Decoding:
+    """Open the runtime of what lies at a path.
+
+    Raises:
+        ArtifactError: The manifest cannot be read.
+        EngineError: It cannot be run here.
+    """
+    from spike_export.engines.onnx_decoding import OnnxDecoding
+    from spike_export.engines.onnx_session import open_for_generation
+
+    return OnnxDecoding(open_for_generation(path, threads, provider))
+
+
+def default_options(bundle: Path, manifest: Manifest, tokenizer: Any) -> GenerationOptions:
+    """Return the options that the model's makers give in `generation_config.json`.
+
+    The tokens that end a sequence are that file's, else the manifest's, else the tokenizer's.
+
+    Raises:
+        EngineError: The file is damaged, or has an impossible value.
+    """
+    path = bundle / _GENERATION_FILE
+    try:
+        given = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        eos = given.get("eos_token_id")
+    except (ValueError, AttributeError) as error:
+        raise EngineError(f"{path}: not a JSON object ({one_line(error)}); export the bundle again") from error
+    known = {field.name for field in fields(GenerationOptions)} - {"eos_token_ids", "stop_strings", "logprobs"}
+    values = {name: value for name, value in given.items() if name in known and value is not None}
+    ends = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    ends = ends or list(manifest.eos_token_ids) or [getattr(tokenizer, "eos_token_id", None)]
+    try:
+        return GenerationOptions(**values, eos_token_ids=tuple(end for end in ends if end is not None))
+    except (EngineError, TypeError) as error:
+        raise EngineError(f"{path}: {one_line(error)}; correct it") from error
+
+
+def _tokenizer(bundle: Path) -> "PreTrainedTokenizerBase":
+    if not (bundle / _TOKENIZER_FILE).is_file():
+        raise EngineError(
+            f"{bundle / _TOKENIZER_FILE}: this file is missing, and text needs a tokenizer; export from a model that "
+            "has one"
+        )
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            bundle, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # whatever a damaged file makes the tokenizer raise
+        raise EngineError(f"{bundle}: cannot load the tokenizer: {one_line(error)}") from error
+    return tokenizer
