@@ -13,7 +13,7 @@ from rich.text import Text
 from spike_export.calibration.checkpoint import LM_HEAD
 from spike_export.calibration.errors import ArtifactError, RecipeError
 from spike_export.calibration.modules import representative_of
-from spike_export.calibration.recipe import ModulePlan, Recipe, load_recipe
+from spike_export.calibration.recipe import SMOOTHED_HEAD, ModulePlan, Recipe, load_recipe
 from spike_export.calibration.spikes import load_description
 from spike_export.cli.visible_text import visible
 
@@ -62,6 +62,7 @@ def _tables(recipe: Recipe) -> list[_Table]:
     transforms = [
         (each.name, _number(each.perplexity), f"{each.divergence:.4f}", each.verdict) for each in search.transforms
     ]
+    heads = [(each.name, f"{each.divergence:.4f}", each.verdict) for each in search.head]
     curve = [
         (
             point.criterion,
@@ -76,6 +77,7 @@ def _tables(recipe: Recipe) -> list[_Table]:
     return [
         ("prefixes", ("tokens", "text", "worst ratio", "16-bit ppl", "INT8 ppl", "verdict"), prefixes),
         ("transforms, all in INT8", ("transform", "ppl", "divergence", "verdict"), transforms),
+        ("smoothings of the head's input", ("smoothing", "divergence", "verdict"), heads),
         ("sets of kept modules", ("by", "linears", "MACs", "ppl", "Pareto"), curve),
         ("not quantized", ("module", "precision", "reason"), kept),
     ]
@@ -158,9 +160,23 @@ def _head_explanation(recipe: Recipe) -> dict[str, str]:
     precisions = {"unquantized": kept, "int8-weights": "float32 products of INT8 weights"}
     why = "the default" if head == "unquantized" else "asked for"
     lines = {"precision": precisions.get(head, "int8"), "why": f"scheme.head is {head}, {why}; no statistics decide it"}
-    if head == "int8-per-token-dynamic":
+    if head == SMOOTHED_HEAD:
         lines["activation scale"] = "each token's own, at run time"
+        lines["smoothing"] = _head_smoothing(recipe)
     return lines
+
+
+def _head_smoothing(recipe: Recipe) -> str:
+    """Return what the final norm's output is divided by, and how far from the model's own head that leaves this one."""
+    plan, candidates = recipe.head_smoothing, recipe.search.head
+    chosen = "none" if plan is None else f"{plan.form} {plan.parameter} on the final norm's output"
+    if not candidates:
+        return chosen
+    best = candidates[0]
+    plain = next(each for each in candidates if each.name == "none")
+    return (
+        f"{chosen}: the divergence of the head alone is {best.divergence:.4f}, without smoothing {plain.divergence:.4f}"
+    )
 
 
 def _explanation(recipe: Recipe, run: Path, name: str) -> dict[str, str]:

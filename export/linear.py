@@ -5,7 +5,7 @@ product in the kept precision (W8A16), or weights and product in the kept precis
 """
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,12 +30,16 @@ NUMPY_TYPES: Mapping[Dtype, np.dtype[Any]] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
 
+RowReader = Callable[[slice], NDArray[np.float32]]
+
 _STORED: Mapping[NumberFormat, ir.DataType] = {"int8": ir.DataType.INT8, "fp8": ir.DataType.FLOAT8E4M3FN}
 
 
 @dataclass
 class QuantizedWeight:
     """One module's 8-bit weight, read from the checkpoint and quantized when the graph is written.
+
+    Its columns are multiplied by `column_factors` [in_features] first, where there are any.
 
     The scales are kept once known (a few kilobytes), so that writing them does not quantize a second time. Threads may
     ask for both at once.
@@ -45,6 +49,7 @@ class QuantizedWeight:
     module: str
     scheme: WeightScheme
     number_format: NumberFormat = "int8"
+    column_factors: NDArray[np.float32] | None = None
     _scale: NDArray[np.float32] | None = field(default=None, init=False)
     _lock: threading.RLock = field(default_factory=threading.RLock, init=False, repr=False)
 
@@ -58,13 +63,19 @@ class QuantizedWeight:
         height, width = self.checkpoint.stored_shape(name)
         with self._lock:
             try:
-                read = self.checkpoint.row_reader(name)
+                read = self._multiplied(self.checkpoint.row_reader(name))
                 quantized, self._scale = quantize_rows((height, width), read, self.scheme, self.number_format)
             except ValueError as error:
                 raise CheckpointError(
                     f"tensor {name}: {error}; the checkpoint is damaged, download it again"
                 ) from error
             return quantized
+
+    def _multiplied(self, read: RowReader) -> RowReader:
+        factors = self.column_factors
+        if factors is None:
+            return read
+        return lambda rows: read(rows) * factors
 
     def scale(self) -> NDArray[np.float32]:
         """Return [out_features] float32 (per channel) or a 0-D array (per tensor)."""
@@ -97,6 +108,7 @@ class LinearEmitter:
         scheme: How 8-bit weights are scaled.
         shapes: Tensor name → shape, from the configuration; a `.bias` is emitted where it is listed.
         exact_inputs: Whether products of INT8 weights alone see their inputs as they are, in every engine.
+        column_factors: Quantized module → factors [in_features] of its weight's columns, where it has any.
     """
 
     builder: GraphBuilder
@@ -105,6 +117,7 @@ class LinearEmitter:
     scheme: WeightScheme
     shapes: Mapping[str, tuple[int, ...]]
     exact_inputs: bool = True
+    column_factors: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
     _token_scaled: dict[tuple[str, NumberFormat], _TokenScaled] = field(default_factory=dict, init=False, repr=False)
 
     def emit(self, module: str, value: ir.Value) -> ir.Value:
@@ -215,7 +228,8 @@ class LinearEmitter:
     ) -> ir.Value:
         """Return a dequantized 8-bit weight, float32: [in_features, out_features], or the other way round."""
         b, stored = self.builder, _STORED[number_format]
-        name, source = f"{module}.weight", QuantizedWeight(self.checkpoint, module, self.scheme, number_format)
+        name, factors = f"{module}.weight", self.column_factors.get(module)
+        source = QuantizedWeight(self.checkpoint, module, self.scheme, number_format, factors)
         columns, rows = self.shapes[name]
         channels = [columns] if self.scheme == "int8-per-channel" else []
         if transposed:
