@@ -1,8 +1,8 @@
 """What a quantized head costs in perplexity, in ONNX Runtime and as the simulation predicts it.
 
 Three decoders (unquantized; static W8A8, smoothed with fixed strengths; W8A8 per token; the latter two behind the
-prefix [BOS]) times four heads. With --nudges both ways are repeated with embeddings that differ in their last bits, to
-tell what a head costs from what the rounding of 30 layers makes of nothing.
+prefix [BOS]) times four heads. With --nudges, INT8 decoders are instead repeated both ways with embeddings that differ
+in their last bits, to tell what a head costs from what the rounding of 30 layers makes of nothing.
 """
 
 import argparse
@@ -161,13 +161,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{checkpoint.name}: {windows.evaluation.shape[0]} windows of {windows.evaluation.shape[1]} tokens")
     calibration = Calibration(checkpoint, windows, options)
     found = recipes(calibration, corpus)
-    for line in lines(calibration, corpus, found):
-        print(line, flush=True)
-    if given.nudges:
-        print(f"means over {given.nudges} models whose embeddings differ by {NUDGE:g}:")
-        for name, recipe in found.items():
-            if not name.startswith("float32"):
-                print(nudged_line(calibration, name, recipe, given.nudges), flush=True)
+    if not given.nudges:
+        for line in lines(calibration, corpus, found):
+            print(line)
+        return
+    print(f"means over {given.nudges} models whose embeddings differ by {NUDGE:g}:")
+    for name, recipe in found.items():
+        if not name.startswith("float32") and not name.endswith("int8-weights"):
+            print(nudged_line(calibration, name, recipe, given.nudges), flush=True)
 
 
 if __name__ == "__main__":
