@@ -168,15 +168,14 @@ def _head_explanation(recipe: Recipe) -> dict[str, str]:
 
 def _head_smoothing(recipe: Recipe) -> str:
     """Return what the final norm's output is divided by, and how far from the model's own head that leaves this one."""
-    plan, candidates = recipe.head_smoothing, recipe.search.head
-    chosen = "none" if plan is None else f"{plan.form} {plan.parameter} on the final norm's output"
-    if not candidates:
-        return chosen
-    best = candidates[0]
-    plain = next(each for each in candidates if each.name == "none")
-    return (
-        f"{chosen}: the divergence of the head alone is {best.divergence:.4f}, without smoothing {plain.divergence:.4f}"
-    )
+    plan, divergences = recipe.head_smoothing, {each.name: each.divergence for each in recipe.search.head}
+    name = "none" if plan is None else f"{plan.form} {plan.parameter}"
+    used = name if plan is None else f"{name} on the final norm's output"
+    # A recipe that was edited may have what never competed.
+    if name not in divergences or "none" not in divergences:
+        return used
+    alone, plain = divergences[name], divergences["none"]
+    return f"{used}: the divergence of the head alone is {alone:.4f}, without smoothing {plain:.4f}"
 
 
 def _explanation(recipe: Recipe, run: Path, name: str) -> dict[str, str]:
