@@ -73,8 +73,15 @@ def simulated_perplexity(calibration: Calibration, recipe: Recipe | None) -> flo
     model = calibration.transformed(Transform(recipe.rotation, recipe.smoothing))
     simulation = Simulation(recipe.modules, model.quantized, recipe.attention)
     fed = calibration.fed(content, recipe.prefix_ids)
-    visits, head = (simulation.visit,), recipe.scheme.head
-    return model_perplexity(model.decoder, fed, content.shape[1], recipe.prefix_ids, visits, head=head)
+    return model_perplexity(
+        model.decoder,
+        fed,
+        content.shape[1],
+        recipe.prefix_ids,
+        (simulation.visit,),
+        head=recipe.scheme.head,
+        head_smoothing=recipe.head_smoothing,
+    )
 
 
 def unquantized_perplexity(calibration: Calibration, prefix: tuple[int, ...]) -> float:

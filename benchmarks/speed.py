@@ -1,6 +1,8 @@
 """Speed of the W8A8 bundle against the unquantized one in ONNX Runtime on this machine's CPU.
 
-All sessions take turns, call by call, so that whatever else the machine does hits them alike and the ratios hold.
+All sessions take turns, call by call, so that whatever else the machine does hits them alike and the ratios hold. With
+--peers other tools' models of the same checkpoint take their turns too; one that cannot be built here is left out, and
+the output says why.
 """
 
 import argparse
@@ -10,13 +12,14 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from benchmarks.fetch_models import smollm2_path
 from benchmarks.peak_memory import in_own_process, peak_rss
+from benchmarks.speed_peers import PEERS, Call, Peer, Sequences, Sources, UnavailableError
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -31,6 +34,9 @@ PREFILL_TARGET, DECODE_TARGET = 2.5, 2.0
 """Times faster than the unquantized float32 bundle that gives the same logits."""
 
 WARM_UP_CALLS = 2
+
+PAUSE_SECONDS = 0.01
+"""Between calls: threads of torch spin for some milliseconds after theirs, on the cores of whoever is next."""
 
 _PAST = "past_key_values."
 
@@ -50,11 +56,14 @@ class Variant:
     """Of a static cache, written in place; None for the cache that grows."""
 
 
+Leg = Variant | Peer
+
 CAPACITY = PREFILL_TOKENS + 64
 """Of the static caches: a bucket in which the measured sequence has some room to grow."""
 
 BASELINE = Variant("float32", False, "float32")
 LAST_BASELINE = Variant("float32, last", False, "float32", logits="last")
+BASELINES = (BASELINE, LAST_BASELINE)
 FASTEST = Variant("W8A8, last, int8 head", True, "float32", "int8-per-token-dynamic", "last")
 VARIANTS = (
     BASELINE,
@@ -88,11 +97,12 @@ class Timing:
 
 @dataclass(frozen=True)
 class Result:
-    """What was measured of one variant.
+    """What was measured of one leg.
 
     Attributes:
         logits: Of which tokens it gives logits.
-        bundle_bytes: Size of the weights on disk.
+        int8_linears: Of our bundles; 0 for other tools' models, of which only their own tools know.
+        bundle_bytes: Size of the weights on disk; torch reads float32 and rounds it.
         peak_rss: Bytes; of a process of its own that loads the bundle, reads a prompt and decodes.
     """
 
@@ -104,20 +114,35 @@ class Result:
     decode: Timing
     bundle_bytes: int
     peak_rss: int
+    peer: bool = False
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A leg that did not run, and why."""
+
+    name: str
+    reason: str
 
 
 def main() -> int:
     arguments = _arguments()
     with tempfile.TemporaryDirectory(prefix="spike-export-speed-") as temporary:
-        folders = build_bundles(arguments, arguments.bundles or Path(temporary))
+        folder = arguments.bundles or Path(temporary)
+        folders = build_bundles(arguments, folder)
+        peers, skipped = build_peers(arguments, folders[BASELINE], folder)
         before = os.getloadavg()[0]
-        results = measure(folders, arguments)
+        results, failed = measure(folders, peers, arguments)
+    skipped += failed
     print(table(results))
+    for each in skipped:
+        print(f"left out: {each.name}: {each.reason}")
     clock = "CPU time" if arguments.cpu_time else "wall time"
     print(f"{clock}, {arguments.threads} threads, load average {before:.1f} before and {os.getloadavg()[0]:.1f} after")
     if arguments.json is not None:
         arguments.json.write_text(
-            json.dumps(as_json(results, arguments.threads, arguments.cpu_time), indent=2) + "\n", encoding="utf-8"
+            json.dumps(as_json(results, arguments.threads, arguments.cpu_time, skipped), indent=2) + "\n",
+            encoding="utf-8",
         )
     return 0
 
@@ -127,6 +152,11 @@ def _arguments() -> argparse.Namespace:
     add_recipe_arguments(parser)
     parser.add_argument("--bundles", type=Path, help="keep the bundles here, and use again what is here")
     parser.add_argument("--threads", type=int, default=2, help="intra-op threads of each session")
+    parser.add_argument("--peers", action="store_true", help="time other tools' models too; those with --bundles stay")
+    names = (*(variant.name for variant in VARIANTS), *(peer.name for peer in PEERS))
+    parser.add_argument(
+        "--legs", nargs="+", metavar="NAME", choices=names, help="time these only, beside the float32 bundles"
+    )
     parser.add_argument("--prefills", type=int, default=11, help="calls of 256 tokens per session")
     parser.add_argument("--decodes", type=int, default=41, help="calls of one token per session")
     parser.add_argument(
@@ -138,8 +168,9 @@ def _arguments() -> argparse.Namespace:
 
 def build_bundles(arguments: argparse.Namespace, folder: Path) -> dict[Variant, Path]:
     """Export the variants that are not in `folder` yet; the model is read only if one is missing."""
-    bundles = {variant: folder / variant.name.replace(",", "").replace(" ", "-").lower() for variant in VARIANTS}
-    missing = [variant for variant in VARIANTS if not (bundles[variant] / "manifest.json").is_file()]
+    variants = [each for each in VARIANTS if each in BASELINES or _wanted(each.name, arguments)]
+    bundles = {variant: folder / variant.name.replace(",", "").replace(" ", "-").lower() for variant in variants}
+    missing = [variant for variant in variants if not (bundles[variant] / "manifest.json").is_file()]
     if not missing:
         return bundles
     from spike_export.calibration.checkpoint import open_checkpoint
@@ -157,6 +188,27 @@ def build_bundles(arguments: argparse.Namespace, folder: Path) -> dict[Variant, 
         options = ExportOptions(variant.dtype, logits=variant.logits, cache=cache)
         export_bundle(checkpoint, plan, options, bundles[variant])
     return bundles
+
+
+def _wanted(name: str, arguments: argparse.Namespace) -> bool:
+    return not arguments.legs or name in arguments.legs
+
+
+def build_peers(arguments: argparse.Namespace, float32: Path, folder: Path) -> tuple[dict[Peer, Path], list[Skipped]]:
+    """Build the peers that are not in `folder` yet; return each with its artefact, and those that cannot be built."""
+    from spike_export.calibration.checkpoint import open_checkpoint
+
+    sources = Sources(lambda: open_checkpoint(arguments.model or str(smollm2_path())), float32, folder / "peers")
+    built, skipped = {}, []
+    for peer in PEERS:
+        if not arguments.peers or not _wanted(peer.name, arguments):
+            continue
+        _say(f"building {peer.name}")
+        try:
+            built[peer] = peer.built(sources)
+        except UnavailableError as error:
+            skipped.append(Skipped(peer.name, str(error)))
+    return built, skipped
 
 
 def _with_head(recipe: "Recipe", head: "HeadScheme") -> "Recipe":
@@ -193,38 +245,72 @@ def quick_recipe(checkpoint: "Checkpoint", arguments: argparse.Namespace) -> "Re
     return build_recipe(calibration, corpus, spikes, choose_kept(calibration, spikes, NO_TRANSFORM))
 
 
-def measure(bundles: dict[Variant, Path], arguments: argparse.Namespace) -> list[Result]:
-    """Time all bundles against each other, then load each alone for its memory."""
-    from spike_export.export.manifest import DATA_FILE, load_manifest
+def measure(
+    bundles: dict[Variant, Path], peers: dict[Peer, Path], arguments: argparse.Namespace
+) -> tuple[list[Result], list[Skipped]]:
+    """Time all legs against each other, then load each alone for its memory."""
+    from spike_export.export.manifest import load_manifest
 
     manifests = {variant: load_manifest(folder) for variant, folder in bundles.items()}
-    sessions = {variant: open_session(folder, arguments.threads) for variant, folder in bundles.items()}
-    _say("measuring prefill")
-    clock = time.process_time if arguments.cpu_time else time.perf_counter
-    prefill = interleaved(
-        {v: _bound_call(sessions[v], manifests[v], PREFILL_TOKENS, 0) for v in bundles}, arguments.prefills, clock
-    )
-    _say("measuring decode")
-    decode = interleaved(
-        {v: _bound_call(sessions[v], manifests[v], 1, PREFILL_TOKENS) for v in bundles}, arguments.decodes, clock
-    )
-    sessions.clear()
-    results = []
+    calls: dict[Leg, tuple[Call, Call]] = {}
     for variant, folder in bundles.items():
-        manifest, share = manifests[variant], manifests[variant].linears.get("int8")
+        calls[variant] = _session_calls(open_session(folder, arguments.threads), manifests[variant])
+    sequences, skipped = Sequences(PREFILL_TOKENS, manifests[BASELINE].vocab_size), []
+    for peer, folder in peers.items():
+        _say(f"opening {peer.name}")
+        try:
+            calls[peer] = _peer_calls(peer, folder, sequences, arguments.threads, manifests[BASELINE])
+        except UnavailableError as error:
+            skipped.append(Skipped(peer.name, str(error)))
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
+    _say("measuring prefill")
+    prefill = interleaved({leg: each[0] for leg, each in calls.items()}, arguments.prefills, clock)
+    _say("measuring decode")
+    decode = interleaved({leg: each[1] for leg, each in calls.items()}, arguments.decodes, clock)
+    legs = list(calls)
+    calls.clear()
+    results = []
+    for leg in legs:
+        _say(f"loading {leg.name} alone")
+        if isinstance(leg, Peer):
+            memory = in_own_process(_use_peer_alone, leg.name, peers[leg], bundles[BASELINE], arguments.threads)
+            size = _data_bytes(peers[leg])
+            results.append(Result(leg.name, leg.logits, 0, 0, prefill[leg], decode[leg], size, memory, peer=True))
+            continue
+        manifest, share = manifests[leg], manifests[leg].linears.get("int8")
         results.append(
             Result(
-                name=variant.name,
-                logits=variant.logits,
+                name=leg.name,
+                logits=leg.logits,
                 int8_linears=0 if share is None else share.modules,
                 prefix_length=0 if manifest.prefix is None else manifest.prefix.length,
-                prefill=prefill[variant],
-                decode=decode[variant],
-                bundle_bytes=(folder / DATA_FILE).stat().st_size,
-                peak_rss=in_own_process(_use_alone, folder, arguments.threads),
+                prefill=prefill[leg],
+                decode=decode[leg],
+                bundle_bytes=_data_bytes(bundles[leg]),
+                peak_rss=in_own_process(_use_alone, bundles[leg], arguments.threads),
             )
         )
-    return results
+    return results, skipped
+
+
+def _data_bytes(folder: Path) -> int:
+    """Return the size of the weight files in a folder."""
+    return sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".data", ".safetensors"))
+
+
+def _peer_calls(
+    peer: Peer, folder: Path, sequences: Sequences, threads: int, manifest: "Manifest"
+) -> tuple[Call, Call]:
+    """Return a peer's calls; its graph, where it has one, takes what the unquantized bundle takes."""
+
+    def open_onnx(path: Path, disabled: Sequence[str]) -> tuple[Call, Call]:
+        return _session_calls(_session(path, threads, disabled), manifest)
+
+    return peer.calls(folder, sequences, threads, open_onnx)
+
+
+def _session_calls(session: "ort.InferenceSession", manifest: "Manifest") -> tuple[Call, Call]:
+    return _bound_call(session, manifest, PREFILL_TOKENS, 0), _bound_call(session, manifest, 1, PREFILL_TOKENS)
 
 
 def interleaved(
@@ -238,6 +324,7 @@ def interleaved(
     for turn in range(rounds):
         order = list(calls) if turn % 2 == 0 else list(reversed(calls))
         for variant in order:
+            time.sleep(PAUSE_SECONDS)
             start = clock()
             calls[variant]()
             seconds[variant].append(clock() - start)
@@ -246,16 +333,27 @@ def interleaved(
 
 def open_session(folder: Path, threads: int, graph: bytes | None = None) -> "ort.InferenceSession":
     """Open a bundle's graph, or another one over its weights."""
+    from spike_export.export.manifest import GRAPH_FILE
+
+    entries = {"session.model_external_initializers_file_folder_path": str(folder)}
+    return _session(graph or folder / GRAPH_FILE, threads, entries=entries)
+
+
+def _session(
+    model: Path | bytes, threads: int, disabled: Sequence[str] = (), entries: Mapping[str, str] | None = None
+) -> "ort.InferenceSession":
     import onnxruntime as ort
 
     from spike_export.engines.onnx_session import session_options
-    from spike_export.export.manifest import GRAPH_FILE
 
     options = session_options(threads)
     # Threads that spin after a call would take the cores from the session whose turn is next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-    return ort.InferenceSession(graph or folder / GRAPH_FILE, options, providers=["CPUExecutionProvider"])
+    for name, value in (entries or {}).items():
+        options.add_session_config_entry(name, value)
+    return ort.InferenceSession(
+        model, options, providers=["CPUExecutionProvider"], disabled_optimizers=list(disabled) or None
+    )
 
 
 def _bound_call(session: "ort.InferenceSession", manifest: "Manifest", tokens: int, past: int) -> Callable[[], None]:
@@ -305,9 +403,18 @@ def _use_alone(folder: Path, threads: int) -> int:
     """Return the peak resident memory of this process, which uses the bundle and nothing else."""
     from spike_export.export.manifest import load_manifest
 
-    session, manifest = open_session(folder, threads), load_manifest(folder)
-    _bound_call(session, manifest, PREFILL_TOKENS, 0)()
-    _bound_call(session, manifest, 1, PREFILL_TOKENS)()
+    for call in _session_calls(open_session(folder, threads), load_manifest(folder)):
+        call()
+    return peak_rss()
+
+
+def _use_peer_alone(name: str, folder: Path, float32: Path, threads: int) -> int:
+    """Do the same with a peer's artefact."""
+    from spike_export.export.manifest import load_manifest
+
+    peer, manifest = next(each for each in PEERS if each.name == name), load_manifest(float32)
+    for call in _peer_calls(peer, folder, Sequences(PREFILL_TOKENS, manifest.vocab_size), threads, manifest):
+        call()
     return peak_rss()
 
 
@@ -325,19 +432,20 @@ def table(results: Sequence[Result]) -> str:
             f" {like[0]:5.2f}x {whole[0]:5.2f}x | {_cells(r.decode, 1, 10)} {like[1]:5.2f}x |"
             f" {r.bundle_bytes / 1e6:5.0f} {r.peak_rss / 1e6:11.0f}"
         )
-    fastest = next(result for result in results if result.name == FASTEST.name)
-    prefill_ratio, decode_ratio = _ratios(_baseline(results, fastest), fastest)
-    lines += [
-        "ratio: to the float32 bundle that gives the same logits; to all: to the one that gives all logits",
-        f"targets for {fastest.name}: prefill {PREFILL_TARGET}x {_verdict(prefill_ratio, PREFILL_TARGET)}, "
-        f"decode {DECODE_TARGET}x {_verdict(decode_ratio, DECODE_TARGET)}",
-    ]
+    lines.append("ratio: to the float32 bundle that gives the same logits; to all: to the one that gives all logits")
+    for r in results:
+        if r.int8_linears:
+            prefill_ratio, decode_ratio = _ratios(_baseline(results, r), r)
+            lines.append(
+                f"targets for {r.name}: prefill {PREFILL_TARGET}x {_verdict(prefill_ratio, PREFILL_TARGET)}, "
+                f"decode {DECODE_TARGET}x {_verdict(decode_ratio, DECODE_TARGET)}"
+            )
     return "\n".join(lines)
 
 
 def _baseline(results: Sequence[Result], result: Result) -> Result:
     """Return the unquantized float32 bundle that gives the same logits as `result`."""
-    names = (BASELINE.name, LAST_BASELINE.name)
+    names = [baseline.name for baseline in BASELINES]
     return next(each for each in results if each.name in names and each.logits == result.logits)
 
 
@@ -353,7 +461,7 @@ def _verdict(ratio: float, target: float) -> str:
     return "met" if ratio >= target else "missed"
 
 
-def as_json(results: Sequence[Result], threads: int, cpu_time: bool) -> dict[str, Any]:
+def as_json(results: Sequence[Result], threads: int, cpu_time: bool, skipped: Sequence[Skipped] = ()) -> dict[str, Any]:
     """Return the figures for programs: seconds, bytes, and ratios of medians, to the baseline of the same logits."""
     variants = []
     for result in results:
@@ -367,6 +475,7 @@ def as_json(results: Sequence[Result], threads: int, cpu_time: bool) -> dict[str
         "clock": "cpu" if cpu_time else "wall",
         "targets": {"prefill_ratio": PREFILL_TARGET, "decode_ratio": DECODE_TARGET},
         "variants": variants,
+        "left_out": [asdict(each) for each in skipped],
     }
 
 

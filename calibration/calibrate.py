@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from spike_export.calibration.checkpoint import Checkpoint
 from spike_export.calibration.decoder_config import DecoderConfig
 from spike_export.calibration.equivalent_weights import equivalent_checkpoint
+from spike_export.calibration.head_smoothing import HeadSmoothing, choose_head_smoothing
 from spike_export.calibration.heap import collect_and_return_memory
 from spike_export.calibration.layerwise import Decoder, Execution, Meter
 from spike_export.calibration.measure import measure_spikes
@@ -20,6 +21,7 @@ from spike_export.calibration.perplexity import ReferenceStates, Score, referenc
 from spike_export.calibration.progress import Progress, silent
 from spike_export.calibration.recipe import (
     SMALLEST_AMAX,
+    SMOOTHED_HEAD,
     UNREACHED,
     AttentionPlan,
     ModulePlan,
@@ -92,6 +94,7 @@ class Calibration:
     execution: Execution = Execution()
     meter: Meter = field(default_factory=Meter, repr=False)
     _references: dict[tuple[int, ...], ReferenceStates] = field(default_factory=dict, repr=False)
+    _head_smoothings: dict[RotationPlan | None, HeadSmoothing] = field(default_factory=dict, repr=False)
     _transformed: list[tuple[Transform, Model]] = field(default_factory=list, repr=False)
     _smoothed: list[tuple[Transform, QuantizedWeights]] = field(default_factory=list, repr=False)
     _column_amax: dict[str, NDArray[np.float32]] = field(default_factory=dict, repr=False)
@@ -185,6 +188,26 @@ class Calibration:
             self._references[prefix] = reference_states(self.model.decoder, fed, content.shape[1], prefix)
         return self._references[prefix]
 
+    def head_smoothing(self, rotation: RotationPlan | None) -> HeadSmoothing:
+        """Return the smoothing of the head's input; none for a head that does not round it, or with smoothing off.
+
+        Chosen without a prefix, which hardly changes the states that the head reads. The scales come from as many
+        other windows as there are to compare candidates on.
+        """
+        if self.options.head != SMOOTHED_HEAD or not self.options.smoothing:
+            return HeadSmoothing()
+        if rotation not in self._head_smoothings:
+            content, judging = self.windows.calibration, self.search_rows
+            others = np.setdiff1d(np.arange(len(content)), judging)
+            made_of = others[:: max(1, len(others) // len(judging))][: len(judging)] if len(others) else judging
+            decoder, length = self.transformed(Transform(rotation=rotation)).decoder, content.shape[1]
+            reference = self.reference(())
+            if rotation is not None:
+                reference = reference_states(decoder, self.fed(self.search_windows, ()), length, ())
+            windows = self.fed(content[made_of], ())
+            self._head_smoothings[rotation] = choose_head_smoothing(decoder, windows, length, reference)
+        return self._head_smoothings[rotation]
+
     def predicted(
         self,
         statistics: SpikeStatistics,
@@ -211,8 +234,16 @@ class Calibration:
         content, prefix = self.search_windows, statistics.prefix_ids
         fed = self.fed(content, prefix)
         reference = self.reference(prefix) if compare else None
-        head = self.options.head
-        return score(decoder, fed, content.shape[1], prefix, (simulation.visit,), head=head, reference=reference)
+        return score(
+            decoder,
+            fed,
+            content.shape[1],
+            prefix,
+            (simulation.visit,),
+            head=self.options.head,
+            head_smoothing=self.head_smoothing(transform.rotation).plan,
+            reference=reference,
+        )
 
     def _simulation(
         self, plans: Mapping[str, ModulePlan], transform: Transform, scales: Mapping[str, NDArray[np.float32]]

@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +22,9 @@ from spike_export.calibration.checkpoint import EMBEDDING, LM_HEAD, Checkpoint
 from spike_export.calibration.decoder_config import DecoderConfig, layer_shapes
 from spike_export.calibration.heap import return_freed_memory
 from spike_export.calibration.progress import Progress, silent
-from spike_export.calibration.recipe import HEAD_WEIGHTS, Dtype, HeadScheme
+from spike_export.calibration.recipe import HEAD_WEIGHTS, SMOOTHED_HEAD, Dtype, HeadScheme, SmoothingPlan
 from spike_export.calibration.simulate import QuantizedWeights, fake_quantize_tokens
+from spike_export.calibration.smoothing import plan_scales
 from spike_export.calibration.sparse_moe import sparse_moe
 
 if TYPE_CHECKING:
@@ -166,6 +166,7 @@ class Decoder:
     meter: Meter = field(default_factory=Meter, repr=False)
     _skeleton: list[Any] = field(default_factory=list, repr=False)
     _resident: dict[str, Any] = field(default_factory=dict, repr=False)
+    _int8_heads: dict[SmoothingPlan | None, QuantizedWeights] = field(default_factory=dict, repr=False)
 
     @property
     def config(self) -> DecoderConfig:
@@ -357,13 +358,16 @@ class Decoder:
         with ThreadPoolExecutor(len(devices)) as pool:
             list(pool.map(share, range(len(devices))))
 
-    def head(self, scheme: HeadScheme = "unquantized") -> "Head":
-        """Return what turns the last layer's output into logits."""
-        return Head(self, scheme)
+    def head(self, scheme: HeadScheme = "unquantized", smoothing: SmoothingPlan | None = None) -> "Head":
+        """Return what turns the last layer's output into logits; `smoothing` is that of a head in INT8."""
+        return Head(self, scheme, smoothing)
 
-    @cached_property
-    def _int8_head(self) -> QuantizedWeights:
-        return QuantizedWeights(HEAD_WEIGHTS, keep=self.execution.resident)
+    def _int8_head(self, smoothing: SmoothingPlan | None) -> QuantizedWeights:
+        """Return the store of one smoothing's INT8 weight; the last one stays, the others are forgotten."""
+        if smoothing not in self._int8_heads:
+            self._int8_heads.clear()
+            self._int8_heads[smoothing] = QuantizedWeights(HEAD_WEIGHTS, keep=self.execution.resident)
+        return self._int8_heads[smoothing]
 
 
 class _PrefixStream:
@@ -394,25 +398,43 @@ class _PrefixStream:
 class Head:
     """Final norm, language-model head, its divisor and soft cap; the weights stay while the object lives.
 
-    A quantized head computes in float32, as in the graph.
+    A quantized head computes in float32, as in the graph. Its smoothing, where it has one, divides the norm's output
+    and multiplies the weight's columns, before both are rounded.
     """
 
-    def __init__(self, decoder: Decoder, scheme: HeadScheme = "unquantized") -> None:
+    def __init__(
+        self, decoder: Decoder, scheme: HeadScheme = "unquantized", smoothing: SmoothingPlan | None = None
+    ) -> None:
+        import torch
+
         self._scheme = scheme
         self._norm = decoder.skeleton.norm
         decoder._assign(decoder.skeleton, "norm.weight", decoder._kept(FINAL_NORM))
         weight = decoder._kept(LM_HEAD)
+        smoothed = smoothing if scheme == SMOOTHED_HEAD else None
+        self._scales = None if smoothed is None else torch.from_numpy(plan_scales(smoothed)).to(weight.device)
         quantized = scheme != "unquantized"
-        self._weight = decoder._int8_head.dequantized("lm_head", weight) if quantized else weight
+        self._weight = (
+            decoder._int8_head(smoothed).dequantized("lm_head", weight, self._scales) if quantized else weight
+        )
         self._factors = decoder.config.factors
         self._device = decoder.execution.devices[0]
+
+    def normed(self, states: "torch.Tensor") -> "torch.Tensor":
+        """Return the final norm's output for the last layer's [..., hidden], before any smoothing."""
+        import torch
+
+        with torch.inference_mode():
+            return cast("torch.Tensor", self._norm(states.to(self._device)))
 
     def logits(self, states: "torch.Tensor") -> "torch.Tensor":
         """Return [..., vocab] for the last layer's output [..., hidden]."""
         import torch
 
         with torch.inference_mode():
-            normed = self._norm(states.to(self._device)).to(self._weight.dtype)
+            normed = self.normed(states).to(self._weight.dtype)
+            if self._scales is not None:
+                normed = normed / self._scales
             if self._scheme == "int8-per-token-dynamic":
                 normed = fake_quantize_tokens(normed)
             logits = torch.nn.functional.linear(normed, self._weight)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from spike_export.calibration.layerwise import Decoder, Head, Visit, batches
 from spike_export.calibration.progress import Progress, silent
-from spike_export.calibration.recipe import HeadScheme
+from spike_export.calibration.recipe import HeadScheme, SmoothingPlan
 
 if TYPE_CHECKING:
     import torch
@@ -85,6 +85,7 @@ def model_perplexity(
     visits: Sequence[Visit] = (),
     progress: Progress = silent,
     head: HeadScheme = "unquantized",
+    head_smoothing: SmoothingPlan | None = None,
 ) -> float:
     """Return the perplexity of the last `content_length` tokens of each window, the first of them not scored.
 
@@ -96,8 +97,12 @@ def model_perplexity(
         visits: What to do around each layer, e.g. simulate quantization.
         progress: Told after each layer.
         head: How the language-model head computes.
+        head_smoothing: Of its input; heads that do not round it have none.
     """
-    return score(decoder, windows, content_length, prefix, visits, head=head, progress=progress).perplexity
+    scored = score(
+        decoder, windows, content_length, prefix, visits, head=head, head_smoothing=head_smoothing, progress=progress
+    )
+    return scored.perplexity
 
 
 def reference_states(
@@ -105,7 +110,7 @@ def reference_states(
 ) -> ReferenceStates:
     """Run the unquantized model and keep what `score` compares with; arguments as in `model_perplexity`."""
     total, kept, head = Likelihood(0.0, 0), [], decoder.head()
-    for tokens, states in _content(decoder, windows, content_length, prefix, ()):
+    for tokens, states in content_states(decoder, windows, content_length, prefix):
         total += _likelihood(head, states, tokens)
         kept.append(states[::_DIVERGENCE_EVERY].clone())
     return ReferenceStates(total.perplexity, kept, head)
@@ -119,27 +124,29 @@ def score(
     visits: Sequence[Visit] = (),
     *,
     head: HeadScheme = "unquantized",
+    head_smoothing: SmoothingPlan | None = None,
     reference: ReferenceStates | None = None,
     progress: Progress = silent,
 ) -> Score:
     """Return perplexity and, with a reference, divergence; arguments as in `model_perplexity`."""
-    to_logits = decoder.head(head)
+    to_logits = decoder.head(head, head_smoothing)
     total, divergence, compared = Likelihood(0.0, 0), 0.0, 0
-    content = _content(decoder, windows, content_length, prefix, visits, progress)
+    content = content_states(decoder, windows, content_length, prefix, visits, progress)
     for index, (tokens, states) in enumerate(content):
         total += _likelihood(to_logits, states, tokens)
         if reference is not None:
-            divergence += _divergence(reference, index, to_logits, states[::_DIVERGENCE_EVERY])
-            compared += len(reference.states[index])
+            expected = reference.states[index]
+            divergence += divergence_sum(reference.head, expected, to_logits, states[::_DIVERGENCE_EVERY])
+            compared += len(expected)
     return Score(total.perplexity, divergence / max(1, compared))
 
 
-def _content(
+def content_states(
     decoder: Decoder,
     windows: NDArray[np.int64],
     length: int,
-    prefix: Sequence[int],
-    visits: Sequence[Visit],
+    prefix: Sequence[int] = (),
+    visits: Sequence[Visit] = (),
     progress: Progress = silent,
 ) -> "Iterator[tuple[NDArray[np.int64], torch.Tensor]]":
     """Yield each window's content tokens [length] and the last layer's output there [length, hidden]."""
@@ -162,10 +169,10 @@ def _likelihood(head: Head, states: "torch.Tensor", tokens: NDArray[np.int64]) -
     return Likelihood(negative, len(targets))
 
 
-def _divergence(reference: ReferenceStates, index: int, head: Head, states: "torch.Tensor") -> float:
-    """Return the sum over tokens of KL(reference || model), in nats."""
+def divergence_sum(reference: Head, expected_states: "torch.Tensor", head: Head, states: "torch.Tensor") -> float:
+    """Return the sum over tokens of KL(reference || model), in nats; states are [tokens, hidden] of the last layer."""
     import torch
 
-    expected = torch.log_softmax(reference.head.logits(reference.states[index]).float(), -1)
+    expected = torch.log_softmax(reference.logits(expected_states).float(), -1)
     actual = torch.log_softmax(head.logits(states).float(), -1)
     return float(torch.nn.functional.kl_div(actual, expected, reduction="sum", log_target=True))

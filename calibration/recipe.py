@@ -32,6 +32,9 @@ quantized by their own largest magnitude at run time. Neither needs calibration.
 HEAD_WEIGHTS: WeightScheme = "int8-per-channel"
 """Scales of the head's INT8 weights: one per row of the vocabulary."""
 
+SMOOTHED_HEAD: HeadScheme = "int8-per-token-dynamic"
+"""The head whose input is smoothed: the only one that rounds a whole token with one scale."""
+
 ActivationRange = Literal["max", "sample-mean", "percentile", "mse"]
 """What a static activation scale covers: the largest magnitude of all samples; the mean over the samples of each
 sample's largest (averaged min-max), which clips the rare spike that only a few samples have; the 99.9th percentile of
@@ -222,6 +225,20 @@ class TransformCandidate(_Document):
     verdict: str
 
 
+class HeadCandidate(_Document):
+    """One way to smooth the input of the head that competed.
+
+    Attributes:
+        name: `none`, or the formula and its parameter.
+        divergence: KL divergence of a head in INT8 from the model's own head, on the unquantized model's states there,
+            per token in nats; what the choice goes by.
+    """
+
+    name: str
+    divergence: float
+    verdict: str
+
+
 class PrefixCandidate(_Document):
     """One prefix that competed (an empty one stands for no prefix).
 
@@ -248,6 +265,7 @@ class Search(_Document):
         plain_reference_perplexity: The same without a prefix: a neutral prefix leaves it as it is.
         forward_tokens: What the search of the prefix cost, in tokens through the whole model.
         transforms: Rotations and smoothings that competed.
+        head: Smoothings of the head's input that competed, the chosen one first.
         curve: Sets of modules that were evaluated.
         prefixes: Prefixes that competed.
     """
@@ -256,6 +274,7 @@ class Search(_Document):
     plain_reference_perplexity: float | None = None
     forward_tokens: int | None = None
     transforms: tuple[TransformCandidate, ...] = ()
+    head: tuple[HeadCandidate, ...] = ()
     curve: tuple[CurvePoint, ...] = ()
     prefixes: tuple[PrefixCandidate, ...] = ()
 
@@ -266,7 +285,8 @@ class Recipe(_Document):
     `modules` is keyed by HF module name. Modules that share an input share its scale bit for bit, because
     TensorRT merges their products only then. `attention` is keyed by HF name of the attention block, `smoothing` by
     the representative module of the input. Rotation and smoothing leave the unquantized model's function as it is;
-    ratios and scales are those of the rotated and smoothed model.
+    ratios and scales are those of the rotated and smoothed model. `head_smoothing` scales the channels of the final
+    norm's output for a head that rounds its tokens; with another `scheme.head` nothing reads it.
     """
 
     format: Literal[1] = 1
@@ -280,6 +300,7 @@ class Recipe(_Document):
     attention: Mapping[str, AttentionPlan] = Field(default_factory=dict)
     rotation: RotationPlan | None = None
     smoothing: Mapping[str, SmoothingPlan] = Field(default_factory=dict)
+    head_smoothing: SmoothingPlan | None = None
     search: Search = Search()
 
     @model_validator(mode="after")

@@ -39,6 +39,7 @@ def build_recipe(
     if ids:
         text, ratio = prefix_text(checkpoint, ids), qfep.worst_ratio(statistics)[1]
         prefix = Prefix(token_ids=ids, text=text, ratio=ratio, notes=prefix_notes(checkpoint, ids))
+    head = calibration.head_smoothing(transform.rotation)
     return Recipe(
         model=ModelSource(
             source=checkpoint.name,
@@ -54,7 +55,8 @@ def build_recipe(
         attention=attention_plans(statistics, options),
         rotation=transform.rotation,
         smoothing=transform.smoothing,
-        search=search,
+        head_smoothing=head.plan,
+        search=search.model_copy(update={"head": head.candidates}),
     )
 
 

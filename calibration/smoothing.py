@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spike_export.calibration.decoder_config import DecoderConfig
+from spike_export.calibration.errors import RecipeError
 from spike_export.calibration.modules import InputSite
 from spike_export.calibration.recipe import SmoothingPlan
 
@@ -75,3 +76,20 @@ def plan_scales(plan: SmoothingPlan) -> Floats:
     """
     exponents = np.frombuffer(base64.b64decode(plan.exponents, validate=True), np.int8)
     return np.asarray(np.exp2(exponents.astype(np.float64) / _STEPS_PER_OCTAVE), np.float32)
+
+
+def head_scales(plan: SmoothingPlan, config: DecoderConfig) -> Floats:
+    """Return the scales [hidden] of the head's input.
+
+    Raises:
+        RecipeError: The plan cannot be read, or is of a model of another width.
+    """
+    try:
+        scales = plan_scales(plan)
+    except ValueError as error:
+        raise RecipeError(f"head_smoothing: {error}; remove it, or calibrate again") from error
+    if len(scales) != config.hidden_size:
+        raise RecipeError(
+            f"head_smoothing: {len(scales)} scales for {config.hidden_size} channels; remove it, or calibrate again"
+        )
+    return scales

@@ -12,7 +12,7 @@ from rich.text import Text
 from spike_export.calibration.checkpoint import LM_HEAD
 from spike_export.calibration.errors import ArtifactError, RecipeError
 from spike_export.calibration.modules import representative_of
-from spike_export.calibration.recipe import ModulePlan, Recipe, load_recipe
+from spike_export.calibration.recipe import SMOOTHED_HEAD, ModulePlan, Recipe, load_recipe
 from spike_export.calibration.spikes import load_description
 from spike_export.cli.text_table import print_facts, print_table
 from spike_export.cli.visible_text import visible
@@ -61,6 +61,7 @@ def _tables(recipe: Recipe) -> list[_Table]:
     transforms = [
         (each.name, _number(each.perplexity), f"{each.divergence:.4f}", each.verdict) for each in search.transforms
     ]
+    heads = [(each.name, f"{each.divergence:.4f}", each.verdict) for each in search.head]
     curve = [
         (
             point.criterion,
@@ -75,6 +76,7 @@ def _tables(recipe: Recipe) -> list[_Table]:
     return [
         ("prefixes", ("tokens", "text", "worst ratio", "16-bit ppl", "INT8 ppl", "verdict"), prefixes),
         ("transforms, all in INT8", ("transform", "ppl", "divergence", "verdict"), transforms),
+        ("smoothings of the head's input", ("smoothing", "divergence", "verdict"), heads),
         ("sets of kept modules", ("by", "linears", "MACs", "ppl", "Pareto"), curve),
         ("not quantized", ("module", "precision", "reason"), kept),
     ]
@@ -148,9 +150,22 @@ def _head_explanation(recipe: Recipe) -> dict[str, str]:
     precisions = {"unquantized": kept, "int8-weights": "float32 products of INT8 weights"}
     why = "the default" if head == "unquantized" else "asked for"
     lines = {"precision": precisions.get(head, "int8"), "why": f"scheme.head is {head}, {why}; no statistics decide it"}
-    if head == "int8-per-token-dynamic":
+    if head == SMOOTHED_HEAD:
         lines["activation scale"] = "each token's own, at run time"
+        lines["smoothing"] = _head_smoothing(recipe)
     return lines
+
+
+def _head_smoothing(recipe: Recipe) -> str:
+    """Return what the final norm's output is divided by, and how far from the model's own head that leaves this one."""
+    plan, divergences = recipe.head_smoothing, {each.name: each.divergence for each in recipe.search.head}
+    name = "none" if plan is None else f"{plan.form} {plan.parameter}"
+    used = name if plan is None else f"{name} on the final norm's output"
+    # A recipe that was edited may have what never competed.
+    if name not in divergences or "none" not in divergences:
+        return used
+    alone, plain = divergences[name], divergences["none"]
+    return f"{used}: the divergence of the head alone is {alone:.4f}, without smoothing {plain:.4f}"
 
 
 def _explanation(recipe: Recipe, run: Path, name: str) -> dict[str, str]:

@@ -25,5 +25,5 @@ class AttachedPrefixCache(DynamicCache):
     def _behind_prefix(self, index: int, slot: int, present: ir.Value, prefix: PrefixExtent) -> ir.Value:
         b, module, kind = self.emission.builder, f"model.layers.{index}.self_attn", KINDS[slot]
         stored = stored_prefix(self.emission, index, slot)
-        part = b.op("Expand", [stored, prefix.shape], module, label=f"prefix_{kind}_expand")
+        part = b.op("Tile", [stored, prefix.repeats], module, label=f"prefix_{kind}")
         return b.op("Concat", [part, present], module, label=f"attended_{kind}", attributes={"axis": 2})

@@ -22,12 +22,13 @@ class PrefixExtent:
     """How much of the prefix this call puts before the past.
 
     Attributes:
-        length: [1] int64; P for a fresh sequence, else 0. Always P where the past never holds it.
-        shape: [4] int64; batch, kv_heads, `length`, head_dim.
+        times: [1] int64; how often the prefix enters: once for a fresh sequence, else not at all. Always once where the
+            past never holds it.
+        repeats: [4] int64; batch, 1, `times`, 1: of the constant [1, kv_heads, P, head_dim].
     """
 
-    length: ir.Value
-    shape: ir.Value
+    times: ir.Value
+    repeats: ir.Value
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class ContextEmitter:
     windows: tuple[int | None, ...]
     prefix_cached: bool = True
 
-    def emit(self, past_key: ir.Value, kv_heads: int, head_dim: int) -> AttentionContext:
+    def emit(self, past_key: ir.Value) -> AttentionContext:
         """Append the nodes; `past_key` is any layer's past, read for its length only."""
         # Only a prefix has to be repeated for every row.
         batch = None
@@ -77,7 +78,7 @@ class ContextEmitter:
         return AttentionContext(
             positions=self._positions(earlier, total),
             masks=self._masks(batch, earlier, total),
-            prefix=None if batch is None else self._prefix(batch, past_key, kv_heads, head_dim),
+            prefix=None if batch is None else self._prefix(batch, past_key),
         )
 
     def _op(
@@ -134,15 +135,20 @@ class ContextEmitter:
         visible = self._op("Greater", columns, b.integers(0), label="visible", dtype=BOOL)
         return self._op("Unsqueeze", visible, b.integers(1, 2), label="visible_columns")
 
-    def _prefix(self, batch: ir.Value, past_key: ir.Value, kv_heads: int, head_dim: int) -> PrefixExtent:
+    def _prefix(self, batch: ir.Value, past_key: ir.Value) -> PrefixExtent:
         b = self.builder
-        length = b.integers(self.prefix_length)
+        times = b.integers(1)
         if self.prefix_cached:
             past = self._op("Shape", past_key, label="past", dtype=INT64, start=2, end=3)
             fresh = self._op("Equal", past, b.integers(0), label="fresh", dtype=BOOL)
-            length = self._op("Where", fresh, length, b.integers(0), label="prefix_length", dtype=INT64)
-        parts = [batch, b.integers(kv_heads), length, b.integers(head_dim)]
-        return PrefixExtent(length, b.op("Concat", parts, MODULE, label="prefix_shape", attributes={"axis": 0}))
+            times = self._op("Where", fresh, times, b.integers(0), label="prefix_times", dtype=INT64)
+        return prefix_extent(b, batch, times)
+
+
+def prefix_extent(b: GraphBuilder, batch: ir.Value, times: ir.Value) -> PrefixExtent:
+    """Append how often a prefix that enters `times` [1] is repeated in the cache of `batch` [1] rows."""
+    parts = [batch, b.integers(1), times, b.integers(1)]
+    return PrefixExtent(times, b.op("Concat", parts, MODULE, label="prefix_repeats", attributes={"axis": 0}))
 
 
 def near_or_prefix(b: GraphBuilder, window: int, prefix: int, slots: ir.Value, queries: ir.Value) -> ir.Value:

@@ -14,7 +14,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from spike_export.calibration.atomic_write import atomic_path
 from spike_export.calibration.checkpoint import Checkpoint
@@ -26,7 +28,8 @@ from spike_export.calibration.layerwise import Decoder, Execution
 from spike_export.calibration.modules import is_router, linears, split_name
 from spike_export.calibration.progress import Progress, silent
 from spike_export.calibration.qfem import macs_per_token
-from spike_export.calibration.recipe import Dtype, ModulePlan, NumberFormat, Recipe, recipe_text
+from spike_export.calibration.recipe import SMOOTHED_HEAD, Dtype, ModulePlan, NumberFormat, Recipe, recipe_text
+from spike_export.calibration.smoothing import head_scales
 from spike_export.export.cache_options import CacheOptions, require_capacity
 from spike_export.export.decoder_graph import build_decoder
 from spike_export.export.engine_support import supporting_engines
@@ -191,9 +194,18 @@ def _graph_plan(checkpoint: Checkpoint, recipe: Recipe | None, options: ExportOp
         prefix_in=options.prefix_in,
         attention=recipe.attention,
         head=scheme.head,
+        head_scales=_head_scales(checkpoint.config, recipe),
         cache=options.cache,
         logits=options.logits,
     )
+
+
+def _head_scales(config: DecoderConfig, recipe: Recipe) -> NDArray[np.float32] | None:
+    if recipe.head_smoothing is None:
+        return None
+    # Of another model it is refused, also where this head has no use for it.
+    scales = head_scales(recipe.head_smoothing, config)
+    return scales if recipe.scheme.head == SMOOTHED_HEAD else None
 
 
 def _weight_bytes(model: ir.Model) -> int:

@@ -69,7 +69,7 @@ def _cache(emission: Emission, ids: ir.Value) -> tuple[KvCache, AttentionContext
     cache = _CACHES[plan.prefix_in].declare(emission)
     cached = plan.prefix_in == "cache"
     emitter = ContextEmitter(b, ids, mask, plan.prefix_length, config.windows, prefix_cached=cached)
-    return cache, emitter.emit(cache.pasts[0][0], config.num_key_value_heads, config.head_dim)
+    return cache, emitter.emit(cache.pasts[0][0])
 
 
 def _layer(emission: Emission, attention: AttentionEmitter, index: int, hidden: ir.Value) -> ir.Value:

@@ -32,6 +32,8 @@ class GraphPlan:
         prefix_in: Where the prefix lives; says nothing where there is none.
         attention: Attention block → steps of its products' operands; blocks that are not named stay as they are.
         head: How the language-model head computes.
+        head_scales: [hidden] Scales by which the final norm's output is divided, and the columns of a head that
+            rounds its tokens multiplied; None for none.
         cache: Which cache of keys and values the graph has.
         logits: Of which tokens the graph gives logits.
     """
@@ -43,6 +45,7 @@ class GraphPlan:
     prefix_in: PrefixHome = "cache"
     attention: Mapping[str, AttentionPlan] = field(default_factory=dict)
     head: HeadScheme = "unquantized"
+    head_scales: NDArray[np.float32] | None = None
     cache: CacheOptions = field(default_factory=CacheOptions)
     logits: LogitsScope = "all"
 

@@ -40,7 +40,7 @@ def emit_head(emission: Emission, hidden: ir.Value, embedding: ir.Value) -> None
         embedding: [vocab, hidden]; the head's weight where they are tied and the head is not quantized.
     """
     b, config, plan = emission.builder, emission.config, emission.plan
-    normed = rms_norm(emission, "model.norm", hidden)
+    normed = rms_norm(emission, "model.norm", hidden, plan.head_scales)
     if plan.head == "unquantized":
         logits = b.op("MatMul", [emission.cast(normed), _weight(emission, embedding)], MODULE)
     else:
@@ -72,7 +72,15 @@ def _quantized(emission: Emission) -> LinearEmitter:
     shapes = {LM_HEAD: (config.vocab_size, config.hidden_size)}
     # ONNX Runtime may round the input of INT8 weights here, in blocks of 32 channels: the exact spelling decodes more
     # slowly than a head that is not quantized.
-    return LinearEmitter(emission.builder, emission.checkpoint, plans, HEAD_WEIGHTS, shapes, exact_inputs=False)
+    return LinearEmitter(
+        emission.builder,
+        emission.checkpoint,
+        plans,
+        HEAD_WEIGHTS,
+        shapes,
+        exact_inputs=False,
+        column_factors={} if plan.head_scales is None else {MODULE: plan.head_scales},
+    )
 
 
 def own_weight_bytes(config: DecoderConfig, plan: GraphPlan) -> int:

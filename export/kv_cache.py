@@ -94,9 +94,8 @@ def prefix_part(emission: Emission, index: int, slot: int, context: AttentionCon
     if context.prefix is None:
         return None
     b, module, kind = emission.builder, f"model.layers.{index}.self_attn", KINDS[slot]
-    ends = [b.integers(0), context.prefix.length, b.integers(2)]
-    part = b.op("Slice", [stored_prefix(emission, index, slot), *ends], module, label=f"prefix_{kind}_slice")
-    return b.op("Expand", [part, context.prefix.shape], module, label=f"prefix_{kind}_expand")
+    # One node that repeats it for the rows and drops it where it does not enter: in decode nodes cost by their number.
+    return b.op("Tile", [stored_prefix(emission, index, slot), context.prefix.repeats], module, label=f"prefix_{kind}")
 
 
 def stored_prefix(emission: Emission, index: int, slot: int) -> ir.Value:

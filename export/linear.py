@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from spike_export.calibration.checkpoint import Checkpoint
 from spike_export.calibration.errors import CheckpointError
 from spike_export.calibration.recipe import LARGEST, Dtype, ModulePlan, NumberFormat, WeightScheme
+from spike_export.calibration.row_blocks import BlockReader
 from spike_export.calibration.simulate import SMALLEST_TOKEN_AMAX
 from spike_export.calibration.weight_quantization import ELEMENTS, quantize_rows
 from spike_export.export.graph_builder import ELEMENT_TYPES, GraphBuilder
@@ -37,6 +38,8 @@ _STORED: Mapping[NumberFormat, ir.DataType] = {"int8": ir.DataType.INT8, "fp8": 
 class QuantizedWeight:
     """One module's 8-bit weight, read from the checkpoint and quantized when the graph is written.
 
+    Its columns are multiplied by `column_factors` [in_features] first, where there are any.
+
     The scales are kept once known (a few kilobytes), so that writing them does not quantize a second time. Threads may
     ask for both at once.
 
@@ -49,6 +52,7 @@ class QuantizedWeight:
     scheme: WeightScheme
     number_format: NumberFormat = "int8"
     transposed: bool = True
+    column_factors: NDArray[np.float32] | None = None
     _scale: NDArray[np.float32] | None = field(default=None, init=False)
     _lock: threading.RLock = field(default_factory=threading.RLock, init=False, repr=False)
 
@@ -61,11 +65,23 @@ class QuantizedWeight:
         name = f"{self.module}.weight"
         with self._lock, self.checkpoint.block_reader(name) as read:
             try:
+                read = self._multiplied(read)
                 self._scale = quantize_rows(out, read, self.scheme, self.number_format, transposed=self.transposed)
             except ValueError as error:
                 raise CheckpointError(
                     f"tensor {name}: {error}; the checkpoint is damaged, download it again"
                 ) from error
+
+    def _multiplied(self, read: BlockReader) -> BlockReader:
+        factors = self.column_factors
+        if factors is None:
+            return read
+
+        def multiplied(rows: slice, out: NDArray[Any]) -> None:
+            read(rows, out)
+            out *= factors
+
+        return multiplied
 
     def scale(self) -> NDArray[np.float32]:
         """Return [out_features] float32 (per channel) or a 0-D array (per tensor)."""
@@ -99,6 +115,7 @@ class LinearEmitter:
         scheme: How 8-bit weights are scaled.
         shapes: Tensor name → shape, from the configuration; a `.bias` is emitted where it is listed.
         exact_inputs: Whether products of INT8 weights alone see their inputs as they are, in every engine.
+        column_factors: Quantized module → factors [in_features] of its weight's columns, where it has any.
     """
 
     builder: GraphBuilder
@@ -107,6 +124,7 @@ class LinearEmitter:
     scheme: WeightScheme
     shapes: Mapping[str, tuple[int, ...]]
     exact_inputs: bool = True
+    column_factors: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
     _token_scaled: dict[tuple[str, NumberFormat], _TokenScaled] = field(default_factory=dict, init=False, repr=False)
 
     def emit(self, module: str, value: ir.Value) -> ir.Value:
@@ -218,7 +236,8 @@ class LinearEmitter:
         """Return a dequantized 8-bit weight, float32: [in_features, out_features], or the other way round."""
         b, stored = self.builder, _STORED[number_format]
         name = f"{module}.weight"
-        source = QuantizedWeight(self.checkpoint, module, self.scheme, number_format, transposed)
+        factors = self.column_factors.get(module)
+        source = QuantizedWeight(self.checkpoint, module, self.scheme, number_format, transposed, factors)
         shape = self.shapes[name]
         channels = [shape[0]] if self.scheme == "int8-per-channel" else []
         weight = b.streamed(name, stored, shape[::-1] if transposed else shape, source.fill)

@@ -55,4 +55,4 @@ def static_cache(emission: Emission, ids: ir.Value, capacity: int) -> tuple[Stat
     slots = plan.prefix_length + capacity
     cache = StaticCache(emission, declare_pasts(emission, slots), slots)
     emitter = StaticContextEmitter(b, ids, indices, fresh, plan.prefix_length, slots, config.windows)
-    return cache, emitter.emit(config.num_key_value_heads, config.head_dim)
+    return cache, emitter.emit()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from spike_export.export.attention_context import MODULE, AttentionContext, PrefixExtent, near_or_prefix
+from spike_export.export.attention_context import MODULE, AttentionContext, PrefixExtent, near_or_prefix, prefix_extent
 from spike_export.export.graph_builder import GraphBuilder
 from spike_export.export.manifest import CACHE_SLOTS
 
@@ -38,20 +38,19 @@ class StaticContextEmitter:
     slots: int
     windows: tuple[int | None, ...]
 
-    def emit(self, kv_heads: int, head_dim: int) -> AttentionContext:
+    def emit(self) -> AttentionContext:
         """Append the nodes."""
         b = self.builder
         first = self.write_indices
         if self.prefix_length:
             first = self._op("Add", first, b.integers(self.prefix_length), label="first_slots")
         positions = self._positions(first)
-        prefix = self._prefix(self.fresh, kv_heads, head_dim) if self.fresh is not None else None
+        prefix = self._prefix(self.fresh) if self.fresh is not None else None
         return AttentionContext(
             positions=positions,
             masks=self._masks(positions),
             prefix=prefix,
-            # What is written begins with the prefix when that enters.
-            write_slots=self._op("Sub", first, prefix.length, label="write_slots") if prefix else first,
+            write_slots=self._write_slots(first, prefix) if prefix else first,
         )
 
     def _op(
@@ -80,10 +79,12 @@ class StaticContextEmitter:
         near = near_or_prefix(self.builder, window, self.prefix_length, slots, queries)
         return self._op("And", causal, near, label="window_mask")
 
-    def _prefix(self, fresh: ir.Value, kv_heads: int, head_dim: int) -> PrefixExtent:
-        b = self.builder
+    def _prefix(self, fresh: ir.Value) -> PrefixExtent:
         batch = self._op("Shape", self.input_ids, label="batch", dtype=INT64, start=0, end=1)
         count = self._op("Shape", fresh, label="fresh_count", dtype=INT64)
-        length = self._op("Mul", count, b.integers(self.prefix_length), label="prefix_length")
-        parts = [batch, b.integers(kv_heads), length, b.integers(head_dim)]
-        return PrefixExtent(length, b.op("Concat", parts, MODULE, label="prefix_shape", attributes={"axis": 0}))
+        return prefix_extent(self.builder, batch, count)
+
+    def _write_slots(self, first: ir.Value, prefix: PrefixExtent) -> ir.Value:
+        """Append where the update begins: with the prefix, where that enters."""
+        length = self._op("Mul", prefix.times, self.builder.integers(self.prefix_length), label="prefix_length")
+        return self._op("Sub", first, length, label="write_slots")

@@ -8,13 +8,17 @@ import shutil
 import sys
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import onnxruntime
 import pytest
+import torch
+from numpy.typing import NDArray
+from transformers import AutoModelForCausalLM
 
 from benchmarks import (
     accuracy,
@@ -24,6 +28,7 @@ from benchmarks import (
     large_model,
     operator_profile,
     speed,
+    speed_peers,
     statistics_overhead,
 )
 from benchmarks.fetch_models import Download, FetchError, PackagedModel, fetch
@@ -39,6 +44,7 @@ from spike_export.calibration.decoder_config import tensor_shapes
 from spike_export.calibration.recipe import ModulePlan, NumberFormat
 from spike_export.calibration.token_windows import TokenWindows
 from spike_export.export.bundle import ExportOptions, export_bundle
+from tests.tiny_checkpoints import random_llama, write_hf
 from tests.tiny_models import tiny_llama
 
 PARTS = {"one": b"a mo", "two": b"del"}
@@ -179,13 +185,89 @@ def test_speeds_are_compared_with_the_baseline_of_the_same_logits() -> None:
         timings = (speed.Timing(seconds, seconds, 1) for seconds in (prefill, decode))
         return speed.Result(variant.name, variant.logits, 0, 0, *timings, bundle_bytes=1, peak_rss=1)
 
-    results = [result(speed.BASELINE, 8, 4), result(speed.LAST_BASELINE, 6, 4), result(speed.FASTEST, 2, 2)]
+    ours = replace(result(speed.FASTEST, 2, 2), int8_linears=1)
+    results = [result(speed.BASELINE, 8, 4), result(speed.LAST_BASELINE, 6, 4), ours]
     fastest = speed.as_json(results, 1, False)["variants"][-1]
     assert (fastest["prefill_ratio"], fastest["decode_ratio"], fastest["prefill_ratio_to_all_logits"]) == (3, 2, 4)
     table = speed.table(results)
     assert f"targets for {speed.FASTEST.name}: prefill 2.5x met, decode 2.0x met" in table
-    slower = speed.table([*results[:2], result(speed.FASTEST, 2.5, 2)])
+    slower = speed.table([*results[:2], replace(result(speed.FASTEST, 2.5, 2), int8_linears=1)])
     assert "prefill 2.5x missed" in slower
+    peer = speed.Result("peer", "all", 0, 0, speed.Timing(4, 4, 1), speed.Timing(1, 1, 1), 1, 1, peer=True)
+    document = speed.as_json([*results, peer], 1, False, [speed.Skipped("other", "is not installed")])
+    assert [document["variants"][-1][key] for key in ("peer", "prefill_ratio", "decode_ratio")] == [True, 2, 4]
+    assert document["left_out"] == [{"name": "other", "reason": "is not installed"}]
+
+
+@pytest.fixture(scope="module")
+def peer_sources(tmp_path_factory: pytest.TempPathFactory) -> speed_peers.Sources:
+    """A small model, and its unquantized bundle, for peers to be built from."""
+    folder = tmp_path_factory.mktemp("peers")
+    checkpoint = open_checkpoint(str(write_hf(folder / "model", random_llama(max_position_embeddings=512))))
+    export_bundle(checkpoint, None, ExportOptions("float32"), folder / "float32")
+    return speed_peers.Sources(lambda: checkpoint, folder / "float32", folder / "peers")
+
+
+def peer_of(name: str) -> speed_peers.Peer:
+    return next(peer for peer in speed_peers.PEERS if peer.name == name)
+
+
+def first_logits(graph: Path, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    shapes = {value.name: value.shape for value in session.get_inputs()}
+    fed = {name: np.zeros((1, shape[1], 0, shape[3]), np.float32) for name, shape in shapes.items() if len(shape) == 4}
+    logits: NDArray[np.float32] = session.run(
+        ["logits"], {"input_ids": ids, "attention_mask": np.ones_like(ids), **fed}
+    )[0]
+    return logits
+
+
+@pytest.mark.parametrize("name", [peer.name for peer in speed_peers.PEERS if peer.name.startswith("quantize_static")])
+def test_a_quantized_peer_is_the_same_model(peer_sources: speed_peers.Sources, name: str) -> None:
+    folder = peer_of(name).built(peer_sources)
+    ids = np.random.default_rng(0).integers(3, 99, (1, 32))
+    exact, actual = (first_logits(place / "model.onnx", ids) for place in (peer_sources.float32, folder))
+    error = np.sqrt(np.mean((actual - exact) ** 2) / np.mean(exact**2))
+    assert 1e-4 < error < 0.2
+    opened: list[tuple[Path, Sequence[str]]] = []
+
+    def open_onnx(path: Path, off: Sequence[str]) -> tuple[speed_peers.Call, speed_peers.Call]:
+        opened.append((path, off))
+        return int, int
+
+    peer_of(name).calls(folder, speed_peers.Sequences(8, 99), 1, open_onnx)
+    assert opened == [(folder / "model.onnx", ("CommonSubexpressionElimination",) if "CSE" in name else ())]
+
+
+def test_torch_reads_what_the_checkpoint_holds(peer_sources: speed_peers.Sources) -> None:
+    folder = speed_peers.TORCH.built(peer_sources)
+    ids = np.random.default_rng(0).integers(3, 99, (1, 32))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    expected = first_logits(peer_sources.float32 / "model.onnx", ids)
+    with torch.inference_mode():
+        actual = model(torch.from_numpy(ids)).logits.numpy()
+    assert np.abs(actual - expected).max() <= 1e-4 * np.abs(expected).max()
+    threads = torch.get_num_threads()
+    for call in speed_peers.TORCH.calls(folder, speed_peers.Sequences(8, 99), threads, lambda *_: (int, int)):
+        call()
+        call()
+
+
+def test_a_peer_that_cannot_be_built_says_why(
+    peer_sources: speed_peers.Sources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime_genai", None)
+    arguments = argparse.Namespace(peers=True, legs=["genai int8", "torch bfloat16"], model=None)
+    built, skipped = speed.build_peers(arguments, peer_sources.float32, peer_sources.folder.parent)
+    assert [peer.name for peer in built] == ["torch bfloat16"]
+    assert [each.name for each in skipped] == ["genai int8"]
+    assert skipped[0].reason.startswith("onnxruntime-genai is not installed")
+    assert not (peer_sources.folder / "genai-int8").exists()
+    assert speed.build_peers(replace_namespace(arguments, peers=False), peer_sources.float32, Path()) == ({}, [])
+
+
+def replace_namespace(arguments: argparse.Namespace, **changes: object) -> argparse.Namespace:
+    return argparse.Namespace(**{**vars(arguments), **changes})
 
 
 @pytest.fixture(scope="module")
@@ -272,11 +354,25 @@ def test_the_quick_recipe_of_the_speed_table(monkeypatch: pytest.MonkeyPatch) ->
 def test_every_head_is_evaluated_and_predicted() -> None:
     checkpoint, content = tiny_bos_llama(), np.random.default_rng(0).integers(3, 99, (4, 20))
     calibration = Calibration(checkpoint, TokenWindows(content[:2], content[2:]), head_accuracy.CalibrationOptions())
-    rows = head_accuracy.lines(checkpoint, calibration, Corpus("test", ("text",)))
-    assert len(rows) == 9
+    found = head_accuracy.recipes(calibration, Corpus("test", ("text",)))
+    rows = head_accuracy.lines(calibration, Corpus("test", ("text",)), found)
+    assert len(rows) == 12
     errors = [abs(float(row.split("(")[1].split("%")[0])) for row in rows]
     assert max(errors) < 0.5  # per cent
-    assert len({row.split("simulated")[1] for row in rows}) == 9
+    # A smoothing that gains nothing here is not chosen.
+    smoothed = [recipe.head_smoothing for recipe in found.values()]
+    assert len({row.split("simulated")[1] for row in rows}) == 9 + 3 * any(smoothed)
+
+
+def test_nudged_models_differ_in_their_last_bits() -> None:
+    checkpoint = tiny_bos_llama()
+    models = [head_accuracy.NudgedTensors(checkpoint.tensors, seed) for seed in (0, 0, 1)]
+    first, same, other = (model.read("model.embed_tokens.weight") for model in models)
+    stored = checkpoint.tensor("model.embed_tokens.weight")
+    assert (first == same).all()
+    assert (first != other).any()
+    assert 0 < np.abs(first / stored - 1).max() < 1e-5
+    assert (models[0].read("model.norm.weight") == checkpoint.tensor("model.norm.weight")).all()
 
 
 def test_the_profile_counts_every_product(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

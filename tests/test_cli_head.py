@@ -93,3 +93,21 @@ def test_the_job_checks_what_the_head_costs_and_the_page_names_it(folder: Path) 
     again.calibrate()
     again.export(load_recipe(folder / "job" / "recipe.json"))
     assert load_manifest(folder / "job" / "bundle").logits == "all"
+
+
+def test_the_smoothing_of_the_head_goes_from_calibration_to_the_bundle(folder: Path) -> None:
+    command = ("calibrate", folder / "model", "--work-dir", folder / "smoothed", "--corpus", folder / "corpus.txt")
+    done = call(*command, *SMALL, "--head", "int8-per-token-dynamic")
+    assert done.code == 0, done.err
+    recipe = load_recipe(folder / "smoothed" / "recipe.json")
+    assert recipe.search.head[0].verdict == "chosen"
+    explained = json.loads(call("inspect", folder / "smoothed", "--json", "--explain", "lm_head").out)["lm_head"]
+    best = recipe.search.head[0]
+    plan = recipe.head_smoothing
+    assert explained["smoothing"].startswith("none" if plan is None else f"{plan.form} {plan.parameter} on the final")
+    assert f"{best.divergence:.4f}, without smoothing" in explained["smoothing"]
+    text = call("inspect", folder / "smoothed").out
+    assert "smoothings of the head's input" in text
+    assert all(each.name in text for each in recipe.search.head)
+    unsmoothed = json.loads(call("inspect", folder / "run", "--json", "--explain", "lm_head").out)["lm_head"]
+    assert unsmoothed["smoothing"] == "none"

@@ -34,7 +34,7 @@ P1: Counts = {"QuantizeLinear": 7, "DequantizeLinear": 14}
 """A pair for each product's input, and the weight's."""
 P2: Counts = {**P1, "Abs": 4, "ReduceMax": 4, "Max": 4, "Div": 8, "Mul": 7}
 """The same, and a scale for each of the four inputs, multiplied in behind each product."""
-PREFIX: Counts = {"Slice": 2, "Expand": 2}
+PREFIX: Counts = {"Tile": 2}
 
 CASTS: Mapping[str, int] = {"unquantized": 4, "P1": 8, "P2": 8}
 """Of a float16 layer. Unquantized: into and out of two norms, which compute in float32. INT8: into the norms, which
