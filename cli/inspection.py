@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
 
 from rich.console import Console
 
 from spike_export.calibration.errors import ArtifactError
-from spike_export.engines.build_options import ProfileName
+from spike_export.engines.plan_paths import find_plans
+from spike_export.engines.plan_runtime import is_plan
 from spike_export.export.manifest import MANIFEST_FILE
 
 _RECIPE_FILE = "recipe.json"
@@ -55,11 +55,8 @@ def _plans(target: Path) -> tuple[Path, ...]:
     """Return the plan, or both of a split engine that is named like this; none for a folder."""
     if target.is_dir():
         return ()
-    if target.exists():
-        return (target,)
-    halves = tuple(target.with_name(f"{target.stem}.{name}{target.suffix}") for name in get_args(ProfileName))
-    if all(half.exists() for half in halves):
-        return halves
+    if is_plan(target):
+        return find_plans(target)
     raise ArtifactError(f"{target}: there is no such file or folder; give a plan, a bundle or a run's directory")
 
 

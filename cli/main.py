@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from spike_export.cli.job import Job
     from spike_export.cli.pipeline import Pipeline
     from spike_export.engines.build_options import BuildOptions
+    from spike_export.engines.plan_reuse import ProvidedEngine
     from spike_export.export.cache_options import CacheOptions
 
 DONE, GATE_MISSED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -170,18 +171,28 @@ def _run_job(work: "Job", options: RunArguments) -> int:
         plans = engine.plans if engine else ("not built: the accuracy limit was missed",)
         for name, place in (*(("plan", plan) for plan in plans), ("bundle", bundle), ("report", report)):
             console.print(Text(f"{name}: {place}"), soft_wrap=True)
-    return _verdict(check.passed, engine.deviations if engine else (), work.allow_fallback)
+    if engine is None:
+        return _accuracy_verdict(check.passed)
+    return _plan_verdict(engine, work.allow_fallback)
 
 
-def _verdict(passed: bool, wrong: tuple[str, ...], allow_fallback: bool) -> int:
-    if not passed:
-        _say("the accuracy limit was missed; see the check")
+def _accuracy_verdict(passed: bool) -> int:
+    if passed:
+        return DONE
+    _say("the accuracy limit was missed; see the check")
+    return GATE_MISSED
+
+
+def _plan_verdict(engine: "ProvidedEngine", allow_fallback: bool) -> int:
+    wrong = engine.deviations
+    if not wrong or allow_fallback:
+        return DONE
+    if engine.unproved is not None:
+        _say(f"nothing proves in which precision the plan runs: {engine.unproved}; accept it: --allow-fallback")
         return GATE_MISSED
-    if wrong and not allow_fallback:
-        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        _say(f"{wrong[0]}{more} does not run in the planned precision; see engine.json, or accept it: --allow-fallback")
-        return GATE_MISSED
-    return DONE
+    more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+    _say(f"{wrong[0]}{more} does not run in the planned precision; see engine.json, or accept it: --allow-fallback")
+    return GATE_MISSED
 
 
 def _open(work: "Job", options: RunArguments, stages: Sequence[str], console: Console) -> "Pipeline":
@@ -464,7 +475,7 @@ def check(
     if not run_options.quiet:
         print_check(result, console)
         console.print(Text(f"check: {path}"), soft_wrap=True)
-    return _verdict(result.passed, (), allow_fallback=True)
+    return _accuracy_verdict(result.passed)
 
 
 def _lint(model: Path, json_file: Path | None, options: RunArguments) -> int:
@@ -502,12 +513,12 @@ def build(
         console.print(Text(f"plan {engine.note}"), soft_wrap=True)
         for plan, sidecar in zip(engine.plans, engine.sidecars, strict=True):
             console.print(Text(f"plan: {plan} ({sidecar.backend.reason})"), soft_wrap=True)
-    return _verdict(True, engine.deviations, build_options.allow_fallback)
+    return _plan_verdict(engine, build_options.allow_fallback)
 
 
 @app.command
 def generate(
-    bundle: Bundle,
+    path: Annotated[Path, Parameter(name="BUNDLE|PLAN", help="Folder that export wrote, or an engine plan.")],
     /,
     *,
     prompt: Annotated[
@@ -519,25 +530,40 @@ def generate(
     ] = False,
     system: Annotated[str | None, Parameter(help="With --chat: the system's message.")] = None,
     sampling: SamplingArguments = SamplingArguments(),
-    provider: Annotated[Literal["cpu", "cuda"], Parameter(help="Where ONNX Runtime computes.")] = "cpu",
-    threads: Annotated[int, Parameter(help="Of ONNX Runtime, for one operator; 0 for one per core.")] = 0,
+    provider: Annotated[
+        Literal["cpu", "cuda"] | None, Parameter(help="Where ONNX Runtime computes; default: cpu.")
+    ] = None,
+    threads: Annotated[int | None, Parameter(help="Of ONNX Runtime, for one operator; default: one per core.")] = None,
+    bundle: Annotated[
+        Path | None, Parameter(help="What a plan was built from; default: PLAN.run/bundle, where the main job puts it.")
+    ] = None,
+    rebuild: Annotated[
+        bool, Parameter(negative="", help="Build a plan again that is of another GPU, version or bundle by now.")
+    ] = False,
     as_json: Annotated[
         bool, Parameter(name="--json", negative="", help="Print JSON: text, tokens, finish reason, log-probabilities.")
     ] = False,
     config: Annotated[Path | None, Parameter(help="TOML file with any of these options.", group="Run")] = None,
 ) -> int:
-    """Generate text with a bundle in ONNX Runtime, and write it as it comes."""
+    """Generate text with a bundle in ONNX Runtime or a plan in TensorRT, and write it as it comes."""
     from spike_export.cli.generate import generate as write_generated
     from spike_export.cli.generate import option_changes, read_prompts
 
     prompts, changes = read_prompts(prompt, prompt_file, chat, system), option_changes(sampling)
     if "logprobs" in changes and not as_json:
         raise ArtifactError("generate writes log-probabilities with --json only; add it, or leave --logprobs out")
+    from spike_export.cli.progress_display import ProgressDisplay
     from spike_export.engines.engine import Engine
 
-    engine = Engine.open(bundle, threads=threads, provider=provider)
+    # Standard output is the text's.
+    display = ProgressDisplay(Console(stderr=True), ["plan"], quiet=not rebuild)
     try:
-        write_generated(engine, prompts, changes, as_json=as_json)
+        with display, display.stage("plan") as progress:
+            engine = Engine.open(
+                path, threads=threads, provider=provider, bundle=bundle, rebuild=rebuild, progress=progress
+            )
+        with engine:
+            write_generated(engine, prompts, changes, as_json=as_json)
     except KeyboardInterrupt:
         return INTERRUPTED
     return DONE

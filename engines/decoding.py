@@ -46,3 +46,6 @@ class Decoding(Protocol):
             EngineError: Batch, prompt or context exceed what the runtime was built for (said before anything runs),
                 or the runtime fails.
         """
+
+    def close(self) -> None:
+        """Give back what the runtime holds; it decodes no more."""

@@ -1,18 +1,22 @@
 """Text from prompts: the Python interface over every runtime."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from spike_export.calibration.errors import EngineError, one_line
+from spike_export.calibration.progress import Progress, silent
 from spike_export.engines.decoding import Decoding
 from spike_export.engines.generated_text import Generation, Piece, Row, joined, streamed
 from spike_export.engines.generation_options import GenerationOptions
+from spike_export.engines.plan_runtime import bundle_of, is_plan, open_plan
 from spike_export.engines.prompt_tokens import Prompt, PromptEncoder
 from spike_export.export.manifest import Manifest, load_manifest
 
@@ -38,23 +42,58 @@ class Engine:
     defaults: GenerationOptions
 
     @classmethod
-    def open(cls, path: Path | str, *, threads: int = 0, provider: "Provider" = "cpu") -> "Engine":
-        """Open a bundle in ONNX Runtime.
+    def open(
+        cls,
+        path: Path | str,
+        *,
+        threads: int | None = None,
+        provider: "Provider | None" = None,
+        bundle: Path | str | None = None,
+        rebuild: bool = False,
+        progress: Progress = silent,
+    ) -> "Engine":
+        """Open a bundle in ONNX Runtime, or an engine plan in TensorRT.
+
+        Plans are code: open only those whose origin you trust.
 
         Args:
-            path: Folder that export wrote.
-            threads: For one operator; 0 for one per core.
-            provider: Where to compute: `cpu`, or `cuda` with the extra `gpu`.
+            path: Folder that export wrote, or the plan of an engine (for a split one the name its halves bear).
+            threads: Of ONNX Runtime, for one operator; 0 for one per core, which is the default.
+            provider: Where ONNX Runtime computes: `cpu`, which is the default, or `cuda` with the extra `gpu`.
+            bundle: What the plan was built from; `PLAN.run/bundle` when omitted, where the main job puts it.
+            rebuild: Build a plan again that was built here and cannot be used any more.
+            progress: Told of the hashing of plan and bundle (bytes) and of a build (percent).
 
         Raises:
-            ArtifactError: The manifest cannot be read.
-            EngineError: The bundle is incomplete, has no tokenizer, or cannot be run here.
+            ArtifactError: The manifest cannot be read, or a plan that is to be rebuilt cannot be written.
+            EngineError: The bundle is incomplete, has no tokenizer, or cannot be run here; the plan is missing,
+                foreign or stale; an option is of the other runtime.
         """
-        bundle = Path(path)
-        manifest = load_manifest(bundle)
-        tokenizer = _tokenizer(bundle)
-        defaults = default_options(bundle, manifest, tokenizer)
-        return cls(open_decoding(bundle, threads, provider), tokenizer, manifest, defaults)
+        target = Path(path)
+        if not is_plan(target):
+            _refuse({"bundle": bundle is not None, "rebuild": rebuild}, f"{target} is no engine plan")
+            open_runtime: Callable[[], Decoding] = partial(open_onnx, target, threads or 0, provider or "cpu")
+            folder = target
+        else:
+            _refuse({"threads": threads is not None, "provider": provider is not None}, f"{target} runs in TensorRT")
+            folder = bundle_of(target, Path(bundle) if bundle is not None else None)
+            open_runtime = partial(open_plan, target, folder, progress, rebuild=rebuild)
+        manifest = load_manifest(folder)
+        tokenizer = _tokenizer(folder)
+        defaults = default_options(folder, manifest, tokenizer)
+        return cls(open_runtime(), tokenizer, manifest, defaults)
+
+    def close(self) -> None:
+        """Give back what the runtime holds."""
+        self.decoding.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], options: GenerationOptions | None = None, **changes: Any
@@ -98,8 +137,15 @@ class Engine:
         return streamed(steps, [Row(self.tokenizer, row, prompt, options) for row, prompt in enumerate(tokens)])
 
 
-def open_decoding(path: Path, threads: int, provider: "Provider") -> Decoding:
-    """Open the runtime of what lies at a path.
+def _refuse(given: Mapping[str, bool], reason: str) -> None:
+    """Refuse options that the runtime at hand does not have."""
+    for name, there in given.items():
+        if there:
+            raise EngineError(f"{name} was given, but {reason}; leave it out")
+
+
+def open_onnx(path: Path, threads: int, provider: "Provider") -> Decoding:
+    """Open a bundle in ONNX Runtime.
 
     Raises:
         ArtifactError: The manifest cannot be read.

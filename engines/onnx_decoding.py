@@ -40,6 +40,9 @@ class OnnxDecoding:
         require_context(prompts, options, self.context)
         return self._steps(prompts, options)
 
+    def close(self) -> None:
+        """See `Decoding`. A session lives as long as somebody holds it: others may share it."""
+
     def _steps(self, prompts: Sequence[NDArray[np.int64]], options: GenerationOptions) -> Iterator[DecodedStep]:
         sequences = self.session.begin(len(prompts))
         if isinstance(sequences, StaticSequences):

@@ -68,8 +68,8 @@ class BuildResult:
 
     @property
     def deviations(self) -> tuple[ModuleAudit, ...]:
-        """Modules that do not run as planned; empty when the plan could not be read (`audit.readable`)."""
-        return self.audit.deviations if self.audit.readable else ()
+        """Modules that are not proved to run as planned: all, when the plan could not be read (`audit.readable`)."""
+        return self.audit.deviations
 
 
 def detect_environment() -> BuildEnvironment:

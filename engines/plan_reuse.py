@@ -37,15 +37,16 @@ class ProvidedEngine:
 
     @property
     def deviations(self) -> tuple[str, ...]:
-        """Modules that do not run as planned in some plan; those of a plan that could not be read are not known."""
+        """Modules that are not proved to run as planned in some plan: all of a plan that could not be read."""
         found = (
-            name
-            for sidecar in self.sidecars
-            if sidecar.audit.readable
-            for name, module in sidecar.audit.modules.items()
-            if not module.as_planned
+            name for sidecar in self.sidecars for name, module in sidecar.audit.modules.items() if not module.as_planned
         )
         return tuple(dict.fromkeys(found))
+
+    @property
+    def unproved(self) -> str | None:
+        """Why nothing is known of some plan's precision; None where all could be read."""
+        return next((sidecar.audit.evidence for sidecar in self.sidecars if not sidecar.audit.readable), None)
 
 
 def provide_engine(

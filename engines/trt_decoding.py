@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -14,6 +15,7 @@ from spike_export.calibration.errors import EngineError, one_line
 from spike_export.engines.decoding import DecodedStep
 from spike_export.engines.generation_options import GenerationOptions
 from spike_export.engines.plan_safety import CheckedPlan
+from spike_export.engines.sampling import Sampler, seen_tokens
 from spike_export.engines.trt_buffers import REMEDY, Buffers
 from spike_export.engines.trt_device import CudaDevice, Device, Fetched
 from spike_export.engines.trt_engines import LoadedPlans, RuntimeOptions
@@ -28,7 +30,11 @@ class Drawing(Protocol):
     """Draws a batch's tokens on the device, without waiting for it."""
 
     def draw(self, logits: torch.Tensor, seen: torch.Tensor | None) -> DrawnTensors:
-        """Draw a token for every row from logits [rows, vocab] float32; `seen` [rows, vocab] bool is what rows hold."""
+        """Draw a token for every row from logits [rows, vocab] float32.
+
+        What is drawn is added to `seen` [rows, vocab] bool, the tokens that rows hold.
+        """
+        ...
 
 
 MakeSampler = Callable[[GenerationOptions, int, torch.device], Drawing]
@@ -46,9 +52,10 @@ class TensorRtDecoding:
     def __init__(
         self,
         plans: Sequence[CheckedPlan],
-        make_sampler: MakeSampler,
+        make_sampler: MakeSampler = Sampler,
         options: RuntimeOptions = RuntimeOptions(),  # noqa: B008  # frozen
         device: Device | None = None,
+        bundle: Path | None = None,
     ) -> None:
         """Load a plan with both profiles, or a prefill plan and a decode plan of one build.
 
@@ -57,6 +64,7 @@ class TensorRtDecoding:
             make_sampler: Of the sampler.
             options: How to run them.
             device: The GPU named in `options` when omitted.
+            bundle: What the plans were built from; needed where they were built without their weights.
 
         Raises:
             EngineError: There is no GPU, the backend is missing, the plans do not belong together, or cannot be loaded.
@@ -66,7 +74,7 @@ class TensorRtDecoding:
         self._make_sampler, self._options = make_sampler, options
         buffers = Buffers(self._device)
         try:
-            self._plans = LoadedPlans(plans, options, self._device, buffers)
+            self._plans = LoadedPlans(plans, options, self._device, buffers, bundle)
             self._steps: Steps = make_steps(self._plans, self.limits, self._device, buffers, graphs=options.cuda_graphs)
         except RuntimeError as error:
             raise _gpu_failure(error) from error
@@ -137,7 +145,7 @@ class TensorRtDecoding:
             flying: deque[Fetched] = deque()
             with self._device.queue():
                 sampler = self._make_sampler(options, len(prompts), self._device.device)
-                seen = self._seen(prompts) if options.repetition_penalty != 1 else None
+                seen = seen_tokens(prompts, self.vocab, options, self._device.device)
                 logits = self._steps.begin(prompts, options.max_new_tokens)
                 tokens = self._draw(sampler, logits, seen, flying)
             for _ in range(1, options.max_new_tokens):
@@ -153,17 +161,8 @@ class TensorRtDecoding:
     ) -> torch.Tensor:
         drawn = sampler.draw(logits, seen)
         tokens = drawn[0]
-        if seen is not None:
-            seen.scatter_(1, tokens[:, None], True)
         flying.append(self._device.fetch([tensor for tensor in drawn if tensor is not None]))
         return tokens
-
-    def _seen(self, prompts: Sequence[NDArray[np.int64]]) -> torch.Tensor:
-        """Return which tokens each prompt holds, [rows, vocab] bool."""
-        seen = np.zeros((len(prompts), self.vocab), np.bool_)
-        for row, prompt in enumerate(prompts):
-            seen[row, prompt] = True
-        return self._device.upload(seen)
 
     @contextmanager
     def _kept(self, rows: int) -> Iterator[None]:

@@ -4,12 +4,15 @@ import importlib
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from spike_export.calibration.errors import EngineError
 from spike_export.engines.build_options import ProfileName
 from spike_export.engines.plan_backend import BACKENDS, Backend
+from spike_export.engines.plan_refit import put_weights_back
 from spike_export.engines.plan_safety import CheckedPlan
+from spike_export.engines.plan_validity import require_valid_header
 from spike_export.engines.trt_buffers import Buffers
 from spike_export.engines.trt_callbacks import BuildLog, make_logger
 from spike_export.engines.trt_device import Device
@@ -68,14 +71,21 @@ class LoadedPlans:
         io: Inputs and outputs, the same for both.
     """
 
-    def __init__(self, plans: Sequence[CheckedPlan], options: RuntimeOptions, device: Device, buffers: Buffers) -> None:
-        """Load them.
+    def __init__(
+        self,
+        plans: Sequence[CheckedPlan],
+        options: RuntimeOptions,
+        device: Device,
+        buffers: Buffers,
+        bundle: Path | None = None,
+    ) -> None:
+        """Load them; plans without weights get them from the bundle.
 
         Raises:
             EngineError: The backend is missing, or TensorRT refuses a plan; with its reason.
         """
         self.backend: Backend = BACKENDS[plans[0].sidecar.backend.name]
-        self._options, self._device, self._buffers = options, device, buffers
+        self._options, self._device, self._buffers, self._bundle = options, device, buffers, bundle
         self._trt = _bindings(self.backend)
         self._log = BuildLog()
         # Engines and contexts hold on to these without a reference that Python knows of.
@@ -133,7 +143,12 @@ class LoadedPlans:
                 cache.save()
 
     def _load(self, plan: CheckedPlan) -> Any:
+        key = plan.sidecar.key
+        if key is not None and key.version_compatible:
+            # Such a plan brings the code of the runtime that it runs in.
+            self._runtime.engine_host_code_allowed = True
         try:
+            require_valid_header(self._trt, self._runtime, plan.path)
             with plan.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
                 # Mapped, so that a plan of gigabytes is not in memory once more.
                 engine = self._runtime.deserialize_cuda_engine(content)
@@ -144,6 +159,8 @@ class LoadedPlans:
         has, says = int(engine.num_optimization_profiles), len(plan.sidecar.profiles)
         if has != says:
             raise EngineError(f"{plan.path} has {has} profiles and its sidecar names {says}; build it again")
+        if self._bundle is not None:
+            put_weights_back(self._trt, engine, self._logger, self._bundle, plan.sidecar)
         self._stream_weights(engine, plan)
         return engine
 

@@ -164,7 +164,11 @@ def test_both_halves_of_a_split_engine_are_shown(plan: Path, tmp_path: Path) -> 
     found = document(tmp_path / "engine.plan")
     assert [Path(each["plan"]).name for each in found] == ["engine.prefill.plan", "engine.decode.plan"]
     (tmp_path / "engine.decode.plan").unlink()
-    assert "there is no such file or folder" in call("inspect", tmp_path / "engine.plan").error
+    assert (
+        "engine.decode.plan is missing, the other half of the engine is there"
+        in call("inspect", tmp_path / "engine.plan").error
+    )
+    assert "there is no such file or folder" in call("inspect", tmp_path / "run").error
 
 
 @pytest.mark.parametrize("content", [b"", b"# a text\n", b"ftrt" + bytes(100)])

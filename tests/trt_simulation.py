@@ -464,6 +464,8 @@ class Greedy:
         if seen is not None:
             logits = logits.masked_fill(seen, -torch.inf)
         tokens = logits.argmax(dim=-1)
+        if seen is not None:
+            seen.scatter_(1, tokens[:, None], True)
         if self.options.logprobs is None:
             return tokens, None, None, None
         best = logits.log_softmax(dim=-1).topk(2, dim=-1)

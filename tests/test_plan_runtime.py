@@ -1,0 +1,185 @@
+"""A plan is opened like a bundle: with its bundle's tokenizer, and after all questions to it."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from spike_export.calibration.errors import EngineError
+from spike_export.engines import plan_runtime, trt_decoding, trt_engines
+from spike_export.engines.engine import Engine
+from spike_export.engines.plan_backend import Machine, find_gpu
+from spike_export.engines.plan_safety import CheckedPlan
+from spike_export.engines.trt_decoding import TensorRtDecoding
+from spike_export.export.bundle import ExportOptions, export_bundle
+from spike_export.export.cache_options import CacheOptions
+from spike_export.export.manifest import load_manifest
+from tests.test_engine import exported
+from tests.tiny_cli_models import call
+from tests.tiny_models import TinyModel, tiny_llama
+from tests.trt_simulation import Simulation, simulate
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+PROMPTS = ["AB", "SOMETHING LONGER", "C"]
+SAMPLED = {
+    "max_new_tokens": 12,
+    "do_sample": True,
+    "temperature": 0.8,
+    "top_k": 40,
+    "repetition_penalty": 1.3,
+    "seed": 5,
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> TinyModel:
+    return tiny_llama(max_positions=96)
+
+
+@pytest.fixture(scope="module")
+def bundle(model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of a plan, where the main job has it."""
+    folder = tmp_path_factory.mktemp("job") / "engine.plan.run"
+    folder.mkdir()
+    return exported(model, folder, prefix=(1, 7))
+
+
+def pretended(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> tuple[Simulation, CheckedPlan]:
+    """A plan beside its run that may be loaded, and a GPU that pretends."""
+    simulation = simulate(monkeypatch, bundle.parent.parent)
+    plan = simulation.plan(bundle, "prefill", "decode", context=64, prompt=32)
+    asked: list[tuple[Path, Path]] = []
+
+    def usable(engine: Path, given: Path, machine: Machine, progress: Any) -> tuple[CheckedPlan, ...]:
+        asked.append((engine, given))
+        return (plan,)
+
+    monkeypatch.setattr(plan_runtime, "usable_engine", usable)
+    monkeypatch.setattr(trt_decoding, "CudaDevice", lambda _: simulation.device)
+    return simulation, plan
+
+
+@pytest.mark.parametrize("options", [{"max_new_tokens": 12}, SAMPLED], ids=["greedy", "sampled"])
+def test_a_plan_says_what_its_bundle_says(
+    monkeypatch: pytest.MonkeyPatch, bundle: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    _, plan = pretended(monkeypatch, bundle)
+    expected = Engine.open(bundle, threads=1).generate(PROMPTS, **options)
+    with Engine.open(plan.path, bundle=bundle) as engine:
+        assert isinstance(engine.decoding, TensorRtDecoding)
+        found = engine.generate(PROMPTS, **options)
+    assert [each.token_ids for each in found] == [each.token_ids for each in expected]
+    assert [each.text for each in found] == [each.text for each in expected]
+
+
+def test_the_command_takes_the_bundle_beside_the_plan(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
+    _, plan = pretended(monkeypatch, bundle)
+    engine = bundle.parent.parent / "engine.plan"
+    engine.write_bytes(plan.path.read_bytes())
+    arguments = ("--prompt", "AB", "--max-new-tokens", "5", "--ignore-eos")
+    told = call("generate", engine, *arguments)
+    assert (told.code, told.err) == (0, "")
+    assert told.out == call("generate", bundle, "--threads", "1", *arguments).out
+
+
+def test_a_stale_plan_is_rebuilt_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
+    _, plan = pretended(monkeypatch, bundle)
+    rebuilt: list[Path] = []
+
+    def again(engine: Path, given: Path, progress: Any) -> tuple[CheckedPlan, ...]:
+        rebuilt.append(given)
+        return (plan,)
+
+    monkeypatch.setattr(plan_runtime, "usable_or_rebuilt_engine", again)
+    Engine.open(plan.path, bundle=bundle)
+    assert rebuilt == []
+    Engine.open(plan.path, bundle=bundle, rebuild=True)
+    assert rebuilt == [bundle]
+
+
+def test_the_backend_is_asked_before_a_plan_is_loaded(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
+    simulation, plan = pretended(monkeypatch, bundle)
+
+    def invalid(*_: Any) -> None:
+        raise EngineError("cuda driver too old")
+
+    monkeypatch.setattr(trt_engines, "require_valid_header", invalid)
+    with pytest.raises(EngineError, match="driver too old"):
+        Engine.open(plan.path, bundle=bundle)
+    assert simulation.trt.engines == []
+
+
+def test_weights_that_were_left_out_are_put_back_before_anything_runs(
+    monkeypatch: pytest.MonkeyPatch, bundle: Path
+) -> None:
+    _, plan = pretended(monkeypatch, bundle)
+    put: list[tuple[Path, int]] = []
+
+    def put_back(trt: Any, engine: Any, logger: Any, source: Path, sidecar: Any) -> bool:
+        put.append((source, len(engine.contexts)))
+        return True
+
+    monkeypatch.setattr(trt_engines, "put_weights_back", put_back)
+    Engine.open(plan.path, bundle=bundle)
+    assert put == [(bundle, 0)]
+
+
+def test_a_batch_that_the_plan_was_not_built_for(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
+    simulation, plan = pretended(monkeypatch, bundle)
+    engine = Engine.open(plan.path, bundle=bundle)
+    with pytest.raises(EngineError, match="a batch of 5 was given and the plan was built for 1 to 4 sequences"):
+        engine.generate(["A"] * 5)
+    with pytest.raises(EngineError, match=r"takes a context of 65, and the plan was built for 64"):
+        engine.generate(np.full(2, 7), max_new_tokens=64)
+    assert simulation.trt.runs == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--threads", "2"), "threads was given, but {plan} runs in TensorRT; leave it out"),
+        (("--provider", "cpu"), "provider was given, but {plan} runs in TensorRT; leave it out"),
+        ((), "the tokenizer is in the bundle that the plan was built from, and that is not at {plan}.run/bundle"),
+        (("--bundle", "nowhere"), "nowhere"),
+        (("--bundle", "{bundle}"), "not a TensorRT or TensorRT-RTX plan"),
+    ],
+    ids=str,
+)
+def test_bad_input(bundle: Path, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+    plan = tmp_path / "other.plan"
+    plan.write_bytes(b"no plan" * 30)
+    given = (each.format(bundle=bundle) for each in arguments)
+    assert message.format(plan=plan) in call("generate", plan, "--prompt", "a", *given).error
+
+
+def test_a_plan_that_is_not_there(tmp_path: Path) -> None:
+    assert "no such plan" in call("generate", tmp_path / "engine.plan", "--prompt", "a").error
+
+
+def test_options_of_plans_mean_nothing_to_a_bundle(bundle: Path) -> None:
+    for option in (("--rebuild",), ("--bundle", str(bundle))):
+        outcome = call("generate", bundle, "--prompt", "A", *option)
+        assert (outcome.code, outcome.out) == (2, "")
+        assert f"was given, but {bundle} is no engine plan; leave it out" in outcome.err.splitlines()[-1]
+
+
+def test_a_plan_without_a_gpu(monkeypatch: pytest.MonkeyPatch, model: TinyModel, tmp_path: Path) -> None:
+    """A real plan, on a machine that cannot run it: one line, from the command too."""
+    if find_gpu() is not None:
+        pytest.skip("there is a GPU")
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'spike-export[rtx]'")
+    folder = tmp_path / "engine.plan.run" / "bundle"
+    folder.parent.mkdir()
+    cache = CacheOptions("static", 32)
+    export_bundle(model.checkpoint, None, ExportOptions("float16", cache=cache), folder)
+    assert load_manifest(folder).capacity == 32
+    # The tokenizer is asked for first, so that a plan without one is not even hashed.
+    built = call("build", folder, "--out", tmp_path / "engine.plan", "--target", "SM86", "--allow-fallback")
+    assert built.code == 0, built.err
+    assert "tokenizer.json: this file is missing" in call("generate", tmp_path / "engine.plan", "--prompt", "a").error
+    from spike_export.engines.plan_runtime import open_plan
+
+    with pytest.raises(EngineError, match="needs an NVIDIA GPU, and there is none here"):
+        open_plan(tmp_path / "engine.plan", folder)
