@@ -76,6 +76,8 @@ def quantize_rows(
     Raises:
         ValueError: The weight holds NaN or infinity.
     """
+    import torch
+
     height, width = out.shape[::-1] if transposed else out.shape
     block = np.empty((block_rows(width), width), np.float32)
     scale = np.empty(height, np.float32)
@@ -92,12 +94,14 @@ def quantize_rows(
         read(rows, steps)
         if scheme == "int8-per-channel":
             scale[rows] = _scale(_amax(steps), number_format)
-        # Not times the reciprocal: the product may be another float32 than the quotient.
-        np.divide(steps, scale[rows, None], out=steps)
-        if number_format == "int8":
-            np.rint(steps, out=steps)  # the conversion below would truncate; that to FP8 rounds by itself
+        # Not times the reciprocal: the product may be another float32 than the quotient. Through torch, which takes
+        # half of numpy's time for these steps, with the same bits.
+        quotients = torch.from_numpy(steps).div_(torch.from_numpy(scale[rows, None]))
         # No clipping: |w| / s exceeds the largest value by the roundings of s and of the quotient only.
-        np.copyto(place, steps, casting="unsafe")
+        if number_format == "int8":
+            torch.from_numpy(place).copy_(quotients.round_())
+        else:
+            np.copyto(place, steps, casting="unsafe")
 
     fill_by_rows(out, quantize, transposed=transposed)
     return scale if scheme == "int8-per-channel" else scale[:1].reshape(())

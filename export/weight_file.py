@@ -2,8 +2,9 @@
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,7 @@ def write_weights(model: ir.Model, path: Path, threads: int, written: Callable[[
             offset = -(-end // _ALIGNMENT) * _ALIGNMENT
             placed.append((value, tensor, offset))
             end = offset + tensor.nbytes
-    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(threads) as pool:
+    with path.open("wb", buffering=0) as file, _threads(threads) as pool:
         file.truncate(end)
         memory = threading.local()
         order = sorted(placed, key=lambda place: place[1].nbytes < _SMALL_BYTES)
@@ -68,6 +69,19 @@ def write_weights(model: ir.Model, path: Path, threads: int, written: Callable[[
             name=str(value.name),
             base_dir=path.parent,
         )
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[ThreadPoolExecutor]:
+    """Yield threads in which torch computes alone: between them they take all cores, and its own would be too many."""
+    import torch
+
+    before = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(before)  # what a new thread begins with
 
 
 def _write(descriptor: int, tensor: ir.TensorProtocol, offset: int, memory: threading.local) -> None:
