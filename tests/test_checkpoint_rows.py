@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from spike_export.calibration.checkpoint import EMBEDDING, LM_HEAD, Checkpoint, open_checkpoint
+from spike_export.calibration.equivalent_weights import equivalent_checkpoint
 from spike_export.calibration.errors import CheckpointError
 from spike_export.calibration.layerwise import Decoder, Execution
+from spike_export.calibration.smoothing import smoothing_plan
 from tests.tiny_checkpoints import random_llama, write_hf
 from tests.tiny_models import tiny_llama
 
@@ -62,9 +64,14 @@ def test_a_token_outside_the_vocabulary_is_never_another_one(tmp_path: Path, tok
             Decoder(checkpoint, Execution(resident=resident)).run(np.array([[1, token]]))
 
 
-def test_the_whole_embedding_is_never_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("smoothed", [False, True], ids=["stored", "smoothed"])
+def test_the_whole_embedding_is_never_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, smoothed: bool) -> None:
     # The padding token is not among the windows'.
     checkpoint = open_checkpoint(str(write_hf(tmp_path, random_llama(pad_token_id=200))))
+    if smoothed:
+        scales = np.geomspace(0.5, 2.0, 64).astype(np.float32)
+        plan = smoothing_plan("smoothquant", 0.5, scales)
+        checkpoint = equivalent_checkpoint(checkpoint, None, {"model.layers.1.self_attn.q_proj": plan})
     windows = np.random.default_rng(0).integers(2, 100, (3, 7))
     whole = Decoder(checkpoint).run(windows, (0, 9))
     read: list[str] = []
