@@ -1,11 +1,16 @@
 """Rows of a tensor, read without the others."""
 
+import errno
+import io
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from spike_export.calibration.atomic_write import atomic_path
 from spike_export.calibration.checkpoint import EMBEDDING, LM_HEAD, Checkpoint, open_checkpoint
 from spike_export.calibration.equivalent_weights import equivalent_checkpoint
 from spike_export.calibration.errors import CheckpointError
@@ -42,6 +47,42 @@ def test_a_file_that_became_shorter_is_named(tmp_path: Path) -> None:
         stream.truncate(4096)
     with pytest.raises(CheckpointError, match=r"safetensors: the file ends within tensor "):
         checkpoint.rows(EMBEDDING, np.arange(200, 258))
+
+
+def test_a_shard_that_vanished_or_cannot_be_read_is_named_as_such(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    directory = write_hf(tmp_path / "model", random_llama())
+    (file,) = directory.glob("*.safetensors")
+    opened, fresh = open_checkpoint(str(directory)), open_checkpoint(str(directory))
+    assert len(opened.rows(EMBEDDING, np.array([0]))) == 1  # has read the header, and `fresh` has not
+    file.unlink()
+    for checkpoint in (opened, fresh):
+        # Inside of what writes an artifact, an OSError would be told as one of the writing.
+        with (
+            pytest.raises(CheckpointError, match=r"model\.safetensors: this shard is missing; download it again"),
+            atomic_path(tmp_path / "bundle"),
+            checkpoint.block_reader(EMBEDDING),
+        ):
+            pass
+    file.mkdir()
+    with (
+        pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read \(Is a directory\); check the disk"),
+        opened.block_reader(EMBEDDING),
+    ):
+        pass
+
+
+def test_a_disk_that_fails_while_a_shard_is_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = open_checkpoint(str(write_hf(tmp_path, random_llama())))
+
+    class Failing(io.FileIO):
+        def readinto(self, buffer: Any) -> int:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    assert len(checkpoint.rows(EMBEDDING, np.array([0]))) == 1
+    monkeypatch.setattr(Path, "open", lambda path, *_, **__: Failing(path))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read \(Input/output error\)"):
+        checkpoint.rows(EMBEDDING, np.arange(4))
 
 
 def test_a_source_of_whole_tensors_yields_rows_too() -> None:
