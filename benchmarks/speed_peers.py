@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from benchmarks.hf_directory import write_hf_directory
+
 if TYPE_CHECKING:
     from spike_export.calibration.checkpoint import Checkpoint
     from spike_export.export.graph_plan import LogitsScope
@@ -163,22 +165,7 @@ def _in_onnx_runtime(
 
 
 def _hf_directory(sources: Sources, folder: Path) -> None:
-    """Write the checkpoint as Hugging Face does, in float32."""
-    from safetensors.numpy import save_file
-
-    from spike_export.export.model_files import generation_config, hf_config
-    from spike_export.export.tokenizer_files import save_tokenizer
-
-    checkpoint = sources.checkpoint
-    for name, content in (
-        ("config.json", hf_config(checkpoint, "float32")),
-        ("generation_config.json", generation_config(checkpoint)),
-    ):
-        (folder / name).write_text(json.dumps(content), encoding="utf-8")
-    if checkpoint.tokenizer is not None:
-        save_tokenizer(checkpoint.tokenizer, folder, False)
-    tensors = {name: checkpoint.tensor(name) for name in checkpoint.tensors.shapes}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    write_hf_directory(sources.checkpoint, folder)
 
 
 def _genai_model(sources: Sources, folder: Path, *, precision: str) -> None:

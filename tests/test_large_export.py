@@ -155,6 +155,19 @@ def test_an_exporter_that_is_not_there_is_left_out() -> None:
     assert not installed(Exporter("nothing", (), ("no-such-program",)))
 
 
+def test_all_exporters_read_the_same_model(tmp_path: Path) -> None:
+    source = write_hf(tmp_path / "source", random_llama(tie_word_embeddings=True), dtype=torch.float16)
+    export_cost.write_model(source, tmp_path / "model")
+    stored, written = (open_checkpoint(str(folder)) for folder in (source, tmp_path / "model"))
+    assert written.tensors.shapes == stored.tensors.shapes
+    for name in stored.tensors.shapes:
+        np.testing.assert_array_equal(written.tensor(name), stored.tensor(name))
+    assert written.config.hf["dtype"] == "float32"
+    assert written.generation_config["eos_token_id"] == 1
+    assert written.tokenizer is not None
+    assert written.tokenizer.get_vocab() == stored.tokenizer.get_vocab()  # type: ignore[union-attr]
+
+
 def test_nodes_and_bytes_of_an_export(tmp_path: Path, checkpoint: Checkpoint) -> None:
     import onnx
 
@@ -182,7 +195,7 @@ def test_an_exporter_that_fails_or_takes_too_long_does_not_end_the_others(
     export_bundle(tiny_llama().checkpoint, None, ExportOptions("float32"), tmp_path / "bundle")
     monkeypatch.setattr(export_cost, "exporters", lambda *_: compared)
     monkeypatch.setattr(export_cost, "in_own_process", lambda work, *given: work(*given))
-    monkeypatch.setattr(export_cost, "write_hf_directory", lambda source, folder: folder.mkdir())
+    monkeypatch.setattr(export_cost, "write_model", lambda source, folder: folder.mkdir())
     figures = tmp_path / "figures.json"
     monkeypatch.setattr(sys, "argv", ["export_cost", str(tmp_path), "--limit=3", f"--json={figures}"])
     assert export_cost.main() == 1
