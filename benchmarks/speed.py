@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from benchmarks.fetch_models import smollm2_path
 from benchmarks.peak_memory import in_own_process, peak_rss
-from benchmarks.speed_peers import PEERS, Call, Peer, Sequences, Sources, UnavailableError
+from benchmarks.speed_peers import PEERS, Call, Peer, Sequences, Sources, UnavailableError, failures_told
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -259,7 +259,11 @@ def measure(
     for peer, folder in peers.items():
         _say(f"opening {peer.name}")
         try:
-            calls[peer] = _peer_calls(peer, folder, sequences, arguments.threads, manifests[BASELINE])
+            with failures_told():
+                opened = _peer_calls(peer, folder, sequences, arguments.threads, manifests[BASELINE])
+                for call in opened:  # what cannot run shows here, before anything is timed
+                    call()
+            calls[peer] = opened
         except UnavailableError as error:
             skipped.append(Skipped(peer.name, str(error)))
     clock = time.process_time if arguments.cpu_time else time.perf_counter
@@ -273,7 +277,12 @@ def measure(
     for leg in legs:
         _say(f"loading {leg.name} alone")
         if isinstance(leg, Peer):
-            memory = in_own_process(_use_peer_alone, leg.name, peers[leg], bundles[BASELINE], arguments.threads)
+            try:
+                with failures_told():
+                    memory = in_own_process(_use_peer_alone, leg.name, peers[leg], bundles[BASELINE], arguments.threads)
+            except UnavailableError as error:
+                skipped.append(Skipped(leg.name, str(error)))
+                continue
             size = _data_bytes(peers[leg])
             results.append(Result(leg.name, leg.logits, 0, 0, prefill[leg], decode[leg], size, memory, peer=True))
             continue

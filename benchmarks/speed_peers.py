@@ -7,7 +7,8 @@ from the same checkpoint as its own documentation says, and says why where it ca
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks.hf_directory import write_hf_directory
+from spike_export.calibration.errors import one_line
 
 if TYPE_CHECKING:
     from spike_export.calibration.checkpoint import Checkpoint
@@ -32,6 +34,21 @@ _CALIBRATION_WINDOWS, _CALIBRATION_TOKENS = 4, 256
 
 class UnavailableError(Exception):
     """A peer that cannot be built or run here; the message says why in one line."""
+
+
+@contextmanager
+def failures_told() -> Iterator[None]:
+    """Let whatever another tool raises leave out this peer only.
+
+    Raises:
+        UnavailableError: With the tool's own message.
+    """
+    try:
+        yield
+    except UnavailableError:
+        raise
+    except Exception as error:
+        raise UnavailableError(one_line(error)) from error
 
 
 @dataclass(frozen=True)
@@ -98,7 +115,7 @@ class Peer:
 
         place = sources.folder / self.artefact
         if not place.exists():
-            with atomic_path(place) as folder:
+            with failures_told(), atomic_path(place) as folder:
                 folder.mkdir()
                 self.build(sources, folder)
         return place

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, NoReturn
 
 import numpy as np
 import onnxruntime
@@ -264,6 +265,35 @@ def test_a_peer_that_cannot_be_built_says_why(
     assert skipped[0].reason.startswith("onnxruntime-genai is not installed")
     assert not (peer_sources.folder / "genai-int8").exists()
     assert speed.build_peers(replace_namespace(arguments, peers=False), peer_sources.float32, Path()) == ({}, [])
+
+
+def broken(*_: object) -> NoReturn:
+    raise RuntimeError("no kernel\nfor this")
+
+
+def test_a_peer_that_breaks_leaves_the_others_their_figures(
+    peer_sources: speed_peers.Sources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def peer(name: str, *, build: Any = lambda *_: None, calls: Any = lambda *_: (int, int)) -> speed_peers.Peer:
+        return speed_peers.Peer(name, "all", name, build, calls)
+
+    whole, unmeasured = peer("whole"), peer("unmeasured")
+    peers = (
+        *(whole, unmeasured, peer("unbuilt", build=broken)),
+        *(peer("unopened", calls=broken), peer("unable", calls=lambda *_: (int, broken))),
+    )
+    monkeypatch.setattr(speed, "PEERS", peers)
+    monkeypatch.setattr(speed, "PAUSE_SECONDS", 0)
+    monkeypatch.setattr(speed, "in_own_process", lambda use, *given: broken() if "unmeasured" in given else 1)
+    arguments = argparse.Namespace(
+        peers=True, legs=None, model=None, threads=1, cpu_time=False, prefills=1, decodes=1, recipe=None
+    )
+    built, skipped = speed.build_peers(arguments, peer_sources.float32, peer_sources.folder.parent)
+    assert [each.name for each in built] == ["whole", "unmeasured", "unopened", "unable"]
+    results, failed = speed.measure({speed.BASELINE: peer_sources.float32}, built, arguments)
+    assert [result.name for result in results] == ["float32", "whole"]
+    assert [each.name for each in (*skipped, *failed)] == ["unbuilt", "unopened", "unable", "unmeasured"]
+    assert {each.reason for each in (*skipped, *failed)} == {"no kernel for this"}
 
 
 def replace_namespace(arguments: argparse.Namespace, **changes: object) -> argparse.Namespace:
