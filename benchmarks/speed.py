@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from benchmarks.fetch_models import smollm2_path
+from benchmarks.kept_bundles import require_model, require_recipe
 from benchmarks.peak_memory import in_own_process, peak_rss
 from benchmarks.speed_peers import PEERS, Call, Peer, Sequences, Sources, UnavailableError, failures_told
 
@@ -167,20 +168,26 @@ def _arguments() -> argparse.Namespace:
 
 
 def build_bundles(arguments: argparse.Namespace, folder: Path) -> dict[Variant, Path]:
-    """Export the variants that are not in `folder` yet; the model is read only if one is missing."""
+    """Export the variants that are not in `folder` yet; those that are must be of the same model and recipe.
+
+    A recipe that is neither given nor needed for an export is not made just to compare it.
+    """
     variants = [each for each in VARIANTS if each in BASELINES or _wanted(each.name, arguments)]
     bundles = {variant: folder / variant.name.replace(",", "").replace(" ", "-").lower() for variant in variants}
     missing = [variant for variant in variants if not (bundles[variant] / "manifest.json").is_file()]
-    if not missing:
-        return bundles
+    found = {variant: bundle for variant, bundle in bundles.items() if variant not in missing}
     from spike_export.calibration.checkpoint import open_checkpoint
     from spike_export.export.bundle import ExportOptions, export_bundle
     from spike_export.export.cache_options import CacheOptions
 
     checkpoint = open_checkpoint(arguments.model or str(smollm2_path()))
+    require_model(found.values(), checkpoint)
     recipe = None
-    if any(variant.quantized for variant in missing):
+    if arguments.recipe is not None or any(variant.quantized for variant in missing):
         recipe = quick_recipe(checkpoint, arguments)
+        for variant in found:
+            if variant.quantized:
+                require_recipe(bundles[variant], _with_head(recipe, variant.head))
     for variant in missing:
         _say(f"exporting {variant.name}")
         plan = _with_head(recipe, variant.head) if recipe is not None and variant.quantized else None
@@ -197,8 +204,10 @@ def _wanted(name: str, arguments: argparse.Namespace) -> bool:
 def build_peers(arguments: argparse.Namespace, float32: Path, folder: Path) -> tuple[dict[Peer, Path], list[Skipped]]:
     """Build the peers that are not in `folder` yet; return each with its artefact, and those that cannot be built."""
     from spike_export.calibration.checkpoint import open_checkpoint
+    from spike_export.export.manifest import load_manifest
 
-    sources = Sources(lambda: open_checkpoint(arguments.model or str(smollm2_path())), float32, folder / "peers")
+    place = folder / "peers" / load_manifest(float32).model.checkpoint_sha256[:12]  # never those of another model
+    sources = Sources(lambda: open_checkpoint(arguments.model or str(smollm2_path())), float32, place)
     built, skipped = {}, []
     for peer in PEERS:
         if not arguments.peers or not _wanted(peer.name, arguments):
