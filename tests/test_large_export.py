@@ -146,9 +146,7 @@ def test_the_large_export_is_measured(
     assert "export over copy" in capsys.readouterr().out
 
 
-def test_the_options_of_the_large_export_reach_the_recipe(
-    tmp_path: Path, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_options_of_the_large_export_reach_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "model"
     write_model(folder, TINY, "float16", 0)
     for given, length in (((True, False), None), ((True, True), 1), ((False, False), None)):
