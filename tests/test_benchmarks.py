@@ -258,7 +258,8 @@ def test_a_peer_that_cannot_be_built_says_why(
     peer_sources: speed_peers.Sources, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime_genai", None)
-    arguments = argparse.Namespace(peers=True, legs=["genai int8", "torch bfloat16"], model=None)
+    model = str(peer_sources.folder.parent / "model")
+    arguments = argparse.Namespace(peers=True, legs=["genai int8", "torch bfloat16"], model=model)
     built, skipped = speed.build_peers(arguments, peer_sources.float32, peer_sources.folder.parent)
     assert [peer.name for peer in built] == ["torch bfloat16"]
     assert [each.name for each in skipped] == ["genai int8"]
