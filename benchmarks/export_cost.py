@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.fetch_models import smollm2_path
+from benchmarks.hf_directory import write_hf_directory
 from benchmarks.job_resources import run_measured
 from benchmarks.peak_memory import in_own_process
 
@@ -81,7 +82,7 @@ def main() -> int:
     costs, failed = [], False
     with tempfile.TemporaryDirectory(prefix="spike-export-cost-") as temporary:
         model = Path(temporary) / "model"
-        in_own_process(write_hf_directory, arguments.model or smollm2_path(), model)
+        in_own_process(write_model, arguments.model or smollm2_path(), model)
         for exporter in exporters(arguments.torch_python, arguments.mobius):
             if not installed(exporter):
                 _say(f"{exporter.name}: left out, because `{' '.join(exporter.probe)}` fails")
@@ -136,22 +137,11 @@ def installed(exporter: Exporter) -> bool:
     return finished.returncode == 0
 
 
-def write_hf_directory(source: Path, folder: Path) -> None:
-    """Write a checkpoint's weights, configuration and tokenizer as transformers does; called in its own process."""
-    import torch
-    from safetensors.torch import save_file
-
+def write_model(source: Path, folder: Path) -> None:
+    """Write what all exporters read; called in its own process."""
     from spike_export.calibration.checkpoint import open_checkpoint
-    from spike_export.export.model_files import hf_config
 
-    checkpoint = open_checkpoint(str(source))
-    folder.mkdir(parents=True)
-    config = hf_config(checkpoint, "float32")
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    tensors = {name: torch.from_numpy(checkpoint.tensor(name)) for name in checkpoint.tensors.shapes}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    if checkpoint.tokenizer is not None:
-        checkpoint.tokenizer.save_pretrained(folder)
+    write_hf_directory(open_checkpoint(str(source)), folder)
 
 
 def measure(exporter: Exporter, model: Path, out: Path, limit: float) -> Cost:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.fetch_models import smollm2_path
+from benchmarks.kept_bundles import require_model, require_recipe
 from benchmarks.peak_memory import in_own_process, peak_rss
 from benchmarks.speed import WARM_UP_CALLS, Timing, add_recipe_arguments, interleaved, open_session, quick_recipe
 
@@ -92,17 +93,25 @@ def caches(contexts: Sequence[int], decodes: int) -> dict[int, tuple[Cache, ...]
 
 
 def build_bundles(arguments: argparse.Namespace, folder: Path, wanted: set[int | None]) -> dict[int | None, Path]:
-    """Export what is not in `folder` yet; return the bundles by capacity, None standing for the dynamic cache."""
+    """Export what is not in `folder` yet; return the bundles by capacity, None standing for the dynamic cache.
+
+    What is there must be of the same model and recipe; a recipe that is neither given nor needed for an export is not
+    made just to compare it.
+    """
     bundles = {capacity: folder / ("dynamic" if capacity is None else f"static-{capacity}") for capacity in wanted}
     missing = [capacity for capacity in wanted if not (bundles[capacity] / "manifest.json").is_file()]
-    if not missing:
-        return bundles
+    found = [bundle for capacity, bundle in bundles.items() if capacity not in missing]
     from spike_export.calibration.checkpoint import open_checkpoint
     from spike_export.export.bundle import ExportOptions, export_bundle
     from spike_export.export.cache_options import CacheOptions
 
     checkpoint = open_checkpoint(arguments.model or str(smollm2_path()))
+    require_model(found, checkpoint)
+    if not missing and arguments.recipe is None:
+        return bundles
     recipe = quick_recipe(checkpoint, arguments)
+    for bundle in found:
+        require_recipe(bundle, recipe)
     for capacity in missing:
         cache = CacheOptions() if capacity is None else CacheOptions("static", capacity)
         _say(f"exporting {bundles[capacity].name}")

@@ -3,6 +3,10 @@
 The weights are random, so that nothing is downloaded, and the recipe is made up: neither memory nor time depends on
 their values. Copying reads the checkpoint's bytes and writes as many; export reads them too (twice: it also hashes
 them), and has its rate told in the same bytes, those of the checkpoint.
+
+The recipe quantizes and does nothing else, unless --prefix-and-smoothing is given. Then export reads the checkpoint
+once more, to compute the prefix's keys and values through all layers in float32, and folds scales into the weights that
+it writes.
 """
 
 import argparse
@@ -59,8 +63,10 @@ def main() -> int:
         folder = arguments.folder or scratch / "model"
         try:
             write_model(folder, shape, arguments.stored_dtype, arguments.seed)
+            sync(folder)  # else the first copy runs beside the kernel's writing
             before = os.getloadavg()[0]
-            rounds = [_round(folder, scratch, arguments.quantize) for _ in range(arguments.rounds)]
+            given = (arguments.quantize, arguments.prefix_and_smoothing)
+            rounds = [_round(folder, scratch, *given) for _ in range(arguments.rounds)]
         except (FolderError, CheckpointError, ArtifactError) as error:
             print(f"large_export: {error}", file=sys.stderr)
             return 2
@@ -72,6 +78,7 @@ def main() -> int:
         document = {
             "shape": asdict(shape),
             "quantize": arguments.quantize,
+            "prefix_and_smoothing": arguments.prefix_and_smoothing,
             "checkpoint_bytes": checkpoint_bytes,
             "copies": [asdict(use) for use in copies],
             "exports": [asdict(use) for use in exports],
@@ -86,16 +93,21 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, help="keep the model here, and use again what is here")
     parser.add_argument("--scratch", type=Path, help="where all else is written, and deleted afterwards")
     parser.add_argument("--stored-dtype", choices=get_args(Stored), default="float16", help="of the weight files")
-    parser.add_argument("--no-quantize", dest="quantize", action="store_false", help="write the linears in float16")
+    recipe = parser.add_mutually_exclusive_group()
+    recipe.add_argument("--no-quantize", dest="quantize", action="store_false", help="write the linears in float16")
+    recipe.add_argument("--prefix-and-smoothing", action="store_true", help="by a recipe that has both")
     parser.add_argument("--rounds", type=int, default=1, help="of one copy and one export each")
     parser.add_argument("--seed", type=int, default=0, help="of the weights")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
     return parser.parse_args()
 
 
-def _round(folder: Path, scratch: Path, quantize: bool) -> tuple[Use, Use]:
+def _round(folder: Path, scratch: Path, quantize: bool, prefix_and_smoothing: bool) -> tuple[Use, Use]:
     uses = []
-    for name, work, options in (("copying", _copy, ()), ("exporting", _export, (quantize,))):
+    for name, work, options in (
+        ("copying", _copy, ()),
+        ("exporting", _export, (quantize, prefix_and_smoothing)),
+    ):
         print(name, file=sys.stderr, flush=True)
         place = scratch / "written"
         uses.append(in_own_process(work, folder, place, *options))
@@ -110,16 +122,19 @@ def _copy(folder: Path, place: Path) -> Use:
     return start.use(place)
 
 
-def _export(folder: Path, place: Path, quantize: bool) -> Use:
+def _export(folder: Path, place: Path, quantize: bool, prefix_and_smoothing: bool) -> Use:
     """Export the checkpoint; called in a process of its own."""
     import onnx  # noqa: F401  # which takes a second to import, and export_bundle would do so in the measured time
 
     from spike_export.calibration.checkpoint import open_checkpoint
+    from spike_export.calibration.layerwise import Decoder, Execution
     from spike_export.export.bundle import ExportOptions, export_bundle
 
     checkpoint = open_checkpoint(str(folder))
+    if prefix_and_smoothing:
+        Decoder(checkpoint, Execution(resident=False)).skeleton  # noqa: B018  # which imports transformers: the same
     start = _Start()
-    recipe = invented_recipe(checkpoint) if quantize else None
+    recipe = invented_recipe(checkpoint, prefix_and_smoothing=prefix_and_smoothing) if quantize else None
     export_bundle(checkpoint, recipe, ExportOptions("float16"), place)
     return start.use(place)
 

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from benchmarks.fetch_models import smollm2_path
+from benchmarks.kept_bundles import require_model, require_recipe
 from benchmarks.peak_memory import in_own_process, peak_rss
-from benchmarks.speed_peers import PEERS, Call, Peer, Sequences, Sources, UnavailableError
+from benchmarks.speed_peers import PEERS, Call, Peer, Sequences, Sources, UnavailableError, failures_told
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -167,20 +168,26 @@ def _arguments() -> argparse.Namespace:
 
 
 def build_bundles(arguments: argparse.Namespace, folder: Path) -> dict[Variant, Path]:
-    """Export the variants that are not in `folder` yet; the model is read only if one is missing."""
+    """Export the variants that are not in `folder` yet; those that are must be of the same model and recipe.
+
+    A recipe that is neither given nor needed for an export is not made just to compare it.
+    """
     variants = [each for each in VARIANTS if each in BASELINES or _wanted(each.name, arguments)]
     bundles = {variant: folder / variant.name.replace(",", "").replace(" ", "-").lower() for variant in variants}
     missing = [variant for variant in variants if not (bundles[variant] / "manifest.json").is_file()]
-    if not missing:
-        return bundles
+    found = {variant: bundle for variant, bundle in bundles.items() if variant not in missing}
     from spike_export.calibration.checkpoint import open_checkpoint
     from spike_export.export.bundle import ExportOptions, export_bundle
     from spike_export.export.cache_options import CacheOptions
 
     checkpoint = open_checkpoint(arguments.model or str(smollm2_path()))
+    require_model(found.values(), checkpoint)
     recipe = None
-    if any(variant.quantized for variant in missing):
+    if arguments.recipe is not None or any(variant.quantized for variant in missing):
         recipe = quick_recipe(checkpoint, arguments)
+        for variant in found:
+            if variant.quantized:
+                require_recipe(bundles[variant], _with_head(recipe, variant.head))
     for variant in missing:
         _say(f"exporting {variant.name}")
         plan = _with_head(recipe, variant.head) if recipe is not None and variant.quantized else None
@@ -197,8 +204,10 @@ def _wanted(name: str, arguments: argparse.Namespace) -> bool:
 def build_peers(arguments: argparse.Namespace, float32: Path, folder: Path) -> tuple[dict[Peer, Path], list[Skipped]]:
     """Build the peers that are not in `folder` yet; return each with its artefact, and those that cannot be built."""
     from spike_export.calibration.checkpoint import open_checkpoint
+    from spike_export.export.manifest import load_manifest
 
-    sources = Sources(lambda: open_checkpoint(arguments.model or str(smollm2_path())), float32, folder / "peers")
+    place = folder / "peers" / load_manifest(float32).model.checkpoint_sha256[:12]  # never those of another model
+    sources = Sources(lambda: open_checkpoint(arguments.model or str(smollm2_path())), float32, place)
     built, skipped = {}, []
     for peer in PEERS:
         if not arguments.peers or not _wanted(peer.name, arguments):
@@ -259,7 +268,11 @@ def measure(
     for peer, folder in peers.items():
         _say(f"opening {peer.name}")
         try:
-            calls[peer] = _peer_calls(peer, folder, sequences, arguments.threads, manifests[BASELINE])
+            with failures_told():
+                opened = _peer_calls(peer, folder, sequences, arguments.threads, manifests[BASELINE])
+                for call in opened:  # what cannot run shows here, before anything is timed
+                    call()
+            calls[peer] = opened
         except UnavailableError as error:
             skipped.append(Skipped(peer.name, str(error)))
     clock = time.process_time if arguments.cpu_time else time.perf_counter
@@ -273,7 +286,12 @@ def measure(
     for leg in legs:
         _say(f"loading {leg.name} alone")
         if isinstance(leg, Peer):
-            memory = in_own_process(_use_peer_alone, leg.name, peers[leg], bundles[BASELINE], arguments.threads)
+            try:
+                with failures_told():
+                    memory = in_own_process(_use_peer_alone, leg.name, peers[leg], bundles[BASELINE], arguments.threads)
+            except UnavailableError as error:
+                skipped.append(Skipped(leg.name, str(error)))
+                continue
             size = _data_bytes(peers[leg])
             results.append(Result(leg.name, leg.logits, 0, 0, prefill[leg], decode[leg], size, memory, peer=True))
             continue

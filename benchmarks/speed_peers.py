@@ -7,13 +7,17 @@ from the same checkpoint as its own documentation says, and says why where it ca
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from benchmarks.hf_directory import write_hf_directory
+from spike_export.calibration.errors import one_line
 
 if TYPE_CHECKING:
     from spike_export.calibration.checkpoint import Checkpoint
@@ -30,6 +34,21 @@ _CALIBRATION_WINDOWS, _CALIBRATION_TOKENS = 4, 256
 
 class UnavailableError(Exception):
     """A peer that cannot be built or run here; the message says why in one line."""
+
+
+@contextmanager
+def failures_told() -> Iterator[None]:
+    """Let whatever another tool raises leave out this peer only.
+
+    Raises:
+        UnavailableError: With the tool's own message.
+    """
+    try:
+        yield
+    except UnavailableError:
+        raise
+    except Exception as error:
+        raise UnavailableError(one_line(error)) from error
 
 
 @dataclass(frozen=True)
@@ -96,7 +115,7 @@ class Peer:
 
         place = sources.folder / self.artefact
         if not place.exists():
-            with atomic_path(place) as folder:
+            with failures_told(), atomic_path(place) as folder:
                 folder.mkdir()
                 self.build(sources, folder)
         return place
@@ -163,22 +182,7 @@ def _in_onnx_runtime(
 
 
 def _hf_directory(sources: Sources, folder: Path) -> None:
-    """Write the checkpoint as Hugging Face does, in float32."""
-    from safetensors.numpy import save_file
-
-    from spike_export.export.model_files import generation_config, hf_config
-    from spike_export.export.tokenizer_files import save_tokenizer
-
-    checkpoint = sources.checkpoint
-    for name, content in (
-        ("config.json", hf_config(checkpoint, "float32")),
-        ("generation_config.json", generation_config(checkpoint)),
-    ):
-        (folder / name).write_text(json.dumps(content), encoding="utf-8")
-    if checkpoint.tokenizer is not None:
-        save_tokenizer(checkpoint.tokenizer, folder, False)
-    tensors = {name: checkpoint.tensor(name) for name in checkpoint.tensors.shapes}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    write_hf_directory(sources.checkpoint, folder)
 
 
 def _genai_model(sources: Sources, folder: Path, *, precision: str) -> None:

@@ -149,6 +149,12 @@ class EquivalentTensors:
             return self._linear(layer, module, kind, tensor)
         return tensor
 
+    def read_rows(self, name: str, rows: NDArray[np.int64]) -> Floats:
+        """Read these rows: outside the layers scales change nothing, and an embedding's other rows stay unread."""
+        if self.rotation is None and not name.startswith("model.layers."):
+            return self.original.rows(name, rows)
+        return self.read(name)[rows]
+
     def _outer(self, name: str, tensor: Floats) -> Floats:
         if self.rotation is None:
             return tensor

@@ -143,9 +143,10 @@ class GgufSource:
         if len(rows) and rows.min() < 0:
             raise IndexError(f"row {rows.min()} of {name}")
         record = self.tensors.get(name)
-        # In the file the rows of queries and keys stand in another order; those of a vector are parts of one row.
-        if record is None or name in self.heads or len(self.shapes[name]) != 2:
+        if record is None or len(self.shapes[name]) != 2:  # the rows of a vector are parts of one row of the file
             return self.read(name)[rows]
+        if name in self.heads:
+            rows = _rows_in_pairs(rows, self.shapes[name][0] // self.heads[name])
         return _dequantized(record, record.data.reshape(self.shapes[name][0], -1)[rows], self.path)
 
     def sha256(self) -> str:
@@ -181,6 +182,13 @@ def rope_halves_from_pairs(weight: NDArray[np.float32], heads: int) -> NDArray[n
     head_dim = weight.shape[0] // heads
     pairs = weight.reshape(heads, head_dim // 2, 2, *weight.shape[1:])
     return np.ascontiguousarray(pairs.swapaxes(1, 2).reshape(weight.shape))
+
+
+def _rows_in_pairs(rows: NDArray[np.int64], head_dim: int) -> NDArray[np.int64]:
+    """Return where rows of `rope_halves_from_pairs` come from; a row beyond the last stays beyond it."""
+    head, inner = np.divmod(rows, head_dim)
+    half, pair = np.divmod(inner, head_dim // 2)
+    return np.asarray(head * head_dim + 2 * pair + half, np.int64)
 
 
 def _read_file(path: Path) -> Any:

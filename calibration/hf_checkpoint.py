@@ -114,7 +114,9 @@ class SafetensorsSource:
         row_bytes = math.prod(row_shape) * element.itemsize
         begin = data_start + header[name]["data_offsets"][0]
         stored = np.empty(0, np.uint8)
-        with file.open("rb", buffering=0) as stream:
+        with _shard_errors(file):
+            stream = file.open("rb", buffering=0)
+        with stream:
 
             def read(rows: slice, out: NDArray[Any]) -> None:
                 nonlocal stored
@@ -122,8 +124,10 @@ class SafetensorsSource:
                 if stored.size < size:
                     stored = np.empty(size, np.uint8)
                 found = stored[:size]
-                stream.seek(begin + rows.start * row_bytes)
-                if stream.readinto(found) < size:  # type: ignore[arg-type]
+                with _shard_errors(file):
+                    stream.seek(begin + rows.start * row_bytes)
+                    count = stream.readinto(found)  # type: ignore[arg-type]
+                if count < size:
                     raise CheckpointError(f"{file}: the file ends within tensor {name}; download it again")
                 _as_torch(out).copy_(torch.from_numpy(found).view(element).reshape(out.shape))
 
@@ -134,7 +138,7 @@ class SafetensorsSource:
         """File → where its tensors' bytes begin, and its header: tensor name → dtype, shape, data_offsets."""
         layouts = {}
         for file in set(self.files.values()):
-            with file.open("rb") as stream:
+            with _shard_errors(file), file.open("rb") as stream:
                 size = int.from_bytes(stream.read(8), "little")
                 layouts[file] = (8 + size, json.loads(stream.read(size)))
         return layouts
@@ -155,6 +159,19 @@ class SafetensorsSource:
     @cached_property
     def _sha256(self) -> str:
         return hash_files(tuple(sorted(set(self.files.values()))))
+
+
+@contextmanager
+def _shard_errors(file: Path) -> Iterator[None]:
+    """Name the shard that cannot be read: whoever writes meanwhile would take the error for one of the writing."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file}: this shard is missing; download it again") from error
+    except OSError as error:
+        raise CheckpointError(
+            f"{file}: cannot be read ({error.strerror or error}); check the disk, or download it again"
+        ) from error
 
 
 def _widened(tensor: "torch.Tensor") -> NDArray[np.float32]:

@@ -49,12 +49,15 @@ from spike_export.export.manifest import (
 )
 from spike_export.export.model_files import GENAI, genai_config, genai_obstacle, generation_config, hf_config
 from spike_export.export.tokenizer_files import save_tokenizer
-from spike_export.export.weight_file import write_weights
+from spike_export.export.weight_file import file_bytes, write_weights
 
 _TOOLS = ("spike-export", "numpy", "onnx", "onnx-ir", "transformers")
 
 _SLACK = 64 << 20
-"""Bytes beside the weights: graph, tokenizer, alignment."""
+"""Bytes beside weights and graph: most are a tokenizer's."""
+
+_NODE_BYTES = 1 << 10
+"""Of the graph's own file; with names and places of weights a node takes less than half."""
 
 _MOST_THREADS = 4
 
@@ -208,18 +211,14 @@ def _head_scales(config: DecoderConfig, recipe: Recipe) -> NDArray[np.float32] |
     return scales if recipe.scheme.head == SMOOTHED_HEAD else None
 
 
-def _weight_bytes(model: ir.Model) -> int:
-    tensors = [value.const_value for graph in model.graphs() for value in graph.initializers.values()]
-    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
-
-
 def _threads(model: ir.Model) -> int:
     """Return how many tensors are made at a time: memory holds as many."""
-    return 1 if _weight_bytes(model) < _WORTH_THREADS else min(_MOST_THREADS, os.cpu_count() or 1)
+    return 1 if file_bytes(model) < _WORTH_THREADS else min(_MOST_THREADS, os.cpu_count() or 1)
 
 
 def _require_space(destination: Path, model: ir.Model) -> None:
-    needed = _weight_bytes(model) + _SLACK
+    nodes = sum(len(graph) for graph in model.graphs())
+    needed = file_bytes(model) + nodes * _NODE_BYTES + _SLACK
     existing = destination.absolute().parent
     while not existing.exists():
         existing = existing.parent

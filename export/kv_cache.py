@@ -95,6 +95,7 @@ def prefix_part(emission: Emission, index: int, slot: int, context: AttentionCon
         return None
     b, module, kind = emission.builder, f"model.layers.{index}.self_attn", KINDS[slot]
     # One node that repeats it for the rows and drops it where it does not enter: in decode nodes cost by their number.
+    # In float16 ONNX Runtime's CPU tiles float32 and casts behind it: there it runs as many nodes as Slice and Expand.
     return b.op("Tile", [stored_prefix(emission, index, slot), context.prefix.repeats], module, label=f"prefix_{kind}")
 
 

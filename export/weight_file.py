@@ -23,6 +23,32 @@ _SMALL_BYTES = 1 << 20
 """Tensors below are written after all others."""
 
 
+_Place = tuple[ir.Value, ir.TensorProtocol, int]
+"""An initializer, its tensor, and the byte of the file at which it begins."""
+
+
+def file_bytes(model: ir.Model) -> int:
+    """Return the size of the file that `write_weights` writes, the room between tensors included."""
+    return _end(_places(model))
+
+
+def _places(model: ir.Model) -> list[_Place]:
+    places: list[_Place] = []
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if tensor is not None and tensor.nbytes > _INLINE_BYTES:
+                places.append((value, tensor, -(-_end(places) // _ALIGNMENT) * _ALIGNMENT))
+    return places
+
+
+def _end(places: list[_Place]) -> int:
+    if not places:
+        return 0
+    _, tensor, offset = places[-1]
+    return offset + tensor.nbytes
+
+
 def write_weights(model: ir.Model, path: Path, threads: int, written: Callable[[int, int], None]) -> None:
     """Write the initializers to a file, and leave references to it in their place.
 
@@ -39,16 +65,9 @@ def write_weights(model: ir.Model, path: Path, threads: int, written: Callable[[
     Raises:
         OSError: The file cannot be written.
     """
-    values = [value for graph in model.graphs() for value in graph.initializers.values()]
-    placed, end = [], 0
-    for value in values:
-        tensor = value.const_value
-        if tensor is not None and tensor.nbytes > _INLINE_BYTES:
-            offset = -(-end // _ALIGNMENT) * _ALIGNMENT
-            placed.append((value, tensor, offset))
-            end = offset + tensor.nbytes
+    placed = _places(model)
     with path.open("wb", buffering=0) as file, _threads(threads) as pool:
-        file.truncate(end)
+        file.truncate(_end(placed))
         memory = threading.local()
         order = sorted(placed, key=lambda place: place[1].nbytes < _SMALL_BYTES)
         futures = [pool.submit(_write, file.fileno(), tensor, offset, memory) for _, tensor, offset in order]

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, NoReturn
 
 import numpy as np
 import onnxruntime
@@ -257,17 +258,72 @@ def test_a_peer_that_cannot_be_built_says_why(
     peer_sources: speed_peers.Sources, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime_genai", None)
-    arguments = argparse.Namespace(peers=True, legs=["genai int8", "torch bfloat16"], model=None)
+    model = str(peer_sources.folder.parent / "model")
+    arguments = argparse.Namespace(peers=True, legs=["genai int8", "torch bfloat16"], model=model)
     built, skipped = speed.build_peers(arguments, peer_sources.float32, peer_sources.folder.parent)
     assert [peer.name for peer in built] == ["torch bfloat16"]
     assert [each.name for each in skipped] == ["genai int8"]
     assert skipped[0].reason.startswith("onnxruntime-genai is not installed")
-    assert not (peer_sources.folder / "genai-int8").exists()
+    assert built.popitem()[1].is_relative_to(peer_sources.folder)
+    assert not list(peer_sources.folder.rglob("genai-int8"))
     assert speed.build_peers(replace_namespace(arguments, peers=False), peer_sources.float32, Path()) == ({}, [])
+
+
+def broken(*_: object) -> NoReturn:
+    raise RuntimeError("no kernel\nfor this")
+
+
+def test_a_peer_that_breaks_leaves_the_others_their_figures(
+    peer_sources: speed_peers.Sources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def peer(name: str, *, build: Any = lambda *_: None, calls: Any = lambda *_: (int, int)) -> speed_peers.Peer:
+        return speed_peers.Peer(name, "all", name, build, calls)
+
+    whole, unmeasured = peer("whole"), peer("unmeasured")
+    peers = (
+        *(whole, unmeasured, peer("unbuilt", build=broken)),
+        *(peer("unopened", calls=broken), peer("unable", calls=lambda *_: (int, broken))),
+    )
+    monkeypatch.setattr(speed, "PEERS", peers)
+    monkeypatch.setattr(speed, "PAUSE_SECONDS", 0)
+    monkeypatch.setattr(speed, "in_own_process", lambda use, *given: broken() if "unmeasured" in given else 1)
+    arguments = argparse.Namespace(
+        peers=True, legs=None, model=None, threads=1, cpu_time=False, prefills=1, decodes=1, recipe=None
+    )
+    built, skipped = speed.build_peers(arguments, peer_sources.float32, peer_sources.folder.parent)
+    assert [each.name for each in built] == ["whole", "unmeasured", "unopened", "unable"]
+    results, failed = speed.measure({speed.BASELINE: peer_sources.float32}, built, arguments)
+    assert [result.name for result in results] == ["float32", "whole"]
+    assert [each.name for each in (*skipped, *failed)] == ["unbuilt", "unopened", "unable", "unmeasured"]
+    assert {each.reason for each in (*skipped, *failed)} == {"no kernel for this"}
 
 
 def replace_namespace(arguments: argparse.Namespace, **changes: object) -> argparse.Namespace:
     return argparse.Namespace(**{**vars(arguments), **changes})
+
+
+def test_kept_bundles_of_another_model_or_recipe_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint, other = tiny_llama(layers=1).checkpoint, tiny_llama(layers=2).checkpoint
+    recipe = invented_recipe(checkpoint)
+    monkeypatch.setattr("spike_export.calibration.checkpoint.open_checkpoint", lambda _: checkpoint)
+    monkeypatch.setattr(speed, "quick_recipe", lambda *_: recipe)
+    arguments = argparse.Namespace(model="tiny", recipe=None, legs=["W8A8, last"])
+    bundles = speed.build_bundles(arguments, tmp_path)
+    assert [path.name for path in bundles.values()] == ["float32", "float32-last", "w8a8-last"]
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    given = replace_namespace(arguments, recipe=tmp_path / "r")
+    for same in (arguments, given):
+        assert speed.build_bundles(same, tmp_path) == bundles
+    monkeypatch.setattr(speed, "quick_recipe", lambda *_: recipe.model_copy(update={"alpha": 2.0}))
+    assert speed.build_bundles(arguments, tmp_path) == bundles  # no recipe is named, and none is needed
+    wider = replace_namespace(arguments, legs=["W8A8, last", "W8A8"])
+    for changed in (given, wider):
+        with pytest.raises(SystemExit, match="w8a8-last: made by another recipe; give another --bundles"):
+            speed.build_bundles(changed, tmp_path)
+    monkeypatch.setattr("spike_export.calibration.checkpoint.open_checkpoint", lambda _: other)
+    with pytest.raises(SystemExit, match=r"float32: made of .*; give another --bundles"):
+        speed.build_bundles(arguments, tmp_path)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == written
 
 
 @pytest.fixture(scope="module")

@@ -80,6 +80,28 @@ def test_permutation_by_hand() -> None:
     assert rope_halves_from_pairs(rows, 2).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
 
 
+def test_a_block_of_queries_or_keys_is_read_without_the_others(
+    written: WrittenGguf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = open_checkpoint(str(written.path))
+    names = [f"model.layers.1.self_attn.{linear}.weight" for linear in ("q_proj", "k_proj")]  # 4 and 2 heads
+    expected = [checkpoint.tensor(name) for name in names]
+
+    def refused(*_: object) -> NDArray[np.float32]:
+        raise AssertionError("the whole tensor was read")
+
+    monkeypatch.setattr(GgufSource, "read", refused)
+    for name, whole in zip(names, expected, strict=True):
+        blocks = np.full(whole.shape, np.nan, np.float32)
+        with checkpoint.block_reader(name) as read:
+            for top in range(0, len(whole), 7):  # blocks that heads do not end with
+                rows = slice(top, min(top + 7, len(whole)))
+                read(rows, blocks[rows])
+        np.testing.assert_array_equal(blocks, whole)
+        with pytest.raises(IndexError):
+            checkpoint.rows(name, np.array([len(whole)]))
+
+
 def test_the_configuration_is_read(written: WrittenGguf) -> None:
     checkpoint, expected = open_checkpoint(str(written.path)), random_llama().config
     config = checkpoint.config

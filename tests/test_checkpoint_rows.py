@@ -1,14 +1,21 @@
 """Rows of a tensor, read without the others."""
 
+import errno
+import io
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from spike_export.calibration.atomic_write import atomic_path
 from spike_export.calibration.checkpoint import EMBEDDING, LM_HEAD, Checkpoint, open_checkpoint
+from spike_export.calibration.equivalent_weights import equivalent_checkpoint
 from spike_export.calibration.errors import CheckpointError
 from spike_export.calibration.layerwise import Decoder, Execution
+from spike_export.calibration.smoothing import smoothing_plan
 from tests.tiny_checkpoints import random_llama, write_hf
 from tests.tiny_models import tiny_llama
 
@@ -42,6 +49,42 @@ def test_a_file_that_became_shorter_is_named(tmp_path: Path) -> None:
         checkpoint.rows(EMBEDDING, np.arange(200, 258))
 
 
+def test_a_shard_that_vanished_or_cannot_be_read_is_named_as_such(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    directory = write_hf(tmp_path / "model", random_llama())
+    (file,) = directory.glob("*.safetensors")
+    opened, fresh = open_checkpoint(str(directory)), open_checkpoint(str(directory))
+    assert len(opened.rows(EMBEDDING, np.array([0]))) == 1  # has read the header, and `fresh` has not
+    file.unlink()
+    for checkpoint in (opened, fresh):
+        # Inside of what writes an artifact, an OSError would be told as one of the writing.
+        with (
+            pytest.raises(CheckpointError, match=r"model\.safetensors: this shard is missing; download it again"),
+            atomic_path(tmp_path / "bundle"),
+            checkpoint.block_reader(EMBEDDING),
+        ):
+            pass
+    file.mkdir()
+    with (
+        pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read \(Is a directory\); check the disk"),
+        opened.block_reader(EMBEDDING),
+    ):
+        pass
+
+
+def test_a_disk_that_fails_while_a_shard_is_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = open_checkpoint(str(write_hf(tmp_path, random_llama())))
+
+    class Failing(io.FileIO):
+        def readinto(self, buffer: Any) -> int:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    assert len(checkpoint.rows(EMBEDDING, np.array([0]))) == 1
+    monkeypatch.setattr(Path, "open", lambda path, *_, **__: Failing(path))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read \(Input/output error\)"):
+        checkpoint.rows(EMBEDDING, np.arange(4))
+
+
 def test_a_source_of_whole_tensors_yields_rows_too() -> None:
     checkpoint = tiny_llama().checkpoint
     rows = np.array([3, 1])
@@ -62,9 +105,14 @@ def test_a_token_outside_the_vocabulary_is_never_another_one(tmp_path: Path, tok
             Decoder(checkpoint, Execution(resident=resident)).run(np.array([[1, token]]))
 
 
-def test_the_whole_embedding_is_never_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("smoothed", [False, True], ids=["stored", "smoothed"])
+def test_the_whole_embedding_is_never_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, smoothed: bool) -> None:
     # The padding token is not among the windows'.
     checkpoint = open_checkpoint(str(write_hf(tmp_path, random_llama(pad_token_id=200))))
+    if smoothed:
+        scales = np.geomspace(0.5, 2.0, 64).astype(np.float32)
+        plan = smoothing_plan("smoothquant", 0.5, scales)
+        checkpoint = equivalent_checkpoint(checkpoint, None, {"model.layers.1.self_attn.q_proj": plan})
     windows = np.random.default_rng(0).integers(2, 100, (3, 7))
     whole = Decoder(checkpoint).run(windows, (0, 9))
     read: list[str] = []

@@ -14,6 +14,7 @@ import pytest
 from spike_export.calibration.checkpoint import Checkpoint
 from spike_export.calibration.errors import ArtifactError, CheckpointError, RecipeError
 from spike_export.calibration.recipe import Recipe
+from spike_export.export import bundle as bundle_module
 from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.manifest import load_manifest
 from spike_export.export.tokenizer_files import without_bos
@@ -209,6 +210,17 @@ def test_full_disk_is_told_before_writing(
     with pytest.raises(ArtifactError, match="1,234 are free"):
         export_bundle(model.checkpoint, recipe, ExportOptions(), tmp_path / "new" / "b")
     assert not list(tmp_path.iterdir())
+
+
+def test_room_between_tensors_and_the_graph_are_counted(
+    tmp_path: Path, model: TinyModel, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export_bundle(model.checkpoint, recipe, ExportOptions(), tmp_path / "b")
+    written = sum((tmp_path / "b" / name).stat().st_size for name in ("model.onnx", "model.onnx.data"))
+    monkeypatch.setattr(bundle_module, "_SLACK", 0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=written - 1))
+    with pytest.raises(ArtifactError, match=f"and {written - 1:,} are free"):
+        export_bundle(model.checkpoint, recipe, ExportOptions(), tmp_path / "b")
 
 
 def test_failed_export_leaves_the_previous_bundle(tmp_path: Path, model: TinyModel) -> None:

@@ -21,7 +21,7 @@ def test_it_compares_the_dynamic_cache_with_buffers_that_fit_that_are_too_large_
     monkeypatch.setattr("spike_export.calibration.checkpoint.open_checkpoint", lambda _: model.checkpoint)
     monkeypatch.setattr(kv_cache, "quick_recipe", lambda *_: recipe)
     monkeypatch.setattr(kv_cache, "in_own_process", lambda use, *given: use(*given))
-    arguments = argparse.Namespace(model="tiny", contexts=[4, 16], decodes=3, threads=1)
+    arguments = argparse.Namespace(model="tiny", recipe=None, contexts=[4, 16], decodes=3, threads=1)
     results = kv_cache.measure(arguments, tmp_path)
     assert [(result.context, result.cache.name) for result in results] == [
         *((4, "dynamic"), (4, "static 9"), (4, "static 21"), (4, "static 21 in steps")),
@@ -37,3 +37,14 @@ def test_it_compares_the_dynamic_cache_with_buffers_that_fit_that_are_too_large_
     # The bundles are there: nothing is exported again.
     monkeypatch.setattr(kv_cache, "quick_recipe", None)
     kv_cache.build_bundles(arguments, tmp_path, {None, 9, 21})
+    # Nor is it measured in place of what another recipe or another model would give.
+    other = recipe.model_copy(update={"prefix": None})
+    monkeypatch.setattr(kv_cache, "quick_recipe", lambda *_: other)
+    with pytest.raises(SystemExit, match="dynamic: made by another recipe; give another --bundles"):
+        kv_cache.build_bundles(arguments, tmp_path, {None, 10})
+    monkeypatch.setattr(
+        "spike_export.calibration.checkpoint.open_checkpoint", lambda _: tiny_llama(layers=2).checkpoint
+    )
+    with pytest.raises(SystemExit, match=r"static-9: made of .*; give another --bundles"):
+        kv_cache.build_bundles(arguments, tmp_path, {9})
+    assert not (tmp_path / "static-10").exists()

@@ -15,13 +15,17 @@ from benchmarks.invented_recipe import invented_recipe
 from benchmarks.large_export import Use
 from benchmarks.large_model import Shape, Stored, write_model
 from spike_export.calibration.checkpoint import EMBEDDING, Checkpoint, open_checkpoint
+from spike_export.calibration.equivalent_weights import equivalent_checkpoint
+from spike_export.calibration.modules import input_sites
 from spike_export.calibration.recipe import NumberFormat, WeightScheme
 from spike_export.calibration.row_blocks import PANEL_ROWS, block_rows, fill_by_rows
 from spike_export.calibration.weight_quantization import ELEMENTS, quantize_rows, quantize_weight
 from spike_export.export import bundle as bundle_module
 from spike_export.export.bundle import ExportOptions, export_bundle
+from spike_export.export.manifest import load_manifest
 from spike_export.export.weight_layout import read_matrix
 from tests.tiny_checkpoints import random_llama, write_hf
+from tests.tiny_families import NAMES, tiny_family
 from tests.tiny_models import tiny_llama
 
 TINY = Shape(hidden=32, intermediate=PANEL_ROWS + 44, layers=2, heads=4, kv_heads=2, vocab=60)
@@ -34,11 +38,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return open_checkpoint(str(folder))
 
 
-@pytest.mark.parametrize("quantize", [True, False], ids=["int8", "float16"])
+@pytest.mark.parametrize("kind", ["int8", "smoothed behind a prefix", "float16"])
 def test_threads_change_no_byte(
-    tmp_path: Path, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, quantize: bool
+    tmp_path: Path, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    recipe = invented_recipe(checkpoint) if quantize else None
+    recipe = None if kind == "float16" else invented_recipe(checkpoint, prefix_and_smoothing=kind != "int8")
     written = []
     for threads in (1, 3):
         monkeypatch.setattr(bundle_module, "_threads", lambda _, threads=threads: threads)
@@ -124,20 +128,46 @@ def test_the_bundle_holds_the_quantized_weights(tmp_path: Path, checkpoint: Chec
     np.testing.assert_array_equal(numpy_helper.to_array(tensors[f"{name}_scale"]), scale)
 
 
+@pytest.mark.parametrize("options", [[], ["--prefix-and-smoothing"]], ids=["plain", "prefix-and-smoothing"])
 def test_the_large_export_is_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: list[str]
 ) -> None:
     monkeypatch.setattr(large_export, "Shape", lambda layers: TINY)
-    options = [f"--scratch={tmp_path}", f"--json={tmp_path / 'figures.json'}"]
-    monkeypatch.setattr(sys, "argv", ["large_export", *options])
+    written = [f"--scratch={tmp_path}", f"--json={tmp_path / 'figures.json'}"]
+    monkeypatch.setattr(sys, "argv", ["large_export", *written, *options])
     assert large_export.main() == 0
     figures = json.loads((tmp_path / "figures.json").read_text())
+    assert (figures["quantize"], figures["prefix_and_smoothing"]) == (True, bool(options))
     (copy,), (export,) = figures["copies"], figures["exports"]
     assert copy["bytes_written"] >= TINY.stored_bytes()
     assert export["peak_rss"] >= export["start_rss"] > 10 << 20
     assert export["cpu_seconds"] > copy["cpu_seconds"] >= 0
     assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]
     assert "export over copy" in capsys.readouterr().out
+
+
+def test_the_options_of_the_large_export_reach_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "model"
+    write_model(folder, TINY, "float16", 0)
+    for given, length in (((True, False), None), ((True, True), 1), ((False, False), None)):
+        large_export._export(folder, tmp_path / "b", *given)
+        manifest = load_manifest(tmp_path / "b")
+        assert ("int8" in manifest.linears) == given[0]
+        assert (None if manifest.prefix is None else manifest.prefix.length) == length
+    monkeypatch.setattr(sys, "argv", ["large_export", "--no-quantize", "--prefix-and-smoothing"])
+    with pytest.raises(SystemExit):
+        large_export.main()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_invented_smoothing_is_of_every_input_that_can_be_smoothed(name: str) -> None:
+    original = tiny_family(name).checkpoint
+    smoothing = invented_recipe(original, prefix_and_smoothing=True).smoothing
+    smoothed = equivalent_checkpoint(original, None, smoothing)
+    sites = [site for site in input_sites(original.config) if site.producer is not None]
+    for weight in (f"model.layers.3.{reader}.weight" for site in sites for reader in site.readers):
+        assert not np.array_equal(smoothed.tensor(weight), original.tensor(weight)), weight
+    assert invented_recipe(original).smoothing == {}
 
 
 def test_the_verdicts_are_of_rate_and_memory() -> None:
@@ -153,6 +183,19 @@ def test_an_exporter_that_is_not_there_is_left_out() -> None:
     assert installed(Exporter("python", (), (sys.executable, "-c", "pass")))
     assert not installed(Exporter("python", (), (sys.executable, "-c", "import no_such_module")))
     assert not installed(Exporter("nothing", (), ("no-such-program",)))
+
+
+def test_all_exporters_read_the_same_model(tmp_path: Path) -> None:
+    source = write_hf(tmp_path / "source", random_llama(tie_word_embeddings=True), dtype=torch.float16)
+    export_cost.write_model(source, tmp_path / "model")
+    stored, written = (open_checkpoint(str(folder)) for folder in (source, tmp_path / "model"))
+    assert written.tensors.shapes == stored.tensors.shapes
+    for name in stored.tensors.shapes:
+        np.testing.assert_array_equal(written.tensor(name), stored.tensor(name))
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["dtype"] == "float32"
+    assert written.generation_config["eos_token_id"] == 1
+    assert written.tokenizer is not None
+    assert written.tokenizer.get_vocab() == stored.tokenizer.get_vocab()  # type: ignore[union-attr]
 
 
 def test_nodes_and_bytes_of_an_export(tmp_path: Path, checkpoint: Checkpoint) -> None:
@@ -182,7 +225,7 @@ def test_an_exporter_that_fails_or_takes_too_long_does_not_end_the_others(
     export_bundle(tiny_llama().checkpoint, None, ExportOptions("float32"), tmp_path / "bundle")
     monkeypatch.setattr(export_cost, "exporters", lambda *_: compared)
     monkeypatch.setattr(export_cost, "in_own_process", lambda work, *given: work(*given))
-    monkeypatch.setattr(export_cost, "write_hf_directory", lambda source, folder: folder.mkdir())
+    monkeypatch.setattr(export_cost, "write_model", lambda source, folder: folder.mkdir())
     figures = tmp_path / "figures.json"
     monkeypatch.setattr(sys, "argv", ["export_cost", str(tmp_path), "--limit=3", f"--json={figures}"])
     assert export_cost.main() == 1

@@ -18,7 +18,7 @@ from spike_export.export import linear
 from spike_export.export.decoder_graph import build_decoder
 from spike_export.export.graph_builder import GraphBuilder
 from spike_export.export.graph_plan import GraphPlan
-from spike_export.export.weight_file import write_weights
+from spike_export.export.weight_file import file_bytes, write_weights
 from tests.tiny_models import tiny_llama
 
 DATA = "model.onnx.data"
@@ -36,6 +36,7 @@ def test_the_files_are_those_of_onnx_ir(tmp_path: Path, threads: int) -> None:
         folder.mkdir()
     ir.save(decoder(checkpoint), theirs / "model.onnx", external_data=DATA, alignment=4096, align_threshold=0)
     model, told = decoder(checkpoint), []
+    assert file_bytes(model) == (theirs / DATA).stat().st_size
     write_weights(model, ours / DATA, threads, lambda done, total: told.append((done, total)))
     ir.save(model, ours / "model.onnx")
     for name in ("model.onnx", DATA):
