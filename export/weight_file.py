@@ -19,6 +19,9 @@ _ALIGNMENT = 4096
 _INLINE_BYTES = 256
 """Tensors up to this size stay in the graph's own file."""
 
+_FLUSHED_BYTES = 512 << 20
+"""How much is handed to the disk at a time."""
+
 _SMALL_BYTES = 1 << 20
 """Tensors below are written after all others."""
 
@@ -72,9 +75,14 @@ def write_weights(model: ir.Model, path: Path, threads: int, written: Callable[[
         order = sorted(placed, key=lambda place: place[1].nbytes < _SMALL_BYTES)
         futures = [pool.submit(_write, file.fileno(), tensor, offset, memory) for _, tensor, offset in order]
         try:
+            waiting = 0
             for done, future in enumerate(as_completed(futures), 1):
-                future.result()
+                waiting += future.result()
                 written(done, len(futures))
+                if waiting >= _FLUSHED_BYTES:
+                    # Meanwhile the threads go on; otherwise the disk would begin when they end.
+                    os.fsync(file.fileno())
+                    waiting = 0
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -103,13 +111,15 @@ def _threads(count: int) -> Iterator[ThreadPoolExecutor]:
         torch.set_num_threads(before)  # what a new thread begins with
 
 
-def _write(descriptor: int, tensor: ir.TensorProtocol, offset: int, memory: threading.local) -> None:
+def _write(descriptor: int, tensor: ir.TensorProtocol, offset: int, memory: threading.local) -> int:
+    """Write a tensor to its place; return its size in bytes."""
     content = memoryview(_bytes(tensor, memory))  # type: ignore[arg-type]  # mypy does not know that arrays are buffers
     if content.nbytes != tensor.nbytes:
         raise ValueError(f"tensor {tensor.name!r} has {content.nbytes} bytes, declared are {tensor.nbytes}")
     while content:
         count = os.pwrite(descriptor, content, offset)
         content, offset = content[count:], offset + count
+    return tensor.nbytes
 
 
 def _bytes(tensor: ir.TensorProtocol, memory: threading.local) -> NDArray[np.uint8]:
