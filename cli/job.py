@@ -12,6 +12,7 @@ from spike_export.calibration.options import CalibrationOptions
 from spike_export.calibration.recipe import Dtype, NumberFormat
 from spike_export.cli.execution import Residency
 from spike_export.engines.build_options import BuildOptions
+from spike_export.engines.plan_paths import require_file_names
 from spike_export.export.cache_options import CacheOptions
 from spike_export.export.graph_plan import LogitsScope
 
@@ -73,10 +74,8 @@ class Job:
             raise RecipeError(
                 f"--attention {self.calibration.attention} does not go with --number-format fp8; leave one of them out"
             )
-        if self.plan is not None and self.plan.is_dir():
-            raise ArtifactError(f"{self.plan}: is a folder; give the plan a file name, such as {self.plan}/engine.plan")
-        if self.plan is not None and self.plan.suffix == ".json":
-            raise ArtifactError(f"{self.plan}: the plan's description has this name; choose another ending, as .plan")
+        if self.plan is not None:
+            require_file_names(self.plan, self.build.split)
 
     def read_corpus(self) -> Corpus | Chats:
         """Return what to calibrate on; conversations are not rendered yet."""

@@ -134,7 +134,7 @@ def job(
 
     work = Job(
         model=model,
-        work_dir=work_dir or out.with_name(f"{out.name}.run"),
+        work_dir=work_dir or out.parent / f"{out.name}.run",
         plan=out,
         calibration=_calibration_options(corpus, quantization, dtype),
         quantize=quantize,
@@ -460,6 +460,7 @@ def check(
     if reference is None or json_file is not None:
         wrong = "needs --reference MODEL, or --lint" if reference is None else "writes --json with --lint only"
         raise ArtifactError(f"check {wrong}")
+    from spike_export.calibration.atomic_write import require_file_name
     from spike_export.cli.bundle_check import check_bundle
     from spike_export.cli.check_table import print_check
     from spike_export.cli.job import require_limit
@@ -468,7 +469,9 @@ def check(
 
     require_limit(gate.max_ppl_increase)
     console = Console()
-    path = out or bundle.with_name(f"{bundle.name}.check.json")
+    named = bundle if bundle.name else bundle.absolute()
+    path = out or named.parent / f"{named.name}.check.json"
+    require_file_name(path)
     with ProgressDisplay(console, ["check"], quiet=run_options.quiet) as display, display.stage("check") as progress:
         result = check_bundle(bundle, reference, corpus, progress).gated(gate.max_ppl_increase)
         save_check(result, path)

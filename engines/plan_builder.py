@@ -25,7 +25,7 @@ from spike_export.engines.plan_backend import (
     require_features,
     resolve_targets,
 )
-from spike_export.engines.plan_paths import plan_paths
+from spike_export.engines.plan_paths import plan_paths, require_file_names
 from spike_export.engines.plan_sidecar import (
     Audit,
     AuditedModule,
@@ -34,7 +34,6 @@ from spike_export.engines.plan_sidecar import (
     PlanKey,
     PlanSidecar,
     save_sidecar,
-    sidecar_path,
 )
 from spike_export.export.manifest import DATA_FILE, GRAPH_FILE, load_manifest
 
@@ -132,8 +131,7 @@ def plan_build(bundle: Path, engine: Path, options: BuildOptions, environment: B
         EngineError: The backend, an option, a target, a size or the name of the plan stands in the way.
         ArtifactError: The bundle's manifest cannot be read.
     """
-    if engine == sidecar_path(engine):
-        raise EngineError(f"{engine}: the plan's sidecar has this name; choose another ending, such as .plan")
+    require_file_names(engine, options.split)
     machine = environment.machine
     chosen = choose_backend(options.backend, machine)
     manifest = load_manifest(bundle)

@@ -22,6 +22,19 @@ def artifact_paths(engine: Path, split: bool) -> tuple[Path, ...]:
     return tuple(path for plan in plan_paths(engine, split) for path in (plan, sidecar_path(plan)))
 
 
+def require_file_names(engine: Path, split: bool) -> None:
+    """Refuse a name under which the plans and sidecars of an engine cannot be written as files.
+
+    Raises:
+        EngineError: A folder has the name, or it is the sidecar's.
+    """
+    folders = [path for path in (engine, *(artifact_paths(engine, split) if engine.name else ())) if path.is_dir()]
+    if folders:
+        raise EngineError(f"{folders[0]}: is a folder; give the plan a file name, such as {folders[0] / 'engine.plan'}")
+    if engine == sidecar_path(engine):
+        raise EngineError(f"{engine}: the plan's description has this name; choose another ending, such as .plan")
+
+
 def find_plans(engine: Path) -> tuple[Path, ...]:
     """Return the plans of an engine that is there: the file of this name, or the two beside it that bear its name.
 
