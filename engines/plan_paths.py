@@ -8,8 +8,11 @@ from spike_export.engines.plan_sidecar import sidecar_path
 
 
 def split_path(engine: Path, profile: ProfileName) -> Path:
-    """Return the plan of one profile of a split engine: `engine.plan` → `engine.decode.plan`."""
-    return engine.with_name(f"{engine.stem}.{profile}{engine.suffix}")
+    """Return the plan of one profile of a split engine: `engine.plan` → `engine.decode.plan`, `engine` too.
+
+    An ending is needed: the sidecar of `engine.decode` would be that of `engine`.
+    """
+    return engine.with_name(f"{engine.stem}.{profile}{engine.suffix or '.plan'}")
 
 
 def plan_paths(engine: Path, split: bool) -> tuple[Path, ...]:

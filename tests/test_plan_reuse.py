@@ -246,6 +246,20 @@ def test_a_split_engine_is_two_plans_and_replaces_the_one(place: Place) -> None:
 
 
 @needs_rtx
+def test_an_engine_without_an_ending_has_sidecars_of_its_own_in_both_forms(place: Place, tmp_path: Path) -> None:
+    engine = tmp_path / "new" / "plain"
+    for options, names in (
+        (SMALL, {"plain", "plain.json"}),
+        (SPLIT, {"plain.prefill.plan", "plain.prefill.json", "plain.decode.plan", "plain.decode.json"}),
+    ):
+        provide_engine(place.bundle, engine, options, environment=place.quick)
+        assert {path.name for path in engine.parent.iterdir()} == names
+        assert provide_engine(place.bundle, engine, options, environment=NO_BUILD).reused
+    provide_engine(place.bundle, engine, SMALL, environment=place.quick)
+    assert {path.name for path in engine.parent.iterdir()} == {"plain", "plain.json"}
+
+
+@needs_rtx
 def test_what_is_left_of_an_interrupted_change_of_form_is_removed_or_built_again(place: Place) -> None:
     single = {path: path.read_bytes() for path in (place.engine, sidecar_path(place.engine))}
     place.again(SPLIT)
