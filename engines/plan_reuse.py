@@ -78,7 +78,8 @@ def provide_engine(
     build = plan_build(bundle, engine, options, environment)
     require_own_place(engine, options.split)
     plans, other = plan_paths(engine, options.split), plan_paths(engine, not options.split)
-    earlier = next((form for form in (plans, other) if all(plan.exists() for plan in form)), None)
+    former = other if all(plan.exists() and _is_form(plan, engine) for plan in other) else None
+    earlier = plans if all(plan.exists() for plan in plans) else former
     identity, note = None, "built"
     if earlier is None:
         halves = [plan for plan in plans if plan.exists()]
@@ -92,11 +93,11 @@ def provide_engine(
             changes = build.key(identity).changes_since(_key(earlier[0]))
             reason = "; ".join(changes) or _altered(earlier, progress)
         if reason is None:
-            _discard(other)
+            _discard(other, engine)
             return ProvidedEngine(plans, tuple(load_sidecar(plan) for plan in plans), KEPT, reused=True)
         note = f"built again: {reason}"
     results = build_engine(build, identity, progress, environment)
-    _discard(other)
+    _discard(other, engine)
     return ProvidedEngine(plans, tuple(result.sidecar for result in results), note, reused=False)
 
 
@@ -140,9 +141,20 @@ def _key(plan: Path) -> PlanKey:
     return key
 
 
-def _discard(plans: tuple[Path, ...]) -> None:
+def _is_form(plan: Path, engine: Path) -> bool:
+    """Return whether a plan was built as the engine or as half of it, and does not merely have a half's name."""
+    if plan == engine:
+        return sidecar_path(plan).is_file()
+    try:
+        key = load_sidecar(plan).key
+    except ArtifactError:
+        return False
+    return key is not None and key.split
+
+
+def _discard(plans: tuple[Path, ...], engine: Path) -> None:
     """Remove what the engine was in its other form: it would be taken for the engine, or for a part of it."""
     for plan in plans:
-        if sidecar_path(plan).is_file():
+        if _is_form(plan, engine):
             plan.unlink(missing_ok=True)
             sidecar_path(plan).unlink()

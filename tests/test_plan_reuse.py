@@ -260,6 +260,18 @@ def test_an_engine_without_an_ending_has_sidecars_of_its_own_in_both_forms(place
 
 
 @needs_rtx
+def test_plans_that_merely_have_the_names_of_halves_are_kept(place: Place, tmp_path: Path) -> None:
+    engine = tmp_path / "new" / "e.plan"
+    for name in ("prefill", "decode"):
+        options = replace(SMALL, profiles=(name,))
+        provide_engine(place.bundle, engine.with_name(f"e.{name}.plan"), options, environment=place.quick)
+    before = {path: path.read_bytes() for path in engine.parent.iterdir()}
+    assert provide_engine(place.bundle, engine, SMALL, environment=place.quick).note == "built"
+    assert provide_engine(place.bundle, engine, SMALL, environment=NO_BUILD).reused
+    assert {path: path.read_bytes() for path in before} == before
+
+
+@needs_rtx
 def test_what_is_left_of_an_interrupted_change_of_form_is_removed_or_built_again(place: Place) -> None:
     single = {path: path.read_bytes() for path in (place.engine, sidecar_path(place.engine))}
     place.again(SPLIT)
