@@ -96,13 +96,29 @@ def test_the_main_job_ends_with_a_split_engine(finished: tuple[Path, Outcome]) -
 def test_the_main_job_keeps_or_builds_again_and_says_why(finished: tuple[Path, Outcome], tmp_path: Path) -> None:
     shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
     again = job(tmp_path, "--profiles", "split")
-    # In another place the stage runs, finds the engine as it should be, and builds nothing.
+    # The stage compares what the engine was built from, and builds nothing.
     assert "plan kept: nothing it was built from has changed" in again.out.splitlines()
-    assert job(tmp_path, "--profiles", "split").stages_run == ("report",)
+    assert again.stages_run == ("plan", "report")
     one = job(tmp_path, "--profiles", "decode")
     assert one.stages_run == ("plan", "report")
     assert "plan built again: profiles prefill+decode -> decode; a plan per profile yes -> no" in one.out.splitlines()
     assert files(tmp_path) == {"corpus.txt", "e.plan", "e.json"}
+
+
+def test_the_main_job_does_not_take_another_bundle_s_plan_for_its_own(
+    finished: tuple[Path, Outcome], tmp_path: Path
+) -> None:
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    job(tmp_path, "--profiles", "decode")
+    own = load_sidecar(tmp_path / "e.plan").bundle_sha256
+    other = write_bundle(tmp_path / "other")
+    options = ("--profiles", "decode", "--optimization-level", "5")
+    assert call("build", other, "--out", tmp_path / "e.plan", *RTX, *options).code == 0
+    assert load_sidecar(tmp_path / "e.plan").bundle_sha256 != own
+    told = job(tmp_path, "--profiles", "decode").out
+    assert "plan built again: bundle changed; " in told
+    assert "optimization level 5 -> 3" in told
+    assert load_sidecar(tmp_path / "e.plan").bundle_sha256 == own
 
 
 def test_the_main_job_builds_a_truncated_plan_again(finished: tuple[Path, Outcome], tmp_path: Path) -> None:

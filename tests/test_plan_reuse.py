@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from spike_export.calibration.errors import ArtifactError, EngineError
-from spike_export.engines.build_options import BatchRange, BuildOptions
+from spike_export.engines.build_options import SPLIT_PROFILES, BatchRange, BuildOptions
 from spike_export.engines.build_request import CompletionEvent
 from spike_export.engines.bundle_identity import hash_bundle
 from spike_export.engines.plan_backend import TENSORRT_RTX, Machine
@@ -262,7 +262,7 @@ def test_an_engine_without_an_ending_has_sidecars_of_its_own_in_both_forms(place
 @needs_rtx
 def test_plans_that_merely_have_the_names_of_halves_are_kept(place: Place, tmp_path: Path) -> None:
     engine = tmp_path / "new" / "e.plan"
-    for name in ("prefill", "decode"):
+    for name in SPLIT_PROFILES:
         options = replace(SMALL, profiles=(name,))
         provide_engine(place.bundle, engine.with_name(f"e.{name}.plan"), options, environment=place.quick)
     before = {path: path.read_bytes() for path in engine.parent.iterdir()}
