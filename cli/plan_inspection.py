@@ -13,7 +13,7 @@ from spike_export.calibration.errors import ArtifactError
 from spike_export.calibration.modules import split_name
 from spike_export.cli.text_table import counts_in_words, print_facts, print_table, ranges, size_in_words
 from spike_export.engines.kernel_count import layer_kernels
-from spike_export.engines.plan_audit import ModuleAudit, PlanAudit, ProgramAudit, judge
+from spike_export.engines.plan_audit import ModuleAudit, PlanAudit, ProgramAudit, covering, judge
 from spike_export.engines.plan_backend import Machine
 from spike_export.engines.plan_reader import read_plan
 from spike_export.engines.plan_reading import Kernel, PlanReading, ProgramReading
@@ -90,6 +90,7 @@ def inspect_plan(plan: Path, machine: Machine) -> PlanInspection:
         note = f"no {sidecar_path(plan).name} beside it" if missing else str(error)
         note += "; what was planned, and the profiles' names and shapes, are unknown"
     planned = {name: module.planned for name, module in sidecar.audit.modules.items()} if sidecar else {}
+    reading = covering(reading, len(sidecar.profiles)) if sidecar else reading
     return PlanInspection(plan, plan.stat().st_size, sidecar, note, reading, judge(reading, planned))
 
 

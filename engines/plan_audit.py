@@ -130,6 +130,22 @@ def audit_plan(plan_path: Path, planned: Mapping[str, str]) -> PlanAudit:
     return judge(read_program_text(plan_path), planned)
 
 
+def covering(reading: PlanReading, profiles: int) -> PlanReading:
+    """Return the reading of a plan where it has a program of every profile, else one that proves nothing.
+
+    A program that is not recognised must not leave the verdict to the others.
+
+    Args:
+        profiles: How many the plan was built with.
+    """
+    read = {program.profile for program in reading.programs}
+    missing = [profile for profile in range(profiles) if profile not in read]
+    if not read or not missing:
+        return reading
+    reason = f"no program of profile {missing[0]} was found in the plan"
+    return PlanReading(Evidence("none", reading.evidence.compiler, reason))
+
+
 def judge(reading: PlanReading, planned: Mapping[str, str]) -> PlanAudit:
     """Compare a reading with what was asked for, as `audit_plan` does."""
     programs = reading.programs

@@ -156,6 +156,18 @@ def test_a_plan_that_cannot_be_read_proves_nothing(plan: Path, tmp_path: Path) -
 
 
 @needs_rtx
+def test_a_plan_one_of_whose_profiles_cannot_be_read_proves_nothing(plan: Path, tmp_path: Path) -> None:
+    data = plan.read_bytes()
+    place = data.rindex(b"accelerators={")
+    (tmp_path / "engine.plan").write_bytes(data[:place] + data[place:].replace(b"accelerators={", b"akzelerators={"))
+    shutil.copy(plan.with_suffix(".json"), tmp_path / "engine.json")
+    done = call("inspect", tmp_path / "engine.plan")
+    assert done.code == 1
+    assert "evidence: not provable: no program of profile 1 was found in the plan" in done.out
+    assert done.out.splitlines()[-1] == "verdict: nothing is proved of 22 linears"
+
+
+@needs_rtx
 def test_both_halves_of_a_split_engine_are_shown(plan: Path, tmp_path: Path) -> None:
     """Whatever they hold: here the same plan twice, under their names."""
     for name in ("prefill", "decode"):
