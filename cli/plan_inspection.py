@@ -52,8 +52,8 @@ class PlanInspection:
 
     @property
     def proved(self) -> bool:
-        """Whether nothing deviates from what was planned; so it is where that is not known."""
-        return not self.audit.deviations
+        """Whether nothing deviates from what was planned; so it is where no sidecar says what that was."""
+        return not self.audit.deviations and (self.sidecar is not None or not sidecar_path(self.plan).exists())
 
     def profile_name(self, index: int) -> str:
         """Return `prefill`, `decode`, or the number where the sidecar does not tell."""
@@ -79,7 +79,7 @@ def inspect_plan(plan: Path, machine: Machine) -> PlanInspection:
     """Read a plan, and its sidecar where there is one.
 
     Raises:
-        EngineError: The plan cannot be read.
+        EngineError: The file cannot be read, or is no plan.
     """
     reading = read_plan(plan, machine)
     sidecar, note = None, ""

@@ -129,7 +129,9 @@ def test_the_release_that_was_checked_is_told_from_others(
 @pytest.mark.parametrize(
     ("content", "installed", "gpu", "reason"),
     [
-        (b"vtrt", {"tensorrt-rtx"}, None, "a plan of TensorRT-RTX 1.7.1.116 and holds no program text, and the engine"),
+        (b"vtrt", {"tensorrt-rtx"}, None, "a plan of TensorRT-RTX 1.7.1.116 and holds no program text"),
+        # Not even on a GPU is it loaded.
+        (b"vtrt", {"tensorrt-rtx"}, Gpu("RTX 4090", "SM89"), "a plan of TensorRT-RTX 1.7.1.116 and holds no program"),
         (b"ftrt", {"tensorrt-rtx"}, None, "is no plan of TensorRT-RTX and holds no program text, and the engine"),
         (b"ftrt", set(), None, "the engine inspector needs an NVIDIA GPU, and none was found"),
         (b"ftrt", {"tensorrt-rtx"}, Gpu("H200", "SM90"), "the engine inspector needs TensorRT; run: pip install"),
