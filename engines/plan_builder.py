@@ -33,7 +33,8 @@ from spike_export.engines.plan_sidecar import (
     PlanFile,
     PlanKey,
     PlanSidecar,
-    save_sidecar,
+    sidecar_path,
+    sidecar_text,
 )
 from spike_export.export.manifest import DATA_FILE, GRAPH_FILE, load_manifest
 
@@ -194,7 +195,9 @@ def build_plan(
 def build_engine(
     build: PlannedBuild, identity: str | None, progress: Progress, environment: BuildEnvironment
 ) -> tuple[BuildResult, ...]:
-    """Build the plans of an engine one after another, each in a process of its own; all appear or none.
+    """Build the plans of an engine one after another, each in a process of its own.
+
+    All appear, and their sidecars with them, or none.
 
     Args:
         identity: The bundle's hash, where it is known already.
@@ -207,8 +210,10 @@ def build_engine(
     if not options.ignore_memory:
         require_memory(build.weight_bytes, max(map(len, options.plan_profiles)), environment.available)
     with ExitStack() as stack:
+        # Entered last, the plans take their places first: what can go wrong with their many bytes does so before.
+        descriptions = [stack.enter_context(atomic_path(sidecar_path(plan))) for plan in plans]
         partials = [stack.enter_context(atomic_path(plan)) for plan in plans]
-        for partial in partials:
+        for partial in (*partials, *descriptions):
             partial.touch()  # a place that cannot be written to is found out now, not after the build
         key = build.key(identity or hash_bundle(build.bundle, progress))
         requests = [
@@ -218,12 +223,13 @@ def build_engine(
         completions = [
             _run(request, plan, progress, environment) for request, plan in zip(requests, plans, strict=True)
         ]
-    results = []
-    for plan, completion in zip(plans, completions, strict=True):
-        sidecar = _sidecar(build, key, completion)
-        save_sidecar(sidecar, plan)
-        results.append(BuildResult(plan, sidecar, completion.audit, completion.warnings))
-    return tuple(results)
+        sidecars = [_sidecar(build, key, completion) for completion in completions]
+        for sidecar, description in zip(sidecars, descriptions, strict=True):
+            description.write_text(sidecar_text(sidecar), encoding="utf-8")
+    return tuple(
+        BuildResult(plan, sidecar, completion.audit, completion.warnings)
+        for plan, sidecar, completion in zip(plans, sidecars, completions, strict=True)
+    )
 
 
 def _run(request: BuildRequest, plan: Path, progress: Progress, environment: BuildEnvironment) -> CompletionEvent:

@@ -1,5 +1,6 @@
 """An engine is kept while nothing it follows from has changed; else it is built again, and the change is told."""
 
+import errno
 import importlib.util
 import shutil
 import signal
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from spike_export.calibration.errors import ArtifactError, EngineError
+from spike_export.engines import plan_builder
 from spike_export.engines.build_options import SPLIT_PROFILES, BatchRange, BuildOptions
 from spike_export.engines.build_request import CompletionEvent
 from spike_export.engines.bundle_identity import hash_bundle
@@ -19,7 +21,14 @@ from spike_export.engines.plan_backend import TENSORRT_RTX, Machine
 from spike_export.engines.plan_builder import BuildEnvironment, BuildResult, build_engine, build_plan, plan_build
 from spike_export.engines.plan_paths import artifact_paths, find_plans
 from spike_export.engines.plan_reuse import ProvidedEngine, provide_engine
-from spike_export.engines.plan_sidecar import AuditedModule, PlanKey, load_sidecar, sidecar_path
+from spike_export.engines.plan_sidecar import (
+    AuditedModule,
+    PlanKey,
+    PlanSidecar,
+    load_sidecar,
+    sidecar_path,
+    sidecar_text,
+)
 from tests.tiny_bundles import TinyModel, write_bundle
 
 needs_rtx = pytest.mark.skipif(
@@ -306,6 +315,27 @@ def test_ctrl_c_during_either_half_keeps_the_engine_that_was_there(place: Place,
 
     with pytest.raises(KeyboardInterrupt):
         provide_engine(place.bundle, place.engine, SPLIT, interrupt, CPU)
+    assert place.files == before
+
+
+@needs_rtx
+@pytest.mark.parametrize("options", [SMALL, SPLIT], ids=["whole", "split"])
+@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt()], ids=["disk full", "ctrl-c"])
+def test_no_plan_appears_without_its_sidecar(
+    place: Place, monkeypatch: pytest.MonkeyPatch, options: BuildOptions, failure: BaseException
+) -> None:
+    before, written = place.files, []
+
+    def fail(sidecar: PlanSidecar) -> str:
+        written.append(sidecar)
+        if len(written) == len(options.plan_profiles):
+            raise failure
+        return sidecar_text(sidecar)
+
+    monkeypatch.setattr(plan_builder, "sidecar_text", fail)
+    with pytest.raises((ArtifactError, KeyboardInterrupt)):
+        place.again(options, force=True)
+    assert len(written) == len(options.plan_profiles)
     assert place.files == before
 
 

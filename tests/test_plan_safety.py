@@ -22,7 +22,7 @@ from spike_export.engines.plan_header import HEADER_SIZE, read_header
 from spike_export.engines.plan_rebuild import usable_or_rebuilt_engine
 from spike_export.engines.plan_reuse import provide_engine
 from spike_export.engines.plan_safety import StalePlanError, usable_engine, usable_plan
-from spike_export.engines.plan_sidecar import load_sidecar, save_sidecar, sidecar_path
+from spike_export.engines.plan_sidecar import load_sidecar, sidecar_path, sidecar_text
 from spike_export.engines.plan_validity import require_valid_header
 from tests.tiny_bundles import TinyModel, write_bundle
 
@@ -62,7 +62,7 @@ def describe(path: Path, **changes: Any) -> None:
     sidecar = load_sidecar(path)
     assert sidecar.key is not None
     changes["key"] = sidecar.key.model_copy(update=changes.get("key", {}))
-    save_sidecar(sidecar.model_copy(update=changes), path)
+    sidecar_path(path).write_text(sidecar_text(sidecar.model_copy(update=changes)), encoding="utf-8")
 
 
 def test_what_was_built_here_may_be_loaded(plan: Path) -> None:
