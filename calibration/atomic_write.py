@@ -104,6 +104,18 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise
 
 
+def require_writable(folder: Path) -> None:
+    """Find out now, not after hours of work, that a folder cannot be written to.
+
+    Raises:
+        ArtifactError: Names the folder and the reason.
+    """
+    probe = folder / ".spike-export-probe"
+    with atomic_path(probe) as temporary:
+        temporary.touch()
+    probe.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file atomically."""
     with atomic_path(path) as temporary:

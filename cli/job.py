@@ -103,20 +103,6 @@ def require_limit(max_ppl_increase: float | None) -> None:
         raise RecipeError(f"--max-ppl-increase is {max_ppl_increase}; expected a fraction such as 0.05")
 
 
-def require_writable(folder: Path) -> None:
-    """Find out now, not after the calibration, that a folder cannot be written to.
-
-    Raises:
-        ArtifactError: Names the folder and the reason.
-    """
-    from spike_export.calibration.atomic_write import atomic_path
-
-    probe = folder / ".spike-export-probe"
-    with atomic_path(probe) as temporary:
-        temporary.touch()
-    probe.unlink(missing_ok=True)
-
-
 def require_buildable(options: BuildOptions, number_format: NumberFormat = "int8") -> None:
     """Find out now, not after the calibration, that no backend here can build what is asked for.
 

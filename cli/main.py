@@ -196,7 +196,8 @@ def _plan_verdict(engine: "ProvidedEngine", allow_fallback: bool) -> int:
 
 
 def _open(work: "Job", options: RunArguments, stages: Sequence[str], console: Console) -> "Pipeline":
-    from spike_export.cli.job import require_buildable, require_length, require_room, require_writable
+    from spike_export.calibration.atomic_write import require_writable
+    from spike_export.cli.job import require_buildable, require_length, require_room
 
     # What would stop the last stage is said before the first one, which may take hours.
     if work.plan:
@@ -205,6 +206,8 @@ def _open(work: "Job", options: RunArguments, stages: Sequence[str], console: Co
         require_own_place(work.plan, work.build.split)
         require_buildable(work.build, work.number_format)
         require_writable(work.plan.parent)
+        if work.build.timing_cache:
+            require_writable(work.build.timing_cache.parent)
     require_writable(work.work_dir)
     from spike_export.calibration.chat import rendered
     from spike_export.calibration.checkpoint import open_checkpoint

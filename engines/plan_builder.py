@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
-from spike_export.calibration.atomic_write import atomic_path, describe_os_error
+from spike_export.calibration.atomic_write import atomic_path, describe_os_error, require_writable
 from spike_export.calibration.errors import ArtifactError, EngineError
 from spike_export.calibration.progress import Progress, silent
 from spike_export.engines.build_options import DEFAULT_OPTIMIZATION_LEVEL, SPLIT_PROFILES, BuildOptions, ProfileName
@@ -204,11 +204,13 @@ def build_engine(
 
     Raises:
         EngineError: The memory or the graph stands in the way.
-        ArtifactError: A plan cannot be written.
+        ArtifactError: A plan or the timing cache cannot be written.
     """
     options, plans = build.options, plan_paths(build.engine, build.options.split)
     if not options.ignore_memory:
         require_memory(build.weight_bytes, max(map(len, options.plan_profiles)), environment.available)
+    if options.timing_cache:
+        require_writable(options.timing_cache.parent)  # it is written when the plan is built, which then would be lost
     with ExitStack() as stack:
         # Entered last, the plans take their places first: what can go wrong with their many bytes does so before.
         descriptions = [stack.enter_context(atomic_path(sidecar_path(plan))) for plan in plans]

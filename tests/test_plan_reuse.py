@@ -17,7 +17,7 @@ from spike_export.engines import plan_builder
 from spike_export.engines.build_options import SPLIT_PROFILES, BatchRange, BuildOptions
 from spike_export.engines.build_request import CompletionEvent
 from spike_export.engines.bundle_identity import hash_bundle
-from spike_export.engines.plan_backend import TENSORRT_RTX, Machine
+from spike_export.engines.plan_backend import TENSORRT_RTX, Gpu, Machine
 from spike_export.engines.plan_builder import BuildEnvironment, BuildResult, build_engine, build_plan, plan_build
 from spike_export.engines.plan_paths import artifact_paths, find_plans
 from spike_export.engines.plan_reuse import ProvidedEngine, provide_engine
@@ -376,6 +376,15 @@ def test_a_bundle_without_weights_is_refused_before_anything_is_written(tmp_path
     (bundle / "model.onnx.data").unlink()
     with pytest.raises(EngineError, match=r"model\.onnx\.data: .* is not a complete bundle, export it again"):
         provide_engine(bundle, tmp_path / "engine.plan", SPLIT, environment=NO_BUILD)
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_an_unwritable_timing_cache_is_found_out_before_the_build(tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "bundle")
+    machine = Machine(frozenset({"tensorrt"}), Gpu("H200", "SM90"), versions={"tensorrt": "11.4.0"})
+    options = BuildOptions(timing_cache=Path("/proc/none/timing.cache"))
+    with pytest.raises(ArtifactError, match=r"/proc/none/\S+: cannot write"):
+        provide_engine(bundle, tmp_path / "e.plan", options, environment=replace(NO_BUILD, machine=machine))
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
