@@ -109,12 +109,19 @@ def require_buildable(options: BuildOptions, number_format: NumberFormat = "int8
     Raises:
         EngineError: Names the backend or the target, and the remedy.
     """
-    from spike_export.engines.plan_backend import choose_backend, detect_machine, require_features, resolve_targets
+    from spike_export.engines.plan_backend import (
+        choose_backend,
+        detect_machine,
+        require_features,
+        require_float8_compatibility,
+        resolve_targets,
+    )
 
-    machine = detect_machine()
+    machine, float8 = detect_machine(), number_format == "fp8"
     backend = choose_backend(options.backend, machine).backend
-    resolve_targets(backend, options.targets, machine.gpu, float8=number_format == "fp8")
+    resolve_targets(backend, options.targets, machine.gpu, float8=float8)
     require_features(backend, options.features, machine.gpu)
+    require_float8_compatibility(options.hardware_compatible, float8=float8)
 
 
 def require_bundle_or_nothing(folder: Path) -> None:

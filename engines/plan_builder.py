@@ -23,6 +23,7 @@ from spike_export.engines.plan_backend import (
     detect_machine,
     omission,
     require_features,
+    require_float8_compatibility,
     resolve_targets,
 )
 from spike_export.engines.plan_paths import plan_paths, require_file_names
@@ -142,11 +143,7 @@ def plan_build(bundle: Path, engine: Path, options: BuildOptions, environment: B
     if note is not None:
         chosen = replace(chosen, reason=f"{chosen.reason}; {note}")
     require_features(chosen.backend, options.features, machine.gpu)
-    if float8 and options.hardware_compatible == "ampere-plus":
-        raise EngineError(
-            "--hardware-compatible ampere-plus takes GPUs that do not multiply FP8, and the bundle's linears are FP8; "
-            "leave it out, or export with --number-format int8"
-        )
+    require_float8_compatibility(options.hardware_compatible, float8=float8)
     limits = resolve_limits(options, manifest.cached_prefix_length, manifest.max_position_embeddings, manifest.capacity)
     found = machine.version(chosen.backend.name)
     if found is None:
