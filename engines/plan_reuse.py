@@ -44,6 +44,22 @@ class ProvidedEngine:
         return tuple(dict.fromkeys(found))
 
     @property
+    def complaint(self) -> str | None:
+        """What is wrong with the precision the engine runs in, or why it is not known; None where nothing is."""
+        wrong = self.deviations
+        if not wrong:
+            return None
+        if self.unproved is not None:
+            return f"nothing proves in which precision the plan runs: {self.unproved}"
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        plan = next(
+            plan
+            for plan, sidecar in zip(self.plans, self.sidecars, strict=True)
+            if not all(module.as_planned for module in sidecar.audit.modules.values())
+        )
+        return f"{wrong[0]}{more} does not run in the planned precision; see `spike-export inspect {plan}`"
+
+    @property
     def unproved(self) -> str | None:
         """Why nothing is known of some plan's precision; None where all could be read."""
         return next((sidecar.audit.evidence for sidecar in self.sidecars if not sidecar.audit.readable), None)

@@ -58,7 +58,10 @@ def test_a_kept_plan_that_deviates_is_still_refused(tmp_path: Path) -> None:
         done = call(*arguments)
         assert done.code == 1
         assert note in done.out
-        assert "model.layers.0.mlp.up_proj does not run in the planned precision" in done.err
+        assert (
+            "model.layers.0.mlp.up_proj does not run in the planned precision; see `spike-export inspect " in done.err
+        )
+        assert f"inspect {tmp_path / 'e.plan'}`; accept it: --allow-fallback" in done.err
     assert call(*arguments, "--allow-fallback").code == 0
 
 

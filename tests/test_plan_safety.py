@@ -266,6 +266,16 @@ def test_a_stale_plan_is_built_again_as_it_was_built_before(plan: Path) -> None:
     assert elsewhere.sidecar.max_context == 64
 
 
+def test_a_rebuilt_plan_that_does_not_run_as_planned_is_told_before_it_runs(plan: Path) -> None:
+    bundle, environment = plan.parent / "bundle", BuildEnvironment(HERE, None)
+    wrong = "model.layers.0.mlp.up_proj"
+    write_bundle(bundle, TinyModel(wrong_axis=(wrong,), hidden=128))
+    with pytest.raises(EngineError, match=f"was built again, and {wrong} does not run in the planned precision; see"):
+        usable_or_rebuilt_engine(plan, bundle, environment=environment)
+    (usable,) = usable_or_rebuilt_engine(plan, bundle, environment=environment)
+    assert not usable.sidecar.audit.modules[wrong].as_planned
+
+
 def test_what_is_not_ours_is_not_overwritten(plan: Path) -> None:
     sidecar_path(plan).unlink()
     content = plan.read_bytes()
