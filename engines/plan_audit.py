@@ -111,11 +111,6 @@ class PlanAudit:
         """Modules that do not run as planned."""
         return tuple(module for module in self.modules if not module.as_planned)
 
-    @property
-    def fallbacks(self) -> tuple[ModuleAudit, ...]:
-        """Modules planned in 8 bits of which some product is a wider one."""
-        return tuple(module for module in self.deviations if module.planned in EIGHT_BITS)
-
 
 def audit_plan(plan_path: Path, planned: Mapping[str, str]) -> PlanAudit:
     """Compare a plan of TensorRT-RTX with what was asked for; nothing of the plan is executed.
