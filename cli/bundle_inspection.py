@@ -10,8 +10,8 @@ from typing import Any
 import onnx
 from rich.console import Console
 
-from spike_export.calibration.modules import split_name
-from spike_export.cli.text_table import counts_in_words, print_facts, print_table, ranges, size_in_words
+from spike_export.cli.module_rows import rows_over_layers
+from spike_export.cli.text_table import counts_in_words, print_facts, print_table, size_in_words
 from spike_export.engines.module_names import layer_of
 from spike_export.engines.plan_graph import load_structure, planned_precisions
 from spike_export.export.manifest import DATA_FILE, GRAPH_FILE, INT8_WEIGHTS, Manifest, load_manifest
@@ -164,15 +164,9 @@ def _format_rows(manifest: Manifest) -> list[tuple[str, ...]]:
 
 def _linear_rows(inspection: BundleInspection) -> list[tuple[str, ...]]:
     """Return one row for linears of one name, precision and scheme, whatever their layers."""
-    rows: dict[tuple[str, str, str], list[int]] = {}
-    for module, linear in inspection.linears.items():
-        try:
-            layer, role = split_name(module)
-        except ValueError:
-            rows[(module, linear.precision, linear.scheme)] = []
-        else:
-            rows.setdefault((role, linear.precision, linear.scheme), []).append(layer)
-    return [(*key, ranges(sorted(layers))) for key, layers in rows.items()]
+    return [
+        (name, linear.precision, linear.scheme, layers) for name, linear, layers in rows_over_layers(inspection.linears)
+    ]
 
 
 def _operator_rows(inspection: BundleInspection) -> list[tuple[str, ...]]:
