@@ -167,7 +167,7 @@ def _run_job(work: "Job", options: RunArguments) -> int:
         if recipe is not None:
             _print_notes(recipe, console)
         if engine is not None:
-            console.print(Text(f"plan {engine.note}"), soft_wrap=True)
+            _print_build(engine, console)
         plans = engine.plans if engine else ("not built: the accuracy limit was missed",)
         for name, place in (*(("plan", plan) for plan in plans), ("bundle", bundle), ("report", report)):
             console.print(Text(f"{name}: {place}"), soft_wrap=True)
@@ -181,6 +181,12 @@ def _accuracy_verdict(passed: bool) -> int:
         return DONE
     _say("the accuracy limit was missed; see the check")
     return GATE_MISSED
+
+
+def _print_build(engine: "ProvidedEngine", console: Console) -> None:
+    for warning in engine.warnings:
+        console.print(Text(f"the compiler warns: {visible(' '.join(warning.split()))}"), soft_wrap=True)
+    console.print(Text(f"plan {engine.note}"), soft_wrap=True)
 
 
 def _plan_verdict(engine: "ProvidedEngine", allow_fallback: bool) -> int:
@@ -511,7 +517,7 @@ def build(
     with ProgressDisplay(console, ["plan"], quiet=run_options.quiet) as display, display.stage("plan") as progress:
         engine = provide_engine(bundle, out, _build_options(build_options), progress, force=run_options.force)
     if not run_options.quiet:
-        console.print(Text(f"plan {engine.note}"), soft_wrap=True)
+        _print_build(engine, console)
         for plan, sidecar in zip(engine.plans, engine.sidecars, strict=True):
             console.print(Text(f"plan: {plan} ({sidecar.backend.reason})"), soft_wrap=True)
     return _plan_verdict(engine, build_options.allow_fallback)

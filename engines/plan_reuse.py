@@ -28,12 +28,14 @@ class ProvidedEngine:
         sidecars: Of the plans, in their order.
         note: Whether the engine was kept or built, and what has changed since it was built before.
         reused: Nothing was built.
+        warnings: What TensorRT said against the graph while it built.
     """
 
     plans: tuple[Path, ...]
     sidecars: tuple[PlanSidecar, ...]
     note: str
     reused: bool
+    warnings: tuple[str, ...] = ()
 
     @property
     def deviations(self) -> tuple[str, ...]:
@@ -114,7 +116,8 @@ def provide_engine(
         note = f"built again: {reason}"
     results = build_engine(build, identity, progress, environment)
     _discard(other, engine)
-    return ProvidedEngine(plans, tuple(result.sidecar for result in results), note, reused=False)
+    warnings = tuple(dict.fromkeys(warning for result in results for warning in result.warnings))
+    return ProvidedEngine(plans, tuple(result.sidecar for result in results), note, reused=False, warnings=warnings)
 
 
 def require_own_place(engine: Path, split: bool) -> None:

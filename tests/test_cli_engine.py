@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from spike_export.engines import plan_reuse
 from spike_export.engines.plan_backend import TENSORRT_RTX
 from spike_export.engines.plan_sidecar import load_sidecar, sidecar_path
 from tests.tiny_bundles import TinyModel, write_bundle
@@ -49,6 +50,16 @@ def test_build_splits_keeps_and_tells_what_changed(tmp_path: Path) -> None:
     write_bundle(bundle, TinyModel(seed=1))
     told = build(*split, "--optimization-level", "5").out.splitlines()
     assert "plan built again: bundle changed; optimization level 3 -> 5" in told
+
+
+def test_what_the_compiler_warns_of_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = plan_reuse.ProvidedEngine((), (), "built", reused=False, warnings=("weights\n\x1b overflow",))
+    monkeypatch.setattr(plan_reuse, "provide_engine", lambda *_, **__: built)
+    done = call("build", tmp_path, "--out", tmp_path / "e.plan")
+    assert (done.code, done.out.splitlines()[-2:]) == (
+        0,
+        ["the compiler warns: weights \\x1b overflow", "plan built"],
+    )
 
 
 def test_a_kept_plan_that_deviates_is_still_refused(tmp_path: Path) -> None:

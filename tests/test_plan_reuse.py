@@ -162,7 +162,7 @@ def place(template: BuildResult, tmp_path: Path) -> Place:
         plan_size=0,
         seconds=1.0,
         peak_memory=1,
-        warnings=(),
+        warnings=("odd",),
         audit=template.audit,
     )
     quick = replace(CPU, command=(sys.executable, "-I", "-c", QUICK, told.model_dump_json()))
@@ -182,7 +182,7 @@ def test_the_same_engine_is_not_built_twice(place: Place) -> None:
 @needs_rtx
 def test_where_nothing_was_it_is_built(place: Place, tmp_path: Path) -> None:
     first = provide_engine(place.bundle, tmp_path / "new" / "e.plan", SMALL, environment=place.quick)
-    assert (first.note, first.reused) == ("built", False)
+    assert (first.note, first.reused, first.warnings) == ("built", False, ("odd",))
     assert provide_engine(place.bundle, tmp_path / "new" / "e.plan", SMALL, environment=NO_BUILD).reused
 
 
@@ -242,6 +242,7 @@ def test_a_split_engine_is_two_plans_and_replaces_the_one(place: Place) -> None:
     assert find_plans(place.engine) == again.plans
     first, second = again.sidecars
     assert first.key == second.key
+    assert again.warnings == ()
     assert [[p.name for p in sidecar.profiles] for sidecar in again.sidecars] == [["prefill"], ["decode"]]
     # The audit covers both: each plan proves all modules, in its one profile.
     for sidecar in again.sidecars:
@@ -324,7 +325,8 @@ def test_ctrl_c_during_either_half_keeps_the_engine_that_was_there(place: Place,
 def test_no_plan_appears_without_its_sidecar(
     place: Place, monkeypatch: pytest.MonkeyPatch, options: BuildOptions, failure: BaseException
 ) -> None:
-    before, written = place.files, []
+    before = place.files
+    written: list[PlanSidecar] = []
 
     def fail(sidecar: PlanSidecar) -> str:
         written.append(sidecar)
