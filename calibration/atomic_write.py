@@ -61,6 +61,16 @@ def _replace_folder(temporary: Path, path: Path) -> None:
     _remove(retired)
 
 
+def require_file_name(path: Path) -> None:
+    """Refuse a place that a file cannot take because a folder is there; a folder is only ever replaced by a folder.
+
+    Raises:
+        ArtifactError: Names the folder.
+    """
+    if path.is_dir():
+        raise ArtifactError(f"{path}: is a folder, and a file is to be written; give a file name")
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling of `path`; rename it to `path` when the block ends well.
@@ -69,14 +79,19 @@ def atomic_path(path: Path) -> Iterator[Path]:
     only then. When the block raises, the temporary is removed and the previous artifact stays.
 
     Raises:
-        ArtifactError: The place cannot be written to (no permission, disk full, ...).
+        ArtifactError: The place cannot be written to (no permission, disk full, ...), or a folder is where a file is
+            to be written.
     """
+    if not path.name:  # `.` and `/`: nothing can stand beside them
+        raise ArtifactError(f"{path}: this folder cannot be replaced; give a name in it")
     temporary = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove(temporary)
         yield temporary
         _sync(temporary)
+        if not temporary.is_dir():
+            require_file_name(path)
         if path.is_dir():
             _replace_folder(temporary, path)
         else:
@@ -87,6 +102,18 @@ def atomic_path(path: Path) -> Iterator[Path]:
     except BaseException:
         _remove(temporary)
         raise
+
+
+def require_writable(folder: Path) -> None:
+    """Find out now, not after hours of work, that a folder cannot be written to.
+
+    Raises:
+        ArtifactError: Names the folder and the reason.
+    """
+    probe = folder / ".spike-export-probe"
+    with atomic_path(probe) as temporary:
+        temporary.touch()
+    probe.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -10,11 +10,10 @@ from typing import Any
 import onnx
 from rich.console import Console
 
-from spike_export.calibration.errors import ArtifactError
-from spike_export.calibration.modules import split_name
-from spike_export.cli.text_table import counts_in_words, print_facts, print_table, ranges, size_in_words
+from spike_export.cli.module_rows import rows_over_layers
+from spike_export.cli.text_table import counts_in_words, print_facts, print_table, size_in_words
 from spike_export.engines.module_names import layer_of
-from spike_export.engines.plan_graph import planned_precisions
+from spike_export.engines.plan_graph import load_structure, planned_precisions
 from spike_export.export.manifest import DATA_FILE, GRAPH_FILE, INT8_WEIGHTS, Manifest, load_manifest
 
 
@@ -38,7 +37,7 @@ class BundleInspection:
     Attributes:
         files: Name → size in bytes; None where a file that belongs to it is missing.
         linears: By HF module name, in the graph's order.
-        layer_nodes: Nodes of each layer, from the first on.
+        layer_nodes: Nodes of each layer, from the first on; those in branches count, as plans are built of them.
         other_nodes: Nodes of no layer.
         operators: Operator → nodes in the layer in the middle.
     """
@@ -56,14 +55,11 @@ def inspect_bundle(folder: Path) -> BundleInspection:
     """Read manifest and graph; the weights stay in their file, which may even be missing.
 
     Raises:
-        ArtifactError: The manifest or the graph cannot be read.
+        ArtifactError: The manifest cannot be read.
+        EngineError: The graph cannot be read.
     """
     manifest = load_manifest(folder)
-    path = folder / GRAPH_FILE
-    try:
-        model = onnx.load(str(path), load_external_data=False)
-    except Exception as error:  # protobuf's decode error has no public name that survives its versions
-        raise ArtifactError(f"{path}: not a readable ONNX model ({error}); export the bundle again") from error
+    model = load_structure(folder / GRAPH_FILE)
     nodes: dict[int | None, list[onnx.NodeProto]] = {}
     for node in model.graph.node:
         nodes.setdefault(layer_of([node.name]), []).append(node)
@@ -168,15 +164,9 @@ def _format_rows(manifest: Manifest) -> list[tuple[str, ...]]:
 
 def _linear_rows(inspection: BundleInspection) -> list[tuple[str, ...]]:
     """Return one row for linears of one name, precision and scheme, whatever their layers."""
-    rows: dict[tuple[str, str, str], list[int]] = {}
-    for module, linear in inspection.linears.items():
-        try:
-            layer, role = split_name(module)
-        except ValueError:
-            rows[(module, linear.precision, linear.scheme)] = []
-        else:
-            rows.setdefault((role, linear.precision, linear.scheme), []).append(layer)
-    return [(*key, ranges(sorted(layers))) for key, layers in rows.items()]
+    return [
+        (name, linear.precision, linear.scheme, layers) for name, linear, layers in rows_over_layers(inspection.linears)
+    ]
 
 
 def _operator_rows(inspection: BundleInspection) -> list[tuple[str, ...]]:

@@ -12,6 +12,7 @@ from spike_export.calibration.options import CalibrationOptions
 from spike_export.calibration.recipe import Dtype, NumberFormat
 from spike_export.cli.execution import Residency
 from spike_export.engines.build_options import BuildOptions
+from spike_export.engines.plan_paths import require_file_names
 from spike_export.export.cache_options import CacheOptions
 from spike_export.export.graph_plan import LogitsScope
 
@@ -73,10 +74,8 @@ class Job:
             raise RecipeError(
                 f"--attention {self.calibration.attention} does not go with --number-format fp8; leave one of them out"
             )
-        if self.plan is not None and self.plan.is_dir():
-            raise ArtifactError(f"{self.plan}: is a folder; give the plan a file name, such as {self.plan}/engine.plan")
-        if self.plan is not None and self.plan.suffix == ".json":
-            raise ArtifactError(f"{self.plan}: the plan's description has this name; choose another ending, as .plan")
+        if self.plan is not None:
+            require_file_names(self.plan, self.build.split)
 
     def read_corpus(self) -> Corpus | Chats:
         """Return what to calibrate on; conversations are not rendered yet."""
@@ -104,32 +103,25 @@ def require_limit(max_ppl_increase: float | None) -> None:
         raise RecipeError(f"--max-ppl-increase is {max_ppl_increase}; expected a fraction such as 0.05")
 
 
-def require_writable(folder: Path) -> None:
-    """Find out now, not after the calibration, that a folder cannot be written to.
-
-    Raises:
-        ArtifactError: Names the folder and the reason.
-    """
-    from spike_export.calibration.atomic_write import atomic_path
-
-    probe = folder / ".spike-export-probe"
-    with atomic_path(probe) as temporary:
-        temporary.touch()
-    probe.unlink(missing_ok=True)
-
-
 def require_buildable(options: BuildOptions, number_format: NumberFormat = "int8") -> None:
     """Find out now, not after the calibration, that no backend here can build what is asked for.
 
     Raises:
         EngineError: Names the backend or the target, and the remedy.
     """
-    from spike_export.engines.plan_backend import choose_backend, detect_machine, require_features, resolve_targets
+    from spike_export.engines.plan_backend import (
+        choose_backend,
+        detect_machine,
+        require_features,
+        require_float8_compatibility,
+        resolve_targets,
+    )
 
-    machine = detect_machine()
+    machine, float8 = detect_machine(), number_format == "fp8"
     backend = choose_backend(options.backend, machine).backend
-    resolve_targets(backend, options.targets, machine.gpu, float8=number_format == "fp8")
+    resolve_targets(backend, options.targets, machine.gpu, float8=float8)
     require_features(backend, options.features, machine.gpu)
+    require_float8_compatibility(options.hardware_compatible, float8=float8)
 
 
 def require_bundle_or_nothing(folder: Path) -> None:

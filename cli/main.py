@@ -134,7 +134,7 @@ def job(
 
     work = Job(
         model=model,
-        work_dir=work_dir or out.with_name(f"{out.name}.run"),
+        work_dir=work_dir or out.parent / f"{out.name}.run",
         plan=out,
         calibration=_calibration_options(corpus, quantization, dtype),
         quantize=quantize,
@@ -167,7 +167,7 @@ def _run_job(work: "Job", options: RunArguments) -> int:
         if recipe is not None:
             _print_notes(recipe, console)
         if engine is not None:
-            console.print(Text(f"plan {engine.note}"), soft_wrap=True)
+            _print_build(engine, console)
         plans = engine.plans if engine else ("not built: the accuracy limit was missed",)
         for name, place in (*(("plan", plan) for plan in plans), ("bundle", bundle), ("report", report)):
             console.print(Text(f"{name}: {place}"), soft_wrap=True)
@@ -183,20 +183,22 @@ def _accuracy_verdict(passed: bool) -> int:
     return GATE_MISSED
 
 
+def _print_build(engine: "ProvidedEngine", console: Console) -> None:
+    for warning in engine.warnings:
+        console.print(Text(f"the compiler warns: {visible(' '.join(warning.split()))}"), soft_wrap=True)
+    console.print(Text(f"plan {engine.note}"), soft_wrap=True)
+
+
 def _plan_verdict(engine: "ProvidedEngine", allow_fallback: bool) -> int:
-    wrong = engine.deviations
-    if not wrong or allow_fallback:
+    if engine.complaint is None or allow_fallback:
         return DONE
-    if engine.unproved is not None:
-        _say(f"nothing proves in which precision the plan runs: {engine.unproved}; accept it: --allow-fallback")
-        return GATE_MISSED
-    more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-    _say(f"{wrong[0]}{more} does not run in the planned precision; see engine.json, or accept it: --allow-fallback")
+    _say(f"{engine.complaint}; accept it: --allow-fallback")
     return GATE_MISSED
 
 
 def _open(work: "Job", options: RunArguments, stages: Sequence[str], console: Console) -> "Pipeline":
-    from spike_export.cli.job import require_buildable, require_length, require_room, require_writable
+    from spike_export.calibration.atomic_write import require_writable
+    from spike_export.cli.job import require_buildable, require_length, require_room
 
     # What would stop the last stage is said before the first one, which may take hours.
     if work.plan:
@@ -205,6 +207,8 @@ def _open(work: "Job", options: RunArguments, stages: Sequence[str], console: Co
         require_own_place(work.plan, work.build.split)
         require_buildable(work.build, work.number_format)
         require_writable(work.plan.parent)
+        if work.build.timing_cache:
+            require_writable(work.build.timing_cache.parent)
     require_writable(work.work_dir)
     from spike_export.calibration.chat import rendered
     from spike_export.calibration.checkpoint import open_checkpoint
@@ -460,6 +464,7 @@ def check(
     if reference is None or json_file is not None:
         wrong = "needs --reference MODEL, or --lint" if reference is None else "writes --json with --lint only"
         raise ArtifactError(f"check {wrong}")
+    from spike_export.calibration.atomic_write import require_file_name
     from spike_export.cli.bundle_check import check_bundle
     from spike_export.cli.check_table import print_check
     from spike_export.cli.job import require_limit
@@ -468,7 +473,9 @@ def check(
 
     require_limit(gate.max_ppl_increase)
     console = Console()
-    path = out or bundle.with_name(f"{bundle.name}.check.json")
+    named = bundle if bundle.name else bundle.absolute()
+    path = out or named.parent / f"{named.name}.check.json"
+    require_file_name(path)
     with ProgressDisplay(console, ["check"], quiet=run_options.quiet) as display, display.stage("check") as progress:
         result = check_bundle(bundle, reference, corpus, progress).gated(gate.max_ppl_increase)
         save_check(result, path)
@@ -510,7 +517,7 @@ def build(
     with ProgressDisplay(console, ["plan"], quiet=run_options.quiet) as display, display.stage("plan") as progress:
         engine = provide_engine(bundle, out, _build_options(build_options), progress, force=run_options.force)
     if not run_options.quiet:
-        console.print(Text(f"plan {engine.note}"), soft_wrap=True)
+        _print_build(engine, console)
         for plan, sidecar in zip(engine.plans, engine.sidecars, strict=True):
             console.print(Text(f"plan: {plan} ({sidecar.backend.reason})"), soft_wrap=True)
     return _plan_verdict(engine, build_options.allow_fallback)

@@ -37,10 +37,8 @@ from spike_export.cli.job import Job, require_bundle_or_nothing
 from spike_export.cli.progress_display import ProgressDisplay
 from spike_export.cli.run_directory import RunDirectory, stage_key
 from spike_export.engines.check_document import Check, load_check, save_check
-from spike_export.engines.plan_backend import detect_machine
-from spike_export.engines.plan_paths import artifact_paths, plan_paths
-from spike_export.engines.plan_reuse import KEPT, ProvidedEngine, provide_engine
-from spike_export.engines.plan_sidecar import load_sidecar, sidecar_path
+from spike_export.engines.plan_reuse import ProvidedEngine, provide_engine
+from spike_export.engines.plan_sidecar import sidecar_path
 from spike_export.engines.variants import Variant, check_variants
 from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.manifest import DATA_FILE, GRAPH_FILE, MANIFEST_FILE
@@ -343,33 +341,14 @@ class Pipeline:
         return self.calibration.measure(recipe.prefix_ids)
 
     def build(self, bundle: Path) -> ProvidedEngine:
-        """Build the engine, or keep the one that is there."""
-        engine, options = self.job.plan, self.job.build
+        """Build the engine, or keep the one that is there: its sidecar, not a stamp, tells what it was built from."""
+        engine = self.job.plan
         assert engine is not None, "a job without a plan has no build stage"
         # The weights are no longer needed here, and the build process wants the memory.
         self.__dict__.pop("calibration", None)
         collect_and_return_memory()
-        provided: list[ProvidedEngine] = []
-        machine, plans = detect_machine(), plan_paths(engine, options.split)
-        key = stage_key(
-            tool=version("spike-export"),
-            manifest=(bundle / MANIFEST_FILE).read_text(encoding="utf-8"),
-            options=asdict(options),
-            plan=engine.absolute(),
-            backends={name: machine.version(name) for name in machine.installed},
-            gpu=machine.gpu,
-        )
-
-        def work(progress: Progress) -> None:
-            provided.append(provide_engine(bundle, engine, options, progress, force=self.run.force))
-
-        if not all(_is_whole(plan) for plan in plans):
-            self.run.begin(PLAN)
-        self._stage(PLAN, key, artifact_paths(engine, options.split), work)
-        if provided:
-            return provided[0]
-        sidecars = tuple(load_sidecar(plan) for plan in plans)
-        return ProvidedEngine(plans, sidecars, KEPT, reused=True)
+        with self.display.stage(PLAN) as progress:
+            return provide_engine(bundle, engine, self.job.build, progress, force=self.run.force)
 
     def report(self, built: bool) -> Path:
         """Write the HTML page; cheap, and never stale: a plan of an earlier run is left out."""
@@ -402,12 +381,3 @@ def _with_every_module_quantized(options: CalibrationOptions) -> CalibrationOpti
         max_fp16_share=0.0,
         tolerance=0.0,
     )
-
-
-def _is_whole(plan: Path) -> bool:
-    """Return whether a plan has its sidecar and the size that this tells; hashing is for whoever loads it."""
-    try:
-        load_sidecar(plan)
-    except ArtifactError:
-        return False
-    return True

@@ -10,10 +10,10 @@ from typing import Any
 from rich.console import Console
 
 from spike_export.calibration.errors import ArtifactError
-from spike_export.calibration.modules import split_name
-from spike_export.cli.text_table import counts_in_words, print_facts, print_table, ranges, size_in_words
+from spike_export.cli.module_rows import layer_and_name, rows_over_layers
+from spike_export.cli.text_table import counts_in_words, print_facts, print_table, size_in_words
 from spike_export.engines.kernel_count import layer_kernels
-from spike_export.engines.plan_audit import ModuleAudit, PlanAudit, ProgramAudit, judge
+from spike_export.engines.plan_audit import ModuleAudit, PlanAudit, ProgramAudit, covering, judge
 from spike_export.engines.plan_backend import Machine
 from spike_export.engines.plan_reader import read_plan
 from spike_export.engines.plan_reading import Kernel, PlanReading, ProgramReading
@@ -52,8 +52,8 @@ class PlanInspection:
 
     @property
     def proved(self) -> bool:
-        """Whether nothing deviates from what was planned; so it is where that is not known."""
-        return not self.audit.deviations
+        """Whether nothing deviates from what was planned; so it is where no sidecar says what that was."""
+        return not self.audit.deviations and (self.sidecar is not None or not sidecar_path(self.plan).exists())
 
     def profile_name(self, index: int) -> str:
         """Return `prefill`, `decode`, or the number where the sidecar does not tell."""
@@ -79,7 +79,7 @@ def inspect_plan(plan: Path, machine: Machine) -> PlanInspection:
     """Read a plan, and its sidecar where there is one.
 
     Raises:
-        EngineError: The plan cannot be read.
+        EngineError: The file cannot be read, or is no plan.
     """
     reading = read_plan(plan, machine)
     sidecar, note = None, ""
@@ -90,6 +90,7 @@ def inspect_plan(plan: Path, machine: Machine) -> PlanInspection:
         note = f"no {sidecar_path(plan).name} beside it" if missing else str(error)
         note += "; what was planned, and the profiles' names and shapes, are unknown"
     planned = {name: module.planned for name, module in sidecar.audit.modules.items()} if sidecar else {}
+    reading = covering(reading, len(sidecar.profiles)) if sidecar else reading
     return PlanInspection(plan, plan.stat().st_size, sidecar, note, reading, judge(reading, planned))
 
 
@@ -228,20 +229,13 @@ def _weight_rows(inspection: PlanInspection) -> list[tuple[str, ...]]:
 def _linear_rows(inspection: PlanInspection) -> list[tuple[str, ...]]:
     """Return one row for linears of one name with one plan and one fate, whatever their layers."""
     companions = _companions(inspection)
-    rows: dict[tuple[str, str, str, str], list[int]] = {}
-    for module in inspection.modules:
-        layer, role = _split(module.module)
-        key = (role, module.planned, _joined(module.found), companions.get(module.module, ""))
-        rows.setdefault(key, []).extend([] if layer is None else [layer])
-    return [(*key[:3], ranges(sorted(layers)), key[3]) for key, layers in rows.items()]
-
-
-def _split(name: str) -> tuple[int | None, str]:
-    """Return the layer of a module or node, and its name inside; None for the head."""
-    try:
-        return split_name(name)
-    except ValueError:
-        return None, name
+    facts = {
+        module.module: (module.planned, _joined(module.found), companions.get(module.module, ""))
+        for module in inspection.modules
+    }
+    return [
+        (name, planned, found, layers, beside) for name, (planned, found, beside), layers in rows_over_layers(facts)
+    ]
 
 
 def _joined(found: Sequence[str]) -> str:
@@ -254,7 +248,7 @@ def _companions(inspection: PlanInspection) -> Mapping[str, str]:
     for program in inspection.audit.programs:
         for group in program.fused:
             for module in group:
-                others = ", ".join(_split(other)[1].rpartition(".")[2] for other in group if other != module)
+                others = ", ".join(layer_and_name(other)[1].rpartition(".")[2] for other in group if other != module)
                 told.setdefault(module, {})[inspection.profile_name(program.profile)] = others
     total = len(inspection.audit.programs)
     return {
@@ -286,8 +280,8 @@ def _kernel_rows(inspection: PlanInspection) -> list[tuple[str, ...]]:
 
 def _work_of(kernel: Kernel, program: ProgramReading) -> str:
     if kernel.computes:
-        names = " + ".join(_split(module)[1] for module in kernel.computes)
+        names = " + ".join(layer_and_name(module)[1] for module in kernel.computes)
         return f"{names} ({program.precisions[kernel.computes[0]]})"
-    nodes = list(dict.fromkeys(_split(node)[1] for node in kernel.nodes))
+    nodes = list(dict.fromkeys(layer_and_name(node)[1] for node in kernel.nodes))
     more = f" and {len(nodes) - _NODES_SHOWN} more" if len(nodes) > _NODES_SHOWN else ""
     return ", ".join(nodes[:_NODES_SHOWN]) + more

@@ -18,7 +18,7 @@ from spike_export.calibration.errors import EngineError, SpikeExportError
 from spike_export.engines.build_options import BatchRange
 from spike_export.engines.build_profiles import Limits, Profile, make_profiles
 from spike_export.engines.build_request import BuildRequest, CompletionEvent, FailureEvent, ProgressEvent
-from spike_export.engines.plan_audit import judge
+from spike_export.engines.plan_audit import covering, judge
 from spike_export.engines.plan_backend import BACKENDS
 from spike_export.engines.plan_compiler import BuildCancelledError, CompileSettings, Watch, compile_plan
 from spike_export.engines.plan_graph import graph_inputs, load_graph, planned_precisions, resize_cache
@@ -91,6 +91,7 @@ def build(request: BuildRequest, events: IO[bytes], cancelled: threading.Event) 
         stream = PlanStream(file)
         log = compile_plan(trt, Path(request.graph), graph, settings, stream, Watch(report, cancelled.is_set))
     seconds = time.monotonic() - started
+    reading = covering(read_built_plan(Path(request.plan), trt, backend), len(profiles))
     return CompletionEvent(
         version=trt.__version__,
         profiles=tuple(_describe(profile) for profile in profiles),
@@ -99,7 +100,7 @@ def build(request: BuildRequest, events: IO[bytes], cancelled: threading.Event) 
         seconds=round(seconds, 3),
         peak_memory=peak_memory(),
         warnings=tuple(dict.fromkeys(log.warnings)),
-        audit=judge(read_built_plan(Path(request.plan), trt, backend), planned_precisions(graph)),
+        audit=judge(reading, planned_precisions(graph)),
     )
 
 

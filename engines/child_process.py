@@ -45,7 +45,7 @@ def run_build(request: BuildRequest, progress: Progress, command: Sequence[str] 
         finally:
             _stop(process)
         if completion is None:
-            raise EngineError(_describe_death(code, output))
+            raise EngineError(_describe_death(code, output, len(request.profiles)))
         return completion
 
 
@@ -92,7 +92,7 @@ def _stop(process: "subprocess.Popen[bytes]") -> None:
             process.wait()
 
 
-def _describe_death(code: int, output: IO[bytes]) -> str:
+def _describe_death(code: int, output: IO[bytes], profiles: int) -> str:
     output.seek(0)
     words = " ".join(output.read().decode(errors="replace").split())[-_LAST_WORDS:]
     said = f"; it said last: {words}" if words else ""
@@ -100,8 +100,9 @@ def _describe_death(code: int, output: IO[bytes]) -> str:
         return f"the build process ended with exit code {code} and no result{said}"
     name = signal.Signals(-code).name
     if -code == signal.SIGKILL:
+        split = "build the profiles one by one (--profiles split), " if profiles > 1 else ""
         return (
-            f"the build process was killed ({name}), most likely because memory ran out; free memory, build the "
-            f"profiles one by one (--profiles split), or use a larger machine{said}"
+            f"the build process was killed ({name}), most likely because memory ran out; {split}free memory, or use a "
+            f"larger machine{said}"
         )
     return f"the build process crashed inside TensorRT ({name}); please report the model and this message{said}"

@@ -111,11 +111,6 @@ class PlanAudit:
         """Modules that do not run as planned."""
         return tuple(module for module in self.modules if not module.as_planned)
 
-    @property
-    def fallbacks(self) -> tuple[ModuleAudit, ...]:
-        """Modules planned in 8 bits of which some product is a wider one."""
-        return tuple(module for module in self.deviations if module.planned in EIGHT_BITS)
-
 
 def audit_plan(plan_path: Path, planned: Mapping[str, str]) -> PlanAudit:
     """Compare a plan of TensorRT-RTX with what was asked for; nothing of the plan is executed.
@@ -128,6 +123,22 @@ def audit_plan(plan_path: Path, planned: Mapping[str, str]) -> PlanAudit:
         EngineError: The plan cannot be read.
     """
     return judge(read_program_text(plan_path), planned)
+
+
+def covering(reading: PlanReading, profiles: int) -> PlanReading:
+    """Return the reading of a plan where it has a program of every profile, else one that proves nothing.
+
+    A program that is not recognised must not leave the verdict to the others.
+
+    Args:
+        profiles: How many the plan was built with.
+    """
+    read = {program.profile for program in reading.programs}
+    missing = [profile for profile in range(profiles) if profile not in read]
+    if not read or not missing:
+        return reading
+    reason = f"no program of profile {missing[0]} was found in the plan"
+    return PlanReading(Evidence("none", reading.evidence.compiler, reason))
 
 
 def judge(reading: PlanReading, planned: Mapping[str, str]) -> PlanAudit:

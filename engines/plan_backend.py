@@ -245,6 +245,23 @@ def resolve_targets(
     return tuple(target for target in targets if target not in lacking)
 
 
+def require_float8_compatibility(compatible: str | None, *, float8: bool) -> None:
+    """Refuse a hardware compatibility that takes GPUs without FP8.
+
+    Args:
+        compatible: The level asked for; None for none.
+        float8: Whether the graph multiplies FP8.
+
+    Raises:
+        EngineError: Names both options.
+    """
+    if float8 and compatible == "ampere-plus":
+        raise EngineError(
+            "--hardware-compatible ampere-plus takes GPUs that do not multiply FP8, and the bundle's linears are FP8; "
+            "leave it out, or export with --number-format int8"
+        )
+
+
 def omission(backend: Backend, asked: tuple[str, ...]) -> str | None:
     """Return why some of the backend's default targets are left out for an FP8 graph; None where none are."""
     lacking = [target for target in backend.default_targets if target not in FLOAT8_TARGETS]

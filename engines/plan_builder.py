@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
-from spike_export.calibration.atomic_write import atomic_path, describe_os_error
+from spike_export.calibration.atomic_write import atomic_path, describe_os_error, require_writable
 from spike_export.calibration.errors import ArtifactError, EngineError
 from spike_export.calibration.progress import Progress, silent
 from spike_export.engines.build_options import DEFAULT_OPTIMIZATION_LEVEL, SPLIT_PROFILES, BuildOptions, ProfileName
@@ -23,9 +23,10 @@ from spike_export.engines.plan_backend import (
     detect_machine,
     omission,
     require_features,
+    require_float8_compatibility,
     resolve_targets,
 )
-from spike_export.engines.plan_paths import plan_paths
+from spike_export.engines.plan_paths import plan_paths, require_file_names
 from spike_export.engines.plan_sidecar import (
     Audit,
     AuditedModule,
@@ -33,8 +34,8 @@ from spike_export.engines.plan_sidecar import (
     PlanFile,
     PlanKey,
     PlanSidecar,
-    save_sidecar,
     sidecar_path,
+    sidecar_text,
 )
 from spike_export.export.manifest import DATA_FILE, GRAPH_FILE, load_manifest
 
@@ -132,8 +133,7 @@ def plan_build(bundle: Path, engine: Path, options: BuildOptions, environment: B
         EngineError: The backend, an option, a target, a size or the name of the plan stands in the way.
         ArtifactError: The bundle's manifest cannot be read.
     """
-    if engine == sidecar_path(engine):
-        raise EngineError(f"{engine}: the plan's sidecar has this name; choose another ending, such as .plan")
+    require_file_names(engine, options.split)
     machine = environment.machine
     chosen = choose_backend(options.backend, machine)
     manifest = load_manifest(bundle)
@@ -143,11 +143,7 @@ def plan_build(bundle: Path, engine: Path, options: BuildOptions, environment: B
     if note is not None:
         chosen = replace(chosen, reason=f"{chosen.reason}; {note}")
     require_features(chosen.backend, options.features, machine.gpu)
-    if float8 and options.hardware_compatible == "ampere-plus":
-        raise EngineError(
-            "--hardware-compatible ampere-plus takes GPUs that do not multiply FP8, and the bundle's linears are FP8; "
-            "leave it out, or export with --number-format int8"
-        )
+    require_float8_compatibility(options.hardware_compatible, float8=float8)
     limits = resolve_limits(options, manifest.cached_prefix_length, manifest.max_position_embeddings, manifest.capacity)
     found = machine.version(chosen.backend.name)
     if found is None:
@@ -196,21 +192,27 @@ def build_plan(
 def build_engine(
     build: PlannedBuild, identity: str | None, progress: Progress, environment: BuildEnvironment
 ) -> tuple[BuildResult, ...]:
-    """Build the plans of an engine one after another, each in a process of its own; all appear or none.
+    """Build the plans of an engine one after another, each in a process of its own.
+
+    All appear, and their sidecars with them, or none.
 
     Args:
         identity: The bundle's hash, where it is known already.
 
     Raises:
         EngineError: The memory or the graph stands in the way.
-        ArtifactError: A plan cannot be written.
+        ArtifactError: A plan or the timing cache cannot be written.
     """
     options, plans = build.options, plan_paths(build.engine, build.options.split)
     if not options.ignore_memory:
         require_memory(build.weight_bytes, max(map(len, options.plan_profiles)), environment.available)
+    if options.timing_cache:
+        require_writable(options.timing_cache.parent)  # it is written when the plan is built, which then would be lost
     with ExitStack() as stack:
+        # Entered last, the plans take their places first: what can go wrong with their many bytes does so before.
+        descriptions = [stack.enter_context(atomic_path(sidecar_path(plan))) for plan in plans]
         partials = [stack.enter_context(atomic_path(plan)) for plan in plans]
-        for partial in partials:
+        for partial in (*partials, *descriptions):
             partial.touch()  # a place that cannot be written to is found out now, not after the build
         key = build.key(identity or hash_bundle(build.bundle, progress))
         requests = [
@@ -220,12 +222,13 @@ def build_engine(
         completions = [
             _run(request, plan, progress, environment) for request, plan in zip(requests, plans, strict=True)
         ]
-    results = []
-    for plan, completion in zip(plans, completions, strict=True):
-        sidecar = _sidecar(build, key, completion)
-        save_sidecar(sidecar, plan)
-        results.append(BuildResult(plan, sidecar, completion.audit, completion.warnings))
-    return tuple(results)
+        sidecars = [_sidecar(build, key, completion) for completion in completions]
+        for sidecar, description in zip(sidecars, descriptions, strict=True):
+            description.write_text(sidecar_text(sidecar), encoding="utf-8")
+    return tuple(
+        BuildResult(plan, sidecar, completion.audit, completion.warnings)
+        for plan, sidecar, completion in zip(plans, sidecars, completions, strict=True)
+    )
 
 
 def _run(request: BuildRequest, plan: Path, progress: Progress, environment: BuildEnvironment) -> CompletionEvent:

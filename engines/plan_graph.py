@@ -25,17 +25,27 @@ _PASSED_THROUGH = ("Transpose", "Cast", "Unsqueeze")
 
 
 def load_graph(path: Path) -> onnx.ModelProto:
-    """Read model.onnx without its weights and its branches, and see that all weights are in the files beside it.
+    """Read model.onnx as `load_structure` does, and see that all weights are in the files beside it.
 
     Raises:
         EngineError: The file is not an ONNX model, or a weight lies outside its data file.
+    """
+    model = load_structure(path)
+    _require_weights(model, path.parent)
+    return model
+
+
+def load_structure(path: Path) -> onnx.ModelProto:
+    """Read model.onnx without its weights, which need not be there, and without its branches.
+
+    Raises:
+        EngineError: The file is not an ONNX model.
     """
     try:
         model = onnx.load(str(path), load_external_data=False)
     except Exception as error:  # protobuf's decode error has no public name that survives its versions
         raise EngineError(f"{path}: not a readable ONNX model ({error}); export the bundle again") from error
     inline_branches(model)
-    _require_weights(model, path.parent)
     return model
 
 

@@ -15,8 +15,13 @@ from spike_export.engines.plan_backend import TENSORRT, TENSORRT_RTX, Backend
 
 HEADER_SIZE = 64
 
-_BACKENDS: Mapping[bytes, Backend] = {b"ftrt": TENSORRT, b"vtrt": TENSORRT_RTX}
-_VERSION_END = 28
+TENSORRT_RTX_TAG = b"vtrt"
+"""Beginning of a plan of TensorRT-RTX."""
+
+VERSION = slice(24, 28)
+"""Where a plan holds the version of its compiler, one byte for each of the four numbers."""
+
+_BACKENDS: Mapping[bytes, Backend] = {b"ftrt": TENSORRT, TENSORRT_RTX_TAG: TENSORRT_RTX}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +58,10 @@ def read_header(plan: Path) -> PlanHeader:
     except OSError as error:
         raise EngineError(f"{plan}: cannot read the plan: {error.strerror}") from error
     backend = _BACKENDS.get(data[:4])
-    if backend is None or len(data) < _VERSION_END or data[4:8] != bytes(4):
+    if backend is None or len(data) < VERSION.stop or data[4:8] != bytes(4):
         start = f"it begins with {data[:8].hex(' ')}" if data else "it is empty"
         raise EngineError(f"{plan}: not a TensorRT or TensorRT-RTX plan ({start}); give a plan that build wrote")
-    version = ".".join(str(number) for number in data[24:_VERSION_END])
+    version = ".".join(str(number) for number in data[VERSION])
     if backend is TENSORRT or len(data) < HEADER_SIZE:
         return PlanHeader(backend, version, None, ())
     (size,) = struct.unpack_from("<Q", data, 16)

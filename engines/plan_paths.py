@@ -8,8 +8,11 @@ from spike_export.engines.plan_sidecar import sidecar_path
 
 
 def split_path(engine: Path, profile: ProfileName) -> Path:
-    """Return the plan of one profile of a split engine: `engine.plan` → `engine.decode.plan`."""
-    return engine.with_name(f"{engine.stem}.{profile}{engine.suffix}")
+    """Return the plan of one profile of a split engine: `engine.plan` → `engine.decode.plan`, `engine` too.
+
+    An ending is needed: the sidecar of `engine.decode` would be that of `engine`.
+    """
+    return engine.with_name(f"{engine.stem}.{profile}{engine.suffix or '.plan'}")
 
 
 def plan_paths(engine: Path, split: bool) -> tuple[Path, ...]:
@@ -20,6 +23,19 @@ def plan_paths(engine: Path, split: bool) -> tuple[Path, ...]:
 def artifact_paths(engine: Path, split: bool) -> tuple[Path, ...]:
     """Return the plans and their sidecars."""
     return tuple(path for plan in plan_paths(engine, split) for path in (plan, sidecar_path(plan)))
+
+
+def require_file_names(engine: Path, split: bool) -> None:
+    """Refuse a name under which the plans and sidecars of an engine cannot be written as files.
+
+    Raises:
+        EngineError: A folder has the name, or it is the sidecar's.
+    """
+    folders = [path for path in (engine, *(artifact_paths(engine, split) if engine.name else ())) if path.is_dir()]
+    if folders:
+        raise EngineError(f"{folders[0]}: is a folder; give the plan a file name, such as {folders[0] / 'engine.plan'}")
+    if engine == sidecar_path(engine):
+        raise EngineError(f"{engine}: the plan's description has this name; choose another ending, such as .plan")
 
 
 def find_plans(engine: Path) -> tuple[Path, ...]:

@@ -6,27 +6,27 @@ from typing import Any
 
 from spike_export.calibration.errors import EngineError
 from spike_export.engines.engine_inspector import inspect_engine
-from spike_export.engines.plan_backend import TENSORRT, TENSORRT_RTX, Backend, Machine
+from spike_export.engines.plan_backend import TENSORRT_RTX, Backend, Machine
+from spike_export.engines.plan_header import read_header
 from spike_export.engines.plan_reading import Evidence, PlanReading
 from spike_export.engines.program_products import read_program_text
-from spike_export.engines.program_text import is_tensorrt_rtx
 
 
 def read_plan(plan: Path, machine: Machine) -> PlanReading:
-    """Read what a plan runs: from its program text, or else, on a GPU, from the engine inspector.
+    """Read what a plan runs: from its program text, or, where TensorRT wrote it, on a GPU from the engine inspector.
 
-    The inspector loads the engine, which executes it: the plan must be trusted then.
+    The inspector loads the engine, which executes it: a plan of TensorRT must be trusted then.
 
     Returns:
         The reading; without programs, and with the reason, where neither way leads anywhere.
 
     Raises:
-        EngineError: The file cannot be read, or cannot be loaded by the compiler's runtime.
+        EngineError: The file cannot be read, is no plan, or cannot be loaded by the compiler's runtime.
     """
+    backend = read_header(plan).backend
     reading = read_program_text(plan)
-    if reading.programs:
+    if reading.programs or backend is TENSORRT_RTX:
         return reading
-    backend = TENSORRT_RTX if is_tensorrt_rtx(plan) else TENSORRT
     if machine.gpu is None:
         return _unread(reading, "the engine inspector needs an NVIDIA GPU, and none was found")
     if backend.name not in machine.installed:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from spike_export.calibration.errors import ArtifactError
+from spike_export.calibration.errors import ArtifactError, EngineError
 from spike_export.calibration.progress import Progress, silent
 from spike_export.engines.build_options import BatchRange, BuildOptions
 from spike_export.engines.plan_backend import BACKENDS, Gpu
@@ -24,7 +24,8 @@ def usable_or_rebuilt_engine(
         environment: This machine when omitted.
 
     Raises:
-        EngineError: A plan is missing or foreign: it was not built here, and is not overwritten. Or the build fails.
+        EngineError: A plan is missing or foreign: it was not built here, and is not overwritten. Or the build fails, or
+            what was built is not proved to run as planned; it is there, and counts as usable from then on.
         ArtifactError: The bundle's manifest cannot be read, or a plan cannot be written.
     """
     environment = environment or detect_environment()
@@ -35,7 +36,9 @@ def usable_or_rebuilt_engine(
             raise  # what would be built could not run here either
         options = _options(engine, environment.machine.gpu)
     # Forced: a plan may have gone stale in ways its key does not tell.
-    provide_engine(bundle, engine, options, progress, environment, force=True)
+    complaint = provide_engine(bundle, engine, options, progress, environment, force=True).complaint
+    if complaint is not None:
+        raise EngineError(f"{engine} was built again, and {complaint}; give the command again to run it all the same")
     return usable_engine(engine, bundle, environment.machine, progress)
 
 

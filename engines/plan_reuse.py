@@ -28,12 +28,14 @@ class ProvidedEngine:
         sidecars: Of the plans, in their order.
         note: Whether the engine was kept or built, and what has changed since it was built before.
         reused: Nothing was built.
+        warnings: What TensorRT said against the graph while it built.
     """
 
     plans: tuple[Path, ...]
     sidecars: tuple[PlanSidecar, ...]
     note: str
     reused: bool
+    warnings: tuple[str, ...] = ()
 
     @property
     def deviations(self) -> tuple[str, ...]:
@@ -42,6 +44,22 @@ class ProvidedEngine:
             name for sidecar in self.sidecars for name, module in sidecar.audit.modules.items() if not module.as_planned
         )
         return tuple(dict.fromkeys(found))
+
+    @property
+    def complaint(self) -> str | None:
+        """What is wrong with the precision the engine runs in, or why it is not known; None where nothing is."""
+        wrong = self.deviations
+        if not wrong:
+            return None
+        if self.unproved is not None:
+            return f"nothing proves in which precision the plan runs: {self.unproved}"
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        plan = next(
+            plan
+            for plan, sidecar in zip(self.plans, self.sidecars, strict=True)
+            if not all(module.as_planned for module in sidecar.audit.modules.values())
+        )
+        return f"{wrong[0]}{more} does not run in the planned precision; see `spike-export inspect {plan}`"
 
     @property
     def unproved(self) -> str | None:
@@ -78,7 +96,8 @@ def provide_engine(
     build = plan_build(bundle, engine, options, environment)
     require_own_place(engine, options.split)
     plans, other = plan_paths(engine, options.split), plan_paths(engine, not options.split)
-    earlier = next((form for form in (plans, other) if all(plan.exists() for plan in form)), None)
+    former = other if all(plan.exists() and _is_form(plan, engine) for plan in other) else None
+    earlier = plans if all(plan.exists() for plan in plans) else former
     identity, note = None, "built"
     if earlier is None:
         halves = [plan for plan in plans if plan.exists()]
@@ -92,12 +111,13 @@ def provide_engine(
             changes = build.key(identity).changes_since(_key(earlier[0]))
             reason = "; ".join(changes) or _altered(earlier, progress)
         if reason is None:
-            _discard(other)
+            _discard(other, engine)
             return ProvidedEngine(plans, tuple(load_sidecar(plan) for plan in plans), KEPT, reused=True)
         note = f"built again: {reason}"
     results = build_engine(build, identity, progress, environment)
-    _discard(other)
-    return ProvidedEngine(plans, tuple(result.sidecar for result in results), note, reused=False)
+    _discard(other, engine)
+    warnings = tuple(dict.fromkeys(warning for result in results for warning in result.warnings))
+    return ProvidedEngine(plans, tuple(result.sidecar for result in results), note, reused=False, warnings=warnings)
 
 
 def require_own_place(engine: Path, split: bool) -> None:
@@ -140,9 +160,20 @@ def _key(plan: Path) -> PlanKey:
     return key
 
 
-def _discard(plans: tuple[Path, ...]) -> None:
+def _is_form(plan: Path, engine: Path) -> bool:
+    """Return whether a plan was built as the engine or as half of it, and does not merely have a half's name."""
+    if plan == engine:
+        return sidecar_path(plan).is_file()
+    try:
+        key = load_sidecar(plan).key
+    except ArtifactError:
+        return False
+    return key is not None and key.split
+
+
+def _discard(plans: tuple[Path, ...], engine: Path) -> None:
     """Remove what the engine was in its other form: it would be taken for the engine, or for a part of it."""
     for plan in plans:
-        if sidecar_path(plan).is_file():
+        if _is_form(plan, engine):
             plan.unlink(missing_ok=True)
             sidecar_path(plan).unlink()

@@ -6,15 +6,17 @@ from spike_export.calibration.errors import EngineError
 from spike_export.calibration.progress import Progress, silent
 from spike_export.engines.decoding import Decoding
 from spike_export.engines.plan_backend import detect_machine
-from spike_export.engines.plan_paths import find_plans
+from spike_export.engines.plan_paths import find_plans, plan_paths
 from spike_export.engines.plan_rebuild import usable_or_rebuilt_engine
 from spike_export.engines.plan_safety import usable_engine
 from spike_export.export.manifest import MANIFEST_FILE
 
 
 def is_plan(path: Path) -> bool:
-    """Return whether a path is meant as an engine and not as a bundle, which is a folder."""
-    return path.is_file() or (path.suffix == ".plan" and not path.is_dir())
+    """Return whether a path is meant as an engine, whole or split, and not as a bundle, which is a folder."""
+    if path.is_dir() or not path.name:
+        return False
+    return path.is_file() or path.suffix == ".plan" or any(half.is_file() for half in plan_paths(path, split=True))
 
 
 def bundle_of(engine: Path, given: Path | None = None) -> Path:

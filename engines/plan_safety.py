@@ -34,14 +34,21 @@ class CheckedPlan:
 def usable_engine(
     engine: Path, bundle: Path | None, machine: Machine, progress: Progress = silent
 ) -> tuple[CheckedPlan, ...]:
-    """Return the plans of an engine, each checked by `usable_plan`, and that they belong together.
+    """Return the plans of an engine that may be loaded on this machine.
+
+    Cheap questions come first: the header, the sidecar, sizes, backend and GPU, and at last what has to be hashed.
 
     Args:
         engine: File of the plan, or the name of a split engine (see `plan_paths`).
+        bundle: What the plans should have been built from; None where that is not to be asked.
+        machine: Where they are to run: its backends, their versions, its GPU.
+        progress: Told of the hashing of bundle and plans (bytes).
 
     Raises:
-        StalePlanError: A plan was built here and cannot be used; or the two halves are of different builds.
-        EngineError: A plan is missing or foreign.
+        StalePlanError: A plan was built here, but for another backend version or GPU, from another bundle, or its
+            bytes have changed since; or the two halves are of different builds. The reason is named.
+        EngineError: A plan is missing; it is no plan or a foreign one; it lacks its weights and there is no bundle to
+            take them from; or this machine cannot run plans.
     """
     identity = _identity(bundle, progress)
     plans = tuple(CheckedPlan(plan, _usable(plan, identity, machine, progress)) for plan in find_plans(engine))
@@ -49,26 +56,6 @@ def usable_engine(
         names = " and ".join(plan.path.name for plan in plans)
         raise StalePlanError(f"{engine}: {names} are of different builds; build the engine again")
     return plans
-
-
-def usable_plan(plan: Path, bundle: Path | None, machine: Machine, progress: Progress = silent) -> PlanSidecar:
-    """Return the sidecar of a plan that may be loaded on this machine.
-
-    Cheap questions come first: the header, the sidecar, sizes, backend and GPU, and at last what has to be hashed.
-
-    Args:
-        plan: One file.
-        bundle: What the plan should have been built from; None where that is not to be asked.
-        machine: Where the plan is to run: its backends, their versions, its GPU.
-        progress: Told of the hashing of bundle and plan (bytes).
-
-    Raises:
-        StalePlanError: The plan was built here, but for another backend version or GPU, from another bundle, or its
-            bytes have changed since. The reason is named.
-        EngineError: The file is no plan or a foreign one, it lacks its weights and there is no bundle to take them
-            from, or this machine cannot run plans.
-    """
-    return _usable(plan, _identity(bundle, progress), machine, progress)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,6 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from spike_export.calibration.atomic_write import write_text
 from spike_export.calibration.errors import ArtifactError
 from spike_export.engines.build_options import HardwareCompatibility, ProfileName
 from spike_export.engines.plan_audit import ProgramAudit
@@ -171,15 +170,10 @@ def sidecar_path(plan: Path) -> Path:
     return plan.with_suffix(".json")
 
 
-def save_sidecar(sidecar: PlanSidecar, plan: Path) -> None:
-    """Write the sidecar beside the plan.
-
-    Raises:
-        ArtifactError: The place cannot be written to.
-    """
+def sidecar_text(sidecar: PlanSidecar) -> str:
+    """Return what is written beside the plan, in UTF-8."""
     text = json.dumps(sidecar.model_dump(mode="json"), indent=1, ensure_ascii=False)
-    text = _NUMBER_LIST.sub(lambda match: " ".join(match.group().split()), text)
-    write_text(sidecar_path(plan), text + "\n")
+    return _NUMBER_LIST.sub(lambda match: " ".join(match.group().split()), text) + "\n"
 
 
 def load_sidecar(plan: Path) -> PlanSidecar:

@@ -10,31 +10,27 @@ from spike_export.calibration.errors import EngineError
 from spike_export.engines.plan_header import HEADER_SIZE
 
 
-def require_valid_header(trt: Any, runtime: Any, plan: Path) -> str | None:
-    """Ask the runtime about a plan.
+def require_valid_header(trt: Any, runtime: Any, plan: Path) -> None:
+    """Refuse a plan of which the runtime says that it cannot run; TensorRT cannot be asked, and refuses at loading.
+
+    A plan that runs slower than one built for this very GPU is taken.
 
     Args:
         trt: The bindings.
         runtime: A `trt.Runtime` on the GPU the plan is to run on.
-
-    Returns:
-        A warning, or None. None also where the backend cannot be asked: TensorRT cannot.
 
     Raises:
         EngineError: The plan cannot run here; with every reason the runtime gives.
         OSError: The plan cannot be read.
     """
     if not hasattr(runtime, "get_engine_validity"):
-        return None
+        return
     with plan.open("rb") as file:
         header = file.read(HEADER_SIZE)
     validity, diagnostics = runtime.get_engine_validity(header)
-    if validity == trt.EngineValidity.VALID:
-        return None
-    reasons = _reasons(trt, int(diagnostics))
-    if validity == trt.EngineValidity.SUBOPTIMAL:
-        return f"{plan} runs here, but slower than it could ({reasons}); build it again for this GPU"
-    raise EngineError(f"{plan} cannot run here, says TensorRT-RTX {trt.__version__}: {reasons}")
+    if validity in (trt.EngineValidity.VALID, trt.EngineValidity.SUBOPTIMAL):
+        return
+    raise EngineError(f"{plan} cannot run here, says TensorRT-RTX {trt.__version__}: {_reasons(trt, int(diagnostics))}")
 
 
 def _reasons(trt: Any, diagnostics: int) -> str:

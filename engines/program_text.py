@@ -13,14 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spike_export.calibration.errors import EngineError
+from spike_export.engines.plan_header import TENSORRT_RTX_TAG, VERSION
 
 CHECKED_VERSION = (1, 7)
 """Release of TensorRT-RTX whose program text this module and its users were checked with."""
-
-_MAGIC = b"vtrt"
-"""Beginning of a TensorRT-RTX plan."""
-_VERSION = slice(24, 28)
-"""Where a plan holds the version of its compiler, one byte for each of the four numbers."""
 
 _PROGRAM = b"descriptors {"
 _ACCELERATORS = re.compile(r"accelerators=\{([^}]*)\}")
@@ -111,19 +107,10 @@ def read_plan_text(plan: Path) -> PlanText:
     """
     try:
         with plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            version = tuple(data[_VERSION]) if data[: len(_MAGIC)] == _MAGIC else ()
+            version = tuple(data[VERSION]) if data[: len(TENSORRT_RTX_TAG)] == TENSORRT_RTX_TAG else ()
             return PlanText(version, tuple(_programs(data)))
     except (OSError, ValueError) as error:  # ValueError: mmap refuses an empty file
         raise EngineError(f"{plan}: cannot read the plan: {error}") from error
-
-
-def is_tensorrt_rtx(plan: Path) -> bool:
-    """Return whether a file begins like a plan of TensorRT-RTX; False where it cannot be read."""
-    try:
-        with plan.open("rb") as file:
-            return file.read(len(_MAGIC)) == _MAGIC
-    except OSError:
-        return False
 
 
 def _programs(data: mmap.mmap) -> Iterator[Program]:

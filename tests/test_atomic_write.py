@@ -129,6 +129,21 @@ def test_the_data_reach_the_disk_before_the_name(tmp_path: Path, monkeypatch: py
     assert events == ["sync", "replace"]
 
 
+def test_a_file_does_not_replace_a_folder(tmp_path: Path) -> None:
+    target = tmp_path / "folder"
+    fill(target, "mine")
+    with pytest.raises(ArtifactError, match="is a folder, and a file is to be written; give a file name"):
+        write_text(target, "new")
+    assert (target / "deep" / "file").read_text() == "mine"
+    assert names(tmp_path) == ["folder"]
+
+
+@pytest.mark.parametrize("place", [".", "/"])
+def test_a_folder_without_a_name_is_not_replaced(place: str) -> None:
+    with pytest.raises(ArtifactError, match="this folder cannot be replaced; give a name in it"):
+        write_text(Path(place), "")
+
+
 def test_a_parent_that_is_a_file_is_an_error_with_a_remedy(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for target in (tmp_path / "file" / "x.json", tmp_path / "file" / "deeper" / "x.json"):

@@ -47,6 +47,14 @@ def test_a_death_or_failure_is_one_clear_error(text: str, message: str) -> None:
     assert message in str(caught.value)
 
 
+def test_profiles_are_advised_to_be_split_only_where_there_are_several() -> None:
+    kill = program("os.kill(os.getpid(), signal.SIGKILL)")
+    with pytest.raises(EngineError, match="memory ran out; free memory, or use a larger machine"):
+        run_build(REQUEST, silent, kill)
+    with pytest.raises(EngineError, match=r"memory ran out; build the profiles one by one \(--profiles split\), free"):
+        run_build(REQUEST.model_copy(update={"profiles": ("prefill", "decode")}), silent, kill)
+
+
 def test_a_program_that_does_not_even_start_reading_is_reported() -> None:
     with pytest.raises(EngineError, match="exit code 4"):
         run_build(REQUEST, silent, (sys.executable, "-c", "import os; os.close(0); os._exit(4)"))

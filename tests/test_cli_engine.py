@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from spike_export.engines import plan_reuse
 from spike_export.engines.plan_backend import TENSORRT_RTX
 from spike_export.engines.plan_sidecar import load_sidecar, sidecar_path
 from tests.tiny_bundles import TinyModel, write_bundle
@@ -51,6 +52,16 @@ def test_build_splits_keeps_and_tells_what_changed(tmp_path: Path) -> None:
     assert "plan built again: bundle changed; optimization level 3 -> 5" in told
 
 
+def test_what_the_compiler_warns_of_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = plan_reuse.ProvidedEngine((), (), "built", reused=False, warnings=("weights\n\x1b overflow",))
+    monkeypatch.setattr(plan_reuse, "provide_engine", lambda *_, **__: built)
+    done = call("build", tmp_path, "--out", tmp_path / "e.plan")
+    assert (done.code, done.out.splitlines()[-2:]) == (
+        0,
+        ["the compiler warns: weights \\x1b overflow", "plan built"],
+    )
+
+
 def test_a_kept_plan_that_deviates_is_still_refused(tmp_path: Path) -> None:
     bundle = write_bundle(tmp_path / "bundle", TinyModel(wrong_axis=("model.layers.0.mlp.up_proj",), hidden=128))
     arguments = ("build", bundle, "--out", tmp_path / "e.plan", *RTX, "--profiles", "decode")
@@ -58,7 +69,10 @@ def test_a_kept_plan_that_deviates_is_still_refused(tmp_path: Path) -> None:
         done = call(*arguments)
         assert done.code == 1
         assert note in done.out
-        assert "model.layers.0.mlp.up_proj does not run in the planned precision" in done.err
+        assert (
+            "model.layers.0.mlp.up_proj does not run in the planned precision; see `spike-export inspect " in done.err
+        )
+        assert f"inspect {tmp_path / 'e.plan'}`; accept it: --allow-fallback" in done.err
     assert call(*arguments, "--allow-fallback").code == 0
 
 
@@ -96,13 +110,29 @@ def test_the_main_job_ends_with_a_split_engine(finished: tuple[Path, Outcome]) -
 def test_the_main_job_keeps_or_builds_again_and_says_why(finished: tuple[Path, Outcome], tmp_path: Path) -> None:
     shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
     again = job(tmp_path, "--profiles", "split")
-    # In another place the stage runs, finds the engine as it should be, and builds nothing.
+    # The stage compares what the engine was built from, and builds nothing.
     assert "plan kept: nothing it was built from has changed" in again.out.splitlines()
-    assert job(tmp_path, "--profiles", "split").stages_run == ("report",)
+    assert again.stages_run == ("plan", "report")
     one = job(tmp_path, "--profiles", "decode")
     assert one.stages_run == ("plan", "report")
     assert "plan built again: profiles prefill+decode -> decode; a plan per profile yes -> no" in one.out.splitlines()
     assert files(tmp_path) == {"corpus.txt", "e.plan", "e.json"}
+
+
+def test_the_main_job_does_not_take_another_bundle_s_plan_for_its_own(
+    finished: tuple[Path, Outcome], tmp_path: Path
+) -> None:
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    job(tmp_path, "--profiles", "decode")
+    own = load_sidecar(tmp_path / "e.plan").bundle_sha256
+    other = write_bundle(tmp_path / "other")
+    options = ("--profiles", "decode", "--optimization-level", "5")
+    assert call("build", other, "--out", tmp_path / "e.plan", *RTX, *options).code == 0
+    assert load_sidecar(tmp_path / "e.plan").bundle_sha256 != own
+    told = job(tmp_path, "--profiles", "decode").out
+    assert "plan built again: bundle changed; " in told
+    assert "optimization level 5 -> 3" in told
+    assert load_sidecar(tmp_path / "e.plan").bundle_sha256 == own
 
 
 def test_the_main_job_builds_a_truncated_plan_again(finished: tuple[Path, Outcome], tmp_path: Path) -> None:

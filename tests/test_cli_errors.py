@@ -277,6 +277,24 @@ def test_a_machine_without_a_backend_is_told_at_once(
 def test_a_plan_that_cannot_have_this_name(folder: Path, tmp_path: Path) -> None:
     assert_says(job(folder, tmp_path / "engine.json"), "engine.json", "choose another ending")
     assert_says(job(folder, tmp_path), tmp_path, "is a folder", "engine.plan")
+    for place in (".", "/"):
+        assert_says(job(folder, Path(place)), f"{place}: is a folder")
+
+
+def test_a_folder_in_the_place_of_a_file_is_kept(folder: Path, tmp_path: Path) -> None:
+    content = tmp_path / "mine" / "content"
+    content.parent.mkdir()
+    content.write_text("mine")
+    bundle = folder / "bundle"
+    assert_says(call("build", bundle, "--out", content.parent).error, content.parent, "is a folder", "engine.plan")
+    for place in (".", "/"):
+        assert_says(call("build", bundle, "--out", place).error, f"{place}: is a folder")
+    checked = call("check", bundle, "--reference", folder / "model", "--out", content.parent).error
+    assert_says(checked, content.parent, "is a folder", "give a file name")
+    linted = call("check", bundle, "--lint", "--json", content.parent, "--quiet").error
+    assert_says(linted, content.parent, "is a folder", "give a file name")
+    assert content.read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
 def test_nothing_at_all_is_asked_for() -> None:

@@ -25,6 +25,7 @@ from spike_export.calibration.layerwise import Decoder
 from spike_export.calibration.recipe import AttentionPlan, Dtype, ModulePlan, Recipe, Scheme, load_recipe, save_recipe
 from spike_export.calibration.simulate import QuantizedWeights, Simulation, fake_quantize, fake_quantize_tokens
 from spike_export.calibration.weight_quantization import quantize_weight
+from spike_export.engines import plan_backend
 from spike_export.engines.build_options import BatchRange, BuildOptions, ProfileName
 from spike_export.engines.onnx_session import open_bundle
 from spike_export.engines.plan_audit import FLOAT8_WEIGHT_ONLY, NOT_FOUND, WEIGHT_ONLY, ModuleAudit, audit_plan
@@ -318,6 +319,17 @@ def test_the_command_line_exports_fp8_and_refuses_what_cannot_be_meant(tmp_path:
     line = call("build", tmp_path / "b", "--out", tmp_path / "e.plan", "--target", "SM80").error
     assert "SM80 does not multiply FP8" in line or "no TensorRT backend" in line
     assert not (tmp_path / "e.plan").exists()
+
+
+def test_hardware_compatibility_without_fp8_is_refused_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = Machine(frozenset({"tensorrt"}), Gpu("H200", "SM90"), versions={"tensorrt": "11.4.0"})
+    monkeypatch.setattr(plan_backend, "detect_machine", lambda: machine)
+    options = ("--number-format", "fp8", "--hardware-compatible", "ampere-plus")
+    line = call(tmp_path / "no model", "--out", tmp_path / "e.plan", *options).error
+    assert "--hardware-compatible ampere-plus takes GPUs that do not multiply FP8" in line
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_targets_without_fp8_are_left_out_or_refused() -> None:

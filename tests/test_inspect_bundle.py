@@ -12,6 +12,7 @@ from spike_export.calibration.recipe import ModulePlan, Recipe, Scheme
 from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.cache_options import CacheOptions
 from spike_export.export.manifest import load_manifest
+from tests.test_export_moe import Case, mixture, recipe_of
 from tests.tiny_cli_models import call
 from tests.tiny_models import tiny_llama, tiny_recipe
 
@@ -88,6 +89,18 @@ def test_a_bundle_without_its_weights_still_tells(bundle: Path, tmp_path: Path) 
     assert found["modules"] == document(bundle)["modules"]
     lines = [" ".join(line.split()) for line in call("inspect", tmp_path).out.splitlines()]
     assert "model.onnx.data MISSING" in lines
+
+
+def test_every_expert_of_a_mixture_is_listed(tmp_path: Path) -> None:
+    """Though ONNX Runtime's graph has each in a branch, which is skipped where no token is sent to it."""
+    checkpoint = mixture("mixtral").checkpoint
+    recipe = recipe_of("mixtral", Case(expert=ModulePlan(precision="float16")), checkpoint, "float16")
+    export_bundle(checkpoint, recipe, ExportOptions("float16"), tmp_path / "b")
+    found = document(tmp_path / "b")
+    modules = {name: linear["precision"] for name, linear in found["modules"].items()}
+    assert modules.pop("lm_head") == "float16"
+    assert modules == {name: plan.precision for name, plan in recipe.modules.items()}
+    assert "If" not in found["nodes"]["operators"]
 
 
 def test_a_damaged_bundle_is_an_error(bundle: Path, tmp_path: Path) -> None:

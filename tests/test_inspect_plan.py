@@ -13,7 +13,7 @@ from spike_export.calibration.modules import linears
 from spike_export.calibration.recipe import Dtype
 from spike_export.cli.text_table import counts_in_words, ranges, size_in_words
 from spike_export.engines.build_options import BuildOptions
-from spike_export.engines.plan_backend import TENSORRT_RTX, Machine
+from spike_export.engines.plan_backend import TENSORRT_RTX, Machine, find_gpu
 from spike_export.engines.plan_builder import BuildEnvironment, build_plan
 from spike_export.engines.plan_sidecar import load_sidecar
 from spike_export.export.bundle import ExportOptions, export_bundle
@@ -136,9 +136,11 @@ def test_a_sidecar_of_another_plan_is_not_used(plan: Path, tmp_path: Path) -> No
     longer = tmp_path / "engine.plan"
     longer.write_bytes(plan.read_bytes() + b"\0")
     shutil.copy(plan.with_suffix(".json"), tmp_path / "engine.json")
-    found = document(longer)
+    found = document(longer, code=1)
     assert "engine.json belongs to a plan of" in found["note"]
     assert found["backend"] is None
+    longer.write_bytes(plan.read_bytes()[:-1])  # as a copy that was cut short
+    assert "engine.json belongs to a plan of" in document(longer, code=1)["note"]
 
 
 @needs_rtx
@@ -153,6 +155,18 @@ def test_a_plan_that_cannot_be_read_proves_nothing(plan: Path, tmp_path: Path) -
     assert done.out.splitlines()[-1] == "verdict: nothing is proved of 22 linears"
     (tmp_path / "engine.json").unlink()
     assert document(tmp_path / "engine.plan")["modules"] == {}
+
+
+@needs_rtx
+def test_a_plan_one_of_whose_profiles_cannot_be_read_proves_nothing(plan: Path, tmp_path: Path) -> None:
+    data = plan.read_bytes()
+    place = data.rindex(b"accelerators={")
+    (tmp_path / "engine.plan").write_bytes(data[:place] + data[place:].replace(b"accelerators={", b"akzelerators={"))
+    shutil.copy(plan.with_suffix(".json"), tmp_path / "engine.json")
+    done = call("inspect", tmp_path / "engine.plan")
+    assert done.code == 1
+    assert "evidence: not provable: no program of profile 1 was found in the plan" in done.out
+    assert done.out.splitlines()[-1] == "verdict: nothing is proved of 22 linears"
 
 
 @needs_rtx
@@ -171,13 +185,17 @@ def test_both_halves_of_a_split_engine_are_shown(plan: Path, tmp_path: Path) -> 
     assert "there is no such file or folder" in call("inspect", tmp_path / "run").error
 
 
-@pytest.mark.parametrize("content", [b"", b"# a text\n", b"ftrt" + bytes(100)])
+@pytest.mark.parametrize("content", [b"", b"# a text\n", b"vtrt", b"ftrt"])
 def test_what_is_no_plan(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "engine.plan"
     file.write_bytes(content)
-    if not content:
-        assert f"{file}: cannot read the plan: cannot mmap an empty file" in call("inspect", file).error
-        return
+    assert f"{file}: not a TensorRT or TensorRT-RTX plan" in call("inspect", file).error
+
+
+@pytest.mark.skipif(find_gpu() is not None, reason="on a GPU it is loaded")
+def test_a_plan_of_tensorrt_proves_nothing_without_a_gpu(tmp_path: Path) -> None:
+    file = tmp_path / "engine.plan"
+    file.write_bytes(b"ftrt" + bytes(100))
     done = call("inspect", file)
     assert done.code == 0  # nothing is known to have been planned
     assert "evidence: not provable: engine.plan is no plan of TensorRT-RTX and holds no program text" in done.out

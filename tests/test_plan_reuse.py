@@ -1,5 +1,6 @@
 """An engine is kept while nothing it follows from has changed; else it is built again, and the change is told."""
 
+import errno
 import importlib.util
 import shutil
 import signal
@@ -12,14 +13,22 @@ from typing import Any
 import pytest
 
 from spike_export.calibration.errors import ArtifactError, EngineError
-from spike_export.engines.build_options import BatchRange, BuildOptions
+from spike_export.engines import plan_builder
+from spike_export.engines.build_options import SPLIT_PROFILES, BatchRange, BuildOptions
 from spike_export.engines.build_request import CompletionEvent
 from spike_export.engines.bundle_identity import hash_bundle
-from spike_export.engines.plan_backend import TENSORRT_RTX, Machine
+from spike_export.engines.plan_backend import TENSORRT_RTX, Gpu, Machine
 from spike_export.engines.plan_builder import BuildEnvironment, BuildResult, build_engine, build_plan, plan_build
 from spike_export.engines.plan_paths import artifact_paths, find_plans
 from spike_export.engines.plan_reuse import ProvidedEngine, provide_engine
-from spike_export.engines.plan_sidecar import AuditedModule, PlanKey, load_sidecar, sidecar_path
+from spike_export.engines.plan_sidecar import (
+    AuditedModule,
+    PlanKey,
+    PlanSidecar,
+    load_sidecar,
+    sidecar_path,
+    sidecar_text,
+)
 from tests.tiny_bundles import TinyModel, write_bundle
 
 needs_rtx = pytest.mark.skipif(
@@ -153,7 +162,7 @@ def place(template: BuildResult, tmp_path: Path) -> Place:
         plan_size=0,
         seconds=1.0,
         peak_memory=1,
-        warnings=(),
+        warnings=("odd",),
         audit=template.audit,
     )
     quick = replace(CPU, command=(sys.executable, "-I", "-c", QUICK, told.model_dump_json()))
@@ -173,7 +182,7 @@ def test_the_same_engine_is_not_built_twice(place: Place) -> None:
 @needs_rtx
 def test_where_nothing_was_it_is_built(place: Place, tmp_path: Path) -> None:
     first = provide_engine(place.bundle, tmp_path / "new" / "e.plan", SMALL, environment=place.quick)
-    assert (first.note, first.reused) == ("built", False)
+    assert (first.note, first.reused, first.warnings) == ("built", False, ("odd",))
     assert provide_engine(place.bundle, tmp_path / "new" / "e.plan", SMALL, environment=NO_BUILD).reused
 
 
@@ -233,6 +242,7 @@ def test_a_split_engine_is_two_plans_and_replaces_the_one(place: Place) -> None:
     assert find_plans(place.engine) == again.plans
     first, second = again.sidecars
     assert first.key == second.key
+    assert again.warnings == ()
     assert [[p.name for p in sidecar.profiles] for sidecar in again.sidecars] == [["prefill"], ["decode"]]
     # The audit covers both: each plan proves all modules, in its one profile.
     for sidecar in again.sidecars:
@@ -243,6 +253,32 @@ def test_a_split_engine_is_two_plans_and_replaces_the_one(place: Place) -> None:
     back = place.again(SMALL)
     assert place.files.keys() == {"engine.plan", "engine.json"}
     assert "a plan per profile yes -> no" in back.note
+
+
+@needs_rtx
+def test_an_engine_without_an_ending_has_sidecars_of_its_own_in_both_forms(place: Place, tmp_path: Path) -> None:
+    engine = tmp_path / "new" / "plain"
+    for options, names in (
+        (SMALL, {"plain", "plain.json"}),
+        (SPLIT, {"plain.prefill.plan", "plain.prefill.json", "plain.decode.plan", "plain.decode.json"}),
+    ):
+        provide_engine(place.bundle, engine, options, environment=place.quick)
+        assert {path.name for path in engine.parent.iterdir()} == names
+        assert provide_engine(place.bundle, engine, options, environment=NO_BUILD).reused
+    provide_engine(place.bundle, engine, SMALL, environment=place.quick)
+    assert {path.name for path in engine.parent.iterdir()} == {"plain", "plain.json"}
+
+
+@needs_rtx
+def test_plans_that_merely_have_the_names_of_halves_are_kept(place: Place, tmp_path: Path) -> None:
+    engine = tmp_path / "new" / "e.plan"
+    for name in SPLIT_PROFILES:
+        options = replace(SMALL, profiles=(name,))
+        provide_engine(place.bundle, engine.with_name(f"e.{name}.plan"), options, environment=place.quick)
+    before = {path: path.read_bytes() for path in engine.parent.iterdir()}
+    assert provide_engine(place.bundle, engine, SMALL, environment=place.quick).note == "built"
+    assert provide_engine(place.bundle, engine, SMALL, environment=NO_BUILD).reused
+    assert {path: path.read_bytes() for path in before} == before
 
 
 @needs_rtx
@@ -283,6 +319,28 @@ def test_ctrl_c_during_either_half_keeps_the_engine_that_was_there(place: Place,
     assert place.files == before
 
 
+@needs_rtx
+@pytest.mark.parametrize("options", [SMALL, SPLIT], ids=["whole", "split"])
+@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt()], ids=["disk full", "ctrl-c"])
+def test_no_plan_appears_without_its_sidecar(
+    place: Place, monkeypatch: pytest.MonkeyPatch, options: BuildOptions, failure: BaseException
+) -> None:
+    before = place.files
+    written: list[PlanSidecar] = []
+
+    def fail(sidecar: PlanSidecar) -> str:
+        written.append(sidecar)
+        if len(written) == len(options.plan_profiles):
+            raise failure
+        return sidecar_text(sidecar)
+
+    monkeypatch.setattr(plan_builder, "sidecar_text", fail)
+    with pytest.raises((ArtifactError, KeyboardInterrupt)):
+        place.again(options, force=True)
+    assert len(written) == len(options.plan_profiles)
+    assert place.files == before
+
+
 def test_a_split_engine_needs_the_memory_of_one_profile(tmp_path: Path) -> None:
     bundle, gib = write_bundle(tmp_path / "bundle"), 1 << 30
     tight = replace(NO_BUILD, available=5 * gib)
@@ -320,6 +378,15 @@ def test_a_bundle_without_weights_is_refused_before_anything_is_written(tmp_path
     (bundle / "model.onnx.data").unlink()
     with pytest.raises(EngineError, match=r"model\.onnx\.data: .* is not a complete bundle, export it again"):
         provide_engine(bundle, tmp_path / "engine.plan", SPLIT, environment=NO_BUILD)
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_an_unwritable_timing_cache_is_found_out_before_the_build(tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "bundle")
+    machine = Machine(frozenset({"tensorrt"}), Gpu("H200", "SM90"), versions={"tensorrt": "11.4.0"})
+    options = BuildOptions(timing_cache=Path("/proc/none/timing.cache"))
+    with pytest.raises(ArtifactError, match=r"/proc/none/\S+: cannot write"):
+        provide_engine(bundle, tmp_path / "e.plan", options, environment=replace(NO_BUILD, machine=machine))
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 

@@ -10,6 +10,8 @@ from spike_export.calibration.errors import EngineError
 from spike_export.engines import plan_runtime, trt_decoding, trt_engines
 from spike_export.engines.engine import Engine
 from spike_export.engines.plan_backend import Machine, find_gpu
+from spike_export.engines.plan_paths import plan_paths
+from spike_export.engines.plan_runtime import is_plan
 from spike_export.engines.plan_safety import CheckedPlan
 from spike_export.engines.trt_decoding import TensorRtDecoding
 from spike_export.export.bundle import ExportOptions, export_bundle
@@ -152,6 +154,22 @@ def test_bad_input(bundle: Path, tmp_path: Path, arguments: tuple[str, ...], mes
     plan.write_bytes(b"no plan" * 30)
     given = (each.format(bundle=bundle) for each in arguments)
     assert message.format(plan=plan) in call("generate", plan, "--prompt", "a", *given).error
+
+
+@pytest.mark.parametrize("name", ["e.plan", "e.engine", "e"])
+def test_an_engine_is_told_from_a_bundle_whatever_its_ending(tmp_path: Path, name: str) -> None:
+    engine = tmp_path / name
+    assert is_plan(engine) == (engine.suffix == ".plan")
+    halves = plan_paths(engine, split=True)
+    halves[1].write_bytes(b"")
+    assert is_plan(engine)
+    assert f"{halves[0].name} is missing" in call("inspect", engine).error
+    halves[1].unlink()
+    engine.write_bytes(b"")
+    assert is_plan(engine)
+    engine.unlink()
+    engine.mkdir()
+    assert not is_plan(engine)
 
 
 def test_a_plan_that_is_not_there(tmp_path: Path) -> None:

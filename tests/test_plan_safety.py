@@ -15,14 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spike_export.calibration.errors import EngineError
+from spike_export.calibration.progress import Progress, silent
 from spike_export.engines.build_options import BuildOptions
 from spike_export.engines.plan_backend import TENSORRT, TENSORRT_RTX, Gpu, Machine
 from spike_export.engines.plan_builder import BuildEnvironment, build_plan
 from spike_export.engines.plan_header import HEADER_SIZE, read_header
 from spike_export.engines.plan_rebuild import usable_or_rebuilt_engine
 from spike_export.engines.plan_reuse import provide_engine
-from spike_export.engines.plan_safety import StalePlanError, usable_engine, usable_plan
-from spike_export.engines.plan_sidecar import load_sidecar, save_sidecar, sidecar_path
+from spike_export.engines.plan_safety import StalePlanError, usable_engine
+from spike_export.engines.plan_sidecar import PlanSidecar, load_sidecar, sidecar_path, sidecar_text
 from spike_export.engines.plan_validity import require_valid_header
 from tests.tiny_bundles import TinyModel, write_bundle
 
@@ -57,20 +58,27 @@ def plan(built: Path, tmp_path: Path) -> Path:
     return tmp_path / "engine.plan"
 
 
+def usable(plan: Path, bundle: Path | None = None, machine: Machine = HERE, progress: Progress = silent) -> PlanSidecar:
+    """Return the sidecar of an engine of one plan that may be loaded."""
+    (checked,) = usable_engine(plan, bundle, machine, progress)
+    assert checked.path == plan
+    return checked.sidecar
+
+
 def describe(path: Path, **changes: Any) -> None:
     """Change fields of a plan's sidecar; those of its key as `key={...}`."""
     sidecar = load_sidecar(path)
     assert sidecar.key is not None
     changes["key"] = sidecar.key.model_copy(update=changes.get("key", {}))
-    save_sidecar(sidecar.model_copy(update=changes), path)
+    sidecar_path(path).write_text(sidecar_text(sidecar.model_copy(update=changes)), encoding="utf-8")
 
 
 def test_what_was_built_here_may_be_loaded(plan: Path) -> None:
     steps: list[tuple[str, int, int]] = []
-    sidecar = usable_plan(plan, plan.parent / "bundle", HERE, lambda *step: steps.append(step))
+    sidecar = usable(plan, plan.parent / "bundle", HERE, lambda *step: steps.append(step))
     assert sidecar == load_sidecar(plan)
     assert [step[0] for step in steps] == ["bytes of the bundle hashed"] * 3 + ["bytes of the plan hashed"]
-    assert usable_plan(plan, None, HERE) == sidecar
+    assert usable(plan) == sidecar
 
 
 def test_the_header_tells_compiler_version_size_and_targets(built: Path, tmp_path: Path) -> None:
@@ -115,14 +123,14 @@ def test_what_is_no_plan_of_ours_is_refused_and_not_stale(tmp_path: Path, conten
 def test_a_plan_without_its_sidecar_is_foreign(plan: Path) -> None:
     sidecar_path(plan).unlink()
     with pytest.raises(EngineError, match=r"engine\.json is missing\. Plans are code"):
-        usable_plan(plan, None, HERE)
+        usable(plan)
 
 
 def test_a_missing_plan_is_named(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"engine\.plan: no such plan, and none of its halves engine\.prefill\.plan"):
         usable_engine(tmp_path / "engine.plan", None, HERE)
     with pytest.raises(EngineError, match="cannot read the plan: No such file"):
-        usable_plan(tmp_path / "engine.plan", None, HERE)
+        read_header(tmp_path / "engine.plan")
 
 
 def truncate(plan: Path) -> None:
@@ -154,15 +162,15 @@ def flip(plan: Path, place: int) -> None:
 def test_damage_is_told_apart(plan: Path, damage: Callable[[Path], None], message: str) -> None:
     damage(plan)
     with pytest.raises(EngineError, match=message):
-        usable_plan(plan, None, HERE)
+        usable(plan)
 
 
 def test_a_changed_bundle_is_recognised(plan: Path) -> None:
     with (plan.parent / "bundle" / "model.onnx.data").open("r+b") as file:
         file.write(b"\xff")
     with pytest.raises(StalePlanError, match=r"built from another bundle than \S+bundle is now"):
-        usable_plan(plan, plan.parent / "bundle", HERE)
-    assert usable_plan(plan, None, HERE)
+        usable(plan, plan.parent / "bundle", HERE)
+    assert usable(plan)
 
 
 @pytest.mark.parametrize(
@@ -175,19 +183,19 @@ def test_a_changed_bundle_is_recognised(plan: Path) -> None:
 )
 def test_another_version_or_gpu_makes_a_plan_stale(plan: Path, machine: Machine, message: str) -> None:
     with pytest.raises(StalePlanError, match=message):
-        usable_plan(plan, None, machine)
+        usable(plan, None, machine)
 
 
 def test_without_a_gpu_no_plan_runs(plan: Path) -> None:
     with pytest.raises(EngineError, match="needs an NVIDIA GPU, and there is none here"):
-        usable_plan(plan, None, replace(HERE, gpu=None))
+        usable(plan, None, replace(HERE, gpu=None))
 
 
 def test_a_plan_without_its_weights_needs_its_bundle(plan: Path) -> None:
     describe(plan, key={"strip_weights": True})
     with pytest.raises(EngineError, match="was built without its weights; give the bundle"):
-        usable_plan(plan, None, HERE)
-    assert usable_plan(plan, plan.parent / "bundle", HERE)
+        usable(plan)
+    assert usable(plan, plan.parent / "bundle", HERE)
 
 
 A100, A30 = Gpu("NVIDIA A100", "SM80"), Gpu("NVIDIA A30", "SM80")
@@ -227,10 +235,10 @@ def test_a_plan_of_tensorrt_runs_where_it_was_built_to_run(
     )
     machine = Machine(frozenset({"tensorrt"}), gpu, {"tensorrt": version})
     if message is None:
-        assert usable_plan(plan, None, machine).backend.name == "tensorrt"
+        assert usable(plan, None, machine).backend.name == "tensorrt"
     else:
         with pytest.raises(StalePlanError, match=message):
-            usable_plan(plan, None, machine)
+            usable(plan, None, machine)
 
 
 def test_a_split_engine_is_two_plans_that_belong_together(built: Path, tmp_path: Path) -> None:
@@ -264,6 +272,16 @@ def test_a_stale_plan_is_built_again_as_it_was_built_before(plan: Path) -> None:
     (elsewhere,) = usable_or_rebuilt_engine(plan, bundle, environment=moved)
     assert elsewhere.sidecar.targets == ("SM89",)
     assert elsewhere.sidecar.max_context == 64
+
+
+def test_a_rebuilt_plan_that_does_not_run_as_planned_is_told_before_it_runs(plan: Path) -> None:
+    bundle, environment = plan.parent / "bundle", BuildEnvironment(HERE, None)
+    wrong = "model.layers.0.mlp.up_proj"
+    write_bundle(bundle, TinyModel(wrong_axis=(wrong,), hidden=128))
+    with pytest.raises(EngineError, match=f"was built again, and {wrong} does not run in the planned precision; see"):
+        usable_or_rebuilt_engine(plan, bundle, environment=environment)
+    (again,) = usable_or_rebuilt_engine(plan, bundle, environment=environment)
+    assert not again.sidecar.audit.modules[wrong].as_planned
 
 
 def test_what_is_not_ours_is_not_overwritten(plan: Path) -> None:
@@ -303,12 +321,9 @@ class FakeRuntime:
 def test_the_runtime_s_answer_is_put_into_words(plan: Path) -> None:
     trt = pytest.importorskip("tensorrt_rtx")
     validity, why = trt.EngineValidity, trt.EngineInvalidityDiagnostics
-    assert require_valid_header(trt, FakeRuntime(validity.VALID), plan) is None
-    assert require_valid_header(trt, object(), plan) is None
     memory = int(why.INSUFFICIENT_GPU_MEMORY)
-    slow = require_valid_header(trt, FakeRuntime(validity.SUBOPTIMAL, memory), plan)
-    assert slow is not None
-    assert "slower than it could (insufficient gpu memory)" in slow
+    for runtime in (FakeRuntime(validity.VALID), FakeRuntime(validity.SUBOPTIMAL, memory), object()):
+        require_valid_header(trt, runtime, plan)
     old = memory | int(why.OLD_CUDA_DRIVER)
     with pytest.raises(EngineError, match="old cuda driver, insufficient gpu memory"):
         require_valid_header(trt, FakeRuntime(validity.INVALID, old), plan)
@@ -331,11 +346,11 @@ def test_a_sidecar_cut_anywhere_is_an_error_and_mends_by_building(plan: Path) ->
     for length in range(0, len(text) - 2, 37):
         sidecar_path(plan).write_text(text[:length])
         with pytest.raises(StalePlanError, match="build the plan again"):
-            usable_plan(plan, None, HERE)
+            usable(plan)
 
 
 def test_sidecars_of_older_versions_can_be_used(plan: Path) -> None:
     document = json.loads(sidecar_path(plan).read_text())
     del document["key"]
     sidecar_path(plan).write_text(json.dumps(document))
-    assert usable_plan(plan, None, HERE).key is None
+    assert usable(plan).key is None

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from spike_export.engines.build_options import BuildOptions
-from spike_export.engines.plan_audit import NOT_FOUND, PlanAudit, audit_plan
+from spike_export.engines.plan_audit import NOT_FOUND, PlanAudit, audit_plan, covering, judge
 from spike_export.engines.plan_backend import TENSORRT_RTX, Gpu, Machine
 from spike_export.engines.plan_builder import BuildEnvironment, build_plan
 from spike_export.engines.plan_reader import read_plan
@@ -129,7 +129,9 @@ def test_the_release_that_was_checked_is_told_from_others(
 @pytest.mark.parametrize(
     ("content", "installed", "gpu", "reason"),
     [
-        (b"vtrt", {"tensorrt-rtx"}, None, "a plan of TensorRT-RTX 1.7.1.116 and holds no program text, and the engine"),
+        (b"vtrt", {"tensorrt-rtx"}, None, "a plan of TensorRT-RTX 1.7.1.116 and holds no program text"),
+        # Not even on a GPU is it loaded.
+        (b"vtrt", {"tensorrt-rtx"}, Gpu("RTX 4090", "SM89"), "a plan of TensorRT-RTX 1.7.1.116 and holds no program"),
         (b"ftrt", {"tensorrt-rtx"}, None, "is no plan of TensorRT-RTX and holds no program text, and the engine"),
         (b"ftrt", set(), None, "the engine inspector needs an NVIDIA GPU, and none was found"),
         (b"ftrt", {"tensorrt-rtx"}, Gpu("H200", "SM90"), "the engine inspector needs TensorRT; run: pip install"),
@@ -187,6 +189,24 @@ def test_a_plan_without_programs_is_recognised(plan: Path, tmp_path: Path) -> No
     audit = audit_of(plan, b"descriptors {", b"descriptions{", tmp_path)
     assert not audit.readable
     assert audit.evidence.source == "none"
+
+
+@needs_rtx
+def test_a_profile_whose_program_is_not_recognised_does_not_pass(plan: Path) -> None:
+    """The verdict would else be that over the other profile."""
+    data = plan.read_bytes()
+    place = data.rindex(b"accelerators={")
+    other = plan.with_name("other.plan")
+    other.write_bytes(data[:place] + data[place:].replace(b"accelerators={", b"akzelerators={"))
+    planned, reading = TinyModel().planned, read_program_text(other)
+    assert [program.profile for program in reading.programs] == [0]
+    assert judge(reading, planned).deviations == ()
+    audit = judge(covering(reading, 2), planned)
+    assert {module.module for module in audit.deviations} == set(planned)
+    assert not audit.readable
+    assert audit.evidence.sentence == "not provable: no program of profile 1 was found in the plan"
+    whole = read_program_text(plan)
+    assert covering(whole, 2) is whole
 
 
 @needs_rtx
