@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from benchmarks.gpu_report import Parity, Timed
@@ -17,10 +16,9 @@ from benchmarks.gpu_work import Call, Model, Peaks, Variant, bound, work
 from spike_export.calibration.errors import EngineError
 from spike_export.calibration.recipe import ModulePlan, Recipe
 from spike_export.engines.build_options import BatchRange, BuildOptions
-from spike_export.engines.generation_options import GenerationOptions
 from spike_export.engines.plan_backend import BACKENDS, FLOAT8_TARGETS, BackendName, Machine
 from spike_export.engines.plan_safety import CheckedPlan
-from spike_export.engines.trt_decoding import DrawnTensors, TensorRtDecoding
+from spike_export.engines.trt_decoding import TensorRtDecoding
 from spike_export.export.manifest import Manifest, load_manifest
 
 if TYPE_CHECKING:
@@ -72,7 +70,7 @@ class Harness:
             label = f"{name}, {bundle.variant.name}, batch {batch}"
             try:
                 plan = self._build(name, bundle, batch, wanted)
-                with TensorRtDecoding([plan], Greedy) as runtime:
+                with TensorRtDecoding([plan]) as runtime:
                     self.parity.append(_compare(runtime, name, bundle, batch))
                     for call in wanted:
                         self._add(name, bundle.variant, call, _plan_seconds(runtime, call, self.repeats))
@@ -125,17 +123,6 @@ class Harness:
         median = statistics.median(seconds)
         limit = bound(needed, self.peaks)
         self.timed.append(Timed(engine, variant.name, call, median, min(seconds), len(seconds), needed, limit))
-
-
-class Greedy:
-    """Takes the most probable tokens: the least that has to be done with logits."""
-
-    def __init__(self, options: GenerationOptions, rows: int, device: torch.device) -> None:
-        """Need nothing of these."""
-
-    def draw(self, logits: torch.Tensor, seen: torch.Tensor | None) -> DrawnTensors:
-        """Draw for every row of [rows, vocab]."""
-        return logits.argmax(dim=-1), None, None, None
 
 
 def obstacle(name: BackendName, machine: Machine) -> str | None:

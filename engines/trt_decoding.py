@@ -15,21 +15,18 @@ from spike_export.calibration.errors import EngineError, one_line
 from spike_export.engines.decoding import DecodedStep
 from spike_export.engines.generation_options import GenerationOptions
 from spike_export.engines.plan_safety import CheckedPlan
-from spike_export.engines.sampling import Sampler, seen_tokens
+from spike_export.engines.sampling import Drawn, Sampler, seen_tokens
 from spike_export.engines.trt_buffers import REMEDY, Buffers
 from spike_export.engines.trt_device import CudaDevice, Device, Fetched
 from spike_export.engines.trt_engines import LoadedPlans, RuntimeOptions
 from spike_export.engines.trt_limits import plan_limits, require_fit
 from spike_export.engines.trt_steps import Steps, make_steps
 
-DrawnTensors = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
-"""Tokens [rows] int64; if asked for, their log-probabilities, and the most probable tokens and theirs [rows, k]."""
-
 
 class Drawing(Protocol):
     """Draws a batch's tokens on the device, without waiting for it."""
 
-    def draw(self, logits: torch.Tensor, seen: torch.Tensor | None) -> DrawnTensors:
+    def draw(self, logits: torch.Tensor, seen: torch.Tensor | None) -> Drawn:
         """Draw a token for every row from logits [rows, vocab] float32.
 
         What is drawn is added to `seen` [rows, vocab] bool, the tokens that rows hold.

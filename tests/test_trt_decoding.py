@@ -15,8 +15,9 @@ from spike_export.engines.decoding import DecodedStep
 from spike_export.engines.generation_options import GenerationOptions
 from spike_export.engines.plan_backend import BackendName
 from spike_export.engines.plan_safety import CheckedPlan
+from spike_export.engines.sampling import Drawn
 from spike_export.engines.trt_capacities import CapacityChoice
-from spike_export.engines.trt_decoding import DrawnTensors, TensorRtDecoding
+from spike_export.engines.trt_decoding import TensorRtDecoding
 from spike_export.engines.trt_engines import RuntimeOptions
 from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.cache_options import CacheOptions
@@ -202,7 +203,7 @@ def test_the_gpu_is_ahead_of_what_is_handed_out_and_never_waited_for(
 
 def test_waiting_inside_the_queue_is_found(simulation: Simulation, bundles: dict[Case, Path]) -> None:
     class Hasty(Greedy):
-        def draw(self, logits: torch.Tensor, seen: torch.Tensor | None) -> DrawnTensors:
+        def draw(self, logits: torch.Tensor, seen: torch.Tensor | None) -> Drawn:
             assert logits.max().item() > 0
             return super().draw(logits, seen)
 

@@ -36,7 +36,7 @@ from spike_export.engines.plan_sidecar import (
     PlanSidecar,
     ProfileShapes,
 )
-from spike_export.engines.trt_decoding import DrawnTensors
+from spike_export.engines.sampling import Drawn
 from spike_export.engines.trt_device import ALIGNMENT
 from spike_export.export.manifest import GRAPH_FILE, Manifest, load_manifest
 
@@ -459,7 +459,7 @@ class Greedy:
     def __init__(self, options: GenerationOptions, rows: int, device: torch.device) -> None:
         self.options = options
 
-    def draw(self, logits: torch.Tensor, seen: torch.Tensor | None) -> DrawnTensors:
+    def draw(self, logits: torch.Tensor, seen: torch.Tensor | None) -> Drawn:
         assert logits.dtype == torch.float32
         if seen is not None:
             logits = logits.masked_fill(seen, -torch.inf)
@@ -467,9 +467,9 @@ class Greedy:
         if seen is not None:
             seen.scatter_(1, tokens[:, None], True)
         if self.options.logprobs is None:
-            return tokens, None, None, None
+            return Drawn(tokens)
         best = logits.log_softmax(dim=-1).topk(2, dim=-1)
-        return tokens, best.values[:, 0], best.indices, best.values
+        return Drawn(tokens, best.values[:, 0], best.indices, best.values)
 
 
 def decoded(runtime: Decoding, prompts: Sequence[NDArray[np.int64]], count: int) -> list[list[int]]:
