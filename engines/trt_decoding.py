@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from spike_export.calibration.errors import EngineError, one_line
-from spike_export.engines.decoding import DecodedStep
+from spike_export.engines.decoding import DecodedStep, require_finite
 from spike_export.engines.generation_options import GenerationOptions
 from spike_export.engines.plan_safety import CheckedPlan
 from spike_export.engines.sampling import Drawn, Sampler, seen_tokens
@@ -158,7 +158,8 @@ class TensorRtDecoding:
     ) -> torch.Tensor:
         drawn = sampler.draw(logits, seen)
         tokens = drawn[0]
-        flying.append(self._device.fetch([tensor for tensor in drawn if tensor is not None]))
+        finite = logits.isfinite().all(dim=-1)
+        flying.append(self._device.fetch([finite, *(tensor for tensor in drawn if tensor is not None)]))
         return tokens
 
     @contextmanager
@@ -186,7 +187,9 @@ class TensorRtDecoding:
 
 
 def _step(fetched: Fetched) -> DecodedStep:
-    return DecodedStep(*fetched.wait())
+    finite, *drawn = fetched.wait()
+    require_finite(finite, "export the bundle with --dtype float32 or bfloat16 and build again")
+    return DecodedStep(*drawn)
 
 
 def _gpu_failure(error: RuntimeError) -> EngineError:

@@ -343,6 +343,30 @@ def test_rows_that_begin_where_tensorrt_takes_no_address_are_staged(
     assert grouped == (capacity == CAPACITY)
 
 
+@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("capacity", [CAPACITY, 25, None], ids=["in place", "staged", "dynamic"])
+def test_an_overflow_is_told_and_does_not_reach_the_next_batch(
+    simulation: Simulation, tmp_path: Path, model: TinyModel, capacity: int | None, sampled: bool
+) -> None:
+    cache = CacheOptions() if capacity is None else CacheOptions("static", capacity)
+    export_bundle(
+        model.checkpoint,
+        unquantized_recipe(model.checkpoint),
+        ExportOptions("float32", logits="last", cache=cache),
+        tmp_path / "bundle",
+    )
+    plan = simulation.plan(tmp_path / "bundle", "prefill", "decode")
+    runtime = TensorRtDecoding([plan], device=simulation.device)
+    simulation.trt.overflowing = True
+    options = GenerationOptions(max_new_tokens=4, do_sample=sampled, repetition_penalty=1.2)
+    message = "row 0: the logits are not finite, .* --dtype float32 or bfloat16 and build again"
+    with pytest.raises(EngineError, match=message):
+        list(runtime.decode(PROMPTS, options))
+    simulation.trt.overflowing = False
+    for prompts in (PROMPTS[1:3], PROMPTS):
+        assert decoded(runtime, prompts, 4) == [reference(model, prompt, 4, ()) for prompt in prompts]
+
+
 def test_failures_of_tensorrt_are_told(simulation: Simulation, bundles: dict[Case, Path]) -> None:
     runtime = opened(simulation, simulation.plan(bundles[CASES[0]], "prefill", "decode"))
     simulation.trt.failing = True
