@@ -71,11 +71,13 @@ class TensorRtDecoding:
         self._make_sampler, self._options = make_sampler, options
         buffers = Buffers(self._device)
         try:
-            self._plans = LoadedPlans(plans, options, self._device, buffers, bundle)
-            self._steps: Steps = make_steps(self._plans, self.limits, self._device, buffers, graphs=options.cuda_graphs)
+            loaded = LoadedPlans(plans, options, self._device, buffers, bundle)
+            steps = make_steps(loaded, self.limits, self._device, buffers, graphs=options.cuda_graphs)
         except RuntimeError as error:
             raise _gpu_failure(error) from error
-        self.vocab = self._plans.io.vocab
+        self._plans: LoadedPlans | None = loaded
+        self._steps: Steps | None = steps
+        self.vocab = loaded.io.vocab
         self._busy = False
         self._kept_rows: set[int] = set()
 
@@ -88,9 +90,14 @@ class TensorRtDecoding:
         self.close()
 
     def close(self) -> None:
-        """Wait for what is queued, after which the plan may be forgotten, and keep what was compiled while running."""
+        """Wait for what is queued, keep what was compiled while running, and give the GPU's memory back."""
+        if self._plans is None:
+            return
         self._device.finish()
         self._plans.keep_kernels()
+        self._steps = None  # the contexts, before the engines that they were made of
+        self._plans.release()
+        self._plans = None
 
     def decode(self, prompts: Sequence[NDArray[np.int64]], options: GenerationOptions) -> Iterator[DecodedStep]:
         """See `Decoding`."""
@@ -130,7 +137,12 @@ class TensorRtDecoding:
         """
         require_fit(self.limits, prompts, new_tokens, self.vocab)
         with self._alone(), self._device.queue():
-            yield self._steps
+            yield self._opened()
+
+    def _opened(self) -> Steps:
+        if self._steps is None:
+            raise EngineError("the plan is closed; open it again")
+        return self._steps
 
     def _decode(self, prompts: Sequence[NDArray[np.int64]], options: GenerationOptions) -> Iterator[DecodedStep]:
         """Queue steps ahead of those that are handed out.
@@ -143,13 +155,13 @@ class TensorRtDecoding:
             with self._device.queue():
                 sampler = self._make_sampler(options, len(prompts), self._device.device)
                 seen = seen_tokens(prompts, self.vocab, options, self._device.device)
-                logits = self._steps.begin(prompts, options.max_new_tokens)
-                tokens = self._draw(sampler, logits, seen, flying)
+                # Logits lie in our buffers, which this iterator must not keep alive behind `close`.
+                tokens = self._draw(sampler, self._opened().begin(prompts, options.max_new_tokens), seen, flying)
             for _ in range(1, options.max_new_tokens):
                 if len(flying) > self._options.lag:
                     yield _step(flying.popleft())
                 with self._device.queue():
-                    tokens = self._draw(sampler, self._steps.step(tokens), seen, flying)
+                    tokens = self._draw(sampler, self._opened().step(tokens), seen, flying)
             while flying:
                 yield _step(flying.popleft())
 
@@ -168,7 +180,7 @@ class TensorRtDecoding:
         try:
             yield
         finally:
-            if rows not in self._kept_rows:
+            if self._plans is not None and rows not in self._kept_rows:
                 self._kept_rows.add(rows)
                 self._plans.keep_kernels()
 

@@ -142,6 +142,11 @@ class LoadedPlans:
             for cache in self._caches.values():
                 cache.save()
 
+    def release(self) -> None:
+        """Let go of the engines, which runtime and logger must outlive; no context is left of them by now."""
+        self._caches.clear()
+        self._engines.clear()
+
     def _load(self, plan: CheckedPlan) -> Any:
         key = plan.sidecar.key
         if key is not None and key.version_compatible:

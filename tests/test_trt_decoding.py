@@ -309,6 +309,22 @@ def test_one_batch_at_a_time(simulation: Simulation, bundles: dict[Case, Path], 
     assert decoded(runtime, PROMPTS[:1], 3) == [reference(model, PROMPTS[0], 3, ())]
 
 
+@pytest.mark.parametrize("static", [True, False], ids=["static", "dynamic"])
+def test_closing_gives_all_memory_back(simulation: Simulation, bundles: dict[Case, Path], static: bool) -> None:
+    free = simulation.device.free_bytes()
+    runtime = opened(simulation, simulation.plan(bundles[Case(static, (), "last")], "prefill", "decode"))
+    decoded(runtime, PROMPTS, 3)
+    stopped = runtime.decode(PROMPTS, GenerationOptions(max_new_tokens=9))
+    next(stopped)
+    assert simulation.device.free_bytes() < free
+    runtime.close()
+    assert simulation.device.free_bytes() == free
+    for steps in (stopped, runtime.decode(PROMPTS, GenerationOptions(max_new_tokens=2))):
+        with pytest.raises(EngineError, match="the plan is closed; open it again"):
+            list(steps)
+    runtime.close()
+
+
 def test_prefill_and_decode_share_scratch_memory_and_cache(simulation: Simulation, bundles: dict[Case, Path]) -> None:
     runtime = opened(simulation, simulation.plan(bundles[Case(True, (), "last")], "prefill", "decode"))
     decoded(runtime, PROMPTS, 3)
