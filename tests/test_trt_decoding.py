@@ -24,7 +24,16 @@ from spike_export.export.cache_options import CacheOptions
 from spike_export.export.graph_plan import LogitsScope
 from tests import graph_parity
 from tests.tiny_models import TinyModel, tiny_llama, unquantized_recipe
-from tests.trt_simulation import CAPACITY, PROMPTS, DeviceFaultError, Greedy, Simulation, decoded, simulate
+from tests.trt_simulation import (
+    CAPACITY,
+    PROMPTS,
+    DeviceFaultError,
+    Greedy,
+    SimulatedContext,
+    Simulation,
+    decoded,
+    simulate,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -383,13 +392,26 @@ def test_an_overflow_is_told_and_does_not_reach_the_next_batch(
         assert decoded(runtime, prompts, 4) == [reference(model, prompt, 4, ()) for prompt in prompts]
 
 
-def test_failures_of_tensorrt_are_told(simulation: Simulation, bundles: dict[Case, Path]) -> None:
+def test_failures_of_tensorrt_are_told(
+    simulation: Simulation, bundles: dict[Case, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     runtime = opened(simulation, simulation.plan(bundles[CASES[0]], "prefill", "decode"))
     simulation.trt.failing = True
     with pytest.raises(EngineError, match="TensorRT does not run the plan: enqueue failed"):
         next(runtime.decode(PROMPTS, GenerationOptions(max_new_tokens=2)))
     simulation.trt.failing = False
     assert len(decoded(runtime, PROMPTS, 2)) == 4
+
+    # Of the next failure neither what was said before it is told, nor what follows from its first line.
+    def refuse(*_: object) -> bool:
+        simulation.trt.complain("bad address")
+        simulation.trt.complain("what follows from that")
+        return False
+
+    monkeypatch.setattr(SimulatedContext, "set_tensor_address", refuse)
+    simulation.trt.complain("earlier")
+    with pytest.raises(EngineError, match=r"TensorRT does not take the address of .*: bad address$"):
+        decoded(runtime, PROMPTS[:2], 2)
 
 
 def test_the_plan_with_the_least_capacity_that_has_room_decodes(
