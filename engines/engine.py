@@ -158,7 +158,7 @@ def open_onnx(path: Path, threads: int, provider: "Provider") -> Decoding:
 
 
 def default_options(bundle: Path, manifest: Manifest, tokenizer: Any) -> GenerationOptions:
-    """Return the options that the model's makers give in `generation_config.json`.
+    """Return the options that the model's makers give in `generation_config.json`, else those of transformers.
 
     The tokens that end a sequence are that file's, else the manifest's, else the tokenizer's.
 
@@ -172,7 +172,9 @@ def default_options(bundle: Path, manifest: Manifest, tokenizer: Any) -> Generat
     except (ValueError, AttributeError) as error:
         raise EngineError(f"{path}: not a JSON object ({one_line(error)}); export the bundle again") from error
     known = {field.name for field in fields(GenerationOptions)} - {"eos_token_ids", "stop_strings", "logprobs"}
-    values = {name: value for name, value in given.items() if name in known and value is not None}
+    # What transformers' generate() takes where neither file nor caller gives a top k.
+    values: dict[str, Any] = {"top_k": 50}
+    values |= {name: value for name, value in given.items() if name in known and value is not None}
     ends = eos if isinstance(eos, list) else [] if eos is None else [eos]
     ends = ends or list(manifest.eos_token_ids) or [getattr(tokenizer, "eos_token_id", None)]
     try:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from spike_export.calibration.errors import ArtifactError, EngineError
 from spike_export.engines.decoding import DecodedStep
@@ -181,6 +181,9 @@ def test_pieces_are_whole_characters_and_make_up_the_text(engine: Engine) -> Non
 def test_a_stop_string_in_the_last_piece_counts(engine: Engine) -> None:
     (result,) = says(engine, "ab.")[0].generate("1", max_new_tokens=3, stop_strings=(".",))
     assert (result.text, result.finish_reason) == ("ab", "stop")
+    for strings, expected in (("b.", ("a", "stop")), (".b", ("ab.", "length"))):
+        (result,) = says(engine, "ab.")[0].generate("1", max_new_tokens=3, stop_strings=strings)
+        assert (result.text, result.finish_reason) == expected
 
 
 def test_logprobs_are_there_when_asked_for(engine: Engine) -> None:
@@ -194,7 +197,15 @@ def test_logprobs_are_there_when_asked_for(engine: Engine) -> None:
 def test_defaults_are_the_models(model: TinyModel, tmp_path: Path) -> None:
     given = {"do_sample": True, "temperature": 0.6, "top_p": None, "eos_token_id": [5, 6], "pad_token_id": 5}
     defaults = Engine.open(exported(model, tmp_path, generation_config=given), threads=1).defaults
-    assert defaults == GenerationOptions(do_sample=True, temperature=0.6, eos_token_ids=(5, 6))
+    assert defaults == GenerationOptions(do_sample=True, temperature=0.6, top_k=50, eos_token_ids=(5, 6))
+    given = {"top_k": 0, "do_sample": True}
+    assert Engine.open(exported(model, tmp_path / "all", generation_config=given), threads=1).defaults.top_k == 0
+
+
+def test_what_nobody_gives_is_what_transformers_takes(engine: Engine) -> None:
+    taken = GenerationConfig._get_default_generation_params()
+    for name in ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty"):
+        assert getattr(engine.defaults, name) == taken[name]
 
 
 def test_without_a_generation_config_the_end_is_the_tokenizers(model: TinyModel, tmp_path: Path) -> None:
