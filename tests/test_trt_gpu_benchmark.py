@@ -173,6 +173,23 @@ def test_logits_that_are_not_numbers_never_pass() -> None:
     assert not gpu_engines.compare("tensorrt", "W8A8", expected + 1, expected).tolerance
 
 
+@pytest.mark.parametrize("variant", ["W8A8", "W8A16", "FP8"])
+def test_quantized_plans_are_held_against_something(tmp_path: Path, variant: str) -> None:
+    expected = np.array([[[1.0, 4.0, -2.0], [3.0, 0.0, 1.0], [0.0, 1.0, 0.0]]])
+    assert gpu_engines.compare("tensorrt", variant, expected, expected).passed
+    other = gpu_engines.compare("tensorrt", variant, -expected, expected)
+    assert not other.passed
+    first_only = np.where(np.arange(3)[:, None] == 0, np.nan, expected)
+    broken = gpu_engines.compare("tensorrt", variant, first_only, expected)
+    assert not broken.passed
+    measured = report()
+    measured.parity = [broken]
+    write(measured, tmp_path / "report.json")
+    assert json.loads((tmp_path / "report.json").read_text())["parity"][0]["error"] is None
+    assert "error inf" in text(measured)
+    assert text(measured).count(" MISSED") == 1
+
+
 def test_each_part_that_cannot_run_has_its_reason() -> None:
     assert gpu_engines.obstacle("tensorrt", HOPPER) is None
     assert gpu_engines.obstacle("tensorrt-rtx", HOPPER) == "has no target SM90 (NVIDIA H200)"
