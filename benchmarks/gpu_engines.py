@@ -235,9 +235,13 @@ def _bound_cuda_call(bundle: Bundle, call: Call) -> Callable[[], None]:
     from spike_export.engines.onnx_session import session_options
     from spike_export.export.manifest import GRAPH_FILE
 
+    providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    # With its fallback ONNX Runtime would time the CPU under the GPU's name.
     session = ort.InferenceSession(
-        bundle.folder / GRAPH_FILE, session_options(), providers=["CUDAExecutionProvider", "CPUExecutionProvider"]
+        bundle.folder / GRAPH_FILE, session_options(), providers=providers, enable_fallback=0
     )
+    if session.get_providers()[0] != providers[0]:
+        raise EngineError("ONNX Runtime could not start its CUDAExecutionProvider; are the CUDA libraries there?")
     binding = session.io_binding()
     binding.bind_output("logits", "cuda")
     for name, value in _inputs(session, bundle.manifest, call.tokens, call.past).items():

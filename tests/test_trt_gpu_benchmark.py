@@ -291,6 +291,12 @@ def test_the_harness_runs_over_a_pretended_gpu(monkeypatch: pytest.MonkeyPatch, 
     }
     harness.measure_onnx_runtime(bundles, measured)
     assert "onnxruntime-gpu" in harness.skipped
+    # A provider that is named and does not start must not leave the CPU's time as the GPU's.
+    before = len(harness.timed)
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CUDAExecutionProvider"])
+    harness.measure_onnx_runtime(bundles[:1], measured[:1])
+    assert len(harness.timed) == before
+    assert "could not start its CUDAExecutionProvider" in harness.skipped[f"onnxruntime-gpu, FP16, {measured[0].name}"]
 
 
 def test_peaks_and_products_are_measured_for_what_can_be_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,7 +316,8 @@ def test_peaks_and_products_are_measured_for_what_can_be_multiplied(monkeypatch:
         "torch products in fp8": "torch._scaled_mm is only supported on CUDA devices with compute capability >= 8.9"
     }
     model = Model(((16, 32), (16, 32), (32, 16)), 1, 1, 1, 16, 32, 8)
-    products = gpu_torch.model_products(model, [1, 48], ["float16", "int8"], device)
+    products, refused = gpu_torch.model_products(model, [1, 48], ["float16", "int8"], device)
+    assert refused == {}
     assert [(one.kind, one.rows, one.linear) for one in products] == [
         (kind, max(rows, 32) if kind == "int8" else rows, linear)
         for linear in ((16, 32), (32, 16))
@@ -318,6 +325,9 @@ def test_peaks_and_products_are_measured_for_what_can_be_multiplied(monkeypatch:
         for kind in ("float16", "int8")
     ]
     assert all(one.rate > 0 for one in products)
+    products, refused = gpu_torch.model_products(model, [1], ["float16", "fp8"], device)
+    assert [one.kind for one in products] == ["float16"] * 2
+    assert refused == {f"torch fp8, 1 x {shape}": missing["torch products in fp8"] for shape in ("32 x 16", "16 x 32")}
 
 
 @pytest.mark.parametrize(("error", "code"), [(0.01, 0), (0.5, 1)])
