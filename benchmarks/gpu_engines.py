@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from benchmarks.gpu_report import Parity, Timed
 from benchmarks.gpu_torch import WARM_UP, gpu_seconds
 from benchmarks.gpu_work import Call, Model, Peaks, Variant, bound, work
-from spike_export.calibration.errors import EngineError
+from spike_export.calibration.errors import ArtifactError, EngineError
 from spike_export.calibration.recipe import ModulePlan, Recipe
 from spike_export.engines.build_options import BatchRange, BuildOptions
 from spike_export.engines.plan_backend import BACKENDS, FLOAT8_TARGETS, BackendName, Machine
@@ -171,23 +171,37 @@ def recipe_for(variant: Variant, recipe: Recipe) -> Recipe | None:
 def export_variants(
     checkpoint: "Checkpoint", recipe: Recipe, variants: Sequence[Variant], capacity: int, folder: Path
 ) -> list[Bundle]:
-    """Export each variant with a static cache of so many tokens and logits of the last token only."""
-    from spike_export.export.bundle import ExportOptions, export_bundle
+    """Export each variant with a static cache of so many tokens and logits of the last token only.
+
+    A bundle that is there already is used again where it is of the same weights, recipe and capacity.
+    """
+    from spike_export.export.bundle import ExportOptions, export_bundle, recipe_sha256
     from spike_export.export.cache_options import CacheOptions
 
     bundles = []
+    weights = checkpoint.tensors.sha256()
     for variant in variants:
-        place = folder / variant.name.lower()
+        place, own = folder / variant.name.lower(), recipe_for(variant, recipe)
         options = ExportOptions(
             "float16",
             number_format="fp8" if variant.product == "fp8" else "int8",
             cache=CacheOptions("static", capacity),
             logits="last",
         )
-        if not (place / "manifest.json").is_file():
-            export_bundle(checkpoint, recipe_for(variant, recipe), options, place)
+        wanted = (weights, None if own is None else recipe_sha256(own), capacity)
+        if _origin(place) != wanted:
+            export_bundle(checkpoint, own, options, place)
         bundles.append(Bundle(variant, place, load_manifest(place)))
     return bundles
+
+
+def _origin(place: Path) -> tuple[str, str | None, int | None] | None:
+    """Return weights, recipe and capacity of the bundle at a place; None where there is none."""
+    try:
+        manifest = load_manifest(place)
+    except ArtifactError:
+        return None
+    return manifest.model.checkpoint_sha256, manifest.model.recipe_sha256, manifest.capacity
 
 
 def capacity_for(prompt: int, repeats: int) -> int:

@@ -32,7 +32,7 @@ from spike_export.calibration.errors import EngineError
 from spike_export.engines import plan_builder, trt_decoding
 from spike_export.engines.plan_backend import TENSORRT_RTX, Gpu, Machine
 from spike_export.export.manifest import load_manifest
-from tests.tiny_models import input_scales, tiny_llama, tiny_recipe
+from tests.tiny_models import TinyModel, input_scales, tiny_llama, tiny_recipe
 from tests.trt_simulation import simulate
 
 FP16, W8A8, W8A16, FP8 = VARIANTS
@@ -297,6 +297,25 @@ def test_the_harness_runs_over_a_pretended_gpu(monkeypatch: pytest.MonkeyPatch, 
     harness.measure_onnx_runtime(bundles[:1], measured[:1])
     assert len(harness.timed) == before
     assert "could not start its CUDAExecutionProvider" in harness.skipped[f"onnxruntime-gpu, FP16, {measured[0].name}"]
+
+
+def test_bundles_are_used_again_only_for_the_same_model_recipe_and_capacity(tmp_path: Path) -> None:
+    model, other = tiny_llama(layers=1), tiny_llama(layers=1, seed=1)
+    ids = np.random.default_rng(0).integers(0, 99, (2, 16))
+    recipe, changed = (tiny_recipe(model.checkpoint, input_scales(model, tokens)) for tokens in (ids, ids[:1]))
+
+    def written(model: TinyModel, recipe: Any, capacity: int) -> int:
+        (bundle,) = gpu_engines.export_variants(model.checkpoint, recipe, [W8A8], capacity, tmp_path)
+        assert bundle.manifest.capacity == capacity
+        return (bundle.folder / "manifest.json").stat().st_mtime_ns
+
+    stamps = [written(model, recipe, 16), written(model, recipe, 16), written(model, recipe, 32)]
+    assert stamps[0] == stamps[1] < stamps[2]
+    assert written(model, changed, 32) > stamps[2]
+    foreign = tiny_recipe(other.checkpoint, input_scales(other, ids))
+    assert written(other, foreign, 32) > stamps[2]
+    (tmp_path / "w8a8" / "manifest.json").write_text("{")
+    written(other, foreign, 32)
 
 
 def test_peaks_and_products_are_measured_for_what_can_be_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
