@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from spike_export.calibration.errors import EngineError
-from spike_export.cli.arguments import SamplingArguments, values
+from spike_export.cli.arguments import RuntimeArguments, SamplingArguments, values
 
 if TYPE_CHECKING:
     from spike_export.engines.engine import Engine
     from spike_export.engines.prompt_tokens import Prompt
+    from spike_export.engines.trt_engines import RuntimeOptions
 
 
 def generate(
@@ -81,6 +82,20 @@ def option_changes(arguments: SamplingArguments) -> dict[str, Any]:
     if given.keys() & {"temperature", "top_k", "top_p", "min_p", "seed"}:
         given.setdefault("do_sample", True)
     return given
+
+
+def runtime_options(arguments: RuntimeArguments) -> "RuntimeOptions | None":
+    """Return how plans are run; None where nothing was said of it.
+
+    Raises:
+        EngineError: The weight budget is negative.
+    """
+    given = {name: value for name, value in values(arguments).items() if value is not None}
+    if not given:
+        return None
+    from spike_export.engines.trt_engines import RuntimeOptions
+
+    return RuntimeOptions(**given)
 
 
 def _write(out: IO[str], text: str) -> None:
