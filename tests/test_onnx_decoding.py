@@ -4,6 +4,7 @@ import gc
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +243,17 @@ def test_a_graph_without_the_place_to_cut_keeps_its_logits(model: TinyModel, tmp
     prompts = prompts_of((4, 11))
     decoding = OnnxDecoding(open_for_generation(bundle, threads=1))
     assert drawn(decoding.decode(prompts, GREEDY)) == [reference_tokens(model, each, 10, ()) for each in prompts]
+
+
+@pytest.mark.parametrize("content", [b"", b"not a graph", None])
+def test_a_damaged_graph_is_one_line(model: TinyModel, tmp_path: Path, content: bytes | None) -> None:
+    bundle = exported(model, tmp_path, CAPACITY, logits="last")
+    graph = bundle / GRAPH_FILE
+    graph.write_bytes(graph.read_bytes()[:-100] if content is None else content)
+    for opened in (open_for_generation, partial(open_bundle, all_logits=True)):
+        with pytest.raises(EngineError, match=r"model\.onnx: .*export the bundle again") as refusal:
+            opened(bundle, threads=1)
+        assert "\n" not in str(refusal.value)
 
 
 def test_logprobs_are_those_of_transformers(model: TinyModel, tmp_path: Path) -> None:
