@@ -320,6 +320,15 @@ def test_logits_that_are_not_finite_are_an_error(tmp_path: Path) -> None:
         list(decoding.decode(prompts_of((3,)), GREEDY))
 
 
+def test_a_cache_that_cannot_be_made_is_one_error(model: TinyModel, tmp_path: Path) -> None:
+    session = open_for_generation(exported(model, tmp_path, CAPACITY), threads=1)
+    with pytest.raises(EngineError, match=r"no room for \d+ bytes of .* on cpu .*; give fewer or shorter sequences$"):
+        session.begin(10**14)
+    if not torch.cuda.is_available():
+        with pytest.raises(EngineError, match=r"on cuda .*, or use the provider cpu: .* a torch with CUDA$"):
+            replace(session, provider="cuda").begin(1)
+
+
 def test_a_provider_that_is_not_there_is_refused(model: TinyModel, tmp_path: Path) -> None:
     import onnxruntime as ort
 
