@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
@@ -124,6 +125,15 @@ def test_bos_is_fed_before_a_text_unless_the_prefix_holds_it(model: TinyModel, e
         assert runtime.fed == [of_text, of_chat]
 
 
+@pytest.mark.parametrize(
+    "prompts", [[BOS, 8], (BOS, 8), [[BOS, 8]], np.array([[BOS, 8]]), np.array([BOS, 8], np.uint8)]
+)
+def test_tokens_may_be_lists_or_arrays(engine: Engine, prompts: Any) -> None:
+    told, runtime = says(engine, "x")
+    told.generate(prompts, max_new_tokens=1)
+    assert runtime.fed == [[BOS, 8]]
+
+
 def test_a_chat_is_rendered_by_the_template(engine: Engine) -> None:
     told, runtime = says(engine, "x")
     told.generate([[{"role": "user", "content": "Hi"}]], max_new_tokens=1)
@@ -224,7 +234,19 @@ def test_without_a_generation_config_the_end_is_the_tokenizers(model: TinyModel,
         ([], "there is no prompt; give at least one"),
         ([[]], "prompt 0 is empty; give some messages"),
         ([{"role": "user", "content": "a"}], "prompt 0 is a single message; a chat is a list of them"),
-        ([[1, 2]], "prompt 0 is no text, no list of messages and no array of tokens"),
+        ([[1, "b"]], "prompt 0 is no text, no list of messages and no array of tokens"),
+        ([True, False], "prompt 0 is no text, no list of messages and no array of tokens"),
+        (b"ab", "prompt 0 is no text, no list of messages and no array of tokens"),
+        ({"role": "user", "content": "a"}, "the prompts are of the type dict; give one text, or a list of prompts"),
+        (torch.tensor([1, 2]), "the prompts are of the type Tensor"),
+        (np.array(3), "the prompts are of the type ndarray"),
+        (iter(["a"]), "the prompts are of the type list_iterator"),
+        ([torch.tensor([1, 2])], "prompt 0 is no text, no list of messages and no array of tokens"),
+        ([np.array([[1, 2]])], r"prompt 0 has the shape \[1, 2\]; expected tokens in one row"),
+        ([np.array([1.7, 2])], "prompt 0 is of type float64, and tokens are integers"),
+        ([np.array([True])], "prompt 0 is of type bool"),
+        (["a", "a\udcff"], "prompt 1 is no Unicode text: its character 1 cannot be encoded; give it in UTF-8"),
+        ([[{"role": "user", "content": "\udcff"}]], "prompt 0 is no Unicode text"),
         ([np.array([1, 300])], "prompt 0 holds the token 300; the model knows 0 to 299"),
         ([np.array([-1])], "prompt 0 holds the token -1"),
         ([np.zeros(0, np.int64)], "prompt 0 is empty"),
