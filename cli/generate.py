@@ -1,5 +1,7 @@
 """Text on the terminal as it is generated, or all of it as JSON."""
 
+import codecs
+import io
 import json
 import sys
 from collections.abc import Sequence
@@ -21,6 +23,8 @@ def generate(
 ) -> None:
     """Write what follows each prompt: one prompt's text as it comes, several one after another, or JSON.
 
+    Characters that the output's encoding lacks are replaced in text, and written as JSON's own escapes there.
+
     Args:
         engine: A runtime with its tokenizer.
         prompts: All are decoded together.
@@ -34,8 +38,11 @@ def generate(
     out = out or sys.stdout
     if as_json:
         results = [asdict(result) for result in engine.generate(prompts, **changes)]
-        out.write(json.dumps(results, ensure_ascii=False, indent=2) + "\n")
+        holds_all = codecs.lookup(out.encoding or "utf-8").name == "utf-8"
+        out.write(json.dumps(results, ensure_ascii=not holds_all, indent=2) + "\n")
         return
+    if isinstance(out, io.TextIOWrapper):
+        out.reconfigure(errors="replace")
     if len(prompts) == 1:
         for piece in engine.stream(prompts, **changes):
             _write(out, piece.text)
