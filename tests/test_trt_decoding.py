@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -151,6 +152,35 @@ def test_a_sliding_window_ends_where_transformers_does(
     runtime = opened(simulation, simulation.plan(tmp_path / "bundle", "prefill", "decode", prompt=prompt))
     prompts = [np.arange(1, 14), np.arange(30, 33), np.arange(50, 58)]
     assert decoded(runtime, prompts, 8) == [reference(windowed, tokens, 8, prefix) for tokens in prompts]
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+        {
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "original_max_position_embeddings": 10,
+            "factor": 4.0,
+            "short_factor": [1.1] * 8,
+            "long_factor": [2.0] * 8,
+        },
+    ],
+    ids=lambda rope: rope["rope_type"],
+)
+def test_a_prompt_enters_at_once_where_its_length_decides_how_it_is_rotated(
+    simulation: Simulation, tmp_path: Path, rope: dict[str, Any]
+) -> None:
+    scaled = tiny_llama(rope=rope, max_positions=40)
+    export_bundle(scaled.checkpoint, None, ExportOptions("float32", logits="last"), tmp_path / "bundle")
+    whole = opened(simulation, simulation.plan(tmp_path / "bundle", "prefill", "decode", prompt=13))
+    assert decoded(whole, [np.arange(1, 14)], 1) == [reference(scaled, np.arange(1, 14), 1, ())]
+    runtime = opened(simulation, simulation.plan(tmp_path / "bundle", "prefill", "decode", prompt=5))
+    with pytest.raises(
+        EngineError, match=rf"prompt 0 has 13 tokens and the plan takes 5 .* of type {rope['rope_type']}"
+    ):
+        runtime.decode([np.arange(1, 14)], GenerationOptions(max_new_tokens=1))
 
 
 def test_the_context_can_be_filled_to_its_last_token(

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from spike_export.engines import trt_engines
 from spike_export.engines.build_options import BatchRange, BuildOptions, ProfileName
 from spike_export.engines.build_profiles import Profile, make_profiles, resolve_limits
+from spike_export.engines.bundle_ropes import rope_by_length
 from spike_export.engines.decoding import Decoding
 from spike_export.engines.denormals import denormals_flushed
 from spike_export.engines.generation_options import GenerationOptions
@@ -418,7 +419,8 @@ class Simulation:
         path = self.folder / f"{'-'.join(names)}.plan"
         path.write_text(json.dumps({"bundle": str(bundle), "name": path.stem}))
         self.trt.profiles[path.stem] = profiles
-        return CheckedPlan(path, sidecar(self.trt.backend, profiles, limits.prefix, limits.context))
+        written = sidecar(self.trt.backend, profiles, limits.prefix, limits.context)
+        return CheckedPlan(path, written.model_copy(update={"rope_by_length": rope_by_length(bundle)}))
 
 
 def sidecar(backend: BackendName, profiles: Sequence[Profile], prefix: int, context: int) -> PlanSidecar:
