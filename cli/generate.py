@@ -38,7 +38,7 @@ def generate(
     out = out or sys.stdout
     if as_json:
         results = [asdict(result) for result in engine.generate(prompts, **changes)]
-        holds_all = codecs.lookup(out.encoding or "utf-8").name == "utf-8"
+        holds_all = codecs.lookup(getattr(out, "encoding", None) or "utf-8").name == "utf-8"
         out.write(json.dumps(results, ensure_ascii=not holds_all, indent=2) + "\n")
         return
     if isinstance(out, io.TextIOWrapper):

@@ -58,10 +58,11 @@ def test_what_the_outputs_encoding_lacks_is_no_traceback() -> None:
     )
 
     def written(encoding: str, prompts: int = 1, **how: Any) -> str:
-        out = io.TextIOWrapper(io.BytesIO(), encoding=encoding, newline="\n")
+        raw = io.BytesIO()
+        out = io.TextIOWrapper(raw, encoding=encoding, newline="\n")
         generate(told, ["a"] * prompts, {}, out=out, **how)
         out.flush()
-        return out.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined,no-any-return]
+        return raw.getvalue().decode(encoding)
 
     assert written("cp1252", as_json=False) == "2 \u20ac ?\n"
     assert written("cp1252", 2, as_json=False) == "[0]2 \u20ac ?\n\n[1]2 \u20ac ?\n"
