@@ -25,7 +25,7 @@ class BuildLog:
 
     @property
     def reason(self) -> str:
-        """Return the first error on one line, of which later ones mostly follow; who asks has cleared them before."""
+        """Return the first error on one line, of which later ones mostly follow; who asks clears them."""
         return " ".join(self.errors[0].split()) if self.errors else "it gives no reason"
 
 

@@ -1,6 +1,6 @@
 """One profile of an engine with its execution context: shapes and addresses in, work on the stream out."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from spike_export.calibration.errors import EngineError
@@ -31,7 +31,7 @@ class Station:
         self._shapes: dict[str, Shape] = {}
         self._addresses: dict[str, int] = {}
         with device.queue():
-            self._call(f"select profile {profile}", context.set_optimization_profile_async, profile, device.stream)
+            self._require(context.set_optimization_profile_async(profile, device.stream), f"select profile {profile}")
 
     def use_scratch(self, address: int, size: int) -> None:
         """Compute in `size` bytes at `address`, which no other work of the stream's present may use."""
@@ -46,7 +46,7 @@ class Station:
         for name, shape in shapes.items():
             if self._shapes.get(name) == shape:
                 continue
-            self._call(f"take {name} of shape {list(shape)}", self._context.set_input_shape, name, shape)
+            self._require(self._context.set_input_shape(name, shape), f"take {name} of shape {list(shape)}")
             self._shapes[name] = shape
 
     def output_shape(self, name: str) -> Shape:
@@ -62,7 +62,7 @@ class Station:
         for name, address in addresses.items():
             if self._addresses.get(name) == address:
                 continue
-            self._call(f"take the address of {name}", self._context.set_tensor_address, name, address)
+            self._require(self._context.set_tensor_address(name, address), f"take the address of {name}")
             self._addresses[name] = address
 
     def enqueue(self) -> None:
@@ -71,9 +71,10 @@ class Station:
         Raises:
             EngineError: TensorRT does not.
         """
-        self._call("run the plan", self._context.execute_async_v3, self._device.stream)
+        self._require(self._context.execute_async_v3(self._device.stream), "run the plan")
 
-    def _call(self, what: str, function: Callable[..., bool], *arguments: object) -> None:
-        self._log.errors.clear()  # of earlier calls
-        if not function(*arguments):
-            raise EngineError(f"{self._backend.title} does not {what}: {self._log.reason}")
+    def _require(self, done: bool, what: str) -> None:
+        reason = self._log.reason
+        self._log.errors.clear()  # a later call has reasons of its own
+        if not done:
+            raise EngineError(f"{self._backend.title} does not {what}: {reason}")

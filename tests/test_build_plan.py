@@ -121,7 +121,7 @@ def test_a_rope_that_depends_on_the_length_is_known_to_the_build(
     (source / "config.json").write_text(json.dumps({"rope_parameters": ropes}))
     assert plan_build(source, tmp_path / "e.plan", SM86, CPU).rope == found
     (source / "config.json").write_text("{}")
-    with pytest.raises(EngineError, match=r"config\.json: cannot read the rope"):
+    with pytest.raises(EngineError, match=r"config\.json: cannot read the model's rope"):
         plan_build(source, tmp_path / "e.plan", SM86, CPU)
 
 

@@ -196,7 +196,7 @@ def test_how_a_plan_is_run_can_be_said(
         assert simulation.trt.engines[-1].weight_streaming_budget_v2 == budget
         assert simulation.device.log.count("capture") == captures
     assert "weight_budget is -5; expected 0 bytes or more" in call("generate", *arguments, "--weight-budget=-5").error
-    assert "a plan is rebuilt on the first GPU" in call("generate", *arguments, "--rebuild", "--gpu", "99").error
+    assert "a plan is rebuilt on the first GPU" in call("generate", *arguments, "--rebuild", "--gpu", "99").err
     assert "GPU number 99 was asked for and is not there" in call("generate", *arguments, "--gpu", "99").error
 
 
