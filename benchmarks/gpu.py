@@ -108,7 +108,8 @@ def _measure(arguments: argparse.Namespace, machine: "Machine", scratch: Path) -
         say("measuring torch's products")
         rows = list(dict.fromkeys(call.batch * call.tokens for call in measured))
         kinds = [kind for kind in seen.operations if kind != "fp8" or any(v.product == "fp8" for v in variants)]
-        report.products = model_products(model, rows, kinds, device)
+        report.products, refused = model_products(model, rows, kinds, device)
+        report.skipped |= refused
     report.timed, report.parity = harness.timed, harness.parity
     report.skipped |= harness.skipped | {
         f"part {part}": "not asked for" for part in PARTS if part not in arguments.parts

@@ -1,6 +1,7 @@
 """The figures of the GPU harness: for reading, and for programs."""
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -76,9 +77,10 @@ class Parity:
     """A plan's logits beside ONNX Runtime's on the same bundle.
 
     Attributes:
-        error: Largest difference, as a part of the largest logit.
+        error: Largest difference, as a part of the largest logit; infinite where a logit is not a number.
         agreement: Share of tokens whose most probable successor is the same, 0 to 1.
         tolerance: Of the error; None where it is told and not held against anything.
+        least_agreement: Of the agreement.
     """
 
     engine: str
@@ -86,11 +88,13 @@ class Parity:
     error: float
     agreement: float
     tolerance: float | None
+    least_agreement: float = 0.0
 
     @property
     def passed(self) -> bool:
-        """Whether the error is within the tolerance."""
-        return self.tolerance is None or self.error <= self.tolerance
+        """Whether all logits are numbers, the error is within the tolerance and enough tokens are the same."""
+        within = math.isfinite(self.error) and (self.tolerance is None or self.error <= self.tolerance)
+        return within and self.agreement >= self.least_agreement
 
 
 @dataclass
@@ -129,7 +133,9 @@ def text(report: Report) -> str:
         *(
             f"parity of {parity.variant} in {parity.engine}: error {parity.error:.4f}"
             + (f" (at most {parity.tolerance})" if parity.tolerance is not None else "")
-            + f", same token {parity.agreement:.1%}{'' if parity.passed else ' MISSED'}"
+            + f", same token {parity.agreement:.1%}"
+            + (f" (at least {parity.least_agreement:.0%})" if parity.least_agreement else "")
+            + ("" if parity.passed else " MISSED")
             for parity in report.parity
         ),
         *(f"skipped: {what}: {why}" for what, why in report.skipped.items()),
@@ -146,13 +152,16 @@ def document(report: Report) -> dict[str, Any]:
             entry["bound"] |= {"seconds": timed.bound.seconds, "by": timed.bound.by}
         ratio = speed_up(report.timed, timed)
         entry["to_fp16"] = None if ratio is None else round(ratio, 3)
+    for entry in result["parity"]:
+        if not math.isfinite(entry["error"]):  # JSON has no such number
+            entry["error"] = None
     return result
 
 
 def write(report: Report, path: Path) -> None:
     """Write the JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document(report), indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(document(report), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def speed_up(timed: Sequence[Timed], one: Timed) -> float | None:

@@ -65,15 +65,19 @@ def _copy_seconds(size: int, device: torch.device) -> float:
 
 def model_products(
     model: Model, rows: Sequence[int], kinds: Sequence[Product], device: torch.device
-) -> list[TimedProduct]:
-    """Time each different linear of the model for every number of rows."""
-    timed = []
+) -> tuple[list[TimedProduct], dict[str, str]]:
+    """Time each different linear of the model for every number of rows; return also what torch refused, and why."""
+    timed: list[TimedProduct] = []
+    refused: dict[str, str] = {}
     for linear in dict.fromkeys(model.linears):
         for count in rows:
             for kind in kinds:
                 used = max(count, _LEAST_INT8_ROWS) if kind == "int8" else count
-                timed.append(TimedProduct(kind, used, linear, product_seconds(kind, used, linear, device)))
-    return timed
+                try:
+                    timed.append(TimedProduct(kind, used, linear, product_seconds(kind, used, linear, device)))
+                except RuntimeError as error:  # a shape that this kernel does not take, or too little memory
+                    refused[f"torch {kind}, {used} x {linear[1]} x {linear[0]}"] = str(error).splitlines()[0]
+    return timed, refused
 
 
 def product_seconds(kind: Product, rows: int, linear: tuple[int, int], device: torch.device) -> float:

@@ -17,6 +17,7 @@ _GRAPH = Group("Graph", sort_key=3)
 _CHECK = Group("Check", sort_key=3)
 _BUILD = Group("Engine", sort_key=4)
 _GENERATION = Group("Generation", sort_key=4)
+_PLAN = Group("Running a plan", sort_key=4)
 _RUN = Group("Run", sort_key=5)
 
 
@@ -270,6 +271,22 @@ class SamplingArguments:
 
     logprobs: int | None = None
     "With --json: log-probability of each token, and of so many of the most probable ones."
+
+
+@Parameter(name="*", group=_PLAN)
+@dataclass(frozen=True, kw_only=True)
+class RuntimeArguments:
+    """How TensorRT runs a plan."""
+
+    gpu: int | None = None
+    "Index of the GPU (default: 0)."
+
+    weight_budget: int | Literal["auto"] | None = None
+    """Bytes of weights that stay on the GPU while the rest is streamed, of a plan built with --weight-streaming; auto
+    for what TensorRT thinks fit (default: all stay)."""
+
+    cuda_graphs: bool | None = None
+    "Launch a decode step over a static cache as one graph (default: yes)."
 
 
 @Parameter(name="*", group=_RUN)

@@ -1,5 +1,7 @@
 """Text on the terminal as it is generated, or all of it as JSON."""
 
+import codecs
+import io
 import json
 import sys
 from collections.abc import Sequence
@@ -8,17 +10,20 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from spike_export.calibration.errors import EngineError
-from spike_export.cli.arguments import SamplingArguments, values
+from spike_export.cli.arguments import RuntimeArguments, SamplingArguments, values
 
 if TYPE_CHECKING:
     from spike_export.engines.engine import Engine
     from spike_export.engines.prompt_tokens import Prompt
+    from spike_export.engines.trt_engines import RuntimeOptions
 
 
 def generate(
     engine: "Engine", prompts: Sequence["Prompt"], changes: dict[str, Any], *, as_json: bool, out: IO[str] | None = None
 ) -> None:
     """Write what follows each prompt: one prompt's text as it comes, several one after another, or JSON.
+
+    Characters that the output's encoding lacks are replaced in text, and written as JSON's own escapes there.
 
     Args:
         engine: A runtime with its tokenizer.
@@ -33,8 +38,11 @@ def generate(
     out = out or sys.stdout
     if as_json:
         results = [asdict(result) for result in engine.generate(prompts, **changes)]
-        out.write(json.dumps(results, ensure_ascii=False, indent=2) + "\n")
+        holds_all = codecs.lookup(getattr(out, "encoding", None) or "utf-8").name == "utf-8"
+        out.write(json.dumps(results, ensure_ascii=not holds_all, indent=2) + "\n")
         return
+    if isinstance(out, io.TextIOWrapper):
+        out.reconfigure(errors="replace")
     if len(prompts) == 1:
         for piece in engine.stream(prompts, **changes):
             _write(out, piece.text)
@@ -81,6 +89,20 @@ def option_changes(arguments: SamplingArguments) -> dict[str, Any]:
     if given.keys() & {"temperature", "top_k", "top_p", "min_p", "seed"}:
         given.setdefault("do_sample", True)
     return given
+
+
+def runtime_options(arguments: RuntimeArguments) -> "RuntimeOptions | None":
+    """Return how plans are run; None where nothing was said of it.
+
+    Raises:
+        EngineError: The weight budget is negative.
+    """
+    given = {name: value for name, value in values(arguments).items() if value is not None}
+    if not given:
+        return None
+    from spike_export.engines.trt_engines import RuntimeOptions
+
+    return RuntimeOptions(**given)
 
 
 def _write(out: IO[str], text: str) -> None:

@@ -27,6 +27,7 @@ from spike_export.cli.arguments import (
     GraphArguments,
     QuantizationArguments,
     RunArguments,
+    RuntimeArguments,
     SamplingArguments,
     values,
 )
@@ -547,6 +548,16 @@ def generate(
     rebuild: Annotated[
         bool, Parameter(negative="", help="Build a plan again that is of another GPU, version or bundle by now.")
     ] = False,
+    also: Annotated[
+        tuple[Path, ...],
+        Parameter(
+            name="--plan-also",
+            negative="",
+            help="Another plan of the same bundle, built for another context; repeat for several. A batch runs in the "
+            "one with the least context that has room for it.",
+        ),
+    ] = (),
+    runtime: RuntimeArguments = RuntimeArguments(),
     as_json: Annotated[
         bool, Parameter(name="--json", negative="", help="Print JSON: text, tokens, finish reason, log-probabilities.")
     ] = False,
@@ -554,7 +565,7 @@ def generate(
 ) -> int:
     """Generate text with a bundle in ONNX Runtime or a plan in TensorRT, and write it as it comes."""
     from spike_export.cli.generate import generate as write_generated
-    from spike_export.cli.generate import option_changes, read_prompts
+    from spike_export.cli.generate import option_changes, read_prompts, runtime_options
 
     prompts, changes = read_prompts(prompt, prompt_file, chat, system), option_changes(sampling)
     if "logprobs" in changes and not as_json:
@@ -567,7 +578,13 @@ def generate(
     try:
         with display, display.stage("plan") as progress:
             engine = Engine.open(
-                path, threads=threads, provider=provider, bundle=bundle, rebuild=rebuild, progress=progress
+                [path, *also],
+                threads=threads,
+                provider=provider,
+                bundle=bundle,
+                rebuild=rebuild,
+                runtime=runtime_options(runtime),
+                progress=progress,
             )
         with engine:
             write_generated(engine, prompts, changes, as_json=as_json)

@@ -7,6 +7,7 @@ nothing is exported or stored a second time, and what is checked differs from wh
 from pathlib import Path
 
 from spike_export.calibration.errors import EngineError
+from spike_export.engines.graph_file import read_graph
 from spike_export.export.manifest import GRAPH_FILE, LAST_TOKEN_NODE
 
 
@@ -14,12 +15,10 @@ def all_logits_graph(bundle: Path) -> bytes:
     """Return a serialized last-token graph without its last-token node; weights are named as files in the bundle.
 
     Raises:
-        EngineError: The graph has no such node although the manifest says so.
+        EngineError: The file is not an ONNX model, or the graph has no such node although the manifest says so.
     """
-    import onnx
-
     path = bundle / GRAPH_FILE
-    model = onnx.load(path, load_external_data=False)
+    model = read_graph(path)
     graph = model.graph
     choice = next((node for node in graph.node if node.name == LAST_TOKEN_NODE), None)
     if choice is None:

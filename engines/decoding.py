@@ -7,6 +7,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from spike_export.calibration.errors import EngineError
 from spike_export.engines.generation_options import GenerationOptions
 
 
@@ -26,6 +27,20 @@ class DecodedStep:
     logprobs: NDArray[np.float32] | None = None
     top_tokens: NDArray[np.int64] | None = None
     top_logprobs: NDArray[np.float32] | None = None
+
+
+def require_finite(rows: NDArray[np.bool_], remedy: str) -> None:
+    """Refuse a step in which an activation overflowed: a token drawn from such logits would mean nothing.
+
+    Args:
+        rows: [rows], whether all of a row's logits are finite.
+        remedy: What to do about it.
+
+    Raises:
+        EngineError: Names the first row that has others.
+    """
+    if not rows.all():
+        raise EngineError(f"row {int(rows.argmin())}: the logits are not finite, an activation overflowed; {remedy}")
 
 
 class Decoding(Protocol):

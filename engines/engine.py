@@ -16,7 +16,7 @@ from spike_export.calibration.progress import Progress, silent
 from spike_export.engines.decoding import Decoding
 from spike_export.engines.generated_text import Generation, Piece, Row, joined, streamed
 from spike_export.engines.generation_options import GenerationOptions
-from spike_export.engines.plan_runtime import bundle_of, is_plan, open_plan
+from spike_export.engines.plan_runtime import bundle_of, is_plan, open_plans
 from spike_export.engines.prompt_tokens import Prompt, PromptEncoder
 from spike_export.export.manifest import Manifest, load_manifest
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from spike_export.engines.sequences import Provider
+    from spike_export.engines.trt_engines import RuntimeOptions
 
 _TOKENIZER_FILE, _GENERATION_FILE = "tokenizer.json", "generation_config.json"
 
@@ -44,12 +45,13 @@ class Engine:
     @classmethod
     def open(
         cls,
-        path: Path | str,
+        path: Path | str | Sequence[Path | str],
         *,
         threads: int | None = None,
         provider: "Provider | None" = None,
         bundle: Path | str | None = None,
         rebuild: bool = False,
+        runtime: "RuntimeOptions | None" = None,
         progress: Progress = silent,
     ) -> "Engine":
         """Open a bundle in ONNX Runtime, or an engine plan in TensorRT.
@@ -57,11 +59,15 @@ class Engine:
         Plans are code: open only those whose origin you trust.
 
         Args:
-            path: Folder that export wrote, or the plan of an engine (for a split one the name its halves bear).
+            path: Folder that export wrote, or the plan of an engine (for a split one the name its halves bear). Or
+                several plans of one bundle, built for different contexts: each batch runs in the one with the least
+                that has room for it, and all have their weights on the GPU.
             threads: Of ONNX Runtime, for one operator; 0 for one per core, which is the default.
             provider: Where ONNX Runtime computes: `cpu`, which is the default, or `cuda` with the extra `gpu`.
-            bundle: What the plan was built from; `PLAN.run/bundle` when omitted, where the main job puts it.
+            bundle: What the plan was built from; `PLAN.run/bundle` (of the first plan) when omitted, where the main
+                job puts it.
             rebuild: Build a plan again that was built here and cannot be used any more.
+            runtime: How TensorRT runs plans: which GPU, CUDA graphs, a budget for weights that are streamed.
             progress: Told of the hashing of plan and bundle (bytes) and of a build (percent).
 
         Raises:
@@ -69,15 +75,20 @@ class Engine:
             EngineError: The bundle is incomplete, has no tokenizer, or cannot be run here; the plan is missing,
                 foreign or stale; an option is of the other runtime.
         """
-        target = Path(path)
+        targets = [Path(path)] if isinstance(path, (str, Path)) else [Path(each) for each in path]
+        if not targets:
+            raise EngineError("there is nothing to open; name a bundle or a plan")
+        target = next((each for each in targets if not is_plan(each)), targets[0])
         if not is_plan(target):
-            _refuse({"bundle": bundle is not None, "rebuild": rebuild}, f"{target} is no engine plan")
+            given = {"bundle": bundle is not None, "rebuild": rebuild, "another plan": len(targets) > 1}
+            how = "how to run plans (weight budget, GPU, CUDA graphs)"
+            _refuse(given | {how: runtime is not None}, f"{target} is no engine plan")
             open_runtime: Callable[[], Decoding] = partial(open_onnx, target, threads or 0, provider or "cpu")
             folder = target
         else:
             _refuse({"threads": threads is not None, "provider": provider is not None}, f"{target} runs in TensorRT")
             folder = bundle_of(target, Path(bundle) if bundle is not None else None)
-            open_runtime = partial(open_plan, target, folder, progress, rebuild=rebuild)
+            open_runtime = partial(open_plans, targets, folder, progress, rebuild=rebuild, runtime=runtime)
         manifest = load_manifest(folder)
         tokenizer = _tokenizer(folder)
         defaults = default_options(folder, manifest, tokenizer)
@@ -158,7 +169,7 @@ def open_onnx(path: Path, threads: int, provider: "Provider") -> Decoding:
 
 
 def default_options(bundle: Path, manifest: Manifest, tokenizer: Any) -> GenerationOptions:
-    """Return the options that the model's makers give in `generation_config.json`.
+    """Return the options that the model's makers give in `generation_config.json`, else those of transformers.
 
     The tokens that end a sequence are that file's, else the manifest's, else the tokenizer's.
 
@@ -172,7 +183,9 @@ def default_options(bundle: Path, manifest: Manifest, tokenizer: Any) -> Generat
     except (ValueError, AttributeError) as error:
         raise EngineError(f"{path}: not a JSON object ({one_line(error)}); export the bundle again") from error
     known = {field.name for field in fields(GenerationOptions)} - {"eos_token_ids", "stop_strings", "logprobs"}
-    values = {name: value for name, value in given.items() if name in known and value is not None}
+    # What transformers' generate() takes where neither file nor caller gives a top k.
+    values: dict[str, Any] = {"top_k": 50}
+    values |= {name: value for name, value in given.items() if name in known and value is not None}
     ends = eos if isinstance(eos, list) else [] if eos is None else [eos]
     ends = ends or list(manifest.eos_token_ids) or [getattr(tokenizer, "eos_token_id", None)]
     try:

@@ -12,21 +12,24 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from spike_export.export.manifest import GRAPH_FILE, LAST_TOKEN_NODE, Manifest
-
-_SLOTS = "cache.slots"
-"""The numbers 0, 1, ... of a static buffer's slots: a constant in the file."""
+from spike_export.calibration.errors import EngineError
+from spike_export.engines.graph_file import read_graph
+from spike_export.export.manifest import CACHE_SLOTS, GRAPH_FILE, LAST_TOKEN_NODE, Manifest
 
 _LAST = np.iinfo(np.int64).max
 
 
 def generation_graph(bundle: Path, manifest: Manifest) -> bytes:
-    """Return the serialized graph; weights are named as files in the bundle."""
-    model = onnx.load(bundle / GRAPH_FILE, load_external_data=False)
+    """Return the serialized graph; weights are named as files in the bundle.
+
+    Raises:
+        EngineError: The file is not an ONNX model, or lacks the static cache that the manifest speaks of.
+    """
+    model = read_graph(bundle / GRAPH_FILE)
     if manifest.logits == "all":
         _keep_last_position(model.graph, f"model.layers.{manifest.num_hidden_layers - 1}.attention_residual")
     if manifest.kv_cache == "static":
-        _free_slots(model.graph)
+        _free_slots(model.graph, bundle / GRAPH_FILE)
     serialized: bytes = model.SerializeToString()
     return serialized
 
@@ -54,21 +57,23 @@ def _keep_last_position(graph: onnx.GraphProto, residual: str) -> None:
     logits.type.tensor_type.shape.dim[1].dim_value = 1
 
 
-def _free_slots(graph: onnx.GraphProto) -> None:
+def _free_slots(graph: onnx.GraphProto, path: Path) -> None:
     """Take the number of slots from the buffers that a call brings."""
+    constant = next((tensor for tensor in graph.initializer if tensor.name == CACHE_SLOTS), None)
+    if constant is None:
+        raise EngineError(f"{path}: the graph has no static cache (no {CACHE_SLOTS}); export the bundle again")
     caches = [value for value in (*graph.input, *graph.output) if value.name.startswith(("past_", "present."))]
     for value in caches:
         value.type.tensor_type.shape.dim[2].dim_param = "slots"
-    constant = next(tensor for tensor in graph.initializer if tensor.name == _SLOTS)
     graph.initializer.remove(constant)
-    ends = {f"{_SLOTS}.first": 0, f"{_SLOTS}.step": 1}
+    ends = {f"{CACHE_SLOTS}.first": 0, f"{CACHE_SLOTS}.step": 1}
     graph.initializer.extend(numpy_helper.from_array(np.array(value, np.int64), name) for name, value in ends.items())
     first, step = ends
-    count = f"{_SLOTS}.count"
+    count = f"{CACHE_SLOTS}.count"
     nodes = [
         helper.make_node("Shape", ["past_key_values.0.key"], [f"{count}.shape"], name=f"{count}.Shape", start=2, end=3),
         helper.make_node("Squeeze", [f"{count}.shape"], [count], name=f"{count}.Squeeze"),
-        helper.make_node("Range", [first, count, step], [_SLOTS], name=f"{_SLOTS}.Range"),
+        helper.make_node("Range", [first, count, step], [CACHE_SLOTS], name=f"{CACHE_SLOTS}.Range"),
     ]
     for node in reversed(nodes):
         graph.node.insert(0, node)

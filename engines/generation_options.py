@@ -1,4 +1,8 @@
-"""How text is generated: the terms and defaults of transformers' `GenerationConfig`."""
+"""How text is generated, in the terms of transformers' `GenerationConfig`.
+
+Here top_k is 0 and max_new_tokens 128 unless given; what a bundle's defaults are, `engine.default_options` says.
+`seed`, `ignore_eos` and `logprobs` are no part of it; `stop_strings` are, and there they stay in the text.
+"""
 
 from dataclasses import dataclass
 
@@ -19,7 +23,7 @@ class GenerationOptions:
         repetition_penalty: Divides positive and multiplies negative logits of tokens that the sequence holds; 1 for
             none.
         seed: Of the draws; None for another one each time. Row i of a batch draws as a sequence alone with seed + i.
-        stop_strings: The text ends before the first of them.
+        stop_strings: The text ends before the first of them; a single string may be given as it is.
         eos_token_ids: Tokens that end a sequence.
         ignore_eos: Go on behind them, for measurements.
         logprobs: None for none; k for the log-probability of every drawn token and of the k most probable ones.
@@ -39,6 +43,8 @@ class GenerationOptions:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.stop_strings, str):  # each of its letters would be one
+            object.__setattr__(self, "stop_strings", (self.stop_strings,))
         checks = (
             ("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1"),
             ("temperature", self.temperature, self.temperature > 0, "above 0; do_sample=False takes the best token"),

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from spike_export.calibration.errors import EngineError
-from spike_export.engines.decoding import DecodedStep
+from spike_export.engines.decoding import DecodedStep, require_finite
 from spike_export.engines.generation_options import GenerationOptions
 from spike_export.engines.onnx_session import BundleSession
 from spike_export.engines.sampling import Drawn, Sampler, seen_tokens
@@ -53,7 +53,7 @@ class OnnxDecoding:
         sampler = Sampler(options, len(prompts), _CPU)
         seen = seen_tokens(prompts, logits.shape[-1], options, _CPU)
         for remaining in reversed(range(options.max_new_tokens)):
-            _require_finite(logits)
+            require_finite(np.isfinite(logits).all(axis=1), "export the bundle with --dtype float32")
             drawn = sampler.draw(torch.from_numpy(logits), seen)
             yield _step(drawn)
             if remaining:
@@ -114,15 +114,6 @@ def _behind(logits: NDArray[np.float32], counts: NDArray[np.int64] | None = None
     if counts is None or logits.shape[1] == 1:
         return logits[:, -1].astype(np.float32, copy=False)
     return logits[np.arange(len(counts)), counts - 1].astype(np.float32, copy=False)
-
-
-def _require_finite(logits: NDArray[np.float32]) -> None:
-    finite = np.isfinite(logits).all(axis=1)
-    if not finite.all():
-        raise EngineError(
-            f"row {int(finite.argmin())}: the logits are not finite, an activation overflowed; export the bundle with "
-            "--dtype float32"
-        )
 
 
 def _step(drawn: Drawn) -> DecodedStep:

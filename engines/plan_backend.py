@@ -123,10 +123,10 @@ class ChosenBackend:
     reason: str
 
 
-def detect_machine() -> Machine:
-    """Look for the backends and for a GPU, without importing or initialising either backend."""
+def detect_machine(gpu: int = 0) -> Machine:
+    """Look for the backends and for the GPU of that index, without importing or initialising either backend."""
     installed = frozenset(name for name, backend in BACKENDS.items() if importlib.util.find_spec(backend.module))
-    return Machine(installed, find_gpu())
+    return Machine(installed, find_gpu(gpu))
 
 
 def installed_version(backend: Backend) -> str | None:
@@ -160,8 +160,8 @@ def require_features(backend: Backend, asked: frozenset[PlanFeature], gpu: Gpu |
             raise EngineError(f"{backend.title} cannot build with --{option}: {reason}")
 
 
-def find_gpu() -> Gpu | None:
-    """Return the first NVIDIA GPU, asking the driver; None where there is no driver or no GPU."""
+def find_gpu(index: int = 0) -> Gpu | None:
+    """Return an NVIDIA GPU, asking the driver; None where there is no driver or no GPU of that index."""
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -171,7 +171,7 @@ def find_gpu() -> Gpu | None:
     # 75 and 76 are CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR; each call returns 0 on success.
     failed = (
         cuda.cuInit(0)
-        or cuda.cuDeviceGet(ctypes.byref(device), 0)
+        or cuda.cuDeviceGet(ctypes.byref(device), index)
         or cuda.cuDeviceGetName(name, len(name), device)
         or cuda.cuDeviceGetAttribute(ctypes.byref(major), 75, device)
         or cuda.cuDeviceGetAttribute(ctypes.byref(minor), 76, device)

@@ -13,6 +13,7 @@ from spike_export.engines.build_options import DEFAULT_OPTIMIZATION_LEVEL, SPLIT
 from spike_export.engines.build_profiles import Limits, resolve_limits
 from spike_export.engines.build_request import BuildRequest, CompletionEvent
 from spike_export.engines.bundle_identity import file_size, hash_bundle
+from spike_export.engines.bundle_ropes import rope_by_length
 from spike_export.engines.child_process import BUILD_COMMAND, run_build
 from spike_export.engines.host_memory import available_memory, require_memory
 from spike_export.engines.plan_audit import ModuleAudit, PlanAudit
@@ -87,6 +88,7 @@ class PlannedBuild:
         device: Name of the GPU, where the backend compiles for the one at hand.
         version: Of the backend that is installed.
         weight_bytes: Size of the bundle's data file.
+        rope: The model's, where it depends on a sequence's length.
     """
 
     bundle: Path
@@ -98,6 +100,7 @@ class PlannedBuild:
     device: str | None
     version: str
     weight_bytes: int
+    rope: str | None
 
     def key(self, identity: str) -> PlanKey:
         """Return what the engine follows from; `identity` is the bundle's hash."""
@@ -130,7 +133,8 @@ def plan_build(bundle: Path, engine: Path, options: BuildOptions, environment: B
     """Decide on everything a build needs, and refuse what cannot be built, before anything is read or written.
 
     Raises:
-        EngineError: The backend, an option, a target, a size or the name of the plan stands in the way.
+        EngineError: The backend, an option, a target, a size or the name of the plan stands in the way, or the
+            bundle is damaged.
         ArtifactError: The bundle's manifest cannot be read.
     """
     require_file_names(engine, options.split)
@@ -158,6 +162,7 @@ def plan_build(bundle: Path, engine: Path, options: BuildOptions, environment: B
         device=machine.gpu.name if machine.gpu and chosen.backend.needs_gpu else None,
         version=found,
         weight_bytes=file_size(bundle / DATA_FILE),
+        rope=rope_by_length(bundle),
     )
 
 
@@ -267,6 +272,7 @@ def _sidecar(build: PlannedBuild, key: PlanKey, completion: CompletionEvent) -> 
         profiles=completion.profiles,
         prefix=build.limits.prefix,
         max_context=build.limits.context,
+        rope_by_length=build.rope,
         bundle_sha256=key.bundle,
         plan=PlanFile(sha256=completion.plan_sha256, size=completion.plan_size),
         build_seconds=completion.seconds,

@@ -1,6 +1,8 @@
 """Opens an engine plan to decode with: which bundle it belongs to, whether it may be loaded, and TensorRT over it."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from spike_export.calibration.errors import EngineError
 from spike_export.calibration.progress import Progress, silent
@@ -10,6 +12,10 @@ from spike_export.engines.plan_paths import find_plans, plan_paths
 from spike_export.engines.plan_rebuild import usable_or_rebuilt_engine
 from spike_export.engines.plan_safety import usable_engine
 from spike_export.export.manifest import MANIFEST_FILE
+
+if TYPE_CHECKING:
+    from spike_export.engines.trt_decoding import TensorRtDecoding
+    from spike_export.engines.trt_engines import RuntimeOptions
 
 
 def is_plan(path: Path) -> bool:
@@ -37,23 +43,59 @@ def bundle_of(engine: Path, given: Path | None = None) -> Path:
     return bundle
 
 
-def open_plan(engine: Path, bundle: Path, progress: Progress = silent, *, rebuild: bool = False) -> Decoding:
-    """Open an engine on the first GPU.
+def open_plans(
+    engines: Sequence[Path],
+    bundle: Path,
+    progress: Progress = silent,
+    *,
+    rebuild: bool = False,
+    runtime: "RuntimeOptions | None" = None,
+) -> Decoding:
+    """Open engines of one bundle; of several each batch goes to the one with the least context that has room for it.
 
     Args:
-        engine: File of the plan, or the name of a split engine (see `plan_paths`).
-        bundle: What it was built from.
+        engines: Each the file of a plan, or the name of a split engine (see `plan_paths`).
+        bundle: What they were built from.
         progress: Told of the hashing (bytes) and of a build (percent).
-        rebuild: Build it again where it was built here and cannot be used any more.
+        rebuild: Build those again that were built here and cannot be used any more.
+        runtime: How to run them; on the first GPU when omitted.
 
     Raises:
-        EngineError: The plan is missing, foreign or stale, or this machine cannot run it; with the reason.
+        EngineError: A plan is missing, foreign or stale, or this machine cannot run it; with the reason.
         ArtifactError: A plan that is to be rebuilt cannot be written.
     """
+    opened: list[TensorRtDecoding] = []
+    try:
+        for engine in engines:
+            opened.append(_open_plan(engine, bundle, progress, rebuild, runtime))
+        if len(opened) == 1:
+            return opened[0]
+        from spike_export.engines.trt_capacities import CapacityChoice
+
+        return CapacityChoice(opened)
+    except BaseException:
+        for plan in opened:
+            plan.close()
+        raise
+
+
+def _open_plan(
+    engine: Path, bundle: Path, progress: Progress, rebuild: bool, runtime: "RuntimeOptions | None"
+) -> "TensorRtDecoding":
+    gpu = runtime.gpu if runtime is not None else 0
     if rebuild:
+        if gpu:
+            raise EngineError(
+                f"a plan is rebuilt on the first GPU, and number {gpu} was asked for; leave one of both out, or show "
+                f"only that GPU by CUDA_VISIBLE_DEVICES={gpu}"
+            )
         plans = usable_or_rebuilt_engine(engine, bundle, progress)
     else:
-        plans = usable_engine(engine, bundle, detect_machine(), progress)
+        machine = detect_machine(gpu)
+        if gpu and machine.gpu is None:
+            raise EngineError(f"GPU number {gpu} was asked for and is not there; look at nvidia-smi")
+        plans = usable_engine(engine, bundle, machine, progress)
     from spike_export.engines.trt_decoding import TensorRtDecoding
+    from spike_export.engines.trt_engines import RuntimeOptions
 
-    return TensorRtDecoding(plans, bundle=bundle)
+    return TensorRtDecoding(plans, options=runtime or RuntimeOptions(), bundle=bundle)

@@ -146,6 +146,8 @@ class PlanSidecar(_Document):
         bundle_sha256: As `bundle_identity.hash_bundle` computes it.
         prefix: P, tokens the plan puts into the cache of a fresh sequence by itself.
         max_context: Most own tokens of a sequence.
+        rope_by_length: The rope type where that depends on a sequence's length, so that a prompt must enter in one
+            call; None else, and in sidecars of older versions.
         build_seconds: Time in the compiler.
         peak_memory: Of the build process, in bytes.
         key: What the engine was built from and how; None in sidecars of older versions.
@@ -157,6 +159,7 @@ class PlanSidecar(_Document):
     profiles: tuple[ProfileShapes, ...]
     prefix: int
     max_context: int
+    rope_by_length: str | None = None
     bundle_sha256: str
     plan: PlanFile
     build_seconds: float

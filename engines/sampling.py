@@ -139,7 +139,10 @@ def _uniform_draws(options: GenerationOptions, rows: int) -> torch.Tensor:
 def _inverse(scores: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
     """Return [rows] tokens: the distribution's inverse at draws [rows, 1].
 
-    In float64: in float32 the sum over a vocabulary would lose its improbable tokens.
+    In float64: in float32 the sum over a vocabulary would lose its improbable tokens. Of logits that are not numbers
+    the search finds the place behind the last token, which would index memory that is not there: what the logits were
+    is seen only when the tokens have arrived.
     """
     reached = scores.to(torch.float64).softmax(dim=-1).cumsum(dim=-1)
-    return torch.searchsorted(reached, draws * reached[:, -1:], right=True)[:, 0]
+    found = torch.searchsorted(reached, draws * reached[:, -1:], right=True)[:, 0]
+    return found.clamp(max=scores.shape[-1] - 1)

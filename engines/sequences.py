@@ -4,13 +4,14 @@ Tokens and lengths are the caller's own; the prefix is invisible.
 """
 
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from spike_export.calibration.errors import EngineError
+from spike_export.calibration.errors import EngineError, one_line
 from spike_export.engines.denormals import denormals_flushed
 from spike_export.export.manifest import Manifest
 
@@ -290,8 +291,16 @@ def _cache_names(manifest: Manifest) -> list[tuple[str, str]]:
 
 
 def _zeros(shape: tuple[int, ...], manifest: Manifest, provider: Provider) -> torch.Tensor:
-    # numpy's zeros take memory only where something is written.
-    return torch.from_numpy(np.zeros(shape, CACHE_TYPES[manifest.dtype])).to(provider)
+    dtype = np.dtype(CACHE_TYPES[manifest.dtype])
+    try:
+        # numpy's zeros take memory only where something is written.
+        return torch.from_numpy(np.zeros(shape, dtype)).to(provider)
+    except (AssertionError, RuntimeError, MemoryError) as error:  # torch asserts that it was built with CUDA
+        remedy = "" if provider == "cpu" else ", or use the provider cpu: the other one needs a torch with CUDA"
+        raise EngineError(
+            f"there is no room for {prod(shape) * dtype.itemsize} bytes of the key/value cache on {provider} "
+            f"({one_line(error)}); give fewer or shorter sequences{remedy}"
+        ) from error
 
 
 def _counts(tokens: NDArray[np.int64], counts: NDArray[np.int64] | None, batch: int) -> NDArray[np.int64]:

@@ -58,6 +58,8 @@ class Buffers:
             try:
                 self._memory[name] = self._device.allocate(max(size, ALIGNMENT))
             except torch.OutOfMemoryError as error:  # others use the GPU too, and memory may be in pieces
+                for taken in grown:  # nobody is told that these have moved: the next call has to tell
+                    self._memory.pop(taken, None)
                 raise self._exhausted(grown, self._device.free_bytes()) from error
         return frozenset(grown)
 

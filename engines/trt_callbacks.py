@@ -23,6 +23,11 @@ class BuildLog:
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
+    @property
+    def reason(self) -> str:
+        """Return the first error on one line, of which later ones mostly follow; who asks clears them."""
+        return " ".join(self.errors[0].split()) if self.errors else "it gives no reason"
+
 
 def make_logger(trt: Any, log: BuildLog) -> Any:
     """Return a `trt.ILogger` that collects errors and warnings in `log`."""

@@ -36,3 +36,8 @@ class CapacityChoice:
             if needed <= limits.context and limits.smallest_batch <= len(prompts) <= limits.largest_batch:
                 return runtime.decode(prompts, options)
         return self._runtimes[-1].decode(prompts, options)
+
+    def close(self) -> None:
+        """Close every plan."""
+        for runtime in self._runtimes:
+            runtime.close()

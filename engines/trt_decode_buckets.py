@@ -43,7 +43,7 @@ class DecodeBucket:
         except (EngineError, RuntimeError) as error:
             raise EngineError(
                 f"a decode step cannot be captured as a CUDA graph ({one_line(error)}); open the plan with "
-                "RuntimeOptions(cuda_graphs=False)"
+                "--no-cuda-graphs (RuntimeOptions(cuda_graphs=False))"
             ) from error
 
 

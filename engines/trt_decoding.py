@@ -12,24 +12,21 @@ import torch
 from numpy.typing import NDArray
 
 from spike_export.calibration.errors import EngineError, one_line
-from spike_export.engines.decoding import DecodedStep
+from spike_export.engines.decoding import DecodedStep, require_finite
 from spike_export.engines.generation_options import GenerationOptions
 from spike_export.engines.plan_safety import CheckedPlan
-from spike_export.engines.sampling import Sampler, seen_tokens
+from spike_export.engines.sampling import Drawn, Sampler, seen_tokens
 from spike_export.engines.trt_buffers import REMEDY, Buffers
 from spike_export.engines.trt_device import CudaDevice, Device, Fetched
 from spike_export.engines.trt_engines import LoadedPlans, RuntimeOptions
 from spike_export.engines.trt_limits import plan_limits, require_fit
 from spike_export.engines.trt_steps import Steps, make_steps
 
-DrawnTensors = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
-"""Tokens [rows] int64; if asked for, their log-probabilities, and the most probable tokens and theirs [rows, k]."""
-
 
 class Drawing(Protocol):
     """Draws a batch's tokens on the device, without waiting for it."""
 
-    def draw(self, logits: torch.Tensor, seen: torch.Tensor | None) -> DrawnTensors:
+    def draw(self, logits: torch.Tensor, seen: torch.Tensor | None) -> Drawn:
         """Draw a token for every row from logits [rows, vocab] float32.
 
         What is drawn is added to `seen` [rows, vocab] bool, the tokens that rows hold.
@@ -74,11 +71,13 @@ class TensorRtDecoding:
         self._make_sampler, self._options = make_sampler, options
         buffers = Buffers(self._device)
         try:
-            self._plans = LoadedPlans(plans, options, self._device, buffers, bundle)
-            self._steps: Steps = make_steps(self._plans, self.limits, self._device, buffers, graphs=options.cuda_graphs)
+            loaded = LoadedPlans(plans, options, self._device, buffers, bundle)
+            steps = make_steps(loaded, self.limits, self._device, buffers, graphs=options.cuda_graphs)
         except RuntimeError as error:
             raise _gpu_failure(error) from error
-        self.vocab = self._plans.io.vocab
+        self._plans: LoadedPlans | None = loaded
+        self._steps: Steps | None = steps
+        self.vocab = loaded.io.vocab
         self._busy = False
         self._kept_rows: set[int] = set()
 
@@ -91,9 +90,14 @@ class TensorRtDecoding:
         self.close()
 
     def close(self) -> None:
-        """Wait for what is queued, after which the plan may be forgotten, and keep what was compiled while running."""
+        """Wait for what is queued, keep what was compiled while running, and give the GPU's memory back."""
+        if self._plans is None:
+            return
         self._device.finish()
         self._plans.keep_kernels()
+        self._steps = None  # the contexts, before the engines that they were made of
+        self._plans.release()
+        self._plans = None
 
     def decode(self, prompts: Sequence[NDArray[np.int64]], options: GenerationOptions) -> Iterator[DecodedStep]:
         """See `Decoding`."""
@@ -133,7 +137,12 @@ class TensorRtDecoding:
         """
         require_fit(self.limits, prompts, new_tokens, self.vocab)
         with self._alone(), self._device.queue():
-            yield self._steps
+            yield self._opened()
+
+    def _opened(self) -> Steps:
+        if self._steps is None:
+            raise EngineError("the plan is closed; open it again")
+        return self._steps
 
     def _decode(self, prompts: Sequence[NDArray[np.int64]], options: GenerationOptions) -> Iterator[DecodedStep]:
         """Queue steps ahead of those that are handed out.
@@ -146,13 +155,13 @@ class TensorRtDecoding:
             with self._device.queue():
                 sampler = self._make_sampler(options, len(prompts), self._device.device)
                 seen = seen_tokens(prompts, self.vocab, options, self._device.device)
-                logits = self._steps.begin(prompts, options.max_new_tokens)
-                tokens = self._draw(sampler, logits, seen, flying)
+                # Logits lie in our buffers, which this iterator must not keep alive behind `close`.
+                tokens = self._draw(sampler, self._opened().begin(prompts, options.max_new_tokens), seen, flying)
             for _ in range(1, options.max_new_tokens):
                 if len(flying) > self._options.lag:
                     yield _step(flying.popleft())
                 with self._device.queue():
-                    tokens = self._draw(sampler, self._steps.step(tokens), seen, flying)
+                    tokens = self._draw(sampler, self._opened().step(tokens), seen, flying)
             while flying:
                 yield _step(flying.popleft())
 
@@ -161,7 +170,8 @@ class TensorRtDecoding:
     ) -> torch.Tensor:
         drawn = sampler.draw(logits, seen)
         tokens = drawn[0]
-        flying.append(self._device.fetch([tensor for tensor in drawn if tensor is not None]))
+        finite = logits.isfinite().all(dim=-1)
+        flying.append(self._device.fetch([finite, *(tensor for tensor in drawn if tensor is not None)]))
         return tokens
 
     @contextmanager
@@ -170,7 +180,7 @@ class TensorRtDecoding:
         try:
             yield
         finally:
-            if rows not in self._kept_rows:
+            if self._plans is not None and rows not in self._kept_rows:
                 self._kept_rows.add(rows)
                 self._plans.keep_kernels()
 
@@ -189,7 +199,9 @@ class TensorRtDecoding:
 
 
 def _step(fetched: Fetched) -> DecodedStep:
-    return DecodedStep(*fetched.wait())
+    finite, *drawn = fetched.wait()
+    require_finite(finite, "export the bundle with --dtype float32 or bfloat16 and build again")
+    return DecodedStep(*drawn)
 
 
 def _gpu_failure(error: RuntimeError) -> EngineError:

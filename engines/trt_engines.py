@@ -128,10 +128,11 @@ class LoadedPlans:
             EngineError: TensorRT cannot make one.
         """
         index, profile = self._places[name]
+        self._log.errors.clear()
         with self._device.queue():
             context = self._context(index, name)
         if context is None:
-            raise EngineError(f"{self.backend.title} makes no execution context: {self._reason()}")
+            raise EngineError(f"{self.backend.title} makes no execution context: {self._log.reason}")
         station = Station(self.backend, context, profile, self._device, self._log)
         station.use_scratch(self._buffers.address(SCRATCH), self._scratch)
         return station
@@ -142,11 +143,17 @@ class LoadedPlans:
             for cache in self._caches.values():
                 cache.save()
 
+    def release(self) -> None:
+        """Let go of the engines, which runtime and logger must outlive; no context is left of them by now."""
+        self._caches.clear()
+        self._engines.clear()
+
     def _load(self, plan: CheckedPlan) -> Any:
         key = plan.sidecar.key
         if key is not None and key.version_compatible:
             # Such a plan brings the code of the runtime that it runs in.
             self._runtime.engine_host_code_allowed = True
+        self._log.errors.clear()
         try:
             require_valid_header(self._trt, self._runtime, plan.path)
             with plan.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
@@ -165,7 +172,7 @@ class LoadedPlans:
         return engine
 
     def _not_loaded(self, plan: CheckedPlan) -> EngineError:
-        size, free, reason = plan.sidecar.plan.size, self._device.free_bytes(), self._reason()
+        size, free, reason = plan.sidecar.plan.size, self._device.free_bytes(), self._log.reason
         remedy = ""
         if size > free or "memory" in reason.lower():
             remedy = "; free memory on the GPU, or build with --weight-streaming and give a weight budget"
@@ -207,9 +214,6 @@ class LoadedPlans:
             self._caches[index] = RuntimeCache.open(config, path)
         config.set_runtime_cache(self._caches[index].handle)
         return engine.create_execution_context(config)
-
-    def _reason(self) -> str:
-        return " ".join(self._log.errors[0].split()) if self._log.errors else "it gives no reason"
 
 
 def _bindings(backend: Backend) -> Any:

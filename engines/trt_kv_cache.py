@@ -35,16 +35,15 @@ class StaticKvCache:
         return sizes
 
     def reserved(self, rows: int, moved: frozenset[str]) -> bool:
-        """Take the memory, once it is reserved; return whether the buffers of earlier batches have moved."""
+        """Begin a batch, once memory is reserved; return whether the buffers of earlier batches have moved."""
         changed = CACHE in moved or rows > self._rows
         self._rows = max(rows, self._rows)
-        # A slot that a query does not see is multiplied by zero, which a NaN in new memory would survive.
-        pieces = {CACHE: self._rows} if changed else {}
-        if STAGED_ROW in moved:
-            pieces[STAGED_ROW] = 1
-        for name, count in pieces.items():
-            for index in range(len(self.io.cache)):
-                self._view(name, index, count).zero_()
+        # A slot that a query does not see is multiplied by zero, which NaN survives: it may be in new memory, and in
+        # what a batch has left that overflowed.
+        for index in range(len(self.io.cache)):
+            self._view(CACHE, index, self._rows)[:rows].zero_()
+            if not self.rows_in_place:
+                self._view(STAGED_ROW, index, 1).zero_()
         return changed
 
     def addresses(self, row: int) -> dict[str, int]:

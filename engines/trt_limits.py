@@ -24,9 +24,11 @@ class PlanLimits:
         prefill_batch: Most sequences of one prefill call.
         call: Most tokens per sequence of one prefill call.
         chunked: A longer prompt may enter in several calls. Not where a prefix enters a static cache: the prefill
-            profile then takes fresh sequences only.
+            profile then takes fresh sequences only. And not with a rope by length, which would rotate the parts
+            differently.
         context: Most tokens of a sequence, prompt and continuation.
         prefix: P, slots of the cache that the graph fills by itself.
+        rope: Type of a rope that depends on a sequence's length.
     """
 
     smallest_batch: int
@@ -36,6 +38,7 @@ class PlanLimits:
     chunked: bool
     context: int
     prefix: int
+    rope: str | None = None
 
 
 def plan_limits(sidecars: Sequence[PlanSidecar]) -> PlanLimits:
@@ -65,9 +68,10 @@ def plan_limits(sidecars: Sequence[PlanSidecar]) -> PlanLimits:
         largest_batch=largest,
         prefill_batch=calls.max[0],
         call=calls.max[1],
-        chunked=FRESH not in prefill.inputs,
+        chunked=FRESH not in prefill.inputs and first.rope_by_length is None,
         context=first.max_context,
         prefix=first.prefix,
+        rope=first.rope_by_length,
     )
 
 
@@ -126,9 +130,12 @@ def require_fit(limits: PlanLimits, prompts: Sequence[NDArray[np.int64]], new_to
             f"plan was built for {limits.context}; ask for fewer, or build again with --max-context {needed}"
         )
     if longest > limits.call and not limits.chunked:
+        reason = "a prefix enters a static cache"
+        if limits.rope is not None:
+            reason = f"a rope of type {limits.rope}, which depends on the length, has to rotate it"
         raise EngineError(
-            f"prompt {row} has {longest} tokens and the plan takes {limits.call} in the one call in which a prefix "
-            f"enters a static cache; shorten it, or build again with a larger --max-prompt"
+            f"prompt {row} has {longest} tokens and the plan takes {limits.call} in the one call in which {reason}; "
+            "shorten it, or build again with a larger --max-prompt"
         )
 
 

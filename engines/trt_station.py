@@ -74,6 +74,7 @@ class Station:
         self._require(self._context.execute_async_v3(self._device.stream), "run the plan")
 
     def _require(self, done: bool, what: str) -> None:
+        reason = self._log.reason
+        self._log.errors.clear()  # a later call has reasons of its own
         if not done:
-            reason = " ".join(self._log.errors[-1].split()) if self._log.errors else "it gives no reason"
             raise EngineError(f"{self._backend.title} does not {what}: {reason}")

@@ -16,7 +16,7 @@ from spike_export.engines.build_request import BuildRequest
 from spike_export.engines.bundle_identity import HASHED_FILES, hash_bundle
 from spike_export.engines.child_process import run_build
 from spike_export.engines.plan_backend import TENSORRT_RTX, Machine
-from spike_export.engines.plan_builder import BuildEnvironment, BuildResult, build_plan
+from spike_export.engines.plan_builder import BuildEnvironment, BuildResult, build_plan, plan_build
 from spike_export.engines.plan_sidecar import load_sidecar, sidecar_path
 from tests.tiny_bundles import MAX_POSITIONS, TinyModel, tiny_graph, write_bundle
 
@@ -103,6 +103,26 @@ def test_a_float32_bundle_builds_though_no_fused_attention_exists(tmp_path: Path
     assert built.audit.readable
     assert built.deviations == ()
     assert built.sidecar.audit.modules["lm_head"].found == ("float32",)
+
+
+@pytest.mark.parametrize(
+    ("ropes", "found"),
+    [
+        ({"rope_type": "default", "rope_theta": 1e4}, None),
+        ({"rope_type": "dynamic", "rope_theta": 1e4}, "dynamic"),
+        ({"full_attention": {"rope_type": "longrope"}, "sliding_attention": {"rope_type": "default"}}, "longrope"),
+    ],
+)
+def test_a_rope_that_depends_on_the_length_is_known_to_the_build(
+    tmp_path: Path, ropes: dict[str, object], found: str | None
+) -> None:
+    source = write_bundle(tmp_path / "bundle", TinyModel())
+    assert plan_build(source, tmp_path / "e.plan", SM86, CPU).rope is None
+    (source / "config.json").write_text(json.dumps({"rope_parameters": ropes}))
+    assert plan_build(source, tmp_path / "e.plan", SM86, CPU).rope == found
+    (source / "config.json").write_text("{}")
+    with pytest.raises(EngineError, match=r"config\.json: cannot read the model's rope"):
+        plan_build(source, tmp_path / "e.plan", SM86, CPU)
 
 
 def test_a_single_profile_and_several_targets(bundle: Path, tmp_path: Path) -> None:

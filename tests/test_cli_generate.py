@@ -1,14 +1,17 @@
 """spike-export generate: text as it comes, several prompts, JSON, and bad input on one line."""
 
+import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from spike_export.cli.arguments import SamplingArguments
-from spike_export.cli.generate import option_changes
+from spike_export.cli.generate import generate, option_changes
 from spike_export.engines.engine import Engine
+from spike_export.engines.generated_text import Generation, Piece
 from tests.tiny_cli_models import call, write_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -45,6 +48,28 @@ def test_text_and_json_are_the_engines(bundle: Path, tmp_path: Path) -> None:
     assert first.logprobs is not None
     assert told[0]["logprobs"][2]["logprob"] == pytest.approx(first.logprobs[2].logprob)
     assert len(told[1]["logprobs"][0]["top"]) == 1
+
+
+def test_what_the_outputs_encoding_lacks_is_no_traceback() -> None:
+    text = "2 \u20ac \u4e2d"  # the euro sign is in cp1252, the Chinese character is not
+    told: Any = SimpleNamespace(
+        stream=lambda prompts, **_: iter([Piece(row, 1, text) for row in range(len(prompts))]),
+        generate=lambda prompts, **_: [Generation(text, (1,), "stop", 1)],
+    )
+
+    def written(encoding: str, prompts: int = 1, **how: Any) -> str:
+        raw = io.BytesIO()
+        out = io.TextIOWrapper(raw, encoding=encoding, newline="\n")
+        generate(told, ["a"] * prompts, {}, out=out, **how)
+        out.flush()
+        return raw.getvalue().decode(encoding)
+
+    assert written("cp1252", as_json=False) == "2 \u20ac ?\n"
+    assert written("cp1252", 2, as_json=False) == "[0]2 \u20ac ?\n\n[1]2 \u20ac ?\n"
+    assert written("utf-8", as_json=False) == text + "\n"
+    for encoding in ("cp1252", "ascii", "UTF8"):
+        assert json.loads(written(encoding, as_json=True))[0]["text"] == text
+    assert "\u4e2d" in written("UTF8", as_json=True)
 
 
 def test_a_stop_string_ends_the_text(bundle: Path) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from spike_export.calibration.errors import ArtifactError, EngineError
 from spike_export.engines.decoding import DecodedStep
@@ -124,6 +125,15 @@ def test_bos_is_fed_before_a_text_unless_the_prefix_holds_it(model: TinyModel, e
         assert runtime.fed == [of_text, of_chat]
 
 
+@pytest.mark.parametrize(
+    "prompts", [[BOS, 8], (BOS, 8), [[BOS, 8]], np.array([[BOS, 8]]), np.array([BOS, 8], np.uint8)]
+)
+def test_tokens_may_be_lists_or_arrays(engine: Engine, prompts: Any) -> None:
+    told, runtime = says(engine, "x")
+    told.generate(prompts, max_new_tokens=1)
+    assert runtime.fed == [[BOS, 8]]
+
+
 def test_a_chat_is_rendered_by_the_template(engine: Engine) -> None:
     told, runtime = says(engine, "x")
     told.generate([[{"role": "user", "content": "Hi"}]], max_new_tokens=1)
@@ -181,6 +191,9 @@ def test_pieces_are_whole_characters_and_make_up_the_text(engine: Engine) -> Non
 def test_a_stop_string_in_the_last_piece_counts(engine: Engine) -> None:
     (result,) = says(engine, "ab.")[0].generate("1", max_new_tokens=3, stop_strings=(".",))
     assert (result.text, result.finish_reason) == ("ab", "stop")
+    for strings, expected in (("b.", ("a", "stop")), (".b", ("ab.", "length"))):
+        (result,) = says(engine, "ab.")[0].generate("1", max_new_tokens=3, stop_strings=strings)
+        assert (result.text, result.finish_reason) == expected
 
 
 def test_logprobs_are_there_when_asked_for(engine: Engine) -> None:
@@ -194,7 +207,15 @@ def test_logprobs_are_there_when_asked_for(engine: Engine) -> None:
 def test_defaults_are_the_models(model: TinyModel, tmp_path: Path) -> None:
     given = {"do_sample": True, "temperature": 0.6, "top_p": None, "eos_token_id": [5, 6], "pad_token_id": 5}
     defaults = Engine.open(exported(model, tmp_path, generation_config=given), threads=1).defaults
-    assert defaults == GenerationOptions(do_sample=True, temperature=0.6, eos_token_ids=(5, 6))
+    assert defaults == GenerationOptions(do_sample=True, temperature=0.6, top_k=50, eos_token_ids=(5, 6))
+    given = {"top_k": 0, "do_sample": True}
+    assert Engine.open(exported(model, tmp_path / "all", generation_config=given), threads=1).defaults.top_k == 0
+
+
+def test_what_nobody_gives_is_what_transformers_takes(engine: Engine) -> None:
+    taken = GenerationConfig._get_default_generation_params()
+    for name in ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty"):
+        assert getattr(engine.defaults, name) == taken[name]
 
 
 def test_without_a_generation_config_the_end_is_the_tokenizers(model: TinyModel, tmp_path: Path) -> None:
@@ -213,7 +234,19 @@ def test_without_a_generation_config_the_end_is_the_tokenizers(model: TinyModel,
         ([], "there is no prompt; give at least one"),
         ([[]], "prompt 0 is empty; give some messages"),
         ([{"role": "user", "content": "a"}], "prompt 0 is a single message; a chat is a list of them"),
-        ([[1, 2]], "prompt 0 is no text, no list of messages and no array of tokens"),
+        ([[1, "b"]], "prompt 0 is no text, no list of messages and no array of tokens"),
+        ([True, False], "prompt 0 is no text, no list of messages and no array of tokens"),
+        (b"ab", "prompt 0 is no text, no list of messages and no array of tokens"),
+        ({"role": "user", "content": "a"}, "the prompts are of the type dict; give one text, or a list of prompts"),
+        (torch.tensor([1, 2]), "the prompts are of the type Tensor"),
+        (np.array(3), "the prompts are of the type ndarray"),
+        (iter(["a"]), "the prompts are of the type list_iterator"),
+        ([torch.tensor([1, 2])], "prompt 0 is no text, no list of messages and no array of tokens"),
+        ([np.array([[1, 2]])], r"prompt 0 has the shape \[1, 2\]; expected tokens in one row"),
+        ([np.array([1.7, 2])], "prompt 0 is of type float64, and tokens are integers"),
+        ([np.array([True])], "prompt 0 is of type bool"),
+        (["a", "a\udcff"], "prompt 1 is no Unicode text: its character 1 cannot be encoded; give it in UTF-8"),
+        ([[{"role": "user", "content": "\udcff"}]], "prompt 0 is no Unicode text"),
         ([np.array([1, 300])], "prompt 0 holds the token 300; the model knows 0 to 299"),
         ([np.array([-1])], "prompt 0 holds the token -1"),
         ([np.zeros(0, np.int64)], "prompt 0 is empty"),

@@ -4,6 +4,7 @@ import gc
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -244,6 +245,17 @@ def test_a_graph_without_the_place_to_cut_keeps_its_logits(model: TinyModel, tmp
     assert drawn(decoding.decode(prompts, GREEDY)) == [reference_tokens(model, each, 10, ()) for each in prompts]
 
 
+@pytest.mark.parametrize("content", [b"", b"not a graph", None])
+def test_a_damaged_graph_is_one_line(model: TinyModel, tmp_path: Path, content: bytes | None) -> None:
+    bundle = exported(model, tmp_path, CAPACITY, logits="last")
+    graph = bundle / GRAPH_FILE
+    graph.write_bytes(graph.read_bytes()[:-100] if content is None else content)
+    for opened in (open_for_generation, partial(open_bundle, all_logits=True)):
+        with pytest.raises(EngineError, match=r"model\.onnx: .*export the bundle again") as refusal:
+            opened(bundle, threads=1)
+        assert "\n" not in str(refusal.value)
+
+
 def test_logprobs_are_those_of_transformers(model: TinyModel, tmp_path: Path) -> None:
     decoding = OnnxDecoding(open_for_generation(exported(model, tmp_path, None), threads=1))
     (prompt,) = prompts_of((12,))
@@ -306,6 +318,15 @@ def test_logits_that_are_not_finite_are_an_error(tmp_path: Path) -> None:
     decoding = OnnxDecoding(open_for_generation(exported(model, tmp_path, None, ()), threads=1))
     with pytest.raises(EngineError, match=r"row 0: the logits are not finite, .* --dtype float32"):
         list(decoding.decode(prompts_of((3,)), GREEDY))
+
+
+def test_a_cache_that_cannot_be_made_is_one_error(model: TinyModel, tmp_path: Path) -> None:
+    session = open_for_generation(exported(model, tmp_path, CAPACITY), threads=1)
+    with pytest.raises(EngineError, match=r"no room for \d+ bytes of .* on cpu .*; give fewer or shorter sequences$"):
+        session.begin(10**14)
+    if not torch.cuda.is_available():
+        with pytest.raises(EngineError, match=r"on cuda .*, or use the provider cpu: .* a torch with CUDA$"):
+            replace(session, provider="cuda").begin(1)
 
 
 def test_a_provider_that_is_not_there_is_refused(model: TinyModel, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A plan is opened like a bundle: with its bundle's tokenizer, and after all questions to it."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,10 @@ def bundle(model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return exported(model, folder, prefix=(1, 7))
 
 
-def pretended(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> tuple[Simulation, CheckedPlan]:
+def pretended(monkeypatch: pytest.MonkeyPatch, bundle: Path, context: int = 64) -> tuple[Simulation, CheckedPlan]:
     """A plan beside its run that may be loaded, and a GPU that pretends."""
     simulation = simulate(monkeypatch, bundle.parent.parent)
-    plan = simulation.plan(bundle, "prefill", "decode", context=64, prompt=32)
+    plan = simulation.plan(bundle, "prefill", "decode", context=context, prompt=32)
     asked: list[tuple[Path, Path]] = []
 
     def usable(engine: Path, given: Path, machine: Machine, progress: Any) -> tuple[CheckedPlan, ...]:
@@ -177,10 +178,74 @@ def test_a_plan_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_options_of_plans_mean_nothing_to_a_bundle(bundle: Path) -> None:
-    for option in (("--rebuild",), ("--bundle", str(bundle))):
+    for option in (
+        ("--rebuild",),
+        ("--bundle", str(bundle)),
+        ("--gpu", "0"),
+        ("--weight-budget", "auto"),
+        ("--no-cuda-graphs",),
+        ("--plan-also", "other.plan"),
+    ):
         outcome = call("generate", bundle, "--prompt", "A", *option)
         assert (outcome.code, outcome.out) == (2, "")
         assert f"was given, but {bundle} is no engine plan; leave it out" in outcome.err.splitlines()[-1]
+
+
+def test_how_a_plan_is_run_can_be_said(
+    monkeypatch: pytest.MonkeyPatch, model: TinyModel, tmp_path: Path, bundle: Path
+) -> None:
+    cache = CacheOptions("static", 32)
+    static = tmp_path / "job" / "bundle"
+    export_bundle(model.checkpoint, None, ExportOptions("float32", cache=cache), static)
+    for file in bundle.iterdir():
+        if not (static / file.name).exists():  # all that the tokenizer needs
+            shutil.copy(file, static)
+    simulation, plan = pretended(monkeypatch, static, context=32)
+    simulation.trt.streamable = 500
+    arguments = (plan.path, "--bundle", static, "--prompt", "A", "--max-new-tokens", "4")
+    for options, budget, captures in (
+        ((), 500, 1),
+        (("--weight-budget", "100", "--no-cuda-graphs"), 100, 0),
+        (("--weight-budget", "auto"), 250, 1),
+    ):
+        simulation.device.log.clear()
+        outcome = call("generate", *arguments, "--ignore-eos", *options)
+        assert (outcome.code, outcome.err) == (0, "")
+        assert simulation.trt.engines[-1].weight_streaming_budget_v2 == budget
+        assert simulation.device.log.count("capture") == captures
+    assert "weight_budget is -5; expected 0 bytes or more" in call("generate", *arguments, "--weight-budget=-5").error
+    assert "a plan is rebuilt on the first GPU" in call("generate", *arguments, "--rebuild", "--gpu", "99").err
+    assert "GPU number 99 was asked for and is not there" in call("generate", *arguments, "--gpu", "99").error
+
+
+def test_of_several_plans_the_smallest_that_has_room_runs(
+    monkeypatch: pytest.MonkeyPatch, bundle: Path, tmp_path: Path
+) -> None:
+    simulation, _ = pretended(monkeypatch, bundle)
+    contexts = {"long.plan": 64, "short.plan": 16}
+    paths = [tmp_path / name for name in (*contexts, "broken.plan")]
+    for path in paths:
+        path.write_bytes(b"")
+
+    def usable(engine: Path, given: Path, machine: Machine, progress: Any) -> tuple[CheckedPlan, ...]:
+        if engine.name not in contexts:
+            raise EngineError("broken")
+        return (simulation.plan(given, "prefill", "decode", context=contexts[engine.name], prompt=8),)
+
+    monkeypatch.setattr(plan_runtime, "usable_engine", usable)
+    free = simulation.device.free_bytes()
+    with Engine.open(paths[:2], bundle=bundle) as engine:
+        long, short = simulation.trt.engines
+        for count, used, idle in ((4, short, long), (30, long, short)):
+            used.runs = idle.runs = 0
+            engine.generate("AB", max_new_tokens=count, ignore_eos=True)
+            assert (used.runs, idle.runs) == (count, 0)
+    assert simulation.device.free_bytes() == free
+    with pytest.raises(EngineError, match="broken"):
+        Engine.open(paths, bundle=bundle)
+    assert simulation.device.free_bytes() == free
+    told = call("generate", paths[0], "--plan-also", paths[1], "--bundle", bundle, "--prompt", "AB", "--ignore-eos")
+    assert "the plan was built for 64" in told.error
 
 
 def test_a_plan_without_a_gpu(monkeypatch: pytest.MonkeyPatch, model: TinyModel, tmp_path: Path) -> None:
@@ -197,7 +262,7 @@ def test_a_plan_without_a_gpu(monkeypatch: pytest.MonkeyPatch, model: TinyModel,
     built = call("build", folder, "--out", tmp_path / "engine.plan", "--target", "SM86", "--allow-fallback")
     assert built.code == 0, built.err
     assert "tokenizer.json: this file is missing" in call("generate", tmp_path / "engine.plan", "--prompt", "a").error
-    from spike_export.engines.plan_runtime import open_plan
+    from spike_export.engines.plan_runtime import open_plans
 
     with pytest.raises(EngineError, match="needs an NVIDIA GPU, and there is none here"):
-        open_plan(tmp_path / "engine.plan", folder)
+        open_plans([tmp_path / "engine.plan"], folder)

@@ -160,6 +160,14 @@ def test_the_last_probable_token_can_be_drawn_and_an_impossible_one_cannot() -> 
     assert counts.sum() == counts[1] + counts[3]
 
 
+@pytest.mark.parametrize("fields", [{}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.1}], ids=str)
+def test_what_is_drawn_is_a_token_even_of_what_is_no_number(fields: dict[str, Any]) -> None:
+    options = GenerationOptions(do_sample=True, seed=0, repetition_penalty=1.5, **fields)
+    seen = torch.zeros(2, 9, dtype=torch.bool)
+    tokens = Sampler(options, 2, CPU).draw(torch.full((2, 9), torch.nan), seen).tokens
+    assert ((tokens >= 0) & (tokens < 9)).all()
+
+
 def test_logprobs_are_of_the_model_itself() -> None:
     logits = logits_of(2, 40, 7)
     options = GenerationOptions(do_sample=True, seed=1, temperature=0.3, top_k=4, repetition_penalty=1.4, logprobs=5)

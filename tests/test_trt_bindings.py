@@ -189,7 +189,7 @@ def test_the_pretended_objects_offer_nothing_that_real_ones_lack(simulated: type
 
 
 def test_what_the_real_runtime_says_without_a_gpu(tmp_path: Path) -> None:
-    """A plan is handed over as a mapped file, and TensorRT's refusal is one clear error."""
+    """What is no plan is refused by its header, in one clear error."""
     import torch
 
     from spike_export.calibration.errors import EngineError
@@ -207,5 +207,5 @@ def test_what_the_real_runtime_says_without_a_gpu(tmp_path: Path) -> None:
     shapes = {"input_ids": ShapeRange((1, 1), (1, 1), (1, 1))}
     plan = CheckedPlan(path, sidecar("tensorrt-rtx", [Profile("prefill", shapes), Profile("decode", shapes)], 0, 8))
     device = SimulatedDevice()
-    with pytest.raises(EngineError, match=r"engine\.plan: TensorRT-RTX cannot load the plan of 1 bytes with \d+ bytes"):
+    with pytest.raises(EngineError, match=r"engine\.plan cannot run here, says TensorRT-RTX .*: malformed engine"):
         LoadedPlans([plan], RuntimeOptions(), device, Buffers(device))

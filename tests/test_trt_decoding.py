@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,15 +16,25 @@ from spike_export.engines.decoding import DecodedStep
 from spike_export.engines.generation_options import GenerationOptions
 from spike_export.engines.plan_backend import BackendName
 from spike_export.engines.plan_safety import CheckedPlan
+from spike_export.engines.sampling import Drawn
 from spike_export.engines.trt_capacities import CapacityChoice
-from spike_export.engines.trt_decoding import DrawnTensors, TensorRtDecoding
+from spike_export.engines.trt_decoding import TensorRtDecoding
 from spike_export.engines.trt_engines import RuntimeOptions
 from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.cache_options import CacheOptions
 from spike_export.export.graph_plan import LogitsScope
 from tests import graph_parity
 from tests.tiny_models import TinyModel, tiny_llama, unquantized_recipe
-from tests.trt_simulation import CAPACITY, PROMPTS, DeviceFaultError, Greedy, Simulation, decoded, simulate
+from tests.trt_simulation import (
+    CAPACITY,
+    PROMPTS,
+    DeviceFaultError,
+    Greedy,
+    SimulatedContext,
+    Simulation,
+    decoded,
+    simulate,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -143,6 +154,35 @@ def test_a_sliding_window_ends_where_transformers_does(
     assert decoded(runtime, prompts, 8) == [reference(windowed, tokens, 8, prefix) for tokens in prompts]
 
 
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+        {
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "original_max_position_embeddings": 10,
+            "factor": 4.0,
+            "short_factor": [1.1] * 8,
+            "long_factor": [2.0] * 8,
+        },
+    ],
+    ids=lambda rope: rope["rope_type"],
+)
+def test_a_prompt_enters_at_once_where_its_length_decides_how_it_is_rotated(
+    simulation: Simulation, tmp_path: Path, rope: dict[str, Any]
+) -> None:
+    scaled = tiny_llama(rope=rope, max_positions=40)
+    export_bundle(scaled.checkpoint, None, ExportOptions("float32", logits="last"), tmp_path / "bundle")
+    whole = opened(simulation, simulation.plan(tmp_path / "bundle", "prefill", "decode", prompt=13))
+    assert decoded(whole, [np.arange(1, 14)], 1) == [reference(scaled, np.arange(1, 14), 1, ())]
+    runtime = opened(simulation, simulation.plan(tmp_path / "bundle", "prefill", "decode", prompt=5))
+    with pytest.raises(
+        EngineError, match=rf"prompt 0 has 13 tokens and the plan takes 5 .* of type {rope['rope_type']}"
+    ):
+        runtime.decode([np.arange(1, 14)], GenerationOptions(max_new_tokens=1))
+
+
 def test_the_context_can_be_filled_to_its_last_token(
     simulation: Simulation, bundles: dict[Case, Path], model: TinyModel
 ) -> None:
@@ -202,7 +242,7 @@ def test_the_gpu_is_ahead_of_what_is_handed_out_and_never_waited_for(
 
 def test_waiting_inside_the_queue_is_found(simulation: Simulation, bundles: dict[Case, Path]) -> None:
     class Hasty(Greedy):
-        def draw(self, logits: torch.Tensor, seen: torch.Tensor | None) -> DrawnTensors:
+        def draw(self, logits: torch.Tensor, seen: torch.Tensor | None) -> Drawn:
             assert logits.max().item() > 0
             return super().draw(logits, seen)
 
@@ -245,7 +285,7 @@ def test_a_step_that_cannot_be_captured_is_told_with_the_way_out(
     plan = simulation.plan(bundles[Case(True, (), "last")], "prefill", "decode")
     runtime = opened(simulation, plan)
     assert len(decoded(runtime, PROMPTS, 2)) == 4  # the first step of a bucket is a plain one
-    message = r"cannot be captured .*when stream is capturing\); open the plan with RuntimeOptions\(cuda_graphs=False\)"
+    message = r"cannot be captured .*when stream is capturing\); open the plan with --no-cuda-graphs \(RuntimeOptions\("
     with pytest.raises(EngineError, match=message):
         decoded(runtime, PROMPTS, 3)
     assert len(decoded(opened(simulation, plan, options=RuntimeOptions(cuda_graphs=False)), PROMPTS, 4)) == 4
@@ -308,6 +348,22 @@ def test_one_batch_at_a_time(simulation: Simulation, bundles: dict[Case, Path], 
     assert decoded(runtime, PROMPTS[:1], 3) == [reference(model, PROMPTS[0], 3, ())]
 
 
+@pytest.mark.parametrize("static", [True, False], ids=["static", "dynamic"])
+def test_closing_gives_all_memory_back(simulation: Simulation, bundles: dict[Case, Path], static: bool) -> None:
+    free = simulation.device.free_bytes()
+    runtime = opened(simulation, simulation.plan(bundles[Case(static, (), "last")], "prefill", "decode"))
+    decoded(runtime, PROMPTS, 3)
+    stopped = runtime.decode(PROMPTS, GenerationOptions(max_new_tokens=9))
+    next(stopped)
+    assert simulation.device.free_bytes() < free
+    runtime.close()
+    assert simulation.device.free_bytes() == free
+    for steps in (stopped, runtime.decode(PROMPTS, GenerationOptions(max_new_tokens=2))):
+        with pytest.raises(EngineError, match="the plan is closed; open it again"):
+            list(steps)
+    runtime.close()
+
+
 def test_prefill_and_decode_share_scratch_memory_and_cache(simulation: Simulation, bundles: dict[Case, Path]) -> None:
     runtime = opened(simulation, simulation.plan(bundles[Case(True, (), "last")], "prefill", "decode"))
     decoded(runtime, PROMPTS, 3)
@@ -342,13 +398,49 @@ def test_rows_that_begin_where_tensorrt_takes_no_address_are_staged(
     assert grouped == (capacity == CAPACITY)
 
 
-def test_failures_of_tensorrt_are_told(simulation: Simulation, bundles: dict[Case, Path]) -> None:
+@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("capacity", [CAPACITY, 25, None], ids=["in place", "staged", "dynamic"])
+def test_an_overflow_is_told_and_does_not_reach_the_next_batch(
+    simulation: Simulation, tmp_path: Path, model: TinyModel, capacity: int | None, sampled: bool
+) -> None:
+    cache = CacheOptions() if capacity is None else CacheOptions("static", capacity)
+    export_bundle(
+        model.checkpoint,
+        unquantized_recipe(model.checkpoint),
+        ExportOptions("float32", logits="last", cache=cache),
+        tmp_path / "bundle",
+    )
+    plan = simulation.plan(tmp_path / "bundle", "prefill", "decode")
+    runtime = TensorRtDecoding([plan], device=simulation.device)
+    simulation.trt.overflowing = True
+    options = GenerationOptions(max_new_tokens=4, do_sample=sampled, repetition_penalty=1.2)
+    message = "row 0: the logits are not finite, .* --dtype float32 or bfloat16 and build again"
+    with pytest.raises(EngineError, match=message):
+        list(runtime.decode(PROMPTS, options))
+    simulation.trt.overflowing = False
+    for prompts in (PROMPTS[1:3], PROMPTS):
+        assert decoded(runtime, prompts, 4) == [reference(model, prompt, 4, ()) for prompt in prompts]
+
+
+def test_failures_of_tensorrt_are_told(
+    simulation: Simulation, bundles: dict[Case, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     runtime = opened(simulation, simulation.plan(bundles[CASES[0]], "prefill", "decode"))
     simulation.trt.failing = True
     with pytest.raises(EngineError, match="TensorRT does not run the plan: enqueue failed"):
         next(runtime.decode(PROMPTS, GenerationOptions(max_new_tokens=2)))
     simulation.trt.failing = False
     assert len(decoded(runtime, PROMPTS, 2)) == 4
+
+    # Of the next failure neither what was said of the first is told, nor what follows from its own first line.
+    def refuse(*_: object) -> bool:
+        simulation.trt.complain("bad address")
+        simulation.trt.complain("what follows from that")
+        return False
+
+    monkeypatch.setattr(SimulatedContext, "set_tensor_address", refuse)
+    with pytest.raises(EngineError, match=r"TensorRT does not take the address of .*: bad address$"):
+        decoded(runtime, PROMPTS[:2], 2)
 
 
 def test_the_plan_with_the_least_capacity_that_has_room_decodes(

@@ -32,7 +32,7 @@ from spike_export.calibration.errors import EngineError
 from spike_export.engines import plan_builder, trt_decoding
 from spike_export.engines.plan_backend import TENSORRT_RTX, Gpu, Machine
 from spike_export.export.manifest import load_manifest
-from tests.tiny_models import input_scales, tiny_llama, tiny_recipe
+from tests.tiny_models import TinyModel, input_scales, tiny_llama, tiny_recipe
 from tests.trt_simulation import simulate
 
 FP16, W8A8, W8A16, FP8 = VARIANTS
@@ -173,6 +173,23 @@ def test_logits_that_are_not_numbers_never_pass() -> None:
     assert not gpu_engines.compare("tensorrt", "W8A8", expected + 1, expected).tolerance
 
 
+@pytest.mark.parametrize("variant", ["W8A8", "W8A16", "FP8"])
+def test_quantized_plans_are_held_against_something(tmp_path: Path, variant: str) -> None:
+    expected = np.array([[[1.0, 4.0, -2.0], [3.0, 0.0, 1.0], [0.0, 1.0, 0.0]]])
+    assert gpu_engines.compare("tensorrt", variant, expected, expected).passed
+    other = gpu_engines.compare("tensorrt", variant, -expected, expected)
+    assert not other.passed
+    first_only = np.where(np.arange(3)[:, None] == 0, np.nan, expected)
+    broken = gpu_engines.compare("tensorrt", variant, first_only, expected)
+    assert not broken.passed
+    measured = report()
+    measured.parity = [broken]
+    write(measured, tmp_path / "report.json")
+    assert json.loads((tmp_path / "report.json").read_text())["parity"][0]["error"] is None
+    assert "error inf" in text(measured)
+    assert text(measured).count(" MISSED") == 1
+
+
 def test_each_part_that_cannot_run_has_its_reason() -> None:
     assert gpu_engines.obstacle("tensorrt", HOPPER) is None
     assert gpu_engines.obstacle("tensorrt-rtx", HOPPER) == "has no target SM90 (NVIDIA H200)"
@@ -274,6 +291,31 @@ def test_the_harness_runs_over_a_pretended_gpu(monkeypatch: pytest.MonkeyPatch, 
     }
     harness.measure_onnx_runtime(bundles, measured)
     assert "onnxruntime-gpu" in harness.skipped
+    # A provider that is named and does not start must not leave the CPU's time as the GPU's.
+    before = len(harness.timed)
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CUDAExecutionProvider"])
+    harness.measure_onnx_runtime(bundles[:1], measured[:1])
+    assert len(harness.timed) == before
+    assert "could not start its CUDAExecutionProvider" in harness.skipped[f"onnxruntime-gpu, FP16, {measured[0].name}"]
+
+
+def test_bundles_are_used_again_only_for_the_same_model_recipe_and_capacity(tmp_path: Path) -> None:
+    model, other = tiny_llama(layers=1), tiny_llama(layers=1, seed=1)
+    ids = np.random.default_rng(0).integers(0, 99, (2, 16))
+    recipe, changed = (tiny_recipe(model.checkpoint, input_scales(model, tokens)) for tokens in (ids, ids[:1]))
+
+    def written(model: TinyModel, recipe: Any, capacity: int) -> int:
+        (bundle,) = gpu_engines.export_variants(model.checkpoint, recipe, [W8A8], capacity, tmp_path)
+        assert bundle.manifest.capacity == capacity
+        return (bundle.folder / "manifest.json").stat().st_mtime_ns
+
+    stamps = [written(model, recipe, 16), written(model, recipe, 16), written(model, recipe, 32)]
+    assert stamps[0] == stamps[1] < stamps[2]
+    assert written(model, changed, 32) > stamps[2]
+    foreign = tiny_recipe(other.checkpoint, input_scales(other, ids))
+    assert written(other, foreign, 32) > stamps[2]
+    (tmp_path / "w8a8" / "manifest.json").write_text("{")
+    written(other, foreign, 32)
 
 
 def test_peaks_and_products_are_measured_for_what_can_be_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,7 +335,8 @@ def test_peaks_and_products_are_measured_for_what_can_be_multiplied(monkeypatch:
         "torch products in fp8": "torch._scaled_mm is only supported on CUDA devices with compute capability >= 8.9"
     }
     model = Model(((16, 32), (16, 32), (32, 16)), 1, 1, 1, 16, 32, 8)
-    products = gpu_torch.model_products(model, [1, 48], ["float16", "int8"], device)
+    products, refused = gpu_torch.model_products(model, [1, 48], ["float16", "int8"], device)
+    assert refused == {}
     assert [(one.kind, one.rows, one.linear) for one in products] == [
         (kind, max(rows, 32) if kind == "int8" else rows, linear)
         for linear in ((16, 32), (32, 16))
@@ -301,6 +344,9 @@ def test_peaks_and_products_are_measured_for_what_can_be_multiplied(monkeypatch:
         for kind in ("float16", "int8")
     ]
     assert all(one.rate > 0 for one in products)
+    products, refused = gpu_torch.model_products(model, [1], ["float16", "fp8"], device)
+    assert [one.kind for one in products] == ["float16"] * 2
+    assert refused == {f"torch fp8, 1 x {shape}": missing["torch products in fp8"] for shape in ("32 x 16", "16 x 32")}
 
 
 @pytest.mark.parametrize(("error", "code"), [(0.01, 0), (0.5, 1)])

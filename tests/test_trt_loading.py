@@ -231,6 +231,24 @@ def test_pieces_keep_their_place_until_they_grow() -> None:
         buffers.reserve({"a": 3841})
 
 
+def test_pieces_that_moved_are_told_though_a_later_one_did_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = SimulatedDevice()
+    buffers = Buffers(device)
+    assert buffers.reserve({"a": 1000, "b": 1000}) == {"a", "b"}
+    allocate, sizes = device.allocate, list[int]()
+
+    def second_fails(size: int) -> torch.Tensor:
+        sizes.append(size)
+        if len(sizes) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return allocate(size)
+
+    monkeypatch.setattr(device, "allocate", second_fails)
+    with pytest.raises(EngineError, match="are needed"):
+        buffers.reserve({"a": 2000, "b": 2000})
+    assert buffers.reserve({"a": 2000, "b": 1000}) == {"a", "b"}
+
+
 def test_a_cache_is_zero_before_it_is_used(static_bundle: Path, simulation: Simulation) -> None:
     """The pretended device hands out memory full of NaN."""
     runtime = opened(simulation, [simulation.plan(static_bundle, "prefill", "decode")])

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from spike_export.engines import trt_engines
 from spike_export.engines.build_options import BatchRange, BuildOptions, ProfileName
 from spike_export.engines.build_profiles import Profile, make_profiles, resolve_limits
+from spike_export.engines.bundle_ropes import rope_by_length
 from spike_export.engines.decoding import Decoding
 from spike_export.engines.denormals import denormals_flushed
 from spike_export.engines.generation_options import GenerationOptions
@@ -36,7 +37,7 @@ from spike_export.engines.plan_sidecar import (
     PlanSidecar,
     ProfileShapes,
 )
-from spike_export.engines.trt_decoding import DrawnTensors
+from spike_export.engines.sampling import Drawn
 from spike_export.engines.trt_device import ALIGNMENT
 from spike_export.export.manifest import GRAPH_FILE, Manifest, load_manifest
 
@@ -333,6 +334,8 @@ class SimulatedContext:
         feeds = {name: self._read(name, addresses[name], shapes[name]) for name in self.engine.inputs}
         with denormals_flushed():
             values = self.engine.session.run(None, feeds)
+        if self.trt.overflowing:
+            values = [np.full_like(value, np.nan) for value in values]
         for name, value in zip(self.engine.outputs, values, strict=True):
             past = self.engine.get_aliased_input_tensor(name)
             if past is not None and addresses[name] != addresses[past]:
@@ -363,6 +366,7 @@ class SimulatedTrt:
     streamable: int = 0
     weights: int = 0
     failing: bool = False
+    overflowing: bool = False
     runs: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
     engines: list[SimulatedEngine] = field(default_factory=list)
     logger: Any = None
@@ -415,7 +419,8 @@ class Simulation:
         path = self.folder / f"{'-'.join(names)}.plan"
         path.write_text(json.dumps({"bundle": str(bundle), "name": path.stem}))
         self.trt.profiles[path.stem] = profiles
-        return CheckedPlan(path, sidecar(self.trt.backend, profiles, limits.prefix, limits.context))
+        written = sidecar(self.trt.backend, profiles, limits.prefix, limits.context)
+        return CheckedPlan(path, written.model_copy(update={"rope_by_length": rope_by_length(bundle)}))
 
 
 def sidecar(backend: BackendName, profiles: Sequence[Profile], prefix: int, context: int) -> PlanSidecar:
@@ -459,7 +464,7 @@ class Greedy:
     def __init__(self, options: GenerationOptions, rows: int, device: torch.device) -> None:
         self.options = options
 
-    def draw(self, logits: torch.Tensor, seen: torch.Tensor | None) -> DrawnTensors:
+    def draw(self, logits: torch.Tensor, seen: torch.Tensor | None) -> Drawn:
         assert logits.dtype == torch.float32
         if seen is not None:
             logits = logits.masked_fill(seen, -torch.inf)
@@ -467,9 +472,9 @@ class Greedy:
         if seen is not None:
             seen.scatter_(1, tokens[:, None], True)
         if self.options.logprobs is None:
-            return tokens, None, None, None
+            return Drawn(tokens)
         best = logits.log_softmax(dim=-1).topk(2, dim=-1)
-        return tokens, best.values[:, 0], best.indices, best.values
+        return Drawn(tokens, best.values[:, 0], best.indices, best.values)
 
 
 def decoded(runtime: Decoding, prompts: Sequence[NDArray[np.int64]], count: int) -> list[list[int]]:
