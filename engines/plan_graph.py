@@ -10,6 +10,7 @@ from onnx import TensorProto, numpy_helper
 from spike_export.calibration.errors import EngineError
 from spike_export.engines.branches import inline_branches
 from spike_export.engines.build_profiles import GraphInput
+from spike_export.engines.graph_file import read_graph
 from spike_export.export.manifest import CACHE_SLOTS, INT8_WEIGHTS
 
 _PRECISIONS: Mapping[int, str] = {
@@ -41,10 +42,7 @@ def load_structure(path: Path) -> onnx.ModelProto:
     Raises:
         EngineError: The file is not an ONNX model.
     """
-    try:
-        model = onnx.load(str(path), load_external_data=False)
-    except Exception as error:  # protobuf's decode error has no public name that survives its versions
-        raise EngineError(f"{path}: not a readable ONNX model ({error}); export the bundle again") from error
+    model = read_graph(path)
     inline_branches(model)
     return model
 
