@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from spike_export.calibration.decoder_config import DecoderConfig, tensor_shapes
 from spike_export.calibration.errors import CheckpointError
-from spike_export.calibration.row_blocks import BlockReader
+from spike_export.calibration.row_blocks import BlockReader, array_reader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -94,12 +94,7 @@ class Checkpoint:
 
             yield read_rows
             return
-        whole = source.read(name)
-
-        def copy(rows: slice, out: NDArray[Any]) -> None:
-            out[...] = whole[rows]
-
-        yield copy
+        yield array_reader(source.read(name))
 
     def stored_shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of the tensor that `tensor` would read."""

@@ -23,7 +23,7 @@ from spike_export.calibration.errors import RecipeError
 from spike_export.calibration.modules import InputSite, input_sites, is_down_projection, split_name
 from spike_export.calibration.recipe import RotationPlan, SmoothingPlan
 from spike_export.calibration.rotation import rotation_matrix
-from spike_export.calibration.row_blocks import BlockReader
+from spike_export.calibration.row_blocks import BlockReader, array_reader
 from spike_export.calibration.smoothing import is_per_value_head, plan_scales, repeated_for_group
 
 Floats = NDArray[np.float32]
@@ -232,12 +232,7 @@ class EquivalentTensors:
         layer, rest = split_name(name) if name.startswith("model.layers.") else (0, "")
         module, _, kind = rest.rpartition(".")
         if self.rotation is not None or module in self._norms:
-            whole = self.read(name)
-
-            def copy(rows: slice, out: NDArray[Any]) -> None:
-                out[...] = whole[rows]
-
-            yield copy
+            yield array_reader(self.read(name))
             return
         scaling = None
         if module in self._readers:

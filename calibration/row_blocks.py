@@ -23,6 +23,15 @@ _TILE_ROWS = 64
 _TILE_COLUMNS = 512
 
 
+def array_reader(array: NDArray[Any]) -> BlockReader:
+    """Return what reads the rows of an array that is in memory as a whole."""
+
+    def read(rows: slice, out: NDArray[Any]) -> None:
+        out[...] = array[rows]
+
+    return read
+
+
 def block_rows(width: int) -> int:
     """Return how many rows of a width are handled at once."""
     return max(1, min(PANEL_ROWS, _BLOCK_ELEMENTS // max(1, width)))

@@ -46,13 +46,12 @@ def choose_transform(calibration: Calibration, behind: SpikeStatistics, progress
     """
     if not calibration.options.searches_smoothing:
         return TransformChoice()
-    held_out = calibration.held_out(behind)
     tried = []
     for name, rotation in _rotations(calibration):
-        statistics, compared = behind, held_out
+        statistics = behind
         if rotation is not None:
             statistics = calibration.measure(behind.prefix_ids, Transform(rotation=rotation))
-            compared = calibration.held_out(statistics)
+        compared = calibration.held_out(statistics)
         found = _searched(calibration, statistics, compared, rotation, progress)
         tried.append((name, found, calibration.predicted(compared, (), found.compared)))
     best = min(tried, key=lambda each: _cost(calibration, each[1].compared, each[2]))

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spike_export.calibration.recipe import LARGEST, NumberFormat, WeightScheme
-from spike_export.calibration.row_blocks import BlockReader, block_rows, fill_by_rows, row_blocks
+from spike_export.calibration.row_blocks import BlockReader, array_reader, block_rows, fill_by_rows, row_blocks
 
 ELEMENTS: Mapping[NumberFormat, np.dtype[Any]] = {
     "int8": np.dtype(np.int8),
@@ -45,11 +45,7 @@ def quantize_weight(
     """
     height, width = weight.shape
     quantized = np.empty((width, height), ELEMENTS[number_format])
-
-    def read(rows: slice, out: NDArray[Any]) -> None:
-        out[...] = weight[rows]
-
-    return quantized, quantize_rows(quantized, read, scheme, number_format)
+    return quantized, quantize_rows(quantized, array_reader(weight), scheme, number_format)
 
 
 def quantize_rows(
