@@ -11,7 +11,7 @@ DEMO := .demo
 
 help:
 	@echo "make demo   fetch a small model, export and build it, say where plan, bundle and report lie"
-	@echo "make test   lint, format check, types, tests"
+	@echo "make test   lint, format check, types, import contracts, tests"
 	@echo "make clean  remove the virtual environment, the demo and all caches"
 	@echo "PYTHON=...  the interpreter to set up with (now: $(PYTHON))"
 
@@ -35,6 +35,7 @@ test: $(INSTALLED)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/mypy benchmarks
+	PYTHONPATH=.links $(BIN)/lint-imports --no-logo
 	$(BIN)/python -m pytest
 
 clean:

@@ -17,25 +17,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.fetch_models import MODELS, model_path
-from spike_export.calibration.calibrate import Calibration, Transform
-from spike_export.calibration.checkpoint import Checkpoint, open_checkpoint
-from spike_export.calibration.corpus import Corpus, default_corpus
-from spike_export.calibration.errors import RecipeError
-from spike_export.calibration.module_choice import NOTHING_KEPT, choose_kept
-from spike_export.calibration.modules import InputSite, input_sites, is_router, linears, representatives, split_name
-from spike_export.calibration.options import CalibrationOptions
-from spike_export.calibration.perplexity import model_perplexity
-from spike_export.calibration.prefix_choice import PrefixChoice, choose_prefix
-from spike_export.calibration.qfem import ModuleChoice, Scores, mac_shares
-from spike_export.calibration.recipe import ActivationRange, Recipe, Search
+from spike_export.artifacts.errors import RecipeError
+from spike_export.artifacts.recipe import ActivationRange, Recipe, Search
+from spike_export.calibration.corpus.corpus import Corpus, default_corpus
+from spike_export.calibration.corpus.token_windows import TokenWindows, token_windows, windows_at
+from spike_export.calibration.decoder.perplexity import model_perplexity
+from spike_export.calibration.decoder.simulate import Simulation
+from spike_export.calibration.decoder.smoothing import is_per_value_head
+from spike_export.calibration.methods.context import Calibration, Transform
+from spike_export.calibration.methods.module_choice import NOTHING_KEPT, choose_kept
+from spike_export.calibration.methods.options import CalibrationOptions
+from spike_export.calibration.methods.prefix_choice import PrefixChoice, choose_prefix
+from spike_export.calibration.methods.qfem import ModuleChoice, Scores, mac_shares
+from spike_export.calibration.methods.smoothing_search import default_smoothing
+from spike_export.calibration.methods.transform_choice import TransformChoice, choose_transform
 from spike_export.calibration.recipe_writer import build_recipe
-from spike_export.calibration.simulate import Simulation
-from spike_export.calibration.smoothing import is_per_value_head
-from spike_export.calibration.smoothing_search import default_smoothing
-from spike_export.calibration.spikes import SpikeStatistics
-from spike_export.calibration.token_windows import TokenWindows, token_windows, windows_at
-from spike_export.calibration.transform_choice import TransformChoice, choose_transform
-from spike_export.engines.variants import Variant, check_variants
+from spike_export.calibration.statistics.spikes import SpikeStatistics
+from spike_export.checkpoint.checkpoint import Checkpoint
+from spike_export.checkpoint.modules import InputSite, input_sites, is_router, linears, representatives, split_name
+from spike_export.checkpoint.opening import open_checkpoint
+from spike_export.engines.accuracy.variants import Variant, check_variants
 from spike_export.export.bundle import ExportOptions
 
 CONTENT = 511

@@ -139,7 +139,7 @@ def installed(exporter: Exporter) -> bool:
 
 def write_model(source: Path, folder: Path) -> None:
     """Write what all exporters read; called in its own process."""
-    from spike_export.calibration.checkpoint import open_checkpoint
+    from spike_export.checkpoint.opening import open_checkpoint
 
     write_hf_directory(open_checkpoint(str(source)), folder)
 

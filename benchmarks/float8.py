@@ -11,14 +11,14 @@ from pathlib import Path
 
 from benchmarks.accuracy import simulated_perplexity, table_calibration, unquantized_perplexity
 from benchmarks.fetch_models import smollm2_path
-from spike_export.calibration.calibrate import Calibration
-from spike_export.calibration.checkpoint import open_checkpoint
-from spike_export.calibration.corpus import default_corpus
+from spike_export.artifacts.recipe import ModulePlan, Recipe, load_recipe
+from spike_export.calibration.corpus.corpus import default_corpus
+from spike_export.calibration.corpus.token_windows import TokenWindows
 from spike_export.calibration.float8 import float8_modules
-from spike_export.calibration.module_choice import NOTHING_KEPT
-from spike_export.calibration.recipe import ModulePlan, Recipe, load_recipe
+from spike_export.calibration.methods.context import Calibration
+from spike_export.calibration.methods.module_choice import NOTHING_KEPT
 from spike_export.calibration.recipe_writer import build_recipe
-from spike_export.calibration.token_windows import TokenWindows
+from spike_export.checkpoint.opening import open_checkpoint
 
 HEADROOM = 8.0
 """By what factor a scale covers more than the maximum, to show what that costs."""

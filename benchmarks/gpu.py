@@ -19,9 +19,9 @@ from benchmarks.gpu_report import MachineName, Report, result_path, text, write
 from benchmarks.gpu_work import VARIANTS, Model, Variant, calls
 
 if TYPE_CHECKING:
-    from spike_export.calibration.checkpoint import Checkpoint
-    from spike_export.calibration.recipe import Recipe
-    from spike_export.engines.plan_backend import Machine
+    from spike_export.artifacts.recipe import Recipe
+    from spike_export.checkpoint.checkpoint import Checkpoint
+    from spike_export.engines.plan.backend import Machine
 
 PARTS = ("plans", "onnxruntime", "torch")
 PACKAGES = ("torch", "tensorrt", "tensorrt_rtx", "onnxruntime", "onnxruntime-gpu", "spike-export")
@@ -31,8 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _arguments(argv)
     from benchmarks.fetch_models import FetchError
     from benchmarks.large_model import FolderError
-    from spike_export.calibration.errors import SpikeExportError
-    from spike_export.engines.plan_backend import detect_machine
+    from spike_export.artifacts.errors import SpikeExportError
+    from spike_export.engines.plan.backend import detect_machine
 
     machine = detect_machine()
     reason = no_gpu(machine)
@@ -124,7 +124,7 @@ def _chosen(names: Sequence[str]) -> tuple[Variant, ...]:
 def _checkpoint(arguments: argparse.Namespace, scratch: Path) -> "Checkpoint":
     from benchmarks.fetch_models import smollm2_path
     from benchmarks.large_model import Shape, write_model
-    from spike_export.calibration.checkpoint import open_checkpoint
+    from spike_export.checkpoint.opening import open_checkpoint
 
     if arguments.random_layers is None:
         return open_checkpoint(arguments.model or str(smollm2_path()))
@@ -136,7 +136,7 @@ def _checkpoint(arguments: argparse.Namespace, scratch: Path) -> "Checkpoint":
 
 def _recipe(arguments: argparse.Namespace, checkpoint: "Checkpoint") -> "Recipe":
     from benchmarks.invented_recipe import invented_recipe
-    from spike_export.calibration.recipe import load_recipe
+    from spike_export.artifacts.recipe import load_recipe
 
     return load_recipe(arguments.recipe) if arguments.recipe else invented_recipe(checkpoint)
 

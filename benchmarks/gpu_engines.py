@@ -13,16 +13,16 @@ from numpy.typing import NDArray
 from benchmarks.gpu_report import Parity, Timed
 from benchmarks.gpu_torch import WARM_UP, gpu_seconds
 from benchmarks.gpu_work import Call, Model, Peaks, Variant, bound, work
-from spike_export.calibration.errors import ArtifactError, EngineError
-from spike_export.calibration.recipe import ModulePlan, Recipe
-from spike_export.engines.build_options import BatchRange, BuildOptions
-from spike_export.engines.plan_backend import BACKENDS, FLOAT8_TARGETS, BackendName, Machine
-from spike_export.engines.plan_safety import CheckedPlan
-from spike_export.engines.trt_decoding import TensorRtDecoding
-from spike_export.export.manifest import Manifest, load_manifest
+from spike_export.artifacts.errors import ArtifactError, EngineError
+from spike_export.artifacts.manifest import Manifest, load_manifest
+from spike_export.artifacts.recipe import ModulePlan, Recipe
+from spike_export.engines.plan.backend import BACKENDS, FLOAT8_TARGETS, BackendName, Machine
+from spike_export.engines.plan.build_options import BatchRange, BuildOptions
+from spike_export.engines.plan.safety import CheckedPlan
+from spike_export.engines.tensorrt.decoding import TensorRtDecoding
 
 if TYPE_CHECKING:
-    from spike_export.calibration.checkpoint import Checkpoint
+    from spike_export.checkpoint.checkpoint import Checkpoint
 
 TOLERANCES = {"FP16": 2e-2, "W8A16": 2e-2}
 """Of the logits' scale: roundings of float16 in another order."""
@@ -107,7 +107,7 @@ class Harness:
                     yield name, bundle, batch
 
     def _build(self, name: BackendName, bundle: Bundle, batch: int, calls: Sequence[Call]) -> CheckedPlan:
-        from spike_export.engines.plan_builder import build_plan
+        from spike_export.engines.build.builder import build_plan
 
         assert self.machine.gpu is not None
         prompt = max(call.tokens for call in calls)
@@ -211,7 +211,7 @@ def capacity_for(prompt: int, repeats: int) -> int:
 
 def _compare(runtime: TensorRtDecoding, engine: str, bundle: Bundle, batch: int) -> Parity:
     """Compare logits with ONNX Runtime's, which multiplies on the CPU."""
-    from spike_export.engines.onnx_session import open_bundle
+    from spike_export.engines.onnx_runtime.session import open_bundle
 
     rows = min(batch, 4)
     tokens = np.random.default_rng(0).integers(0, bundle.manifest.vocab_size, (rows, 32 + CONTINUED))
@@ -246,8 +246,8 @@ def _bound_cuda_call(bundle: Bundle, call: Call) -> Callable[[], None]:
     import onnxruntime as ort
 
     from benchmarks.speed import _inputs
-    from spike_export.engines.onnx_session import session_options
-    from spike_export.export.manifest import GRAPH_FILE
+    from spike_export.artifacts.manifest import GRAPH_FILE
+    from spike_export.engines.onnx_runtime.session import session_options
 
     providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
     # With its fallback ONNX Runtime would time the CPU under the GPU's name.

@@ -6,7 +6,7 @@ from math import prod
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from spike_export.calibration.decoder_config import DecoderConfig
+    from spike_export.checkpoint.decoder_config import DecoderConfig
 
 Phase = Literal["prefill", "decode"]
 Product = Literal["float16", "int8", "fp8"]
@@ -91,8 +91,8 @@ class Model:
     @classmethod
     def of(cls, config: "DecoderConfig") -> "Model":
         """Read a checkpoint's configuration."""
-        from spike_export.calibration.decoder_config import tensor_shapes
-        from spike_export.calibration.modules import linears
+        from spike_export.checkpoint.decoder_config import tensor_shapes
+        from spike_export.checkpoint.modules import linears
 
         shapes = tensor_shapes(config)
         sizes = [shapes[f"{name}.weight"] for name in linears(config)]

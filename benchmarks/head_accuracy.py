@@ -17,19 +17,20 @@ from numpy.typing import NDArray
 
 from benchmarks.accuracy import simulated_perplexity
 from benchmarks.fetch_models import smollm2_path
-from spike_export.calibration.calibrate import Calibration, Transform
-from spike_export.calibration.checkpoint import EMBEDDING, LM_HEAD, Checkpoint, TensorSource, open_checkpoint
-from spike_export.calibration.corpus import Corpus, default_corpus
-from spike_export.calibration.module_choice import NOTHING_KEPT
-from spike_export.calibration.options import CalibrationOptions
-from spike_export.calibration.perplexity import Likelihood
-from spike_export.calibration.recipe import SMOOTHED_HEAD, HeadScheme, Recipe, SmoothingPlan
+from spike_export.artifacts.recipe import SMOOTHED_HEAD, HeadScheme, Recipe, SmoothingPlan
+from spike_export.calibration.corpus.corpus import Corpus, default_corpus
+from spike_export.calibration.corpus.token_windows import token_windows
+from spike_export.calibration.decoder.perplexity import Likelihood
+from spike_export.calibration.methods.context import Calibration, Transform
+from spike_export.calibration.methods.module_choice import NOTHING_KEPT
+from spike_export.calibration.methods.options import CalibrationOptions
+from spike_export.calibration.methods.smoothing_search import default_smoothing
 from spike_export.calibration.recipe_writer import build_recipe
-from spike_export.calibration.smoothing_search import default_smoothing
-from spike_export.calibration.token_windows import token_windows
-from spike_export.engines.accuracy import likelihood
-from spike_export.engines.onnx_session import open_bundle
-from spike_export.engines.variants import Variant, check_variants
+from spike_export.checkpoint.checkpoint import EMBEDDING, LM_HEAD, Checkpoint, TensorSource
+from spike_export.checkpoint.opening import open_checkpoint
+from spike_export.engines.accuracy.comparison import likelihood
+from spike_export.engines.accuracy.variants import Variant, check_variants
+from spike_export.engines.onnx_runtime.session import open_bundle
 from spike_export.export.bundle import ExportOptions, export_bundle
 
 NUDGE = 1e-6

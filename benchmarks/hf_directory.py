@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from spike_export.calibration.checkpoint import Checkpoint
+    from spike_export.checkpoint.checkpoint import Checkpoint
 
 
 def write_hf_directory(checkpoint: "Checkpoint", folder: Path) -> None:

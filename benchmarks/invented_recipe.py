@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from spike_export.calibration.checkpoint import Checkpoint
-    from spike_export.calibration.decoder_config import DecoderConfig
-    from spike_export.calibration.recipe import Recipe, SmoothingPlan
+    from spike_export.artifacts.recipe import Recipe, SmoothingPlan
+    from spike_export.checkpoint.checkpoint import Checkpoint
+    from spike_export.checkpoint.decoder_config import DecoderConfig
 
 _STEP = 0.03
 """Of every activation: what it is does not matter for time."""
@@ -23,8 +23,8 @@ def invented_recipe(checkpoint: "Checkpoint", *, prefix_and_smoothing: bool = Fa
         checkpoint: The model.
         prefix_and_smoothing: Whether there are a prefix of one token, and scales of every input that can be smoothed.
     """
-    from spike_export.calibration.modules import is_router, linears
-    from spike_export.calibration.recipe import CorpusSource, ModelSource, ModulePlan, Prefix, Recipe, Scheme
+    from spike_export.artifacts.recipe import CorpusSource, ModelSource, ModulePlan, Prefix, Recipe, Scheme
+    from spike_export.checkpoint.modules import is_router, linears
 
     kept, quantized = ModulePlan(precision="float32"), ModulePlan(precision="int8", activation_scale=_STEP)
     return Recipe(
@@ -43,9 +43,9 @@ def invented_recipe(checkpoint: "Checkpoint", *, prefix_and_smoothing: bool = Fa
 
 
 def _smoothing(config: "DecoderConfig") -> "dict[str, SmoothingPlan]":
-    from spike_export.calibration.decoder_config import linear_shapes
-    from spike_export.calibration.modules import input_sites
-    from spike_export.calibration.smoothing import is_per_value_head, shared_by_group, smoothing_plan
+    from spike_export.calibration.decoder.smoothing import is_per_value_head, shared_by_group, smoothing_plan
+    from spike_export.checkpoint.decoder_config import linear_shapes
+    from spike_export.checkpoint.modules import input_sites
 
     plans = {}
     for site in input_sites(config):

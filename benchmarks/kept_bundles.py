@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from spike_export.calibration.checkpoint import Checkpoint
-    from spike_export.calibration.recipe import Recipe
+    from spike_export.artifacts.recipe import Recipe
+    from spike_export.checkpoint.checkpoint import Checkpoint
 
 
 def require_model(bundles: Iterable[Path], checkpoint: "Checkpoint") -> None:
     """End the program where one of the bundles is of another model."""
-    from spike_export.export.manifest import load_manifest
+    from spike_export.artifacts.manifest import load_manifest
 
     for bundle in bundles:
         source = load_manifest(bundle).model
@@ -23,8 +23,8 @@ def require_model(bundles: Iterable[Path], checkpoint: "Checkpoint") -> None:
 
 def require_recipe(bundle: Path, recipe: "Recipe") -> None:
     """End the program where a bundle is of another recipe."""
+    from spike_export.artifacts.manifest import load_manifest
     from spike_export.export.bundle import recipe_sha256
-    from spike_export.export.manifest import load_manifest
 
     if load_manifest(bundle).model.recipe_sha256 != recipe_sha256(recipe):
         raise SystemExit(f"{bundle}: made by another recipe; give another --bundles")

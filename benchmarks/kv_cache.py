@@ -101,7 +101,7 @@ def build_bundles(arguments: argparse.Namespace, folder: Path, wanted: set[int |
     bundles = {capacity: folder / ("dynamic" if capacity is None else f"static-{capacity}") for capacity in wanted}
     missing = [capacity for capacity in wanted if not (bundles[capacity] / "manifest.json").is_file()]
     found = [bundle for capacity, bundle in bundles.items() if capacity not in missing]
-    from spike_export.calibration.checkpoint import open_checkpoint
+    from spike_export.checkpoint.opening import open_checkpoint
     from spike_export.export.bundle import ExportOptions, export_bundle
     from spike_export.export.cache_options import CacheOptions
 
@@ -143,9 +143,9 @@ class Decoding:
     def __init__(self, bundle: Path, grows: bool, context: int, threads: int) -> None:
         import numpy as np
 
-        from spike_export.engines.generation_graph import generation_graph
-        from spike_export.engines.onnx_session import BundleSession
-        from spike_export.export.manifest import load_manifest
+        from spike_export.artifacts.manifest import load_manifest
+        from spike_export.engines.onnx_runtime.generation_graph import generation_graph
+        from spike_export.engines.onnx_runtime.session import BundleSession
 
         manifest = load_manifest(bundle)
         graph = generation_graph(bundle, manifest) if grows else None

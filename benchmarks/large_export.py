@@ -23,7 +23,7 @@ from typing import get_args
 from benchmarks.invented_recipe import invented_recipe
 from benchmarks.large_model import FolderError, Shape, Stored, write_model
 from benchmarks.peak_memory import in_own_process, peak_rss
-from spike_export.calibration.errors import ArtifactError, CheckpointError
+from spike_export.artifacts.errors import ArtifactError, CheckpointError
 
 PEAK_RSS_TARGET = 2_500_000_000
 """Bytes; for the shape that is the default."""
@@ -126,8 +126,8 @@ def _export(folder: Path, place: Path, quantize: bool, prefix_and_smoothing: boo
     """Export the checkpoint; called in a process of its own."""
     import onnx  # noqa: F401  # which takes a second to import, and export_bundle would do so in the measured time
 
-    from spike_export.calibration.checkpoint import open_checkpoint
-    from spike_export.calibration.layerwise import Decoder, Execution
+    from spike_export.calibration.decoder.layerwise import Decoder, Execution
+    from spike_export.checkpoint.opening import open_checkpoint
     from spike_export.export.bundle import ExportOptions, export_bundle
 
     checkpoint = open_checkpoint(str(folder))

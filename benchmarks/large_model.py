@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from benchmarks.peak_memory import in_own_process, peak_rss
-from spike_export.calibration.decoder_config import decoder_config, tensor_shapes
-from spike_export.calibration.errors import CheckpointError
+from spike_export.artifacts.errors import CheckpointError
+from spike_export.checkpoint.decoder_config import decoder_config, tensor_shapes
 
 if TYPE_CHECKING:
     import torch
 
-    from spike_export.calibration.recipe import Dtype
+    from spike_export.artifacts.recipe import Dtype
 
 PEAK_RSS_TARGET = 4 << 30
 """Bytes; for the shape that is the default."""
@@ -236,9 +236,9 @@ def _calibrate(folder: Path, layers: int, load: Load) -> Use:
     import numpy as np
     import torch
 
-    from spike_export.calibration.checkpoint import open_checkpoint
-    from spike_export.calibration.layerwise import Decoder, Execution
-    from spike_export.calibration.measure import measure_spikes
+    from spike_export.calibration.decoder.layerwise import Decoder, Execution
+    from spike_export.calibration.statistics.measure import measure_spikes
+    from spike_export.checkpoint.opening import open_checkpoint
 
     if load.threads is not None:
         torch.set_num_threads(load.threads)

@@ -24,7 +24,7 @@ from benchmarks.invented_recipe import invented_recipe
 if TYPE_CHECKING:
     import onnxruntime as ort
 
-    from spike_export.calibration.checkpoint import Checkpoint
+    from spike_export.checkpoint.checkpoint import Checkpoint
 
 _WARM_UP_CALLS = 2
 _VOCAB, _HEADS, _KV_HEADS, _HEAD_DIM = 1024, 8, 2, 128
@@ -89,8 +89,8 @@ class GeneratedTensors:
 
 def checkpoint_of(mixture: Mixture) -> "Checkpoint":
     """Return the generated checkpoint."""
-    from spike_export.calibration.checkpoint import Checkpoint
-    from spike_export.calibration.decoder_config import decoder_config, tensor_shapes
+    from spike_export.checkpoint.checkpoint import Checkpoint
+    from spike_export.checkpoint.decoder_config import decoder_config, tensor_shapes
 
     config = decoder_config(mixture.config(), "generated")
     return Checkpoint("generated", config, GeneratedTensors(tensor_shapes(config)), None, {})
@@ -101,10 +101,10 @@ def sessions_of(mixture: Mixture, folder: Path, threads: int) -> "dict[str, ort.
     import onnx
     import onnxruntime as ort
 
-    from spike_export.engines.branches import inline_branches
-    from spike_export.engines.onnx_session import session_options
+    from spike_export.artifacts.manifest import GRAPH_FILE
+    from spike_export.engines.onnx_runtime.session import session_options
+    from spike_export.engines.plan.branches import inline_branches
     from spike_export.export.bundle import ExportOptions, export_bundle
-    from spike_export.export.manifest import GRAPH_FILE
 
     checkpoint = checkpoint_of(mixture)
     export_bundle(checkpoint, invented_recipe(checkpoint), ExportOptions("float32"), folder / "bundle")

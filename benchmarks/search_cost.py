@@ -22,19 +22,19 @@ from numpy.typing import NDArray
 
 from benchmarks.accuracy import JOB, job_calibration, table_calibration
 from benchmarks.fetch_models import smollm2_path
-from spike_export.calibration.calibrate import Calibration, Transform
-from spike_export.calibration.checkpoint import open_checkpoint
-from spike_export.calibration.module_choice import choose_kept
-from spike_export.calibration.modules import input_sites
-from spike_export.calibration.prefix_choice import choose_prefix
-from spike_export.calibration.smoothing import (
+from spike_export.calibration.decoder.smoothing import (
     is_per_value_head,
     shared_by_group,
     smoothing_plan,
     smoothing_scales,
 )
-from spike_export.calibration.spikes import SpikeStatistics
-from spike_export.calibration.transform_choice import choose_transform
+from spike_export.calibration.methods.context import Calibration, Transform
+from spike_export.calibration.methods.module_choice import choose_kept
+from spike_export.calibration.methods.prefix_choice import choose_prefix
+from spike_export.calibration.methods.transform_choice import choose_transform
+from spike_export.calibration.statistics.spikes import SpikeStatistics
+from spike_export.checkpoint.modules import input_sites
+from spike_export.checkpoint.opening import open_checkpoint
 
 STRENGTHS = (0.5, 0.65, 0.8)
 

@@ -41,8 +41,8 @@ def _memory_of(
     import numpy as np
     import torch  # noqa: F401 - what every use imports anyway is no part of the difference
 
-    from spike_export.engines.onnx_session import BundleSession
-    from spike_export.export.manifest import load_manifest
+    from spike_export.artifacts.manifest import load_manifest
+    from spike_export.engines.onnx_runtime.session import BundleSession
 
     sessions = [] if use is None else use(bundle, threads, folder)
     manifest = load_manifest(bundle)
@@ -54,7 +54,7 @@ def _memory_of(
 
 
 def _one(bundle: Path, threads: int, _: Path) -> list[Any]:
-    from spike_export.engines.onnx_session import open_for_generation
+    from spike_export.engines.onnx_runtime.session import open_for_generation
 
     return [open_for_generation(bundle, threads).session]
 
@@ -77,8 +77,8 @@ def _two_given_weights(bundle: Path, threads: int, _: Path) -> list[Any]:
     import onnxruntime as ort
     from onnx.external_data_helper import ExternalDataInfo
 
-    from spike_export.engines.generation_graph import generation_graph
-    from spike_export.export.manifest import DATA_FILE, load_manifest
+    from spike_export.artifacts.manifest import DATA_FILE, load_manifest
+    from spike_export.engines.onnx_runtime.generation_graph import generation_graph
 
     data, given = np.memmap(bundle / DATA_FILE, np.uint8, "r"), {}
     for tensor in onnx.load_from_string(generation_graph(bundle, load_manifest(bundle))).graph.initializer:
@@ -94,7 +94,7 @@ def _two_given_weights(bundle: Path, threads: int, _: Path) -> list[Any]:
 def _two_from_packed_file(bundle: Path, threads: int, folder: Path) -> list[Any]:
     import onnxruntime as ort
 
-    from spike_export.engines.onnx_session import session_options
+    from spike_export.engines.onnx_runtime.session import session_options
 
     path = folder / "packed.onnx"
     if not path.is_file():
@@ -120,9 +120,9 @@ def _session(
 ) -> Any:
     import onnxruntime as ort
 
-    from spike_export.engines.generation_graph import generation_graph
-    from spike_export.engines.onnx_session import session_options
-    from spike_export.export.manifest import load_manifest
+    from spike_export.artifacts.manifest import load_manifest
+    from spike_export.engines.onnx_runtime.generation_graph import generation_graph
+    from spike_export.engines.onnx_runtime.session import session_options
 
     options = session_options(threads)
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle))

@@ -25,10 +25,9 @@ from benchmarks.speed_peers import PEERS, Call, Peer, Sequences, Sources, Unavai
 if TYPE_CHECKING:
     import onnxruntime as ort
 
-    from spike_export.calibration.checkpoint import Checkpoint
-    from spike_export.calibration.recipe import Dtype, HeadScheme, Recipe
-    from spike_export.export.graph_plan import LogitsScope
-    from spike_export.export.manifest import Manifest
+    from spike_export.artifacts.manifest import LogitsScope, Manifest
+    from spike_export.artifacts.recipe import Dtype, HeadScheme, Recipe
+    from spike_export.checkpoint.checkpoint import Checkpoint
 
 PREFILL_TOKENS = 256
 PREFILL_TARGET, DECODE_TARGET = 2.5, 2.0
@@ -176,7 +175,7 @@ def build_bundles(arguments: argparse.Namespace, folder: Path) -> dict[Variant, 
     bundles = {variant: folder / variant.name.replace(",", "").replace(" ", "-").lower() for variant in variants}
     missing = [variant for variant in variants if not (bundles[variant] / "manifest.json").is_file()]
     found = {variant: bundle for variant, bundle in bundles.items() if variant not in missing}
-    from spike_export.calibration.checkpoint import open_checkpoint
+    from spike_export.checkpoint.opening import open_checkpoint
     from spike_export.export.bundle import ExportOptions, export_bundle
     from spike_export.export.cache_options import CacheOptions
 
@@ -203,8 +202,8 @@ def _wanted(name: str, arguments: argparse.Namespace) -> bool:
 
 def build_peers(arguments: argparse.Namespace, float32: Path, folder: Path) -> tuple[dict[Peer, Path], list[Skipped]]:
     """Build the peers that are not in `folder` yet; return each with its artefact, and those that cannot be built."""
-    from spike_export.calibration.checkpoint import open_checkpoint
-    from spike_export.export.manifest import load_manifest
+    from spike_export.artifacts.manifest import load_manifest
+    from spike_export.checkpoint.opening import open_checkpoint
 
     place = folder / "peers" / load_manifest(float32).model.checkpoint_sha256[:12]  # never those of another model
     sources = Sources(lambda: open_checkpoint(arguments.model or str(smollm2_path())), float32, place)
@@ -234,13 +233,13 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
 
 def quick_recipe(checkpoint: "Checkpoint", arguments: argparse.Namespace) -> "Recipe":
     """Return the recipe given, or a quick one: the prefix [BOS] where there is a BOS, static per-tensor scales."""
-    from spike_export.calibration.calibrate import NO_TRANSFORM, Calibration
-    from spike_export.calibration.corpus import default_corpus
-    from spike_export.calibration.module_choice import choose_kept
-    from spike_export.calibration.options import CalibrationOptions
-    from spike_export.calibration.recipe import load_recipe
+    from spike_export.artifacts.recipe import load_recipe
+    from spike_export.calibration.corpus.corpus import default_corpus
+    from spike_export.calibration.corpus.token_windows import token_windows
+    from spike_export.calibration.methods.context import NO_TRANSFORM, Calibration
+    from spike_export.calibration.methods.module_choice import choose_kept
+    from spike_export.calibration.methods.options import CalibrationOptions
     from spike_export.calibration.recipe_writer import build_recipe
-    from spike_export.calibration.token_windows import token_windows
 
     if arguments.recipe is not None:
         return load_recipe(arguments.recipe)
@@ -258,7 +257,7 @@ def measure(
     bundles: dict[Variant, Path], peers: dict[Peer, Path], arguments: argparse.Namespace
 ) -> tuple[list[Result], list[Skipped]]:
     """Time all legs against each other, then load each alone for its memory."""
-    from spike_export.export.manifest import load_manifest
+    from spike_export.artifacts.manifest import load_manifest
 
     manifests = {variant: load_manifest(folder) for variant, folder in bundles.items()}
     calls: dict[Leg, tuple[Call, Call]] = {}
@@ -351,7 +350,7 @@ def interleaved(
 
 def open_session(folder: Path, threads: int, graph: bytes | None = None) -> "ort.InferenceSession":
     """Open a bundle's graph, or another one over its weights."""
-    from spike_export.export.manifest import GRAPH_FILE
+    from spike_export.artifacts.manifest import GRAPH_FILE
 
     entries = {"session.model_external_initializers_file_folder_path": str(folder)}
     return _session(graph or folder / GRAPH_FILE, threads, entries=entries)
@@ -362,7 +361,7 @@ def _session(
 ) -> "ort.InferenceSession":
     import onnxruntime as ort
 
-    from spike_export.engines.onnx_session import session_options
+    from spike_export.engines.onnx_runtime.session import session_options
 
     options = session_options(threads)
     # Threads that spin after a call would take the cores from the session whose turn is next.
@@ -419,7 +418,7 @@ def _inputs(session: "ort.InferenceSession", manifest: "Manifest", tokens: int, 
 
 def _use_alone(folder: Path, threads: int) -> int:
     """Return the peak resident memory of this process, which uses the bundle and nothing else."""
-    from spike_export.export.manifest import load_manifest
+    from spike_export.artifacts.manifest import load_manifest
 
     for call in _session_calls(open_session(folder, threads), load_manifest(folder)):
         call()
@@ -428,7 +427,7 @@ def _use_alone(folder: Path, threads: int) -> int:
 
 def _use_peer_alone(name: str, folder: Path, float32: Path, threads: int) -> int:
     """Do the same with a peer's artefact."""
-    from spike_export.export.manifest import load_manifest
+    from spike_export.artifacts.manifest import load_manifest
 
     peer, manifest = next(each for each in PEERS if each.name == name), load_manifest(float32)
     for call in _peer_calls(peer, folder, Sequences(PREFILL_TOKENS, manifest.vocab_size), threads, manifest):

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks.hf_directory import write_hf_directory
-from spike_export.calibration.errors import one_line
+from spike_export.artifacts.errors import one_line
 
 if TYPE_CHECKING:
-    from spike_export.calibration.checkpoint import Checkpoint
-    from spike_export.export.graph_plan import LogitsScope
+    from spike_export.artifacts.manifest import LogitsScope
+    from spike_export.checkpoint.checkpoint import Checkpoint
 
 Call = Callable[[], object]
 
@@ -111,7 +111,7 @@ class Peer:
         Raises:
             UnavailableError: A package is missing, or the peer's own tool fails.
         """
-        from spike_export.calibration.atomic_write import atomic_path
+        from spike_export.artifacts.atomic_write import atomic_path
 
         place = sources.folder / self.artefact
         if not place.exists():
@@ -148,11 +148,11 @@ def _windows(sources: Sources) -> Any:
     """Return a data reader of a few windows of the default corpus, each with an empty cache."""
     from onnxruntime.quantization import CalibrationDataReader
 
-    from spike_export.calibration.calibrate import Calibration
-    from spike_export.calibration.corpus import default_corpus
-    from spike_export.calibration.options import CalibrationOptions
-    from spike_export.calibration.token_windows import token_windows
-    from spike_export.export.manifest import load_manifest
+    from spike_export.artifacts.manifest import load_manifest
+    from spike_export.calibration.corpus.corpus import default_corpus
+    from spike_export.calibration.corpus.token_windows import token_windows
+    from spike_export.calibration.methods.context import Calibration
+    from spike_export.calibration.methods.options import CalibrationOptions
 
     checkpoint, manifest = sources.checkpoint, load_manifest(sources.float32)
     options = CalibrationOptions(samples=_CALIBRATION_WINDOWS, length=_CALIBRATION_TOKENS)

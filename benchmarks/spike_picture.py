@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
-from spike_export.calibration.spikes import load_spikes
-from spike_export.cli.spike_figures import save_png, spike_picture
+from spike_export.calibration.statistics.spikes import load_spikes
+from spike_export.report.figures import save_png, spike_picture
 
 
 def main() -> None:

@@ -68,10 +68,10 @@ def measure(arguments: argparse.Namespace) -> tuple[Overhead, int]:
     import numpy as np
     import torch
 
-    from spike_export.calibration.calibrate import PEAK_STRIDE
-    from spike_export.calibration.checkpoint import open_checkpoint
-    from spike_export.calibration.layerwise import Decoder
-    from spike_export.calibration.measure import measure_spikes
+    from spike_export.calibration.decoder.layerwise import Decoder
+    from spike_export.calibration.methods.context import PEAK_STRIDE
+    from spike_export.calibration.statistics.measure import measure_spikes
+    from spike_export.checkpoint.opening import open_checkpoint
 
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)

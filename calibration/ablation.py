@@ -2,13 +2,13 @@
 
 from dataclasses import replace
 
-from spike_export.calibration.calibrate import Calibration
-from spike_export.calibration.corpus import Corpus
-from spike_export.calibration.module_choice import NOTHING_KEPT
-from spike_export.calibration.qfem import ModuleChoice, Scores
-from spike_export.calibration.recipe import Recipe
+from spike_export.artifacts.recipe import Recipe
+from spike_export.calibration.corpus.corpus import Corpus
+from spike_export.calibration.methods.context import Calibration
+from spike_export.calibration.methods.module_choice import NOTHING_KEPT
+from spike_export.calibration.methods.qfem import ModuleChoice, Scores
 from spike_export.calibration.recipe_writer import build_recipe
-from spike_export.calibration.spikes import SpikeStatistics
+from spike_export.calibration.statistics.spikes import SpikeStatistics
 
 
 def ablations(

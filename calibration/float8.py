@@ -1,7 +1,7 @@
 """FP8 E4M3 as the twin of INT8: what a recipe quantizes to integers becomes W8A8 in 8-bit floats."""
 
-from spike_export.calibration.errors import RecipeError
-from spike_export.calibration.recipe import QMAX, ModulePlan, Recipe, activation_scale
+from spike_export.artifacts.errors import RecipeError
+from spike_export.artifacts.recipe import QMAX, ModulePlan, Recipe, activation_scale
 
 
 def float8_modules(recipe: Recipe) -> dict[str, ModulePlan]:

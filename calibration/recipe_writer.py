@@ -2,15 +2,15 @@
 
 from dataclasses import replace
 
-from spike_export.calibration import qfep
-from spike_export.calibration.calibrate import Calibration, Transform, attention_plans, module_plans
-from spike_export.calibration.corpus import Corpus
-from spike_export.calibration.options import CalibrationOptions
-from spike_export.calibration.overflow_guard import stream_dtype
-from spike_export.calibration.prefix_choice import prefix_notes, prefix_text
-from spike_export.calibration.qfem import ModuleChoice
-from spike_export.calibration.recipe import CorpusSource, ModelSource, Prefix, Recipe, Scheme, Search
-from spike_export.calibration.spikes import SpikeStatistics
+from spike_export.artifacts.recipe import CorpusSource, ModelSource, Prefix, Recipe, Scheme, Search
+from spike_export.calibration.corpus.corpus import Corpus
+from spike_export.calibration.methods import qfep
+from spike_export.calibration.methods.context import Calibration, Transform, attention_plans, module_plans
+from spike_export.calibration.methods.options import CalibrationOptions
+from spike_export.calibration.methods.overflow_guard import stream_dtype
+from spike_export.calibration.methods.prefix_choice import prefix_notes, prefix_text
+from spike_export.calibration.methods.qfem import ModuleChoice
+from spike_export.calibration.statistics.spikes import SpikeStatistics
 
 
 def build_recipe(

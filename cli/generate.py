@@ -9,13 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from spike_export.calibration.errors import EngineError
+from spike_export.artifacts.errors import EngineError
 from spike_export.cli.arguments import RuntimeArguments, SamplingArguments, values
 
 if TYPE_CHECKING:
     from spike_export.engines.engine import Engine
-    from spike_export.engines.prompt_tokens import Prompt
-    from spike_export.engines.trt_engines import RuntimeOptions
+    from spike_export.engines.generation.prompt_tokens import Prompt
+    from spike_export.engines.tensorrt.engines import RuntimeOptions
 
 
 def generate(
@@ -100,7 +100,7 @@ def runtime_options(arguments: RuntimeArguments) -> "RuntimeOptions | None":
     given = {name: value for name, value in values(arguments).items() if value is not None}
     if not given:
         return None
-    from spike_export.engines.trt_engines import RuntimeOptions
+    from spike_export.engines.tensorrt.engines import RuntimeOptions
 
     return RuntimeOptions(**given)
 

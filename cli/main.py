@@ -15,7 +15,8 @@ from cyclopts import App, Parameter
 from rich.console import Console
 from rich.text import Text
 
-from spike_export.calibration.errors import ArtifactError, SpikeExportError
+from spike_export.artifacts.errors import ArtifactError, SpikeExportError
+from spike_export.artifacts.visible_text import visible
 from spike_export.cli.arguments import (
     PROFILES_OF,
     BuildArguments,
@@ -31,16 +32,16 @@ from spike_export.cli.arguments import (
     SamplingArguments,
     values,
 )
-from spike_export.cli.visible_text import visible
 
 if TYPE_CHECKING:
-    from spike_export.calibration.options import CalibrationOptions
-    from spike_export.calibration.recipe import Recipe
-    from spike_export.cli.job import Job
-    from spike_export.cli.pipeline import Pipeline
-    from spike_export.engines.build_options import BuildOptions
-    from spike_export.engines.plan_reuse import ProvidedEngine
+    from spike_export.artifacts.recipe import Recipe
+    from spike_export.calibration.methods.options import CalibrationOptions
+    from spike_export.engines.build.reuse import ProvidedEngine
+    from spike_export.engines.plan.build_options import BuildOptions
     from spike_export.export.cache_options import CacheOptions
+    from spike_export.pipeline.evaluation_text import EvaluationText
+    from spike_export.pipeline.job import Job
+    from spike_export.pipeline.pipeline import Pipeline
 
 DONE, GATE_MISSED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -131,7 +132,7 @@ def job(
     run_options: RunArguments = RunArguments(),
 ) -> int:
     """Calibrate, choose, export, check, build and report: the whole job."""
-    from spike_export.cli.job import Job
+    from spike_export.pipeline.job import Job
 
     work = Job(
         model=model,
@@ -152,8 +153,8 @@ def job(
 
 
 def _run_job(work: "Job", options: RunArguments) -> int:
-    from spike_export.cli.check_table import print_check
-    from spike_export.cli.pipeline import stages_of
+    from spike_export.pipeline.pipeline import stages_of
+    from spike_export.report.check_table import print_check
 
     console = Console()
     pipeline = _open(work, options, stages_of(work), console)
@@ -198,12 +199,12 @@ def _plan_verdict(engine: "ProvidedEngine", allow_fallback: bool) -> int:
 
 
 def _open(work: "Job", options: RunArguments, stages: Sequence[str], console: Console) -> "Pipeline":
-    from spike_export.calibration.atomic_write import require_writable
-    from spike_export.cli.job import require_buildable, require_length, require_room
+    from spike_export.artifacts.atomic_write import require_writable
+    from spike_export.pipeline.job import require_buildable, require_length, require_room
 
-    # What would stop the last stage is said before the first one, which may take hours.
+    # Check the last stage's requirements before the first stage starts: a run can take hours.
     if work.plan:
-        from spike_export.engines.plan_reuse import require_own_place
+        from spike_export.engines.build.reuse import require_own_place
 
         require_own_place(work.plan, work.build.split)
         require_buildable(work.build, work.number_format)
@@ -211,14 +212,14 @@ def _open(work: "Job", options: RunArguments, stages: Sequence[str], console: Co
         if work.build.timing_cache:
             require_writable(work.build.timing_cache.parent)
     require_writable(work.work_dir)
-    from spike_export.calibration.chat import rendered
-    from spike_export.calibration.checkpoint import open_checkpoint
-    from spike_export.calibration.transform_choice import require_rotation
-    from spike_export.cli.pipeline import BUNDLE, Pipeline
-    from spike_export.cli.progress_display import ProgressDisplay
-    from spike_export.cli.run_directory import RunDirectory
-    from spike_export.engines.build_profiles import resolve_limits
+    from spike_export.calibration.corpus.chat import rendered
+    from spike_export.calibration.methods.transform_choice import require_rotation
+    from spike_export.checkpoint.opening import open_checkpoint
+    from spike_export.cli.terminal.progress_display import ProgressDisplay
+    from spike_export.engines.plan.build_profiles import resolve_limits
     from spike_export.export.cache_options import require_capacity
+    from spike_export.pipeline.pipeline import BUNDLE, Pipeline
+    from spike_export.pipeline.run_directory import RunDirectory
 
     read = work.read_corpus()  # a bad corpus is reported before the model is opened
     checkpoint = open_checkpoint(work.model)
@@ -238,7 +239,7 @@ def _open(work: "Job", options: RunArguments, stages: Sequence[str], console: Co
 def _calibration_options(
     corpus: CorpusArguments, quantization: QuantizationArguments, dtype: DtypeArguments
 ) -> "CalibrationOptions":
-    from spike_export.calibration.options import CalibrationOptions
+    from spike_export.calibration.methods.options import CalibrationOptions
 
     return CalibrationOptions(
         samples=corpus.samples,
@@ -271,7 +272,7 @@ def _cache_options(graph: GraphArguments) -> "CacheOptions":
 
 
 def _build_options(build: BuildArguments) -> "BuildOptions":
-    from spike_export.engines.build_options import BatchRange, BuildOptions
+    from spike_export.engines.plan.build_options import BatchRange, BuildOptions
 
     return BuildOptions(
         backend=build.backend,
@@ -310,9 +311,9 @@ def calibrate(
     run_options: RunArguments = RunArguments(),
 ) -> int:
     """Measure activation spikes, choose prefix, smoothing and modules, write the recipe."""
-    from spike_export.calibration.partial_statistics import parse_shard, shard_samples
-    from spike_export.cli.job import Job
-    from spike_export.cli.pipeline import BUNDLE, stages_of
+    from spike_export.calibration.statistics.partial_statistics import parse_shard, shard_samples
+    from spike_export.pipeline.job import Job
+    from spike_export.pipeline.pipeline import BUNDLE, stages_of
 
     options = _calibration_options(corpus, quantization, dtype)
     part = parse_shard(shard) if shard else None
@@ -357,7 +358,7 @@ def merge(
     run_options: RunArguments = RunArguments(),
 ) -> int:
     """Merge the statistics that `calibrate --shard` measured; `calibrate` without it goes on from there."""
-    from spike_export.cli.shard_merge import merge_into
+    from spike_export.pipeline.shard_merge import merge_into
 
     samples = merge_into(work_dir, shards)
     if not run_options.quiet:
@@ -378,7 +379,7 @@ def inspect(
     run_options: RunArguments = RunArguments(),
 ) -> int:
     """Show what a plan really runs, what a bundle holds, or what a run decided and why."""
-    from spike_export.cli.inspection import inspect_target
+    from spike_export.cli.inspection.target import inspect_target
 
     return DONE if inspect_target(target, explain, as_json, Console()) else GATE_MISSED
 
@@ -406,7 +407,7 @@ def export(
     run_options: RunArguments = RunArguments(),
 ) -> int:
     """Write the ONNX bundle of a recipe."""
-    from spike_export.calibration.errors import RecipeError
+    from spike_export.artifacts.errors import RecipeError
 
     if quantize == (recipe is None):
         raise RecipeError(
@@ -414,11 +415,11 @@ def export(
             if recipe is None
             else "--recipe and --no-quantize contradict each other; give one"
         )
-    from spike_export.calibration.checkpoint import open_checkpoint
-    from spike_export.calibration.recipe import load_recipe
-    from spike_export.cli.job import require_bundle_or_nothing, require_quantized
-    from spike_export.cli.progress_display import ProgressDisplay
+    from spike_export.artifacts.recipe import load_recipe
+    from spike_export.checkpoint.opening import open_checkpoint
+    from spike_export.cli.terminal.progress_display import ProgressDisplay
     from spike_export.export.bundle import ExportOptions, export_bundle
+    from spike_export.pipeline.job import require_bundle_or_nothing, require_quantized
 
     require_quantized(number_format.number_format, quantize)
     plan = load_recipe(recipe) if recipe else None
@@ -465,12 +466,12 @@ def check(
     if reference is None or json_file is not None:
         wrong = "needs --reference MODEL, or --lint" if reference is None else "writes --json with --lint only"
         raise ArtifactError(f"check {wrong}")
-    from spike_export.calibration.atomic_write import require_file_name
-    from spike_export.cli.bundle_check import check_bundle
-    from spike_export.cli.check_table import print_check
-    from spike_export.cli.job import require_limit
-    from spike_export.cli.progress_display import ProgressDisplay
-    from spike_export.engines.check_document import save_check
+    from spike_export.artifacts.atomic_write import require_file_name
+    from spike_export.artifacts.check_document import save_check
+    from spike_export.cli.terminal.progress_display import ProgressDisplay
+    from spike_export.pipeline.bundle_check import check_bundle
+    from spike_export.pipeline.job import require_limit
+    from spike_export.report.check_table import print_check
 
     require_limit(gate.max_ppl_increase)
     console = Console()
@@ -478,7 +479,7 @@ def check(
     path = out or named.parent / f"{named.name}.check.json"
     require_file_name(path)
     with ProgressDisplay(console, ["check"], quiet=run_options.quiet) as display, display.stage("check") as progress:
-        result = check_bundle(bundle, reference, corpus, progress).gated(gate.max_ppl_increase)
+        result = check_bundle(bundle, reference, _evaluation_text(corpus), progress).gated(gate.max_ppl_increase)
         save_check(result, path)
     if not run_options.quiet:
         print_check(result, console)
@@ -486,12 +487,18 @@ def check(
     return _accuracy_verdict(result.passed)
 
 
+def _evaluation_text(corpus: CorpusArguments) -> "EvaluationText":
+    from spike_export.pipeline.evaluation_text import EvaluationText
+
+    return EvaluationText(**values(corpus))
+
+
 def _lint(model: Path, json_file: Path | None, options: RunArguments) -> int:
     import json
 
-    from spike_export.calibration.atomic_write import write_text
-    from spike_export.cli.lint_table import print_lint
-    from spike_export.engines.graph_lint import lint_model
+    from spike_export.artifacts.atomic_write import write_text
+    from spike_export.cli.terminal.lint_table import print_lint
+    from spike_export.engines.lint.linter import lint_model
 
     result = lint_model(model)
     if json_file is not None:
@@ -511,8 +518,8 @@ def build(
     run_options: RunArguments = RunArguments(),
 ) -> int:
     """Build the engine plan of a bundle, and prove from the plan in which precision each module runs."""
-    from spike_export.cli.progress_display import ProgressDisplay
-    from spike_export.engines.plan_reuse import provide_engine
+    from spike_export.cli.terminal.progress_display import ProgressDisplay
+    from spike_export.engines.build.reuse import provide_engine
 
     console = Console()
     with ProgressDisplay(console, ["plan"], quiet=run_options.quiet) as display, display.stage("plan") as progress:
@@ -570,7 +577,7 @@ def generate(
     prompts, changes = read_prompts(prompt, prompt_file, chat, system), option_changes(sampling)
     if "logprobs" in changes and not as_json:
         raise ArtifactError("generate writes log-probabilities with --json only; add it, or leave --logprobs out")
-    from spike_export.cli.progress_display import ProgressDisplay
+    from spike_export.cli.terminal.progress_display import ProgressDisplay
     from spike_export.engines.engine import Engine
 
     # Standard output is the text's.
@@ -602,7 +609,7 @@ def report(
     run_options: RunArguments = RunArguments(),
 ) -> int:
     """Write the HTML page of a run."""
-    from spike_export.cli.html_report import write_report
+    from spike_export.report.page import write_report
 
     page = write_report(run_directory, engine=engine)
     if not run_options.quiet:

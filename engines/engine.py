@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from spike_export.calibration.errors import EngineError, one_line
-from spike_export.calibration.progress import Progress, silent
-from spike_export.engines.decoding import Decoding
-from spike_export.engines.generated_text import Generation, Piece, Row, joined, streamed
-from spike_export.engines.generation_options import GenerationOptions
+from spike_export.artifacts.errors import EngineError, one_line
+from spike_export.artifacts.manifest import Manifest, load_manifest
+from spike_export.artifacts.progress import Progress, silent
+from spike_export.engines.generation.decoding import Decoding
+from spike_export.engines.generation.generated_text import Generation, Piece, Row, joined, streamed
+from spike_export.engines.generation.options import GenerationOptions
+from spike_export.engines.generation.prompt_tokens import Prompt, PromptEncoder
 from spike_export.engines.plan_runtime import bundle_of, is_plan, open_plans
-from spike_export.engines.prompt_tokens import Prompt, PromptEncoder
-from spike_export.export.manifest import Manifest, load_manifest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from spike_export.engines.sequences import Provider
-    from spike_export.engines.trt_engines import RuntimeOptions
+    from spike_export.engines.onnx_runtime.sequences import Provider
+    from spike_export.engines.tensorrt.engines import RuntimeOptions
 
 _TOKENIZER_FILE, _GENERATION_FILE = "tokenizer.json", "generation_config.json"
 
@@ -162,8 +162,8 @@ def open_onnx(path: Path, threads: int, provider: "Provider") -> Decoding:
         ArtifactError: The manifest cannot be read.
         EngineError: It cannot be run here.
     """
-    from spike_export.engines.onnx_decoding import OnnxDecoding
-    from spike_export.engines.onnx_session import open_for_generation
+    from spike_export.engines.onnx_runtime.decoding import OnnxDecoding
+    from spike_export.engines.onnx_runtime.session import open_for_generation
 
     return OnnxDecoding(open_for_generation(path, threads, provider))
 

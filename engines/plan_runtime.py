@@ -4,18 +4,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spike_export.calibration.errors import EngineError
-from spike_export.calibration.progress import Progress, silent
-from spike_export.engines.decoding import Decoding
-from spike_export.engines.plan_backend import detect_machine
-from spike_export.engines.plan_paths import find_plans, plan_paths
-from spike_export.engines.plan_rebuild import usable_or_rebuilt_engine
-from spike_export.engines.plan_safety import usable_engine
-from spike_export.export.manifest import MANIFEST_FILE
+from spike_export.artifacts.errors import EngineError
+from spike_export.artifacts.manifest import MANIFEST_FILE
+from spike_export.artifacts.progress import Progress, silent
+from spike_export.engines.build.rebuild import usable_or_rebuilt_engine
+from spike_export.engines.generation.decoding import Decoding
+from spike_export.engines.plan.backend import detect_machine
+from spike_export.engines.plan.paths import find_plans, plan_paths
+from spike_export.engines.plan.safety import usable_engine
 
 if TYPE_CHECKING:
-    from spike_export.engines.trt_decoding import TensorRtDecoding
-    from spike_export.engines.trt_engines import RuntimeOptions
+    from spike_export.engines.tensorrt.decoding import TensorRtDecoding
+    from spike_export.engines.tensorrt.engines import RuntimeOptions
 
 
 def is_plan(path: Path) -> bool:
@@ -54,7 +54,7 @@ def open_plans(
     """Open engines of one bundle; of several each batch goes to the one with the least context that has room for it.
 
     Args:
-        engines: Each the file of a plan, or the name of a split engine (see `plan_paths`).
+        engines: Each the file of a plan, or the name of a split engine (see `plan.paths`).
         bundle: What they were built from.
         progress: Told of the hashing (bytes) and of a build (percent).
         rebuild: Build those again that were built here and cannot be used any more.
@@ -70,7 +70,7 @@ def open_plans(
             opened.append(_open_plan(engine, bundle, progress, rebuild, runtime))
         if len(opened) == 1:
             return opened[0]
-        from spike_export.engines.trt_capacities import CapacityChoice
+        from spike_export.engines.tensorrt.capacities import CapacityChoice
 
         return CapacityChoice(opened)
     except BaseException:
@@ -95,7 +95,7 @@ def _open_plan(
         if gpu and machine.gpu is None:
             raise EngineError(f"GPU number {gpu} was asked for and is not there; look at nvidia-smi")
         plans = usable_engine(engine, bundle, machine, progress)
-    from spike_export.engines.trt_decoding import TensorRtDecoding
-    from spike_export.engines.trt_engines import RuntimeOptions
+    from spike_export.engines.tensorrt.decoding import TensorRtDecoding
+    from spike_export.engines.tensorrt.engines import RuntimeOptions
 
     return TensorRtDecoding(plans, options=runtime or RuntimeOptions(), bundle=bundle)

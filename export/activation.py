@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 import onnx_ir as ir
 
-from spike_export.calibration.families import Activation
+from spike_export.checkpoint.families import Activation
 from spike_export.export.graph_builder import GraphBuilder
 
 

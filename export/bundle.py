@@ -18,35 +18,36 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from spike_export.calibration.atomic_write import atomic_path
-from spike_export.calibration.checkpoint import Checkpoint
-from spike_export.calibration.decoder_config import DecoderConfig
-from spike_export.calibration.equivalent_weights import equivalent_checkpoint
-from spike_export.calibration.errors import ArtifactError, RecipeError
-from spike_export.calibration.float8 import float8_modules
-from spike_export.calibration.layerwise import Decoder, Execution
-from spike_export.calibration.modules import is_router, linears, split_name
-from spike_export.calibration.progress import Progress, silent
-from spike_export.calibration.qfem import macs_per_token
-from spike_export.calibration.recipe import SMOOTHED_HEAD, Dtype, ModulePlan, NumberFormat, Recipe, recipe_text
-from spike_export.calibration.smoothing import head_scales
-from spike_export.export.cache_options import CacheOptions, require_capacity
-from spike_export.export.decoder_graph import build_decoder
-from spike_export.export.engine_support import supporting_engines
-from spike_export.export.graph_plan import GraphPlan, LogitsScope, PrefixHome
-from spike_export.export.head import head_plan, own_weight_bytes
-from spike_export.export.linear import number_format
-from spike_export.export.manifest import (
+from spike_export.artifacts.atomic_write import atomic_path
+from spike_export.artifacts.errors import ArtifactError, RecipeError
+from spike_export.artifacts.manifest import (
     DATA_FILE,
     GRAPH_FILE,
     BundlePrefix,
     HeadInfo,
     LinearShare,
+    LogitsScope,
     Manifest,
     SourceModel,
     TensorInfo,
     save_manifest,
 )
+from spike_export.artifacts.progress import Progress, silent
+from spike_export.artifacts.recipe import SMOOTHED_HEAD, Dtype, ModulePlan, NumberFormat, Recipe, recipe_text
+from spike_export.calibration.decoder.equivalent_weights import equivalent_checkpoint
+from spike_export.calibration.decoder.layerwise import Decoder, Execution
+from spike_export.calibration.decoder.smoothing import head_scales
+from spike_export.calibration.float8 import float8_modules
+from spike_export.calibration.methods.qfem import macs_per_token
+from spike_export.checkpoint.checkpoint import Checkpoint
+from spike_export.checkpoint.decoder_config import DecoderConfig
+from spike_export.checkpoint.modules import is_router, linears, split_name
+from spike_export.export.cache_options import CacheOptions, require_capacity
+from spike_export.export.decoder_graph import build_decoder
+from spike_export.export.engine_support import supporting_engines
+from spike_export.export.graph_plan import GraphPlan, PrefixHome
+from spike_export.export.head import head_plan, own_weight_bytes
+from spike_export.export.linear import number_format
 from spike_export.export.model_files import GENAI, genai_config, genai_obstacle, generation_config, hf_config
 from spike_export.export.tokenizer_files import save_tokenizer
 from spike_export.export.weight_file import file_bytes, write_weights

@@ -1,12 +1,10 @@
 """Which cache of keys and values a graph has, and what a static one is asked to hold."""
 
 from dataclasses import dataclass
-from typing import Literal
 
-from spike_export.calibration.decoder_config import DecoderConfig
-from spike_export.calibration.errors import RecipeError
-
-CacheKind = Literal["dynamic", "static"]
+from spike_export.artifacts.errors import RecipeError
+from spike_export.artifacts.manifest import CacheKind
+from spike_export.checkpoint.decoder_config import DecoderConfig
 
 LENGTH_DEPENDENT_ROPES = frozenset({"dynamic", "longrope"})
 """Rope types that rotate a token by more than its position."""

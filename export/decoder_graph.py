@@ -17,7 +17,7 @@ from importlib.metadata import version
 
 import onnx_ir as ir
 
-from spike_export.calibration.checkpoint import EMBEDDING, Checkpoint
+from spike_export.checkpoint.checkpoint import EMBEDDING, Checkpoint
 from spike_export.export.attached_prefix import AttachedPrefixCache
 from spike_export.export.attention import AttentionEmitter
 from spike_export.export.attention_context import AttentionContext, ContextEmitter

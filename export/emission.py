@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from spike_export.calibration.checkpoint import Checkpoint
-from spike_export.calibration.decoder_config import DecoderConfig, tensor_shapes
+from spike_export.checkpoint.checkpoint import Checkpoint
+from spike_export.checkpoint.decoder_config import DecoderConfig, tensor_shapes
 from spike_export.export.graph_builder import ELEMENT_TYPES, GraphBuilder
 from spike_export.export.graph_plan import GraphPlan
 from spike_export.export.linear import NUMPY_TYPES, LinearEmitter

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
-from spike_export.calibration.recipe import Dtype
+from spike_export.artifacts.recipe import Dtype
 
 _ENGINES = ("onnxruntime", "tensorrt", "tensorrt-rtx")
 

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from spike_export.calibration.recipe import Dtype
+from spike_export.artifacts.recipe import Dtype
 
 OPSET = 24
 IR_VERSION = 11

@@ -7,11 +7,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from spike_export.calibration.recipe import AttentionPlan, Dtype, HeadScheme, ModulePlan, WeightScheme
+from spike_export.artifacts.manifest import LogitsScope
+from spike_export.artifacts.recipe import AttentionPlan, Dtype, HeadScheme, ModulePlan, WeightScheme
 from spike_export.export.cache_options import CacheOptions
-
-LogitsScope = Literal["all", "last"]
-"""Of which tokens a graph gives logits: of every token, or of each row's last."""
 
 PrefixHome = Literal["cache", "attention"]
 """Where the prefix lives: in `present` from the first call on, or before it in every call's attention only."""

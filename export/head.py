@@ -6,9 +6,9 @@ from functools import partial
 import numpy as np
 import onnx_ir as ir
 
-from spike_export.calibration.checkpoint import LM_HEAD
-from spike_export.calibration.decoder_config import DecoderConfig
-from spike_export.calibration.recipe import HEAD_WEIGHTS, Dtype, HeadScheme, ModulePlan
+from spike_export.artifacts.recipe import HEAD_WEIGHTS, Dtype, HeadScheme, ModulePlan
+from spike_export.checkpoint.checkpoint import LM_HEAD
+from spike_export.checkpoint.decoder_config import DecoderConfig
 from spike_export.export.emission import Emission
 from spike_export.export.graph_plan import GraphPlan
 from spike_export.export.linear import NUMPY_TYPES, LinearEmitter

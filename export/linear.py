@@ -15,14 +15,14 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from spike_export.calibration.checkpoint import Checkpoint
-from spike_export.calibration.errors import CheckpointError
-from spike_export.calibration.recipe import LARGEST, Dtype, ModulePlan, NumberFormat, WeightScheme
-from spike_export.calibration.row_blocks import BlockReader
-from spike_export.calibration.simulate import SMALLEST_TOKEN_AMAX
-from spike_export.calibration.weight_quantization import ELEMENTS, quantize_rows
+from spike_export.artifacts.errors import CheckpointError
+from spike_export.artifacts.manifest import INT8_WEIGHTS
+from spike_export.artifacts.recipe import LARGEST, Dtype, ModulePlan, NumberFormat, WeightScheme
+from spike_export.calibration.decoder.simulate import SMALLEST_TOKEN_AMAX
+from spike_export.calibration.decoder.weight_quantization import ELEMENTS, quantize_rows
+from spike_export.checkpoint.checkpoint import Checkpoint
+from spike_export.checkpoint.row_blocks import BlockReader
 from spike_export.export.graph_builder import ELEMENT_TYPES, GraphBuilder
-from spike_export.export.manifest import INT8_WEIGHTS
 from spike_export.export.weight_layout import read_matrix
 
 NUMPY_TYPES: Mapping[Dtype, np.dtype[Any]] = {

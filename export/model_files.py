@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from spike_export.calibration.checkpoint import Checkpoint
-from spike_export.calibration.recipe import Dtype
+from spike_export.artifacts.manifest import GRAPH_FILE
+from spike_export.artifacts.recipe import Dtype
+from spike_export.checkpoint.checkpoint import Checkpoint
 from spike_export.export.graph_plan import GraphPlan
-from spike_export.export.manifest import GRAPH_FILE
 
 GENAI = "onnxruntime-genai"
 

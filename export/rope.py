@@ -15,8 +15,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from spike_export.calibration.decoder_config import DecoderConfig
-from spike_export.calibration.layerwise import empty_decoder
+from spike_export.calibration.decoder.layerwise import empty_decoder
+from spike_export.checkpoint.decoder_config import DecoderConfig
 from spike_export.export.emission import Emission
 
 FLOAT, BOOL = ir.DataType.FLOAT, ir.DataType.BOOL

@@ -9,7 +9,7 @@ from functools import partial
 
 import onnx_ir as ir
 
-from spike_export.calibration.families import Experts
+from spike_export.checkpoint.families import Experts
 from spike_export.export.emission import Emission
 from spike_export.export.feed_forward import feed_forward
 

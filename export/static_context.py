@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from spike_export.artifacts.manifest import CACHE_SLOTS
 from spike_export.export.attention_context import MODULE, AttentionContext, PrefixExtent, near_or_prefix, prefix_extent
 from spike_export.export.graph_builder import GraphBuilder
-from spike_export.export.manifest import CACHE_SLOTS
 
 INT64, BOOL = ir.DataType.INT64, ir.DataType.BOOL
 

@@ -4,8 +4,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from spike_export.calibration.checkpoint import Checkpoint
-from spike_export.calibration.row_blocks import fill_by_rows
+from spike_export.checkpoint.checkpoint import Checkpoint
+from spike_export.checkpoint.row_blocks import fill_by_rows
 
 
 def read_matrix(checkpoint: Checkpoint, name: str, out: NDArray[Any], *, transposed: bool = False) -> None:

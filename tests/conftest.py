@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.fetch_models import GEMMA3, SMOLLM2, FetchError, PackagedModel, model_path
-from spike_export.engines.denormals import denormals_flushed
+from spike_export.engines.onnx_runtime.denormals import denormals_flushed
 
 
 def fetched(model: PackagedModel) -> Path:

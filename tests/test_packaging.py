@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import os
 import re
 import shutil
 import subprocess
@@ -21,11 +22,11 @@ ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT: Mapping[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 FOLDERS: Mapping[str, str] = PYPROJECT["tool"]["setuptools"]["package-dir"]
 
+ROOT_FOLDER = "api"
+"""The folder that is installed as `spike_export` itself."""
+
 NOT_INSTALLED = {"tests", "benchmarks", "docs", "build", "dist"}
 PINNED_EXTRAS = ("rtx", "corpora", "dev")
-
-# A part may import itself and the parts before it.
-LAYERS = ("calibration", "export", "engines", "cli")
 
 
 def folders_with_code() -> set[str]:
@@ -40,12 +41,13 @@ def package_files() -> set[str]:
     suffixes = {".py", ".j2", ".css", ".typed"}
     files = [path for folder in FOLDERS.values() for path in (ROOT / folder).iterdir()]
     kept = [path for path in files if path.suffix in suffixes or path.name == "py.typed"]
-    return {f"spike_export/{path.relative_to(ROOT).as_posix()}" for path in kept}
+    return {f"spike_export/{path.relative_to(ROOT).as_posix().removeprefix(f'{ROOT_FOLDER}/')}" for path in kept}
 
 
 def test_every_folder_with_code_is_a_listed_package() -> None:
     assert set(FOLDERS.values()) == folders_with_code()
-    assert set(FOLDERS) == {f"spike_export.{folder.replace('/', '.')}" for folder in FOLDERS.values()}
+    inner = [folder for folder in FOLDERS.values() if folder != ROOT_FOLDER]
+    assert set(FOLDERS) == {"spike_export", *(f"spike_export.{folder.replace('/', '.')}" for folder in inner)}
     assert sorted(PYPROJECT["tool"]["setuptools"]["packages"]) == sorted(FOLDERS)
 
 
@@ -53,7 +55,8 @@ def test_every_folder_with_code_is_a_listed_package() -> None:
 def test_every_package_is_typed_and_seen_by_type_checkers(folder: str) -> None:
     assert (ROOT / folder / "__init__.py").is_file()
     assert (ROOT / folder / "py.typed").is_file()
-    assert (ROOT / ".links" / "spike_export" / folder).resolve() == ROOT / folder
+    seen = ROOT / ".links" / "spike_export" / ("" if folder == ROOT_FOLDER else folder) / "__init__.py"
+    assert seen.resolve() == ROOT / folder / "__init__.py"
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +64,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     """The wheel, built from a copy, so that no build leftovers land in the work tree or come from it."""
     place = tmp_path_factory.mktemp("wheel")
     for folder in FOLDERS.values():
-        shutil.copytree(ROOT / folder, place / folder, ignore=shutil.ignore_patterns("__pycache__"))
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / folder, place / folder, ignore=ignored, dirs_exist_ok=True)
     for file in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, place)
     build = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
@@ -153,44 +157,69 @@ def required_by(name: str, extras: frozenset[str]) -> Iterator[Requirement]:
             yield requirement
 
 
-def forbidden_imports(layer: str, source: str) -> list[str]:
-    """The modules of a later part, or of no part, that a module of `layer` imports anywhere in its code."""
-    allowed = LAYERS[: LAYERS.index(layer) + 1]
-    found = []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module == "spike_export":
-            found += [f"spike_export.{alias.name}" for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            found.append("." * node.level + (node.module or ""))
-    ours = [name for name in found if name.split(".")[0] in ("", "spike_export", "tests", "benchmarks")]
-    return [name for name in ours if [*name.split("."), ""][1] not in allowed or name.startswith(".")]
+def check_imports(links: Path) -> subprocess.CompletedProcess[str]:
+    """Run the import contracts of pyproject.toml over the packages below `links`."""
+    command = [sys.executable, "-c", "from importlinter.cli import lint_imports_command; lint_imports_command()"]
+    config = ["--config", str(ROOT / "pyproject.toml"), "--no-cache", "--no-logo"]
+    environment = {**os.environ, "PYTHONPATH": str(links)}
+    return subprocess.run([*command, *config], cwd=links, env=environment, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("layer", LAYERS)
-def test_no_part_imports_a_later_one(layer: str) -> None:
-    sources = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / layer).rglob("*.py")}
-    assert sources
-    wrong = {name: forbidden_imports(layer, source) for name, source in sources.items()}
-    assert {name: imports for name, imports in wrong.items() if imports} == {}
+@pytest.fixture
+def packages(tmp_path: Path) -> Path:
+    """A copy of all packages, as one tree."""
+    for folder in sorted(FOLDERS.values(), key=lambda folder: folder.count("/")):
+        place = tmp_path / "spike_export" / ("" if folder == ROOT_FOLDER else folder)
+        shutil.copytree(ROOT / folder, place, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+    return tmp_path
+
+
+def test_imports_go_down_only() -> None:
+    finished = check_imports(ROOT / ".links")
+    assert finished.returncode == 0, finished.stdout
 
 
 @pytest.mark.parametrize(
-    ("source", "found"),
+    ("module", "upward"),
     [
-        ("import spike_export.cli.main", ["spike_export.cli.main"]),
-        ("from spike_export.engines import x", ["spike_export.engines"]),
-        ("from spike_export import calibration, cli", ["spike_export.cli"]),
-        ("def f():\n    from spike_export.cli.main import main", ["spike_export.cli.main"]),
-        ("if TYPE_CHECKING:\n    import spike_export.cli", ["spike_export.cli"]),
-        ("from tests.tiny_models import x", ["tests.tiny_models"]),
-        ("from ..cli import x", ["..cli"]),
-        ("import numpy.cli, spike_export.calibration.recipe, spike_export.export", []),
+        ("artifacts/recipe.py", "from spike_export.checkpoint.modules import split_name"),
+        ("calibration/decoder/heap.py", "def f():\n    from spike_export.calibration.statistics import spikes"),
+        ("engines/plan/paths.py", "if TYPE_CHECKING:\n    from spike_export.engines.audit import verdict"),
+        ("engines/lint/finding.py", "import spike_export.engines.plan.header"),
+        ("export/norm.py", "import spike_export.cli.main"),
     ],
 )
-def test_an_upward_import_is_found(source: str, found: list[str]) -> None:
-    assert forbidden_imports("export", source) == found
+def test_an_upward_import_is_found(packages: Path, module: str, upward: str) -> None:
+    file = packages / "spike_export" / module
+    file.write_text(f"{file.read_text(encoding='utf-8')}\n{upward}\n", encoding="utf-8")
+    finished = check_imports(packages)
+    assert finished.returncode == 1, finished.stdout
+    assert f"spike_export.{module.removesuffix('.py').replace('/', '.')}" in finished.stdout
+
+
+def test_a_loop_between_siblings_is_found(packages: Path) -> None:
+    file = packages / "spike_export" / "checkpoint" / "checkpoint.py"
+    upward = "from spike_export.checkpoint import gguf_file"
+    file.write_text(f"{file.read_text(encoding='utf-8')}\n{upward}\n", encoding="utf-8")
+    finished = check_imports(packages)
+    assert finished.returncode == 1, finished.stdout
+
+
+def imported_names(source: str) -> set[str]:
+    """The top-level names that a module imports anywhere in its code."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add((node.module or "").split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("folder", FOLDERS.values())
+def test_what_is_installed_imports_neither_tests_nor_benchmarks(folder: str) -> None:
+    for path in (ROOT / folder).glob("*.py"):
+        assert not imported_names(path.read_text(encoding="utf-8")) & NOT_INSTALLED, path
 
 
 MACHINE_PATH = re.compile(r"""(?<![\w.~$}/:])/(?:home|root|tmp|opt|work|Users|mnt)/\w""")

@@ -1,0 +1,1 @@
+"""INT8 W8A8 deployment of GLU language models that keeps their accuracy."""

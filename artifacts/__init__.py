@@ -1,0 +1,1 @@
+"""The documents that pass between the stages, and how any file is written whole or not at all."""

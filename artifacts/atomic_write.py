@@ -1,0 +1,122 @@
+"""Artifacts appear whole or not at all: written under a temporary name, synced, then renamed."""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from spike_export.artifacts.errors import ArtifactError
+
+
+def describe_os_error(error: OSError, path: Path) -> str:
+    """Return one line for a failed write: what failed, where, and what to do."""
+    remedies = {
+        errno.ENOSPC: "the disk is full; free space there or choose another place",
+        errno.EDQUOT: "the disk quota is used up; free space there or choose another place",
+        errno.EACCES: "permission denied; choose a place you may write to",
+        errno.EPERM: "permission denied; choose a place you may write to",
+        errno.EROFS: "the file system is read-only; choose a place you may write to",
+        errno.ENOTDIR: "a part of this path is a file, not a folder; choose another place",
+        errno.EEXIST: "a part of this path is a file, not a folder; choose another place",
+    }
+    # numpy tells only how much of an array it could write, and not why that was not all.
+    cut_short = f"{error}; the disk is probably full: free space there or choose another place"
+    reason = cut_short if error.errno is None else remedies.get(error.errno, error.strerror or str(error))
+    return f"{path}: cannot write: {reason}"
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or folder if it is there; what cannot be removed is overwritten or reported by the next step."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
+def _sync(path: Path) -> None:
+    """Flush a file, or each file of a folder, to the disk, so that the rename cannot outrun the data."""
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+    for file in files:
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _replace_folder(temporary: Path, path: Path) -> None:
+    """Put `temporary` in the place of the folder `path`; when that fails, `path` is as before."""
+    # rename(2) cannot replace a folder that has content: the old one moves aside first.
+    retired = path.with_name(f".{path.name}.retired")
+    _remove(retired)
+    path.rename(retired)
+    try:
+        temporary.rename(path)
+    except BaseException:
+        retired.rename(path)
+        raise
+    _remove(retired)
+
+
+def require_file_name(path: Path) -> None:
+    """Refuse a place that a file cannot take because a folder is there; a folder is only ever replaced by a folder.
+
+    Raises:
+        ArtifactError: Names the folder.
+    """
+    if path.is_dir():
+        raise ArtifactError(f"{path}: is a folder, and a file is to be written; give a file name")
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling of `path`; rename it to `path` when the block ends well.
+
+    The block creates a file or a folder at the yielded path. A previous artifact of that name is replaced
+    only then. When the block raises, the temporary is removed and the previous artifact stays.
+
+    Raises:
+        ArtifactError: The place cannot be written to (no permission, disk full, ...), or a folder is where a file is
+            to be written.
+    """
+    if not path.name:  # `.` and `/`: nothing can stand beside them
+        raise ArtifactError(f"{path}: this folder cannot be replaced; give a name in it")
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove(temporary)
+        yield temporary
+        _sync(temporary)
+        if not temporary.is_dir():
+            require_file_name(path)
+        if path.is_dir():
+            _replace_folder(temporary, path)
+        else:
+            temporary.replace(path)
+    except OSError as error:
+        _remove(temporary)
+        raise ArtifactError(describe_os_error(error, path)) from error
+    except BaseException:
+        _remove(temporary)
+        raise
+
+
+def require_writable(folder: Path) -> None:
+    """Find out now, not after hours of work, that a folder cannot be written to.
+
+    Raises:
+        ArtifactError: Names the folder and the reason.
+    """
+    probe = folder / ".spike-export-probe"
+    with atomic_path(probe) as temporary:
+        temporary.touch()
+    probe.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

@@ -1,0 +1,1 @@
+"""The methods, one file each, and how each is chosen: QFeM, QFeP, smoothing, rotation, head, overflow guard."""

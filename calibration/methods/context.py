@@ -1,0 +1,333 @@
+"""The context of a calibration: a checkpoint, its windows, and the measurements that every choice is made by."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spike_export.artifacts.progress import Progress, silent
+from spike_export.artifacts.recipe import (
+    SMALLEST_AMAX,
+    SMOOTHED_HEAD,
+    UNREACHED,
+    AttentionPlan,
+    ModulePlan,
+    RotationPlan,
+    SmoothingPlan,
+    activation_scale,
+)
+from spike_export.calibration.corpus.token_windows import TokenWindows
+from spike_export.calibration.decoder.equivalent_weights import equivalent_checkpoint
+from spike_export.calibration.decoder.heap import collect_and_return_memory
+from spike_export.calibration.decoder.layerwise import Decoder, Execution, Meter
+from spike_export.calibration.decoder.perplexity import ReferenceStates, Score, reference_states, score, with_bos
+from spike_export.calibration.decoder.simulate import QuantizedWeights, Simulation
+from spike_export.calibration.decoder.smoothing import is_per_value_head, plan_scales, repeated_for_group
+from spike_export.calibration.methods.head_smoothing import HeadSmoothing, choose_head_smoothing
+from spike_export.calibration.methods.options import CalibrationOptions
+from spike_export.calibration.methods.overflow_guard import module_dtype
+from spike_export.calibration.statistics.measure import measure_spikes
+from spike_export.calibration.statistics.spikes import SpikeStatistics, covered_range
+from spike_export.checkpoint.checkpoint import Checkpoint
+from spike_export.checkpoint.decoder_config import DecoderConfig
+from spike_export.checkpoint.modules import input_sites, is_router, siblings, split_name
+
+PEAK_STRIDE = 8
+"""What only the overflow guard asks for is recorded in every eighth window: attention's operands, which norms bound,
+and the outputs that enter the residual stream, whose own peak is known of every window. All windows would cost 3 % of
+the pass."""
+
+SEARCH_WINDOWS = 8
+"""Most windows on which candidates are compared."""
+
+_SEARCH_EVERY = 4
+"""Every how many windows one is held out for comparing candidates, whose scales come from the other windows."""
+
+
+@dataclass(frozen=True)
+class Transform:
+    """What is done to the weights before they are quantized; the unquantized function stays.
+
+    Attributes:
+        rotation: Of the residual stream.
+        smoothing: Representative module → scales of its input's channels.
+        clips: Representative module → share of the calibrated range that its static scale covers; 1 by default.
+        noise: Representative module → estimated noise of its quantization; empty where nothing was searched.
+    """
+
+    rotation: RotationPlan | None = None
+    smoothing: Mapping[str, SmoothingPlan] = field(default_factory=dict)
+    clips: Mapping[str, float] = field(default_factory=dict)
+    noise: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def changes_weights(self) -> bool:
+        """Whether the weights are others than the checkpoint's."""
+        return self.rotation is not None or bool(self.smoothing)
+
+
+NO_TRANSFORM = Transform()
+
+
+@dataclass(frozen=True)
+class Model:
+    """One set of weights, ready to run: the checkpoint's, or transformed ones.
+
+    Attributes:
+        decoder: The weights in torch.
+        quantized: Their INT8 form, made where needed.
+    """
+
+    decoder: Decoder
+    quantized: QuantizedWeights
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A checkpoint with the windows it is calibrated on; weights are read into memory on first use."""
+
+    checkpoint: Checkpoint
+    windows: TokenWindows
+    options: CalibrationOptions
+    execution: Execution = Execution()
+    meter: Meter = field(default_factory=Meter, repr=False)
+    _references: dict[tuple[int, ...], ReferenceStates] = field(default_factory=dict, repr=False)
+    _head_smoothings: dict[RotationPlan | None, HeadSmoothing] = field(default_factory=dict, repr=False)
+    _transformed: list[tuple[Transform, Model]] = field(default_factory=list, repr=False)
+    _smoothed: list[tuple[Transform, QuantizedWeights]] = field(default_factory=list, repr=False)
+    _column_amax: dict[str, NDArray[np.float32]] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def model(self) -> Model:
+        """The checkpoint's own weights."""
+        return self._ready(self.checkpoint)
+
+    def _ready(self, checkpoint: Checkpoint) -> Model:
+        quantized = QuantizedWeights(self.options.weights, keep=self.execution.resident)
+        return Model(Decoder(checkpoint, self.execution, self.meter), quantized)
+
+    def transformed(self, transform: Transform) -> Model:
+        """Return a transform's model; the last one is kept."""
+        if not transform.changes_weights:
+            return self.model
+        if not self._transformed or self._transformed[0][0] != transform:
+            self._transformed.clear()
+            collect_and_return_memory()
+            changed = equivalent_checkpoint(self.checkpoint, transform.rotation, transform.smoothing)
+            self._transformed.append((transform, self._ready(changed)))
+        return self._transformed[0][1]
+
+    def with_options(self, options: CalibrationOptions) -> "Calibration":
+        """Return the same model and windows with other options; what is in memory is shared, not read again."""
+        changed = replace(self, options=options, _transformed=[], _smoothed=[])
+        if "model" in self.__dict__ and options.weights == self.options.weights:
+            changed.__dict__["model"] = self.model
+        return changed
+
+    def fed(self, content: NDArray[np.int64], prefix: tuple[int, ...]) -> NDArray[np.int64]:
+        """Return what the model is fed behind a prefix: the content, with BOS before it unless the prefix has it."""
+        bos = self.checkpoint.bos_token_id
+        return content if bos in prefix else with_bos(content, bos)
+
+    def column_amax(self, linear: str) -> NDArray[np.float32]:
+        """Return the abs-max of each column [in_features] of a linear's weight."""
+        if linear not in self._column_amax:
+            weight = self.checkpoint.tensor(f"{linear}.weight")
+            self._column_amax[linear] = np.maximum(weight.max(axis=0), -weight.min(axis=0))
+        return self._column_amax[linear]
+
+    @property
+    def search_rows(self) -> NDArray[np.int64]:
+        """Indices of the calibration windows that candidates are compared on."""
+        count = len(self.windows.calibration)
+        rows = np.arange(count)[:: _SEARCH_EVERY if count >= 2 * _SEARCH_EVERY else 1]
+        return rows[np.unique(np.linspace(0, len(rows) - 1, min(SEARCH_WINDOWS, len(rows))).astype(np.int64))]
+
+    @property
+    def search_windows(self) -> NDArray[np.int64]:
+        """[windows, tokens] The windows that candidates are compared on."""
+        return self.windows.calibration[self.search_rows]
+
+    def held_out(self, statistics: SpikeStatistics) -> SpikeStatistics:
+        """Return the statistics without the search windows, so that no candidate is judged on what it was made of."""
+        rest = np.setdiff1d(np.arange(len(statistics.sample_ids)), self.search_rows)
+        return statistics.select(rest) if len(rest) else statistics
+
+    def measure(
+        self, prefix: tuple[int, ...], transform: Transform = NO_TRANSFORM, progress: Progress = silent
+    ) -> SpikeStatistics:
+        """Record the statistics of all calibration windows behind a prefix."""
+        content = self.windows.calibration
+        return self.measure_windows(content, np.arange(len(content)), prefix, transform, progress)
+
+    def measure_windows(
+        self,
+        content: NDArray[np.int64],
+        sample_ids: NDArray[np.int64],
+        prefix: tuple[int, ...],
+        transform: Transform = NO_TRANSFORM,
+        progress: Progress = silent,
+    ) -> SpikeStatistics:
+        """Record the statistics of some windows [samples, tokens] behind a prefix."""
+        return measure_spikes(
+            self.transformed(transform).decoder,
+            self.fed(content, prefix),
+            prefix,
+            sample_ids=sample_ids,
+            peak_stride=PEAK_STRIDE if self.options.attention == "unquantized" else 1,
+            progress=progress,
+        )
+
+    def reference(self, prefix: tuple[int, ...]) -> ReferenceStates:
+        """Return the unquantized model's perplexity and states on the search windows behind a prefix."""
+        if prefix not in self._references:
+            content = self.search_windows
+            fed = self.fed(content, prefix)
+            self._references[prefix] = reference_states(self.model.decoder, fed, content.shape[1], prefix)
+        return self._references[prefix]
+
+    def head_smoothing(self, rotation: RotationPlan | None) -> HeadSmoothing:
+        """Return the smoothing of the head's input; none for a head that does not round it, or with smoothing off.
+
+        Chosen without a prefix, which hardly changes the states that the head reads. The scales come from as many
+        other windows as there are to compare candidates on.
+        """
+        if self.options.head != SMOOTHED_HEAD or not self.options.smoothing:
+            return HeadSmoothing()
+        if rotation not in self._head_smoothings:
+            content, judging = self.windows.calibration, self.search_rows
+            others = np.setdiff1d(np.arange(len(content)), judging)
+            made_of = others[:: max(1, len(others) // len(judging))][: len(judging)] if len(others) else judging
+            decoder, length = self.transformed(Transform(rotation=rotation)).decoder, content.shape[1]
+            reference = self.reference(())
+            if rotation is not None:
+                reference = reference_states(decoder, self.fed(self.search_windows, ()), length, ())
+            windows = self.fed(content[made_of], ())
+            self._head_smoothings[rotation] = choose_head_smoothing(decoder, windows, length, reference)
+        return self._head_smoothings[rotation]
+
+    def predicted(
+        self,
+        statistics: SpikeStatistics,
+        kept: tuple[str, ...],
+        transform: Transform,
+        *,
+        measured: bool = False,
+        compare: bool = True,
+    ) -> Score:
+        """Return perplexity and divergence on the search windows with all but `kept` (representatives) quantized.
+
+        Args:
+            statistics: Behind the prefix that they name. Of the model before smoothing (with a rotation: of the rotated
+                one), or, if `measured`, of the transformed model.
+            kept: Representatives that are not quantized.
+            transform: What is done to the weights.
+            measured: Of which of the two models the statistics are.
+            compare: Whether to measure the divergence too.
+        """
+        scales = channel_scales(transform, self.checkpoint.config)
+        plans = module_plans(statistics, kept, transform, self.options, None if measured else scales)
+        decoder, simulation = self._simulation(plans, transform, scales)
+        simulation = replace(simulation, attention=attention_plans(statistics, self.options))
+        content, prefix = self.search_windows, statistics.prefix_ids
+        fed = self.fed(content, prefix)
+        reference = self.reference(prefix) if compare else None
+        return score(
+            decoder,
+            fed,
+            content.shape[1],
+            prefix,
+            (simulation.visit,),
+            head=self.options.head,
+            head_smoothing=self.head_smoothing(transform.rotation).plan,
+            reference=reference,
+        )
+
+    def _simulation(
+        self, plans: Mapping[str, ModulePlan], transform: Transform, scales: Mapping[str, NDArray[np.float32]]
+    ) -> tuple[Decoder, Simulation]:
+        """Return the decoder to run and what to simulate in it: smoothing needs no weights of its own in memory."""
+        if not scales or self.options.weights == "int8-per-tensor":
+            model = self.transformed(transform)
+            return model.decoder, Simulation(plans, model.quantized)
+        if not self._smoothed or self._smoothed[0][0] != transform:
+            self._smoothed[:] = [(transform, QuantizedWeights(self.options.weights, keep=self.execution.resident))]
+        rotated = self.transformed(Transform(rotation=transform.rotation))
+        readers = {reader: factors for name, factors in scales.items() for reader in siblings(name)}
+        return rotated.decoder, Simulation(plans, self._smoothed[0][1], smoothing=readers)
+
+
+def channel_scales(transform: Transform, config: DecoderConfig) -> dict[str, NDArray[np.float32]]:
+    """Return representative module → scales of its input channels, for all inputs that a transform smooths."""
+    found: dict[str, NDArray[np.float32]] = {}
+    sites = input_sites(config)
+    for name, plan in transform.smoothing.items():
+        layer, inner = split_name(name)
+        site = next(each for each in sites if each.representative == inner)
+        scales = plan_scales(plan)
+        if is_per_value_head(site):
+            scales = repeated_for_group(scales, config)
+        # Inputs behind one norm share its scales.
+        sharing = [each for each in sites if each.producer == site.producer]
+        found |= {f"model.layers.{layer}.{each.representative}": scales for each in sharing}
+    return found
+
+
+def module_plans(
+    statistics: SpikeStatistics,
+    kept: tuple[str, ...],
+    transform: Transform,
+    options: CalibrationOptions,
+    smoothed: Mapping[str, NDArray[np.float32]] | None = None,
+) -> dict[str, ModulePlan]:
+    """Return every linear's plan: precision, scale, and what calibration saw.
+
+    Args:
+        statistics: Of the transformed model, or of the model before smoothing.
+        kept: Representatives that are not quantized.
+        transform: Clips and noise.
+        options: Scheme, range rule and precision of what is kept.
+        smoothed: `channel_scales` of the transform, by which the statistics' ranges still have to be divided; None
+            where the statistics are of the transformed model.
+    """
+    plans: dict[str, ModulePlan] = {}
+    for name, spikes in statistics.modules.items():
+        clip = transform.clips.get(name, 1.0)
+        if is_router(name):
+            plan = ModulePlan(precision="float32", ratio=spikes.ratio, reason="router")
+        elif name in kept:
+            dtype, guard = module_dtype(options.dtype, spikes.peak)
+            reason = "score > alpha" if guard is None else f"score > alpha; {guard}"
+            weights = "int8" if options.excluded_weights == "int8" else None
+            plan = ModulePlan(precision=dtype, weights=weights, ratio=spikes.ratio, reason=reason)
+        elif options.activations == "int8-per-token-dynamic":
+            plan = ModulePlan(precision="int8", ratio=spikes.ratio)
+        elif not spikes.reached:
+            # Neither its scale nor its peak is known: only float32 holds whatever may come.
+            weights = "int8" if options.excluded_weights == "int8" else None
+            plan = ModulePlan(precision="float32", weights=weights, reason=UNREACHED)
+        else:
+            scales = (smoothed or {}).get(name)
+            rule = options.activation_range
+            covered = spikes.range(rule) if scales is None else spikes.smoothed_range(scales, rule)
+            scale = activation_scale(clip * covered)
+            # The search compares many plans and has no use for it.
+            amax = max(spikes.range("max"), SMALLEST_AMAX) if scales is None else None
+            plan = ModulePlan(precision="int8", activation_scale=scale, activation_amax=amax, ratio=spikes.ratio)
+        seen = {"noise": transform.noise.get(name), "clip": clip if clip != 1 and plan.activation_scale else None}
+        plans.update(dict.fromkeys(siblings(name), plan.model_copy(update=seen)))
+    return plans
+
+
+def attention_plans(statistics: SpikeStatistics, options: CalibrationOptions) -> dict[str, AttentionPlan]:
+    """Return every attention block's steps; empty where attention's products are not quantized."""
+    if options.attention == "unquantized":
+        return {}
+    rule = options.activation_range
+    plans = {}
+    for name, amax in statistics.operand_amax.items():
+        query, key, value = (activation_scale(covered_range(amax[:, column], rule)) for column in range(3))
+        plans[name] = AttentionPlan(query=query, key=key, value=value)
+    return plans

@@ -1,0 +1,89 @@
+"""What to measure and how to choose: the options of a calibration."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from spike_export.artifacts.errors import RecipeError
+from spike_export.artifacts.recipe import (
+    ActivationRange,
+    ActivationScheme,
+    AttentionProducts,
+    Dtype,
+    ExcludedWeights,
+    HeadScheme,
+    WeightScheme,
+    WindowKind,
+)
+
+RotationChoice = Literal["auto", "always", "never"]
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """What to measure and how to choose.
+
+    Attributes:
+        samples: Calibration windows.
+        length: Tokens per window, BOS included.
+        seed: Places the windows.
+        windows: From where they are cut.
+        weights: Scales of INT8 weights.
+        activations: Scales of INT8 activations.
+        activation_range: What the static activation scales cover.
+        excluded_weights: How excluded modules hold their weights.
+        attention: Operands of attention's products.
+        head: How the language-model head computes.
+        dtype: Precision of what is not quantized.
+        qfem: Whether modules may stay in 16 bit.
+        qfep: Whether a prefix may be used.
+        prefix_length: Most tokens of a prefix.
+        smoothing: Whether scales may be moved from activations to weights.
+        rotation: Whether the residual stream may be rotated: tried, always or never.
+        alpha: Threshold given by the user; None to choose.
+        max_fp16_modules: Number of linears to keep at most, and exactly as many as fit; None to choose.
+        max_fp16_share: Largest share of the linears' multiply-accumulates that the automatic choice keeps.
+        tolerance: Relative perplexity increase that the automatic choice accepts over its goal.
+    """
+
+    samples: int = 32
+    length: int = 512
+    seed: int = 0
+    windows: WindowKind = "packed"
+    weights: WeightScheme = "int8-per-channel"
+    activations: ActivationScheme = "int8-per-tensor-static"
+    activation_range: ActivationRange = "sample-mean"
+    excluded_weights: ExcludedWeights = "unquantized"
+    attention: AttentionProducts = "unquantized"
+    head: HeadScheme = "unquantized"
+    dtype: Dtype = "float16"
+    qfem: bool = True
+    qfep: bool = True
+    prefix_length: int = 5
+    smoothing: bool = True
+    rotation: RotationChoice = "never"
+    alpha: float | None = None
+    max_fp16_modules: int | None = None
+    max_fp16_share: float = 0.05
+    tolerance: float = 0.005
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant."""
+        if self.samples < 1:
+            raise RecipeError(f"--samples is {self.samples}; at least one window is needed")
+        if self.length < 8:
+            raise RecipeError(f"--length is {self.length}; a window needs at least 8 tokens")
+        if self.alpha is not None and self.max_fp16_modules is not None:
+            raise RecipeError("--alpha and --max-fp16-modules both say which modules stay in 16 bit; give one")
+        if self.max_fp16_modules is not None and self.max_fp16_modules < 0:
+            raise RecipeError(f"--max-fp16-modules is {self.max_fp16_modules}; expected 0 or more")
+        if not 0 <= self.max_fp16_share <= 1:
+            raise RecipeError(f"--max-fp16-share is {self.max_fp16_share}; expected a share such as 0.05")
+        if not 1 <= self.prefix_length <= 5:
+            raise RecipeError(f"--prefix-length is {self.prefix_length}; expected 1 to 5 tokens")
+        if not 0 <= self.tolerance < 1:
+            raise RecipeError(f"--tolerance is {self.tolerance}; expected a fraction such as 0.005")
+
+    @property
+    def searches_smoothing(self) -> bool:
+        """Whether scales are searched at each input: for smoothing, or for what the static scales cover."""
+        return self.smoothing or self.activation_range == "mse" or self.rotation != "never"

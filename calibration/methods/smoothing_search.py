@@ -1,0 +1,338 @@
+"""The search for each input's smoothing and clipping: the scales with the least noise, one layer at a time.
+
+At every input of a layer the candidates (a formula and its parameter, and how much of the input's range the static
+scale covers) are compared by what INT8 does to the linears that read it: their output's error on held-out windows.
+Errors are weighted by the token's residual stream, because the next norm divides by it: a spike's own token counts no
+more than any other.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spike_export.artifacts.recipe import QMAX, ActivationRange, ActivationScheme, SmoothingPlan, WeightScheme
+from spike_export.calibration.decoder.simulate import fake_quantize, fake_quantize_tokens
+from spike_export.calibration.decoder.smoothing import (
+    Form,
+    is_per_value_head,
+    plan_scales,
+    repeated_for_group,
+    shared_by_group,
+    smoothing_plan,
+    smoothing_scales,
+)
+from spike_export.calibration.decoder.sparse_moe import routed_positions
+from spike_export.calibration.decoder.weight_quantization import quantize_weight
+from spike_export.calibration.statistics.spikes import ModuleSpikes, SpikeStatistics
+from spike_export.checkpoint.decoder_config import DecoderConfig
+from spike_export.checkpoint.modules import InputSite, input_sites, is_router
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+Floats = NDArray[np.float32]
+
+CANDIDATES: tuple[tuple[Form, float], ...] = (
+    ("smoothquant", 0.5),
+    ("smoothquant", 0.6),
+    ("smoothquant", 0.7),
+    ("smoothquant", 0.8),
+    ("smoothquant", 0.9),
+    ("outlier-suppression", 0.25),
+    ("outlier-suppression", 0.1),
+)
+"""Formulas and parameters that compete, besides no smoothing at all."""
+
+CLIPS = (1.0, 0.8, 0.6, 0.45, 0.3, 0.2)
+"""Shares of the calibrated range that a static scale may cover; what lies beyond saturates."""
+
+FLOOR_QUANTILE = 0.5
+"""Channels count as at least as large as this quantile of them. A channel that was quiet in calibration would get a
+small scale, and would burst the range when it speaks up later."""
+
+_ROWS = 1024
+"""Tokens on which candidates are compared."""
+
+
+@dataclass(frozen=True)
+class SiteChoice:
+    """The best candidate of one input.
+
+    Attributes:
+        smoothing: Its scales as they were compared, or None for none. For the inputs behind one norm they are the same.
+        final: The same form and parameter made of all windows: more of them say better where the outliers are.
+        clip: Share of the calibrated range that the static scale covers.
+        noise: Mean over tokens of the squared error that INT8 adds here to the residual stream, relative to the
+            stream; estimated to first order.
+    """
+
+    smoothing: SmoothingPlan | None
+    final: SmoothingPlan | None
+    clip: float
+    noise: float
+
+
+def default_smoothing(
+    statistics: SpikeStatistics, config: DecoderConfig, weight_amax: Callable[[str], Floats], rotated: bool
+) -> dict[str, SmoothingPlan]:
+    """Return plans with fixed strengths, without a search: 0.65, and 0.5 for attention's output.
+
+    Args:
+        statistics: Of the model that is to be smoothed.
+        config: The decoder.
+        weight_amax: Linear's name → abs-max of its weight's columns [in_features].
+        rotated: Whether a rotation takes the place of the norms' smoothing.
+    """
+    plans = {}
+    for index in range(config.num_hidden_layers):
+        for group in _groups(config):
+            if group[0].producer is None or (rotated and group[0].behind_norm):
+                continue
+            names = [f"model.layers.{index}.{site.representative}" for site in group]
+            readers = [f"model.layers.{index}.{reader}" for site in group for reader in site.readers]
+            inputs = np.max([statistics.modules[name].channel_amax for name in names], axis=0)
+            weights = np.max([weight_amax(reader) for reader in readers], axis=0)
+            strength = 0.5 if is_per_value_head(group[0]) else 0.65
+            plans[names[0]] = _plan("smoothquant", strength, inputs, weights, group[0], config)
+    return plans
+
+
+def _groups(config: DecoderConfig) -> list[list[InputSite]]:
+    """Return the inputs of a layer, those of one norm together: they share its scales."""
+    groups: dict[str, list[InputSite]] = {}
+    for site in input_sites(config):
+        groups.setdefault((site.behind_norm and site.producer) or site.representative, []).append(site)
+    return list(groups.values())
+
+
+def _plan(
+    form: Form, parameter: float, inputs: Floats, weights: Floats, site: InputSite, config: DecoderConfig
+) -> SmoothingPlan:
+    if is_per_value_head(site):
+        inputs, weights = shared_by_group(inputs, config), shared_by_group(weights, config)
+    floored = np.maximum(inputs, np.quantile(inputs, FLOOR_QUANTILE))
+    return smoothing_plan(form, parameter, smoothing_scales(form, parameter, floored, weights))
+
+
+def input_scales(plan: SmoothingPlan | None, site: InputSite, config: DecoderConfig, channels: int) -> Floats:
+    """Return the scale of each of a site's input channels."""
+    if plan is None:
+        return np.ones(channels, np.float32)
+    scales = plan_scales(plan)
+    return repeated_for_group(scales, config) if is_per_value_head(site) else scales
+
+
+@dataclass
+class SmoothingSearch:
+    """Visits a decoder's layers and searches each layer's inputs when its windows have passed.
+
+    Attributes:
+        config: The decoder's.
+        statistics: Of the same model behind the same prefix, of all windows.
+        compared: Those without the windows that pass: of what candidates are made, so that none is judged on its own.
+        weights: How INT8 weights are scaled.
+        activations: How INT8 activations are scaled.
+        activation_range: What static scales cover; for `mse` the clips compete too.
+        smoothing: Whether scales may be moved.
+        rotated: Whether a rotation takes the place of the norms' smoothing.
+        stride: Every how many tokens one is looked at.
+        choices: Representative module → what was found; filled by the visits.
+    """
+
+    config: DecoderConfig
+    statistics: SpikeStatistics
+    compared: SpikeStatistics
+    weights: WeightScheme
+    activations: ActivationScheme
+    activation_range: ActivationRange
+    smoothing: bool
+    rotated: bool
+    stride: int
+    choices: dict[str, SiteChoice] = field(default_factory=dict)
+
+    @staticmethod
+    def stride_of(tokens: int) -> int:
+        """Return the stride that looks at about a thousand of `tokens` tokens."""
+        return max(1, tokens // _ROWS)
+
+    @contextmanager
+    def visit(self, index: int, layer: "nn.Module") -> "Iterator[None]":
+        """Within the block the layer's windows pass; at its end its inputs are searched."""
+        seen = _Rows(layer, self.stride)
+        mlp = self.config.family.feed_forward
+        handles = [
+            *(seen.watch_input(site.representative) for site in input_sites(self.config)),
+            *(seen.watch_output(branch) for branch in ("self_attn", mlp)),
+            layer.register_forward_hook(seen.hidden_hook),
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+        shares = {branch: seen.branch_share(branch) for branch in ("self_attn", mlp)}
+        for group in _groups(self.config):
+            self._search(index, layer, group, seen, shares["self_attn" if "attn" in group[0].representative else mlp])
+
+    def _search(
+        self, index: int, layer: "nn.Module", group: Sequence[InputSite], seen: "_Rows", branch_share: float
+    ) -> None:
+        names = {site.representative: f"model.layers.{index}.{site.representative}" for site in group}
+        sites = [
+            _Site(site, self.compared.modules[names[site.representative]], _weight(layer, site), seen)
+            for site in group
+            if not is_router(site.representative) and site.representative in seen.inputs
+        ]
+        best: dict[str, SiteChoice] = {}
+        for plans in self._plans(group, layer, names):
+            found = {site.site.representative: site.best(plans, self, branch_share) for site in sites}
+            if not best or _total(found) < _total(best):
+                best = found
+        for representative, choice in best.items():
+            self.choices[names[representative]] = choice
+
+    def _plans(self, group: Sequence[InputSite], layer: "nn.Module", names: Mapping[str, str]) -> "Iterator[_Plans]":
+        yield _Plans(None, None)
+        site = group[0]
+        if not self.smoothing or site.producer is None or (self.rotated and site.behind_norm):
+            return
+        weights = np.max([_column_amax(_weight(layer, site)) for site in group], axis=0)
+        inputs = [
+            np.max([statistics.modules[name].channel_amax for name in names.values()], axis=0)
+            for statistics in (self.compared, self.statistics)
+        ]
+        for form, parameter in CANDIDATES:
+            yield _Plans(*(_plan(form, parameter, each, weights, site, self.config) for each in inputs))
+
+
+class _Plans(NamedTuple):
+    """One candidate: as it is compared, and made of all windows."""
+
+    compared: SmoothingPlan | None
+    final: SmoothingPlan | None
+
+
+def _total(choices: Mapping[str, SiteChoice]) -> float:
+    return sum(choice.noise for choice in choices.values())
+
+
+def _weight(layer: "nn.Module", site: InputSite) -> "torch.Tensor":
+    """Return the weights of a site's readers, one above the other: [outputs, in_features] float32."""
+    import torch
+
+    weights: list[Any] = [layer.get_submodule(reader).weight for reader in site.readers]
+    return torch.cat(weights).float()
+
+
+def _column_amax(weight: "torch.Tensor") -> Floats:
+    amax: Floats = weight.abs().amax(0).cpu().numpy()
+    return amax
+
+
+class _Rows:
+    """The rows of one layer's tensors at the tokens that are looked at."""
+
+    def __init__(self, layer: Any, stride: int) -> None:
+        self._layer, self._stride = layer, stride
+        self.inputs: dict[str, list[torch.Tensor]] = {}
+        self._positions: dict[str, list[torch.Tensor]] = {}
+        self._branches: dict[str, list[torch.Tensor]] = {}
+        self._hidden: list[torch.Tensor] = []
+
+    def watch_input(self, name: str) -> Any:
+        """Keep a linear's input rows, and which of the kept tokens they are."""
+        import torch
+
+        def hook(_: Any, inputs: "tuple[torch.Tensor, ...]") -> None:
+            rows = inputs[0].reshape(-1, inputs[0].shape[-1])
+            positions = routed_positions(self._layer, name)
+            if positions is None:
+                positions = torch.arange(len(rows), device=rows.device)
+            kept = positions % self._stride == 0
+            before = sum(len(part) for part in self._hidden)
+            self.inputs.setdefault(name, []).append(rows[kept].float())
+            self._positions.setdefault(name, []).append(positions[kept] // self._stride + before)
+
+        return self._layer.get_submodule(name).register_forward_pre_hook(hook)
+
+    def watch_output(self, name: str) -> Any:
+        """Keep the squared norm of what a block adds to the residual stream."""
+
+        def hook(_: Any, __: Any, output: Any) -> None:
+            states = output[0] if isinstance(output, tuple) else output
+            self._branches.setdefault(name, []).append(self._squares(states))
+
+        return self._layer.get_submodule(name).register_forward_hook(hook)
+
+    def hidden_hook(self, _: Any, __: Any, output: Any) -> None:
+        """Keep the squared norm of the layer's output; called last, so that a batch's positions are counted here."""
+        self._hidden.append(self._squares(output[0] if isinstance(output, tuple) else output))
+
+    def _squares(self, states: "torch.Tensor") -> "torch.Tensor":
+        return states.reshape(-1, states.shape[-1])[:: self._stride].float().pow(2).sum(-1)
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens looked at."""
+        return sum(len(part) for part in self._hidden)
+
+    def stream(self, name: str) -> "torch.Tensor":
+        """Return the squared norm of the residual stream at each input row."""
+        import torch
+
+        return torch.cat(self._hidden)[torch.cat(self._positions[name])]
+
+    def branch_share(self, name: str) -> float:
+        """Return the mean share of a block's output in the residual stream, in squared norms."""
+        import torch
+
+        return float((torch.cat(self._branches[name]) / torch.cat(self._hidden)).mean())
+
+
+class _Site:
+    """One input with all that its candidates need."""
+
+    def __init__(self, site: InputSite, spikes: ModuleSpikes, weight: "torch.Tensor", seen: _Rows) -> None:
+        import torch
+
+        self.site, self._spikes, self._weight = site, spikes, weight
+        self._rows = torch.cat(seen.inputs[site.representative])
+        self._expected = self._rows @ weight.T
+        self._tokens = seen.tokens
+        if site.behind_linear:
+            self._scale = seen.stream(site.representative)
+        else:
+            self._scale = self._expected.pow(2).sum(-1)
+        self._scale = self._scale.clamp(min=torch.finfo(torch.float32).tiny)
+
+    def best(self, plans: _Plans, search: SmoothingSearch, branch_share: float) -> SiteChoice:
+        """Return the best clip under a plan, and its noise."""
+        import torch
+
+        scales = input_scales(plans.compared, self.site, search.config, self._weight.shape[1])
+        factors = torch.from_numpy(scales).to(self._rows.device)
+        quantized, step = quantize_weight((self._weight * factors).cpu().numpy(), search.weights)
+        weight = (torch.from_numpy(quantized).float() * torch.from_numpy(np.asarray(step))).to(self._rows.device)
+        rows = self._rows / factors
+        share = 1.0 if self.site.behind_linear else branch_share
+        if search.activations == "int8-per-token-dynamic":
+            return SiteChoice(*plans, 1.0, share * self._noise(fake_quantize_tokens(rows) @ weight))
+        covered = self._spikes.smoothed_range(scales, search.activation_range)
+        best: SiteChoice | None = None
+        for clip in CLIPS if search.activation_range == "mse" else (1.0,):
+            noise = share * self._noise(fake_quantize(rows, max(clip * covered, 1e-5) / QMAX) @ weight)
+            if best is None or noise < best.noise:
+                best = SiteChoice(*plans, clip, noise)
+            elif noise > 2 * best.noise:
+                break  # narrower scales only saturate more
+        assert best is not None
+        return best
+
+    def _noise(self, product: "torch.Tensor") -> float:
+        error = (product - self._expected).pow(2).sum(-1) / self._scale
+        return float(error.sum()) / self._tokens

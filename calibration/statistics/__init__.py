@@ -1,0 +1,1 @@
+"""What is recorded of activations, and how parts of it merge."""

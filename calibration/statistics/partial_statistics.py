@@ -1,0 +1,111 @@
+"""A calibration pass in parts, each stored when it is done, so that a killed pass goes on where it was."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spike_export.artifacts.errors import ArtifactError, RecipeError
+from spike_export.artifacts.progress import Progress, silent
+from spike_export.calibration.statistics.spikes import (
+    SpikeStatistics,
+    load_description,
+    load_spikes,
+    merge_statistics,
+    save_spikes,
+)
+
+Samples = NDArray[np.int64]
+
+
+def measure_in_parts(
+    measure: Callable[[Samples], SpikeStatistics],
+    samples: Samples,
+    part_size: int,
+    folder: Path,
+    key: str,
+    progress: Progress = silent,
+) -> SpikeStatistics:
+    """Measure samples part by part and return the merged record; parts of an earlier pass are taken over.
+
+    Args:
+        measure: Returns the statistics of some samples.
+        samples: Indices of the calibration's windows, ascending.
+        part_size: Samples that a kill may cost.
+        folder: Where parts are kept until the caller has stored the whole; `discard_parts` removes it.
+        key: Stands for everything else that the statistics depend on; parts with another key are measured again.
+        progress: Told after each part.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    parts: list[SpikeStatistics] = []
+    for start in range(0, len(samples), part_size):
+        rows = samples[start : start + part_size]
+        stem = folder / f"{rows[0]:06}"
+        part = _stored(stem, key, rows)
+        if part is None:
+            part = measure(rows)
+            save_spikes(part, stem, {"key": key})
+        parts.append(part)
+        progress("windows", start + len(rows), len(samples))
+    return merge_statistics(parts)
+
+
+def _stored(stem: Path, key: str, rows: Samples) -> SpikeStatistics | None:
+    """Return a part of an earlier pass, or None where there is none that fits."""
+    try:
+        if load_description(stem).get("key") != key:
+            return None
+        part = load_spikes(stem)
+    except ArtifactError:
+        return None
+    return part if np.array_equal(part.sample_ids, rows) else None
+
+
+def discard_parts(folder: Path) -> None:
+    """Remove the parts of a pass that is stored as a whole."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """Read `i/n`, the i-th (from 1) of n shards.
+
+    Raises:
+        RecipeError: The text is not of that form.
+    """
+    index, _, count = text.partition("/")
+    if not (index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)):
+        raise RecipeError(f"--shard is {text!r}; expected the form 2/8: the second of eight")
+    return int(index), int(count)
+
+
+def shard_samples(samples: int, shard: tuple[int, int]) -> Samples:
+    """Return the indices of a shard's samples: every n-th.
+
+    Raises:
+        RecipeError: The shard has no sample.
+    """
+    index, count = shard
+    chosen = np.arange(samples)[index - 1 :: count]
+    if not len(chosen):
+        raise RecipeError(f"--shard {index}/{count}: {samples} samples leave nothing for it; use fewer shards")
+    return chosen
+
+
+def merge_shards(stems: list[Path]) -> tuple[SpikeStatistics, dict[str, object]]:
+    """Merge the statistics that shards stored, and return them with their common description.
+
+    Raises:
+        ArtifactError: A shard is missing, was taken of another model, corpus or options, or some windows lack.
+    """
+    descriptions = [load_description(stem) for stem in stems]
+    for stem, description in zip(stems, descriptions, strict=True):
+        if "key" not in description or description["key"] != descriptions[0].get("key"):
+            raise ArtifactError(f"{stem.parent}: calibrated on another model, corpus or options than {stems[0].parent}")
+    merged = merge_statistics([load_spikes(stem) for stem in stems])
+    total = int(str(descriptions[0]["samples"]))
+    missing = np.setdiff1d(np.arange(total), merged.sample_ids)
+    if len(missing):
+        raise ArtifactError(f"{len(missing)} of {total} windows lack, the first is {missing[0]}; merge all shards")
+    return merged, {name: descriptions[0][name] for name in ("key", "samples", "model", "corpus")}

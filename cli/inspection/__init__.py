@@ -1,0 +1,1 @@
+"""What inspect shows: of a plan, a bundle or a run."""

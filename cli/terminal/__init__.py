@@ -1,0 +1,1 @@
+"""How progress and tables appear on a terminal."""

@@ -1,0 +1,1 @@
+"""How close a bundle is to the model it was made of."""

@@ -1,0 +1,1 @@
+"""What really runs in a plan."""

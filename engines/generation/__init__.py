@@ -1,0 +1,1 @@
+"""Text and tokens, independent of the runtime: options, sampling, prompts, stop strings, streams."""

@@ -1,0 +1,61 @@
+"""How text is generated, in the terms of transformers' `GenerationConfig`.
+
+Here top_k is 0 and max_new_tokens 128 unless given; what a bundle's defaults are, `engine.default_options` says.
+`seed`, `ignore_eos` and `logprobs` are no part of it; `stop_strings` are, and there they stay in the text.
+"""
+
+from dataclasses import dataclass
+
+from spike_export.artifacts.errors import EngineError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationOptions:
+    """What decoding draws, and where it ends.
+
+    Attributes:
+        max_new_tokens: Most tokens a sequence gets.
+        do_sample: Draw from the distribution; otherwise take the most probable token.
+        temperature: Divides the logits, > 0.
+        top_k: Only the k most probable tokens; 0 for all.
+        top_p: Only the most probable tokens that together reach this probability, in (0, 1]; 1 for all.
+        min_p: Only tokens at least this share as probable as the most probable one, in [0, 1]; 0 for all.
+        repetition_penalty: Divides positive and multiplies negative logits of tokens that the sequence holds; 1 for
+            none.
+        seed: Of the draws; None for another one each time. Row i of a batch draws as a sequence alone with seed + i.
+        stop_strings: The text ends before the first of them; a single string may be given as it is.
+        eos_token_ids: Tokens that end a sequence.
+        ignore_eos: Go on behind them, for measurements.
+        logprobs: None for none; k for the log-probability of every drawn token and of the k most probable ones.
+    """
+
+    max_new_tokens: int = 128
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop_strings: tuple[str, ...] = ()
+    eos_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop_strings, str):  # each of its letters would be one
+            object.__setattr__(self, "stop_strings", (self.stop_strings,))
+        checks = (
+            ("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", self.temperature, self.temperature > 0, "above 0; do_sample=False takes the best token"),
+            ("top_k", self.top_k, self.top_k >= 0, "at least 0"),
+            ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("min_p", self.min_p, 0 <= self.min_p <= 1, "0 to 1"),
+            ("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "above 0"),
+            ("seed", self.seed, self.seed is None or 0 <= self.seed < 2**62, "0 to 2^62 - 1"),
+            ("logprobs", self.logprobs, self.logprobs is None or self.logprobs >= 0, "at least 0"),
+            ("stop_strings", self.stop_strings, all(self.stop_strings), "no empty string"),
+        )
+        for name, value, holds, expected in checks:
+            if not holds:
+                raise EngineError(f"{name} is {value}; expected {expected}")

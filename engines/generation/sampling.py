@@ -1,0 +1,148 @@
+"""Draws tokens from logits, on any device and without waiting for it.
+
+The filters are those of transformers' `GenerationConfig`, in its order: repetition penalty, temperature, top k, top p,
+min p. Each of the last three keeps all tokens from some least score on, so that a filter here is that score. Tokens
+with equal scores are kept or left out together.
+"""
+
+import secrets
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from spike_export.engines.generation.options import GenerationOptions
+
+_LARGEST_DRAW = 1 - 2.0**-52
+"""Times any total it is less than the total, after rounding too: the inverse distribution never runs off its end."""
+
+_SORTED_FIRST = 1024
+"""Tokens that a CPU puts in order before it looks whether top p needs more: usually a few dozen are needed."""
+
+
+class Drawn(NamedTuple):
+    """One token for every row.
+
+    Attributes:
+        tokens: [rows] int64.
+        logprobs: [rows] float32, of the model itself, before penalty, temperature and filters; None when not asked for.
+        top_tokens: [rows, k] int64, the model's k most probable tokens, best first; None when not asked for.
+        top_logprobs: [rows, k] float32, theirs.
+    """
+
+    tokens: torch.Tensor
+    logprobs: torch.Tensor | None = None
+    top_tokens: torch.Tensor | None = None
+    top_logprobs: torch.Tensor | None = None
+
+
+class Sampler:
+    """Draws a token for each row of a batch, step after step.
+
+    Row i draws with the generator of seed + i, made on the CPU: what a row gets depends neither on the batch that it is
+    in nor on the device.
+    """
+
+    def __init__(self, options: GenerationOptions, rows: int, device: torch.device) -> None:
+        self._options = options
+        self._step = 0
+        self._draws = _uniform_draws(options, rows).to(device) if options.do_sample else None
+
+    def draw(self, logits: torch.Tensor, seen: torch.Tensor | None) -> Drawn:
+        """Draw the next token of every row; at most `max_new_tokens` times.
+
+        Args:
+            logits: [rows, vocab] float32; not changed.
+            seen: [rows, vocab] bool, the tokens that each row holds (`seen_tokens`); what is drawn is added in place.
+                None where there is no repetition penalty.
+        """
+        options = self._options
+        scores = logits
+        if seen is not None and options.repetition_penalty != 1:
+            penalized = torch.where(
+                logits < 0, logits * options.repetition_penalty, logits / options.repetition_penalty
+            )
+            scores = torch.where(seen, penalized, logits)
+        if self._draws is None:
+            tokens = scores.argmax(dim=-1)
+        else:
+            tokens = _inverse(filtered(scores, options), self._draws[self._step])
+        self._step += 1
+        if seen is not None:
+            seen.scatter_(1, tokens[:, None], True)
+        if options.logprobs is None:
+            return Drawn(tokens)
+        logprobs = logits.log_softmax(dim=-1)
+        own = logprobs.gather(1, tokens[:, None])[:, 0]
+        if options.logprobs == 0:
+            return Drawn(tokens, own)
+        best = logprobs.topk(min(options.logprobs, logits.shape[-1]), dim=-1)
+        return Drawn(tokens, own, best.indices, best.values)
+
+
+def seen_tokens(
+    prompts: Sequence[NDArray[np.int64]], vocab: int, options: GenerationOptions, device: torch.device
+) -> torch.Tensor | None:
+    """Return which tokens each prompt holds, [rows, vocab] bool; None where no repetition penalty asks for it."""
+    if options.repetition_penalty == 1:
+        return None
+    seen = torch.zeros((len(prompts), vocab), dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        seen[row, torch.from_numpy(prompt)] = True
+    return seen.to(device)
+
+
+def filtered(scores: torch.Tensor, options: GenerationOptions) -> torch.Tensor:
+    """Return scores [rows, vocab] over the temperature, -inf where top k, top p or min p leave a token out."""
+    scores = scores / options.temperature
+    if options.top_k:
+        best = scores.topk(min(options.top_k, scores.shape[-1]), dim=-1).values
+        scores = scores.masked_fill(scores < best[:, -1:], -torch.inf)
+    if options.top_p < 1:
+        scores = scores.masked_fill(scores < _least_of_top_p(scores, options), -torch.inf)
+    if options.min_p > 0:
+        least = scores.amax(dim=-1, keepdim=True) + float(np.log(options.min_p))
+        scores = scores.masked_fill(scores < least, -torch.inf)
+    return scores
+
+
+def _least_of_top_p(scores: torch.Tensor, options: GenerationOptions) -> torch.Tensor:
+    """Return [rows, 1], the score of the least probable token that is needed to reach the probability p.
+
+    Behind top k only so many scores have to be put in order; equals of the k-th are counted in the total. Without it a
+    CPU, whose results need no waiting, sorts all of them only where the first few do not reach p.
+    """
+    total, vocab = scores.logsumexp(dim=-1, keepdim=True), scores.shape[-1]
+    first = min(vocab, options.top_k or (_SORTED_FIRST if scores.device.type == "cpu" else vocab))
+    ordered = scores.topk(first, dim=-1).values if first < vocab else scores.sort(dim=-1, descending=True).values
+    reached = (ordered - total).exp().cumsum(dim=-1)
+    if not options.top_k and first < vocab and float(reached[:, -1].min()) < options.top_p:
+        ordered = scores.sort(dim=-1, descending=True).values
+        reached = (ordered - total).exp().cumsum(dim=-1)
+    # A token is needed where those before it do not reach p; the first always is.
+    needed = 1 + (reached[:, :-1] < options.top_p).sum(dim=-1, keepdim=True)
+    return ordered.gather(1, needed - 1)
+
+
+def _uniform_draws(options: GenerationOptions, rows: int) -> torch.Tensor:
+    """Return all that will be drawn, [max_new_tokens, rows, 1] float64 in [0, 1), so that no step waits for the CPU."""
+    seed = secrets.randbits(62) if options.seed is None else options.seed
+    columns = []
+    for row in range(rows):
+        generator = torch.Generator().manual_seed(seed + row)
+        columns.append(torch.rand(options.max_new_tokens, generator=generator, dtype=torch.float64))
+    return torch.stack(columns, dim=1)[:, :, None].clamp(max=_LARGEST_DRAW)
+
+
+def _inverse(scores: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+    """Return [rows] tokens: the distribution's inverse at draws [rows, 1].
+
+    In float64: in float32 the sum over a vocabulary would lose its improbable tokens. Of logits that are not numbers
+    the search finds the place behind the last token, which would index memory that is not there: what the logits were
+    is seen only when the tokens have arrived.
+    """
+    reached = scores.to(torch.float64).softmax(dim=-1).cumsum(dim=-1)
+    found = torch.searchsorted(reached, draws * reached[:, -1:], right=True)[:, 0]
+    return found.clamp(max=scores.shape[-1] - 1)

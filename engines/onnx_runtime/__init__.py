@@ -1,0 +1,1 @@
+"""The embedded engine: a bundle in ONNX Runtime."""

@@ -1,0 +1,121 @@
+"""Decoding in ONNX Runtime, over either cache."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from spike_export.artifacts.errors import EngineError
+from spike_export.engines.generation.decoding import DecodedStep, require_finite
+from spike_export.engines.generation.options import GenerationOptions
+from spike_export.engines.generation.sampling import Drawn, Sampler, seen_tokens
+from spike_export.engines.onnx_runtime.sequences import StaticSequences
+from spike_export.engines.onnx_runtime.session import BundleSession
+
+PREFILL_CHUNK = 512
+"""Most tokens of a prompt in one call over a static cache: bounds the memory of attention's scores.
+
+Over a dynamic cache a prompt is read in one call, because some ropes rotate it by its whole length.
+"""
+
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class OnnxDecoding:
+    """A `Decoding` over a session that `open_for_generation` opened."""
+
+    session: BundleSession
+
+    @property
+    def context(self) -> int:
+        """Most own tokens of a sequence."""
+        manifest = self.session.manifest
+        return manifest.capacity or manifest.max_position_embeddings
+
+    def decode(self, prompts: Sequence[NDArray[np.int64]], options: GenerationOptions) -> Iterator[DecodedStep]:
+        """See `Decoding`."""
+        require_context(prompts, options, self.context)
+        return self._steps(prompts, options)
+
+    def close(self) -> None:
+        """See `Decoding`. A session lives as long as somebody holds it: others may share it."""
+
+    def _steps(self, prompts: Sequence[NDArray[np.int64]], options: GenerationOptions) -> Iterator[DecodedStep]:
+        sequences = self.session.begin(len(prompts))
+        if isinstance(sequences, StaticSequences):
+            logits = np.concatenate([_read_prompt(sequences, row, prompt) for row, prompt in enumerate(prompts)])
+        else:
+            tokens, counts = _padded(prompts)
+            logits = _behind(sequences.step(tokens, counts), counts)
+        sampler = Sampler(options, len(prompts), _CPU)
+        seen = seen_tokens(prompts, logits.shape[-1], options, _CPU)
+        for remaining in reversed(range(options.max_new_tokens)):
+            require_finite(np.isfinite(logits).all(axis=1), "export the bundle with --dtype float32")
+            drawn = sampler.draw(torch.from_numpy(logits), seen)
+            yield _step(drawn)
+            if remaining:
+                logits = _behind(sequences.step(drawn.tokens.numpy()[:, None]))
+
+
+def require_context(prompts: Sequence[NDArray[np.int64]], options: GenerationOptions, context: int) -> None:
+    """Refuse prompts that leave no room for what is to be generated.
+
+    The last token drawn is never fed, so that it needs no room.
+
+    Raises:
+        EngineError: Names the first such row, counted from 0, and what would fit.
+    """
+    if not prompts:
+        raise EngineError("there is no prompt; give at least one")
+    for row, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise EngineError(f"prompt {row} has no tokens; give at least one")
+        room = context + 1 - len(prompt)
+        if room < 1:
+            raise EngineError(
+                f"prompt {row} has {len(prompt)} tokens, and a sequence has room for {context}; shorten it"
+            )
+        if options.max_new_tokens > room:
+            raise EngineError(
+                f"prompt {row} has {len(prompt)} tokens and max_new_tokens is {options.max_new_tokens}, but a sequence "
+                f"has room for {context}; ask for at most {room} new ones"
+            )
+
+
+def _read_prompt(sequences: StaticSequences, row: int, prompt: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Feed a prompt [tokens] to its row; return the logits [1, vocab] behind it.
+
+    Row by row, so that no row pays for another's length.
+    """
+    first, *more = (prompt[start : start + PREFILL_CHUNK] for start in range(0, len(prompt), PREFILL_CHUNK))
+    logits = sequences.admit(row, first)
+    for chunk in more:
+        logits = sequences.extend(row, chunk)
+    return _behind(logits)
+
+
+def _padded(prompts: Sequence[NDArray[np.int64]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return prompts as one array [rows, longest], padded on the right, and how many tokens of each row count.
+
+    The sequences turn it round where their cache wants that: the last column is each row's last token then.
+    """
+    counts = np.array([len(prompt) for prompt in prompts])
+    tokens = np.zeros((len(prompts), counts.max()), np.int64)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+    return tokens, counts
+
+
+def _behind(logits: NDArray[np.float32], counts: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
+    """Return the logits [rows, vocab] of each row's last token, of the last column or of all [rows, ., vocab]."""
+    if counts is None or logits.shape[1] == 1:
+        return logits[:, -1].astype(np.float32, copy=False)
+    return logits[np.arange(len(counts)), counts - 1].astype(np.float32, copy=False)
+
+
+def _step(drawn: Drawn) -> DecodedStep:
+    logprobs, top_tokens, top_logprobs = (None if part is None else part.numpy() for part in drawn[1:])
+    return DecodedStep(drawn.tokens.numpy(), logprobs, top_tokens, top_logprobs)

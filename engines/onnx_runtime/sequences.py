@@ -1,0 +1,319 @@
+"""Sequences in progress in ONNX Runtime: a batch with its cache, fed call by call.
+
+Tokens and lengths are the caller's own; the prefix is invisible.
+"""
+
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from spike_export.artifacts.errors import EngineError, one_line
+from spike_export.artifacts.manifest import Manifest
+from spike_export.engines.onnx_runtime.denormals import denormals_flushed
+
+CACHE_TYPES = {"float32": np.float32, "float16": np.float16}
+"""Cache precisions that ONNX Runtime's CPU kernels compute in; it has no bfloat16 product."""
+
+Provider = Literal["cpu", "cuda"]
+"""Where ONNX Runtime computes; caches stay there between the calls."""
+
+BUCKET = 128
+"""Own tokens by which the buffers of a graph with free slots grow.
+
+Equal steps b, not doublings: a token reads b / 2 empty slots on average, and pays for n / b slots of a copy where n are
+held. That is least at b = sqrt(2 n c), if copying a slot costs c times reading it: 72 to 220 slots for n from 1,024 to
+8,192 and c from 2.5 to 3.
+"""
+
+
+class Sequences(Protocol):
+    """A batch of sequences and their cache.
+
+    Attributes:
+        lengths: [batch] int64; own tokens of each row in the cache.
+    """
+
+    lengths: NDArray[np.int64]
+
+    def step(self, tokens: NDArray[np.int64], counts: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
+        """Append tokens to the rows and return the logits [batch, sequence, vocab], or [batch, 1, vocab].
+
+        The latter of a bundle that gives logits of the last token only: of each row's last one that counts.
+
+        Args:
+            tokens: [batch, sequence]; what stands behind a row's count is padding, and so are its logits.
+            counts: [batch], 0..sequence: how many of a row's tokens count; all when omitted.
+
+        Raises:
+            EngineError: The tokens do not fit, or ONNX Runtime fails.
+        """
+
+
+@dataclass
+class DynamicSequences:
+    """Over a cache that grows: the outputs of a call are the next call's inputs, and are not copied in between.
+
+    A cache has one length for all rows. Rows with fewer tokens than others are therefore padded on the left, which
+    costs slots for good, and a sliding window counts slots: with one, only a first call may be ragged.
+    """
+
+    session: Any
+    manifest: Manifest
+    lengths: NDArray[np.int64]
+    _mask: NDArray[np.int64]
+    provider: Provider = "cpu"
+    _cache: list[Any] = field(default_factory=list)
+
+    @classmethod
+    def begin(cls, session: Any, manifest: Manifest, batch: int, provider: Provider = "cpu") -> "DynamicSequences":
+        """Return `batch` sequences without tokens."""
+        return cls(session, manifest, np.zeros(batch, np.int64), np.zeros((batch, 0), np.int64), provider)
+
+    def step(self, tokens: NDArray[np.int64], counts: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
+        """See `Sequences`."""
+        import onnxruntime as ort
+
+        counts = _counts(tokens, counts, len(self.lengths))
+        sequence = tokens.shape[1]
+        pads = sequence - counts
+        if self._mask.shape[1] and pads.any() and self.manifest.sliding_window is not None:
+            raise EngineError(
+                "rows of different lengths go on in a model with a sliding window: that needs --kv-cache static"
+            )
+        # Column j of a row padded on the left is its token j - pad; what wraps around is padding.
+        columns = (np.arange(sequence) - pads[:, None]) % sequence
+        mask = np.concatenate([self._mask, (np.arange(sequence) >= pads[:, None]).astype(np.int64)], axis=1)
+        binding = self.session.io_binding()
+        binding.bind_cpu_input("input_ids", np.ascontiguousarray(np.take_along_axis(tokens, columns, axis=1)))
+        binding.bind_cpu_input("attention_mask", mask)
+        cache = self._cache or [
+            ort.OrtValue.ortvalue_from_numpy(empty, self.provider) for empty in self._empty(len(tokens))
+        ]
+        binding.bind_output("logits", "cpu")
+        for (past, present), value in zip(_cache_names(self.manifest), cache, strict=True):
+            binding.bind_ortvalue_input(past, value)
+            binding.bind_output(present, self.provider)
+        run_bound(self.session, binding, sequence)
+        logits, *self._cache = binding.get_outputs()
+        self._mask, self.lengths = mask, self.lengths + counts
+        given: NDArray[np.float32] = logits.numpy()
+        if not pads.any() or given.shape[1] != sequence:  # all alike, or the last column's only
+            return given
+        back = (np.arange(sequence) + pads[:, None]) % sequence
+        return np.take_along_axis(given, back[:, :, None], axis=1)
+
+    def _empty(self, batch: int) -> list[NDArray[Any]]:
+        shape = (batch, self.manifest.num_key_value_heads, 0, self.manifest.head_dim)
+        return [np.zeros(shape, CACHE_TYPES[self.manifest.dtype]) for _ in _cache_names(self.manifest)]
+
+
+@dataclass
+class StaticSequences:
+    """Over buffers that this object owns and ONNX Runtime writes in place.
+
+    Each row has a length of its own. A row is a sequence's place: `admit` gives it to a new one at any time. Rows begin
+    together by the first `step`, or else each by `admit`; what a row says before that is of no use.
+
+    The buffers have the bundle's capacity. Where the session's graph takes buffers of any length (`generation_graph`)
+    they are only as long as the longest row needs, in steps of `BUCKET`, and are copied when that outgrows them.
+
+    Attributes:
+        buffers: Per layer key, value: [batch, kv_heads, slots, head_dim]; finite everywhere, because a slot that a
+            query does not see is multiplied by zero.
+    """
+
+    session: Any
+    manifest: Manifest
+    lengths: NDArray[np.int64]
+    buffers: list[torch.Tensor]
+    provider: Provider = "cpu"
+    _last_logits: bool = False
+    """Whether the graph gives logits of the last column only."""
+    _binding: Any = None
+    _begun: bool = False
+
+    @classmethod
+    def begin(cls, session: Any, manifest: Manifest, batch: int, provider: Provider = "cpu") -> "StaticSequences":
+        """Return `batch` sequences without tokens."""
+        assert manifest.capacity is not None, "a static cache has a capacity"
+        growing = not isinstance(_past_shape(session)[2], int)
+        own = min(BUCKET, manifest.capacity) if growing else manifest.capacity
+        shape = (batch, manifest.num_key_value_heads, manifest.prefix_length + own, manifest.head_dim)
+        buffers = [_zeros(shape, manifest, provider) for _ in _cache_names(manifest)]
+        logits = next(value for value in session.get_outputs() if value.name == "logits")
+        sequences = cls(session, manifest, np.zeros(batch, np.int64), buffers, provider, logits.shape[1] == 1)
+        sequences._bind()
+        return sequences
+
+    def step(self, tokens: NDArray[np.int64], counts: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
+        """See `Sequences`. A row with count 0 keeps its length, but its buffer needs room for the padding.
+
+        Rows are padded on the right here, so that a bundle with logits of the last token only takes no ragged call.
+        """
+        counts = _counts(tokens, counts, len(self.lengths))
+        if self._last_logits and (counts != tokens.shape[1]).any():
+            raise EngineError(
+                "rows of different lengths in one call need all logits of a static cache: export with --logits all, or "
+                "feed the rows one by one"
+            )
+        self._make_room(self.lengths, tokens.shape[1])
+        logits = self._run(self._binding, tokens, self.lengths, fresh=not self._begun)
+        self._begun = True
+        self.lengths = self.lengths + counts
+        return logits
+
+    def admit(self, row: int, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Begin a new sequence [sequence] in a row, the others stand still; return its logits [1, sequence, vocab].
+
+        Raises:
+            EngineError: The tokens do not fit, or ONNX Runtime fails.
+        """
+        return self._run_row(row, tokens, fresh=True)
+
+    def extend(self, row: int, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Append tokens [sequence] to one row, the others stand still; return its logits [1, sequence, vocab].
+
+        Raises:
+            EngineError: The tokens do not fit, or ONNX Runtime fails.
+        """
+        return self._run_row(row, tokens, fresh=False)
+
+    def release(self, row: int) -> None:
+        """Forget a row's tokens, so that it has room for padding again; the prefix stays."""
+        self.lengths[row] = 0
+
+    def _run_row(self, row: int, tokens: NDArray[np.int64], *, fresh: bool) -> NDArray[np.float32]:
+        _counts(tokens[None], None, 1)
+        if not 0 <= row < len(self.lengths):
+            raise EngineError(f"row {row} of a batch of {len(self.lengths)}: expected 0 to {len(self.lengths) - 1}")
+        length = np.zeros(1, np.int64) if fresh else self.lengths[row : row + 1]
+        self._make_room(length, len(tokens), first_row=row)
+        # A row's part of a buffer lies in one piece, so that the graph can write it in place with a batch of one.
+        binding = _bound(self.session, self.manifest, [buffer[row : row + 1] for buffer in self.buffers])
+        logits = self._run(binding, tokens[None], length, fresh=fresh)
+        # From now on a fresh step would give all rows the prefix anew.
+        self._begun = True
+        self.lengths[row] = length[0] + len(tokens)
+        return logits
+
+    def _run(
+        self, binding: Any, tokens: NDArray[np.int64], lengths: NDArray[np.int64], *, fresh: bool
+    ) -> NDArray[np.float32]:
+        binding.bind_cpu_input("input_ids", np.ascontiguousarray(tokens, np.int64))
+        binding.bind_cpu_input("write_indices", lengths.copy())
+        if self.manifest.prefix is not None:
+            binding.bind_cpu_input("fresh", np.ones(int(fresh), np.bool_))
+        binding.bind_output("logits", "cpu")
+        run_bound(self.session, binding, tokens.shape[1])
+        # The buffers are outputs too, and need no objects of Python's for each call.
+        logits: NDArray[np.float32] = binding.get_outputs_as_ortvaluevector()[0].numpy()
+        return logits
+
+    def _make_room(self, lengths: NDArray[np.int64], sequence: int, first_row: int = 0) -> None:
+        """Let the buffers hold `sequence` more tokens of rows of these lengths.
+
+        Raises:
+            EngineError: The bundle's capacity ends before.
+        """
+        capacity = self.manifest.capacity
+        assert capacity is not None, "a static cache has a capacity"
+        row = int(lengths.argmax())
+        own = int(lengths[row]) + sequence
+        if own > capacity:
+            raise EngineError(
+                f"row {first_row + row} has {lengths[row]} tokens and {sequence} more do not fit into the cache's "
+                f"capacity of {capacity}; feed fewer, or export with a larger --capacity"
+            )
+        prefix = self.manifest.prefix_length
+        held = self.buffers[0].shape[2]
+        if prefix + own <= held:
+            return
+        slots = prefix + min(capacity, -(-own // BUCKET) * BUCKET)
+        for index, old in enumerate(self.buffers):  # one by one: never two whole caches in memory
+            new = _zeros((*old.shape[:2], slots, old.shape[3]), self.manifest, self.provider)
+            new[:, :, :held] = old
+            self.buffers[index] = new
+        self._bind()
+
+    def _bind(self) -> None:
+        if self.provider == "cuda":
+            torch.cuda.synchronize()  # ONNX Runtime works on a stream of its own
+        self._binding = _bound(self.session, self.manifest, self.buffers)
+
+
+def run_bound(session: Any, binding: Any, sequence: int) -> None:
+    """Run a session over bound inputs and outputs.
+
+    Raises:
+        EngineError: ONNX Runtime fails; `sequence` is named.
+    """
+    try:
+        with denormals_flushed():
+            session.run_with_iobinding(binding)
+    except Exception as error:  # ONNX Runtime's exceptions have no common type
+        raise run_failure(error, sequence) from error
+
+
+def run_failure(error: Exception, sequence: int) -> EngineError:
+    """Return the error of a call with `sequence` tokens that ONNX Runtime did not finish."""
+    return EngineError(f"ONNX Runtime fails on {sequence} tokens: {str(error).splitlines()[0]}")
+
+
+def _bound(session: Any, manifest: Manifest, buffers: list[torch.Tensor]) -> Any:
+    """Return a binding in which every buffer is both past and present; it does not keep the buffers alive."""
+    binding = session.io_binding()
+    binding.bind_output("logits", "cpu")  # the first output, whatever is bound later
+    for (past, present), buffer in zip(_cache_names(manifest), buffers, strict=True):
+        assert buffer.is_contiguous(), "a graph writes into one piece of memory"
+        device = (buffer.device.type, buffer.device.index or 0)
+        memory = (CACHE_TYPES[manifest.dtype], list(buffer.shape), buffer.data_ptr())
+        binding.bind_input(past, *device, *memory)
+        binding.bind_output(present, *device, *memory)
+    return binding
+
+
+def _past_shape(session: Any) -> list[int | str]:
+    """Return the shape of a layer's cache as the graph declares it; a word stands for any length."""
+    shape: list[int | str] = next(
+        value.shape for value in session.get_inputs() if value.name.startswith("past_key_values.")
+    )
+    return shape
+
+
+def _cache_names(manifest: Manifest) -> list[tuple[str, str]]:
+    """Return the cache's (input, output) names, layer by layer, keys before values."""
+    places = [f"{layer}.{kind}" for layer in range(manifest.num_hidden_layers) for kind in ("key", "value")]
+    return [(f"past_key_values.{place}", f"present.{place}") for place in places]
+
+
+def _zeros(shape: tuple[int, ...], manifest: Manifest, provider: Provider) -> torch.Tensor:
+    dtype = np.dtype(CACHE_TYPES[manifest.dtype])
+    try:
+        # numpy's zeros take memory only where something is written.
+        return torch.from_numpy(np.zeros(shape, dtype)).to(provider)
+    except (AssertionError, RuntimeError, MemoryError) as error:  # torch asserts that it was built with CUDA
+        remedy = "" if provider == "cpu" else ", or use the provider cpu: the other one needs a torch with CUDA"
+        raise EngineError(
+            f"there is no room for {prod(shape) * dtype.itemsize} bytes of the key/value cache on {provider} "
+            f"({one_line(error)}); give fewer or shorter sequences{remedy}"
+        ) from error
+
+
+def _counts(tokens: NDArray[np.int64], counts: NDArray[np.int64] | None, batch: int) -> NDArray[np.int64]:
+    """Return how many tokens of each row count.
+
+    Raises:
+        EngineError: Tokens or counts are not of this batch.
+    """
+    if tokens.ndim != 2 or len(tokens) != batch or not tokens.size:
+        raise EngineError(f"tokens of shape {list(tokens.shape)} were given; expected [{batch}, 1 or more]")
+    rows, sequence = tokens.shape
+    if counts is None:
+        return np.full(rows, sequence, np.int64)
+    if counts.shape != (rows,) or counts.min() < 0 or counts.max() > sequence:
+        raise EngineError(f"counts {counts.tolist()}: expected {rows} numbers from 0 to {sequence}")
+    return counts.astype(np.int64)

@@ -1,0 +1,198 @@
+"""A bundle in ONNX Runtime: the embedded engine, on any machine."""
+
+import threading
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spike_export.artifacts.errors import EngineError
+from spike_export.artifacts.manifest import DATA_FILE, GRAPH_FILE, Manifest, load_manifest
+from spike_export.calibration.decoder.perplexity import with_bos
+from spike_export.engines.onnx_runtime.all_logits import all_logits_graph
+from spike_export.engines.onnx_runtime.denormals import denormals_flushed
+from spike_export.engines.onnx_runtime.generation_graph import generation_graph
+from spike_export.engines.onnx_runtime.sequences import (
+    CACHE_TYPES,
+    DynamicSequences,
+    Provider,
+    Sequences,
+    StaticSequences,
+    run_failure,
+)
+
+_PROVIDERS: dict[Provider, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+_shared: "weakref.WeakValueDictionary[tuple[object, ...], Any]" = weakref.WeakValueDictionary()
+_sharing = threading.Lock()
+
+
+@dataclass(frozen=True)
+class BundleSession:
+    """An ONNX Runtime session over a bundle, with the manifest that says how to call it.
+
+    Attributes:
+        provider: Where it computes and keeps its caches.
+    """
+
+    manifest: Manifest
+    session: Any
+    provider: Provider = "cpu"
+
+    def prefill(self, content: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Run fresh sequences in one call and return the logits [batch, tokens, vocab] of the content's tokens.
+
+        A bundle of last-token logits gives [batch, 1, vocab], unless it was opened for all of them.
+
+        Args:
+            content: [batch, tokens] text without BOS; BOS is fed before it unless the prefix holds it.
+
+        Raises:
+            EngineError: ONNX Runtime fails, for instance on more tokens than the model takes, or a static cache has
+                no room for them.
+        """
+        manifest = self.manifest
+        holds_bos = manifest.prefix is not None and manifest.prefix.holds_bos
+        tokens = content if holds_bos else with_bos(content, manifest.bos_token_id)
+        if manifest.kv_cache == "static":
+            return self.begin(len(tokens)).step(tokens)[:, -content.shape[1] :]
+        # Bound outputs would keep all of the cache, which nobody reads here.
+        feeds: dict[str, NDArray[Any]] = {"input_ids": tokens, "attention_mask": np.ones_like(tokens)}
+        shape = (len(tokens), manifest.num_key_value_heads, 0, manifest.head_dim)
+        empty = np.zeros(shape, CACHE_TYPES[manifest.dtype])
+        for layer in range(manifest.num_hidden_layers):
+            feeds[f"past_key_values.{layer}.key"] = feeds[f"past_key_values.{layer}.value"] = empty
+        try:
+            with denormals_flushed():
+                logits: NDArray[np.float32] = self.session.run(["logits"], feeds)[0]
+        except Exception as error:  # ONNX Runtime's exceptions have no common type
+            raise run_failure(error, tokens.shape[1]) from error
+        return logits[:, -content.shape[1] :]
+
+    def begin(self, batch: int) -> Sequences:
+        """Return `batch` sequences without tokens; their BOS, where the prefix holds none, is the caller's to feed."""
+        kind = StaticSequences if self.manifest.kv_cache == "static" else DynamicSequences
+        return kind.begin(self.session, self.manifest, batch, self.provider)
+
+
+def session_options(threads: int = 0) -> Any:
+    """Return ONNX Runtime's options for a bundle.
+
+    Masked scores leave the softmax as denormal numbers, on which a CPU works tens of times slower: flushing them to
+    zero takes two thirds off the attention of a 256-token prefill (docs/decisions/denormals.md).
+
+    Args:
+        threads: For one operator; 0 for one per core.
+    """
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4  # errors are raised, and told by the caller
+    options.add_session_config_entry("session.set_denormal_as_zero", "1")
+    return options
+
+
+def runnable_manifest(bundle: Path) -> Manifest:
+    """Return the manifest of a bundle that ONNX Runtime can run on the CPU, as far as can be told without loading it.
+
+    Raises:
+        ArtifactError: The manifest cannot be read.
+        EngineError: The bundle is incomplete, or of a precision that the CPU lacks.
+    """
+    manifest = load_manifest(bundle)
+    if manifest.dtype not in CACHE_TYPES:
+        raise EngineError(
+            f"{bundle}: ONNX Runtime's CPU kernels have no {manifest.dtype}; export with --dtype float16 or float32"
+        )
+    for name in (GRAPH_FILE, DATA_FILE):
+        if not (bundle / name).is_file():
+            raise EngineError(f"{bundle / name}: this file is missing; export the bundle again")
+    return manifest
+
+
+def open_bundle(bundle: Path, threads: int = 0, *, all_logits: bool = False) -> BundleSession:
+    """Load a bundle into ONNX Runtime on the CPU.
+
+    Args:
+        bundle: Folder that export wrote.
+        threads: For one operator; 0 for one per core.
+        all_logits: Give the logits of all tokens, also where the bundle gives the last one's only.
+
+    Raises:
+        ArtifactError: The manifest cannot be read.
+        EngineError: The bundle is incomplete, of a precision that the CPU lacks, or refused by ONNX Runtime.
+    """
+    manifest = runnable_manifest(bundle)
+    if all_logits and manifest.logits == "last":
+        return BundleSession(manifest, _session(bundle, all_logits_graph(bundle), threads))
+    return BundleSession(manifest, _session(bundle, bundle / GRAPH_FILE, threads))
+
+
+def open_for_generation(bundle: Path, threads: int = 0, provider: Provider = "cpu") -> BundleSession:
+    """Load a bundle's graph as generation runs it (`generation_graph`).
+
+    Who opens the same bundle in the same way again, while the session is in use, shares it: a session may be run from
+    several threads, and each copy would hold weights of its own, packed for the processor.
+
+    Args:
+        bundle: Folder that export wrote.
+        threads: For one operator; 0 for one per core.
+        provider: Where to compute.
+
+    Raises:
+        ArtifactError: The manifest cannot be read.
+        EngineError: The bundle is incomplete, of a precision that ONNX Runtime lacks, or refused by it; or the
+            provider is not there.
+    """
+    manifest = runnable_manifest(bundle)
+    require_provider(provider)
+    stamps = ((bundle / name).stat() for name in (GRAPH_FILE, DATA_FILE))
+    key = (bundle.resolve(), *((stamp.st_ino, stamp.st_mtime_ns) for stamp in stamps), threads, provider)
+    with _sharing:
+        session = _shared.get(key)
+        if session is None:
+            session = _session(bundle, generation_graph(bundle, manifest), threads, provider)
+            _shared[key] = session
+    return BundleSession(manifest, session, provider)
+
+
+def require_provider(provider: str) -> None:
+    """Refuse a provider that this ONNX Runtime does not have.
+
+    Raises:
+        EngineError: Names it, and what to do.
+    """
+    import onnxruntime as ort
+
+    if provider not in _PROVIDERS:
+        raise EngineError(f"provider {provider!r} is not known; expected one of {', '.join(_PROVIDERS)}")
+    if _PROVIDERS[provider] not in ort.get_available_providers():
+        raise EngineError(
+            f"provider {provider!r}: the installed ONNX Runtime has no {_PROVIDERS[provider]}; install the extra `gpu` "
+            "(onnxruntime-gpu in place of onnxruntime), or use the provider cpu"
+        )
+
+
+def _session(bundle: Path, graph: Path | bytes, threads: int, provider: Provider = "cpu") -> Any:
+    """Return a session over a graph whose weights are the bundle's."""
+    import onnxruntime as ort
+
+    options = session_options(threads)
+    if isinstance(graph, bytes):
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle))
+    providers = list(dict.fromkeys((_PROVIDERS[provider], _PROVIDERS["cpu"])))
+    try:
+        with denormals_flushed():
+            session = ort.InferenceSession(graph, options, providers=providers, enable_fallback=0)
+    except Exception as error:  # ONNX Runtime's exceptions have no common type
+        raise EngineError(f"{bundle}: ONNX Runtime refuses the graph: {str(error).splitlines()[0]}") from error
+    if session.get_providers()[0] != _PROVIDERS[provider]:
+        raise EngineError(
+            f"{bundle}: ONNX Runtime could not start its {_PROVIDERS[provider]}, which needs a CUDA device with its "
+            "driver and the CUDA libraries; use the provider cpu"
+        )
+    return session

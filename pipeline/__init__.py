@@ -1,0 +1,1 @@
+"""A run: the stages one after another over a work directory."""

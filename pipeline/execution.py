@@ -1,0 +1,64 @@
+"""Where and how a job runs its model: devices, precision, and whether the layers stay in memory."""
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from spike_export.artifacts.errors import CheckpointError
+from spike_export.artifacts.recipe import Dtype
+from spike_export.engines.build.host_memory import available_memory
+
+if TYPE_CHECKING:
+    from spike_export.calibration.decoder.layerwise import Execution
+    from spike_export.checkpoint.checkpoint import Checkpoint
+
+Residency = Literal["auto", "resident", "streamed"]
+"""Whether a model's layers stay in memory: where they fit, always, or never."""
+
+_COPIES = 2.5
+"""Copies of the weights that a search holds: the model, the transformed one, INT8 weights, and what is being read."""
+
+_ACTIVATION_SHARE = 8
+"""Part of the available memory that activations may take before they go to a file: one of so many."""
+
+_LEAST_ACTIVATION_BYTES = 256 << 20
+
+
+def execution_of(
+    checkpoint: "Checkpoint", devices: tuple[str, ...], dtype: Dtype, residency: Residency, scratch: Path
+) -> "Execution":
+    """Return how a checkpoint's model runs.
+
+    Args:
+        devices: torch devices; the CPU where none is given.
+        dtype: Precision of weights and activations.
+        residency: Whether the layers stay in memory.
+        scratch: Folder for activations that exceed their share of the memory.
+
+    Raises:
+        CheckpointError: A device is not there.
+    """
+    from spike_export.calibration.decoder.layerwise import Execution
+
+    devices = devices or ("cpu",)
+    for device in devices:
+        _require_device(device)
+    size = 4 if dtype == "float32" else 2
+    weights = size * sum(math.prod(shape) for shape in checkpoint.tensors.shapes.values())
+    available = available_memory()
+    fits = available is None or _COPIES * weights < available
+    resident = fits if residency == "auto" else residency == "resident"
+    room = max(_LEAST_ACTIVATION_BYTES, (available or 8 << 30) // _ACTIVATION_SHARE)
+    scratch.mkdir(parents=True, exist_ok=True)
+    return Execution(devices, dtype, resident, room, scratch)
+
+
+def _require_device(device: str) -> None:
+    import torch
+
+    try:
+        known = torch.device(device)
+    except RuntimeError as error:
+        raise CheckpointError(f"--device {device}: torch knows no such device; give cpu, cuda or cuda:1") from error
+    if known.type == "cuda" and (known.index or 0) >= torch.cuda.device_count():
+        raise CheckpointError(f"--device {device}: torch sees {torch.cuda.device_count()} CUDA devices here; give cpu")

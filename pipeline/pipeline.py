@@ -1,0 +1,383 @@
+"""The stages of a run, one after another; a stage whose inputs are unchanged is not run again."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from spike_export.artifacts.atomic_write import write_text
+from spike_export.artifacts.check_document import Check, load_check, save_check
+from spike_export.artifacts.errors import ArtifactError
+from spike_export.artifacts.manifest import DATA_FILE, GRAPH_FILE, MANIFEST_FILE
+from spike_export.artifacts.progress import Progress
+from spike_export.artifacts.recipe import Recipe, Search, load_recipe, save_recipe
+from spike_export.calibration.ablation import ablations
+from spike_export.calibration.corpus.chat import rendered
+from spike_export.calibration.corpus.corpus import Corpus
+from spike_export.calibration.corpus.token_windows import TokenWindows, token_windows
+from spike_export.calibration.decoder.heap import collect_and_return_memory
+from spike_export.calibration.decoder.layerwise import Decoder, Execution
+from spike_export.calibration.methods.context import Calibration, Transform
+from spike_export.calibration.methods.module_choice import choose_kept
+from spike_export.calibration.methods.options import CalibrationOptions
+from spike_export.calibration.methods.prefix_choice import PrefixChoice, choose_prefix
+from spike_export.calibration.methods.transform_choice import TransformChoice, choose_transform
+from spike_export.calibration.recipe_writer import build_recipe
+from spike_export.calibration.statistics.partial_statistics import (
+    Samples,
+    discard_parts,
+    measure_in_parts,
+    shard_samples,
+)
+from spike_export.calibration.statistics.spikes import SpikeStatistics, load_spikes, save_spikes
+from spike_export.checkpoint.checkpoint import Checkpoint
+from spike_export.engines.accuracy.variants import Variant, check_variants
+from spike_export.engines.build.reuse import ProvidedEngine, provide_engine
+from spike_export.engines.plan.sidecar import sidecar_path
+from spike_export.export.bundle import ExportOptions, export_bundle
+from spike_export.pipeline.execution import execution_of
+from spike_export.pipeline.job import Job, require_bundle_or_nothing
+from spike_export.pipeline.run_directory import RunDirectory, stage_key
+from spike_export.pipeline.stage_display import StageDisplay
+from spike_export.report.page import write_report
+
+SPIKES = "spikes"
+PREFIX = "prefix"
+BEHIND = "spikes behind the prefix"
+SMOOTHING = "smoothing"
+AFTER = "spikes after smoothing"
+RECIPE = "recipe"
+BUNDLE = "bundle"
+CHECK = "check"
+PLAN = "plan"
+REPORT = "report"
+
+_PREFIX_CHOICE = TypeAdapter(PrefixChoice)
+_TRANSFORM_CHOICE = TypeAdapter(TransformChoice)
+
+_PART_SIZE = 4
+"""Windows whose statistics a kill may cost."""
+
+_STREAMED_PART_SIZE = 32
+"""The same where all weights are read anew for every part."""
+
+
+def stages_of(job: Job) -> tuple[str, ...]:
+    """Return the names of the stages a job runs, in order."""
+    prefix = (PREFIX, BEHIND) if job.calibration.qfep else ()
+    smoothing = (SMOOTHING, AFTER) if job.calibration.searches_smoothing else ()
+    calibration = (SPIKES,) if job.shard else (SPIKES, *prefix, *smoothing, RECIPE)
+    plan = (PLAN,) if job.plan else ()
+    return (*(calibration if job.quantize else ()), BUNDLE, CHECK, *plan, REPORT)
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A job with its checkpoint, its work directory and the display that follows it.
+
+    Attributes:
+        read: The job's corpus, where it was read before; None to read it when it is needed.
+    """
+
+    job: Job
+    checkpoint: Checkpoint
+    run: RunDirectory
+    display: StageDisplay
+    read: Corpus | None = None
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        """The text of calibration and check."""
+        return self.read or rendered(self.job.read_corpus(), self.checkpoint.tokenizer)
+
+    @cached_property
+    def windows(self) -> TokenWindows:
+        """Calibration and evaluation windows; one token of the length is BOS."""
+        options = self.job.calibration
+        return token_windows(
+            self.corpus,
+            self.checkpoint.tokenizer,
+            options.samples,
+            options.length - 1,
+            options.seed,
+            options.windows,
+            self.checkpoint.bos_token_id,
+        )
+
+    @cached_property
+    def calibration(self) -> Calibration:
+        """Model and windows; the weights are read when a stage first needs them."""
+        return Calibration(self.checkpoint, self.windows, self.job.calibration, self.execution)
+
+    @cached_property
+    def execution(self) -> Execution:
+        """Where and how the model runs."""
+        job = self.job
+        return execution_of(self.checkpoint, job.devices, job.compute_dtype, job.residency, self.run.path)
+
+    @cached_property
+    def _model_key(self) -> str:
+        """Stands for what every stage takes from the model: weights, configuration and tokens."""
+        tokenizer = self.checkpoint.tokenizer
+        return stage_key(
+            tool=version("spike-export"),
+            weights=self.checkpoint.tensors.sha256(),
+            config=asdict(self.checkpoint.config),
+            tokenizer=None if tokenizer is None else tokenizer.backend_tokenizer.to_str(),
+            bos=self.checkpoint.bos_token_id,
+        )
+
+    @property
+    def _spikes_key(self) -> str:
+        options = self.job.calibration
+        return stage_key(
+            model=self._model_key,
+            corpus=self.corpus.sha256,
+            samples=options.samples,
+            length=options.length,
+            compute=[self.execution.dtype, self.execution.devices[0].partition(":")[0]],
+            seed=options.seed,
+            windows=options.windows,
+            attention=options.attention,
+            # Packed windows come from the text, wherever its documents end. How a chat was rendered is in the text.
+            documents=self.corpus.boundaries_sha256 if options.windows == "documents" else None,
+        )
+
+    def calibrate(self) -> Recipe:
+        """Run the calibration's stages and return the recipe as it now lies in the work directory."""
+        plain = self.measure()
+        prefixes = self._prefix(plain) if self.job.calibration.qfep else PrefixChoice()
+        behind = self._behind(plain, prefixes)
+        transforms = self._transform(behind) if self.job.calibration.searches_smoothing else TransformChoice()
+        after = self._after(behind, transforms.transform)
+        options = {**asdict(self.job.calibration), "prefix": prefixes.token_ids, "transform": transforms.transform}
+        path = self.run.path / "recipe.json"
+
+        def work(progress: Progress) -> None:
+            choice = choose_kept(self.calibration, after, transforms.transform, progress)
+            search = Search(
+                reference_perplexity=self.calibration.reference(prefixes.token_ids).perplexity,
+                plain_reference_perplexity=self.calibration.reference(()).perplexity,
+                forward_tokens=prefixes.forward_tokens or None,
+                transforms=transforms.candidates,
+                curve=choice.curve,
+                prefixes=prefixes.candidates,
+            )
+            recipe = build_recipe(self.calibration, self.corpus, after, choice, transforms.transform, search)
+            save_recipe(recipe, path)
+
+        self._stage(RECIPE, stage_key(spikes=self._spikes_key, options=options), [path], work)
+        return load_recipe(path)
+
+    def measure(self) -> SpikeStatistics:
+        """Run the first stage and return the statistics without a prefix: of all windows, or of the job's shard."""
+        return self._spikes(SPIKES, "spikes", ())
+
+    def _spikes(
+        self, stage: str, stem: str, prefix: tuple[int, ...], transform: Transform = Transform()
+    ) -> SpikeStatistics:
+        place = self.run.path / stem
+        samples, shard = self.job.calibration.samples, self.job.shard
+        chosen = shard_samples(samples, shard if shard else (1, 1))
+        whole = self._statistics_key(prefix, transform)
+        description = {
+            "key": whole,
+            "samples": samples,
+            "model": {"source": self.checkpoint.name, "sha256": self.checkpoint.tensors.sha256()},
+            "corpus": {"name": self.corpus.name, "sha256": self.corpus.sha256},
+        }
+        parts = place.with_name(f".{stem}.parts")
+        part_size = _PART_SIZE if self.execution.resident else _STREAMED_PART_SIZE
+
+        def measure(rows: Samples) -> SpikeStatistics:
+            return self.calibration.measure_windows(self.windows.calibration[rows], rows, prefix, transform)
+
+        def work(progress: Progress) -> None:
+            statistics = measure_in_parts(measure, chosen, part_size, parts, whole, progress)
+            save_spikes(statistics, place, description, self._decode)
+            discard_parts(parts)
+
+        files = [place.with_name(f"{stem}.safetensors"), place.with_name(f"{stem}.json")]
+        self._stage(stage, stage_key(whole=whole, shard=shard) if shard else whole, files, work)
+        return load_spikes(place)
+
+    def _statistics_key(self, prefix: tuple[int, ...], transform: Transform) -> str:
+        # What else a transform says, clips and noise, does not change what is measured.
+        weights = Transform(transform.rotation, transform.smoothing)
+        return stage_key(spikes=self._spikes_key, prefix=prefix, transform=weights)
+
+    def _decode(self, token: int) -> str:
+        tokenizer = self.checkpoint.tokenizer
+        return str(tokenizer.decode([token])) if tokenizer else ""
+
+    def _transform(self, behind: SpikeStatistics) -> TransformChoice:
+        path = self.run.path / "smoothing.json"
+        options = asdict(_with_every_module_quantized(self.job.calibration))
+        del options["qfep"], options["prefix_length"]  # the prefix itself is in the key
+
+        def work(progress: Progress) -> None:
+            choice = choose_transform(self.calibration, behind, progress)
+            write_text(path, _TRANSFORM_CHOICE.dump_json(choice, indent=1).decode())
+
+        key = stage_key(spikes=self._spikes_key, options=options, prefix=behind.prefix_ids)
+        self._stage(SMOOTHING, key, [path], work)
+        try:
+            return _TRANSFORM_CHOICE.validate_json(path.read_bytes())
+        except (OSError, ValidationError) as error:
+            raise ArtifactError(f"{path}: cannot read the smoothing; run again with --force") from error
+
+    def _after(self, behind: SpikeStatistics, transform: Transform) -> SpikeStatistics:
+        if not self.job.calibration.searches_smoothing:
+            return behind
+        if not transform.changes_weights:
+            self.display.skip(AFTER, "the weights are as they were")
+            return behind
+        return self._spikes(AFTER, "spikes_smoothed", behind.prefix_ids, transform)
+
+    def _prefix(self, plain: SpikeStatistics) -> PrefixChoice:
+        path = self.run.path / "prefix.json"
+        options = asdict(replace(_with_every_module_quantized(self.job.calibration), rotation="never"))
+
+        def work(progress: Progress) -> None:
+            write_text(
+                path, _PREFIX_CHOICE.dump_json(choose_prefix(self.calibration, plain, progress), indent=1).decode()
+            )
+
+        self._stage(PREFIX, stage_key(spikes=self._spikes_key, options=options), [path], work)
+        try:
+            return _PREFIX_CHOICE.validate_json(path.read_bytes())
+        except (OSError, ValidationError) as error:
+            raise ArtifactError(f"{path}: cannot read the prefix choice; run again with --force") from error
+
+    def _behind(self, plain: SpikeStatistics, prefixes: PrefixChoice) -> SpikeStatistics:
+        if not self.job.calibration.qfep:
+            return plain
+        if not prefixes.token_ids:
+            self.display.skip(BEHIND, "no prefix was chosen")
+            return plain
+        return self._spikes(BEHIND, "spikes_prefixed", prefixes.token_ids)
+
+    def export(self, recipe: Recipe | None) -> Path:
+        """Write the bundle and return its folder."""
+        bundle = self.run.path / "bundle"
+        options = self._export_options(recipe)
+        tokenizer = self.checkpoint.tokenizer
+        key = stage_key(
+            model=self._model_key,
+            template=getattr(tokenizer, "chat_template", None),
+            special=getattr(tokenizer, "special_tokens_map", None),
+            generation=dict(self.checkpoint.generation_config),
+            recipe=None if recipe is None else recipe.model_dump(mode="json"),
+            options=asdict(options),
+        )
+
+        def work(progress: Progress) -> None:
+            require_bundle_or_nothing(bundle)
+            export_bundle(self.checkpoint, recipe, options, bundle, progress)
+
+        self._stage(BUNDLE, key, [bundle / name for name in (GRAPH_FILE, DATA_FILE, MANIFEST_FILE)], work)
+        return bundle
+
+    def _export_options(self, recipe: Recipe | None) -> ExportOptions:
+        """Return what the job asks of the graph, in the recipe's precision, which may have been edited."""
+        job = self.job
+        dtype = job.calibration.dtype if recipe is None else recipe.scheme.unquantized
+        return ExportOptions(dtype, number_format=job.number_format, cache=job.cache, logits=job.logits)
+
+    def check(self, recipe: Recipe | None, bundle: Path) -> Check:
+        """Measure the bundle's accuracy, and what each method contributes, and hold it against the limit."""
+        path = self.run.path / "check.json"
+        manifest = (bundle / MANIFEST_FILE).read_text(encoding="utf-8")
+
+        def work(progress: Progress) -> None:
+            variants = self._variants(recipe, bundle)
+            content = self.windows.evaluation
+            options = self._export_options(recipe)
+            with self.run.scratch() as scratch:
+                checked = check_variants(
+                    self.checkpoint, self._take_model, self.corpus, content, variants, options, progress, scratch
+                )
+            save_check(checked, path)
+
+        # The manifest stands for the recipe and the precision; the ablations take the rest from the statistics.
+        key = stage_key(spikes=self._spikes_key, manifest=manifest, weights=self.job.calibration.weights)
+        self._stage(CHECK, key, [path], work)
+        check = load_check(path).gated(self.job.max_ppl_increase)
+        save_check(check, path)
+        return check
+
+    def _take_model(self) -> Decoder:
+        """Return the model that calibration read, or a new one; the pipeline forgets it, so that it can be freed."""
+        calibration: Calibration | None = self.__dict__.pop("calibration", None)
+        return calibration.model.decoder if calibration else Decoder(self.checkpoint, self.execution)
+
+    def _variants(self, recipe: Recipe | None, bundle: Path) -> list[Variant]:
+        if recipe is None:
+            return [Variant("unquantized", None, bundle)]
+        plain = load_spikes(self.run.path / "spikes")
+        behind = self._behind_recipe(recipe, plain)
+        recipes = ablations(self.calibration, self.corpus, plain, behind, recipe)
+        variants = [Variant("unquantized", None), *(Variant(name, each) for name, each in recipes.items())]
+        scheme = recipe.scheme
+        ranged = scheme.activations == "int8-per-tensor-static" and scheme.activation_range != "max"
+        parts = (("rotation", recipe.rotation), ("smoothing", recipe.smoothing), (scheme.activation_range, ranged))
+        more = [name for name, used in parts if used]
+        # Without more, the last ablation is the shipped recipe itself, unless it was edited.
+        earlier, name = (variants, "+".join((variants[-1].name, *more))) if more else (variants[:-1], variants[-1].name)
+        if scheme.head == "unquantized":
+            return [*earlier, Variant(name, recipe, bundle)]
+        # All else alike: the difference of the last two rows is what the head costs.
+        plain_head = recipe.model_copy(update={"scheme": scheme.model_copy(update={"head": "unquantized"})})
+        return [*earlier, Variant(name, plain_head), Variant(f"{name}+head {scheme.head}", recipe, bundle)]
+
+    def _behind_recipe(self, recipe: Recipe, plain: SpikeStatistics) -> SpikeStatistics:
+        """Return the statistics behind the recipe's prefix, measured here when it was put in by hand."""
+        if not recipe.prefix:
+            return plain
+        place = self.run.path / "spikes_prefixed"
+        if self.run.is_stamped(BEHIND, self._statistics_key(recipe.prefix_ids, Transform())):
+            return load_spikes(place)
+        return self.calibration.measure(recipe.prefix_ids)
+
+    def build(self, bundle: Path) -> ProvidedEngine:
+        """Build the engine, or keep the one that is there: its sidecar, not a stamp, tells what it was built from."""
+        engine = self.job.plan
+        assert engine is not None, "a job without a plan has no build stage"
+        # The weights are no longer needed here, and the build process wants the memory.
+        self.__dict__.pop("calibration", None)
+        collect_and_return_memory()
+        with self.display.stage(PLAN) as progress:
+            return provide_engine(bundle, engine, self.job.build, progress, force=self.run.force)
+
+    def report(self, built: bool) -> Path:
+        """Write the HTML page; cheap, and never stale: a plan of an earlier run is left out."""
+        sidecar = sidecar_path(self.job.plan) if self.job.plan and built else None
+        with self.display.stage(REPORT):
+            return write_report(self.run.path, engine=sidecar)
+
+    def _stage(self, stage: str, key: str, artifacts: Iterable[Path], work: Callable[[Progress], None]) -> None:
+        artifacts = list(artifacts)
+        if self.run.is_done(stage, key, artifacts):
+            self.display.skip(stage, "same inputs")
+            return
+        self.run.begin(stage)
+        with self.display.stage(stage) as progress:
+            work(progress)
+        self.run.mark_done(stage, key)
+
+
+def _with_every_module_quantized(options: CalibrationOptions) -> CalibrationOptions:
+    """Return the options that prefix and smoothing depend on: which modules are kept, and how, is chosen after them."""
+    return replace(
+        options,
+        dtype="float32",
+        excluded_weights="unquantized",
+        qfem=True,
+        alpha=None,
+        max_fp16_modules=None,
+        max_fp16_share=0.0,
+        tolerance=0.0,
+    )

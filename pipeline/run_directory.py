@@ -1,0 +1,88 @@
+"""The work directory of a run: which stages are done, and from what, so that a killed run goes on where it was."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path, PurePath
+from types import FunctionType
+from typing import Any
+
+from pydantic import BaseModel
+
+from spike_export.artifacts.atomic_write import write_text
+
+
+def stage_key(**inputs: Any) -> str:
+    """Return a hash of everything a stage's outcome depends on: the same in every process.
+
+    Raises:
+        TypeError: An input has no text of its own, or one that names a place in memory.
+    """
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=_plain).encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """Return what stands for a value that JSON does not know."""
+    if isinstance(value, frozenset | set):
+        return sorted(value)  # their order changes from process to process
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if isinstance(value, FunctionType):
+        return f"{value.__module__}.{value.__qualname__}"
+    if is_dataclass(value) and not isinstance(value, type):
+        return {each.name: getattr(value, each.name) for each in fields(value)}
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, PurePath):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} cannot be part of a stage's key")
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Artifacts of a run, and a stamp per finished stage.
+
+    Attributes:
+        path: The work directory.
+        force: Take no stage as done.
+    """
+
+    path: Path
+    force: bool = False
+
+    def is_done(self, stage: str, key: str, artifacts: Iterable[Path]) -> bool:
+        """Return whether a stage ended well on the same inputs, and its artifacts are still there."""
+        return not self.force and all(artifact.exists() for artifact in artifacts) and self.is_stamped(stage, key)
+
+    def is_stamped(self, stage: str, key: str) -> bool:
+        """Return whether a stage ended well on these inputs, in this run or an earlier one."""
+        try:
+            stamp = json.loads(self._stamp(stage).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return isinstance(stamp, dict) and stamp.get("key") == key
+
+    def begin(self, stage: str) -> None:
+        """Forget that a stage was done, before its artifacts are replaced."""
+        self._stamp(stage).unlink(missing_ok=True)
+
+    def mark_done(self, stage: str, key: str) -> None:
+        """Record that a stage's artifacts are complete."""
+        write_text(self._stamp(stage), json.dumps({"key": key}) + "\n")
+
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """Yield an empty folder for the block; what a killed run left there is removed first."""
+        folder = self.path / ".scratch"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _stamp(self, stage: str) -> Path:
+        return self.path / ".stages" / f"{stage.replace(' ', '-')}.json"

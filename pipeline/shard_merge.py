@@ -1,0 +1,40 @@
+"""Brings the statistics of shards together in one work directory, where a run goes on from them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from spike_export.artifacts.errors import ArtifactError
+from spike_export.calibration.statistics.partial_statistics import merge_shards
+from spike_export.calibration.statistics.spikes import load_description, save_spikes
+from spike_export.pipeline.run_directory import RunDirectory
+
+STEM = "spikes"
+
+
+def merge_into(work_dir: Path, shards: Sequence[Path]) -> int:
+    """Write the merged statistics and mark their stage as done; return the number of windows.
+
+    Raises:
+        ArtifactError: A shard is missing, or does not belong to the others.
+    """
+    if not shards:
+        raise ArtifactError("merge needs the work directories of the shards; give all of them")
+    stems = [shard / STEM for shard in shards]
+    statistics, description = merge_shards(stems)
+    texts = _token_texts(stems)
+    run = RunDirectory(work_dir)
+    work_dir.mkdir(parents=True, exist_ok=True)
+    run.begin(STEM)
+    save_spikes(statistics, work_dir / STEM, description, lambda token: texts.get(token, ""))
+    run.mark_done(STEM, str(description["key"]))
+    return len(statistics.sample_ids)
+
+
+def _token_texts(stems: Sequence[Path]) -> dict[int, str]:
+    """Return the texts of the shards' largest tokens, among which those of the whole are: the tokenizer is not here."""
+    return {
+        token["token_id"]: token["text"]
+        for stem in stems
+        for module in load_description(stem)["modules"].values()
+        for token in module["top_tokens"]
+    }

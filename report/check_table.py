@@ -1,0 +1,121 @@
+"""The accuracy check for the reader: `check.json` as a table on a terminal, as plain lines elsewhere."""
+
+import math
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from spike_export.artifacts.check_document import Check, CheckGate, CheckVariant
+from spike_export.artifacts.visible_text import visible
+
+NOT_MEASURED = "n/a"
+
+HEADINGS = ("variant", "perplexity", "increase", "top-1 agreement", "KL (nats)", "8-bit", "kept", "prefix")
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """Return a measured value with `digits` significant digits."""
+    if value is None or math.isnan(value):
+        return NOT_MEASURED
+    return f"{value:.{digits}g}" if abs(value) < 10**digits else f"{value:.0f}"
+
+
+def percent(fraction: float | None, signed: bool = False) -> str:
+    """Return a fraction as a percentage."""
+    if fraction is None or not math.isfinite(fraction):
+        return NOT_MEASURED
+    return f"{100 * fraction:+.2f} %" if signed else f"{100 * fraction:.2f} %"
+
+
+def count(value: int | None) -> str:
+    """Return a count, or that it was not given."""
+    return NOT_MEASURED if value is None else str(value)
+
+
+def check_rows(check: Check) -> list[tuple[str, ...]]:
+    """Return one row per variant under `HEADINGS`, the reference first."""
+    return [*_reference_rows(check), *(_row(variant) for variant in check.variants)]
+
+
+def shipped_rows(check: Check) -> list[bool]:
+    """Return for each of `check_rows` whether it is the shipped variant's."""
+    return [False] * len(_reference_rows(check)) + [variant.shipped for variant in check.variants]
+
+
+def _reference_rows(check: Check) -> list[tuple[str, ...]]:
+    name, empty = f"reference ({visible(check.reference.dtype)})", ("",) * (len(HEADINGS) - 2)
+    rows = [(name, f"{check.reference.perplexity:.3f}", *empty)]
+    if check.reference.behind_prefix is not None:
+        # Without it a prefix that helps the unquantized model too would pass for a gain of quantization.
+        rows.append((f"{name}, behind the prefix", f"{check.reference.behind_prefix:.3f}", *empty))
+    return rows
+
+
+def _row(variant: CheckVariant) -> tuple[str, ...]:
+    return (
+        visible(variant.name) + (" (shipped)" if variant.shipped else ""),
+        f"{variant.perplexity:.3f}",
+        percent(variant.increase, signed=True),
+        percent(variant.top1_agreement),
+        number(variant.kl_divergence, 3),
+        _quantized(variant),
+        count(variant.kept_linears),
+        count(variant.prefix_length),
+    )
+
+
+def _quantized(variant: CheckVariant) -> str:
+    """Return how many linears are quantized, with the format where it is FP8."""
+    return f"{variant.fp8_linears} FP8" if variant.fp8_linears else count(variant.int8_linears)
+
+
+def corpus_sentence(check: Check) -> str:
+    """Return on what the figures were measured."""
+    windows = f", {check.corpus.windows} windows" if check.corpus.windows is not None else ""
+    length = f" of {check.corpus.length} tokens" if windows and check.corpus.length is not None else ""
+    note = f" {visible(check.note)}" if check.note else ""
+    return (
+        f"Measured in ONNX Runtime on {visible(check.corpus.name)}{windows}{length}, {visible(check.dtype)} where not "
+        f"quantized, against transformers in {visible(check.reference.dtype)}.{note}"
+    )
+
+
+def gate_sentence(gate: CheckGate) -> str:
+    """Return one line for a gate."""
+    verdict = "passed" if gate.passed else "MISSED"
+    return f"{verdict}: {visible(gate.name)} is {number(gate.value)}, limit {number(gate.limit)}"
+
+
+def check_table(check: Check) -> Table:
+    """Return the check as a table for a terminal."""
+    table = Table(title="Accuracy", caption=Text(corpus_sentence(check)), title_justify="left", caption_justify="left")
+    for heading in HEADINGS:
+        table.add_column(heading, justify="left" if heading == HEADINGS[0] else "right", overflow="fold")
+    for row, bold in zip(check_rows(check), shipped_rows(check), strict=True):
+        # As Text: names come from a file, and brackets in a string would be read as markup.
+        table.add_row(*(Text(cell) for cell in row), style="bold" if bold else None)
+    return table
+
+
+def plain_lines(check: Check) -> list[str]:
+    """Return the check as aligned plain text."""
+    rows = [HEADINGS, *check_rows(check)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADINGS))]
+    lines = [corpus_sentence(check)]
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def print_check(check: Check, console: Console) -> None:
+    """Print table and gates; without boxes and colours when the console is not a terminal."""
+    if console.is_terminal:
+        console.print(check_table(check))
+    else:
+        for line in plain_lines(check):
+            console.print(Text(line), soft_wrap=True)
+    for gate in check.gates:
+        style = "green" if gate.passed else "bold red"
+        console.print(Text(gate_sentence(gate), style=style), soft_wrap=True)

@@ -1,0 +1,326 @@
+"""The search for smoothing and clips, the choice between transforms, and the guard against float16's overflow."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from benchmarks.accuracy import simulated_perplexity
+from spike_export.artifacts.errors import RecipeError
+from spike_export.artifacts.recipe import Dtype, Recipe
+from spike_export.calibration.corpus.corpus import Corpus
+from spike_export.calibration.corpus.token_windows import TokenWindows
+from spike_export.calibration.decoder.perplexity import Likelihood
+from spike_export.calibration.decoder.smoothing import plan_scales, smoothing_plan, smoothing_scales
+from spike_export.calibration.methods.context import NO_TRANSFORM, Calibration, channel_scales, module_plans
+from spike_export.calibration.methods.module_choice import NOTHING_KEPT
+from spike_export.calibration.methods.options import CalibrationOptions
+from spike_export.calibration.methods.overflow_guard import (
+    FLOAT16_MAX,
+    HEADROOM,
+    module_dtype,
+    near_limit,
+    stream_dtype,
+)
+from spike_export.calibration.methods.qfem import ModuleChoice
+from spike_export.calibration.methods.smoothing_search import CLIPS, SiteChoice, SmoothingSearch, default_smoothing
+from spike_export.calibration.methods.transform_choice import choose_transform
+from spike_export.calibration.recipe_writer import build_recipe
+from spike_export.calibration.statistics.spikes import ModuleSpikes, SpikeStatistics
+from spike_export.checkpoint.modules import input_sites, is_router, representatives, siblings, split_name
+from spike_export.engines.accuracy.comparison import likelihood
+from spike_export.engines.onnx_runtime.session import open_bundle
+from spike_export.export.bundle import ExportOptions, export_bundle
+from tests.support.tiny_families import NAMES, replaced, tiny_family, tokens
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CORPUS = Corpus("test", ("text",))
+DOWN = "model.layers.1.mlp.down_proj"
+OUTLIER = 7
+PREFIX = (0, 7)
+
+
+def calibration_of(name: str = "llama", *, outlier: float = 1.0, **options: Any) -> Calibration:
+    """A tiny model; one channel of one down_proj's input is `outlier` times larger, its columns as much smaller."""
+    checkpoint = tiny_family(name).checkpoint
+    if outlier != 1:
+        up, down = (f"model.layers.1.mlp.{linear}.weight" for linear in ("up_proj", "down_proj"))
+        larger, smaller = checkpoint.tensor(up).copy(), checkpoint.tensor(down).copy()
+        larger[OUTLIER] *= outlier
+        smaller[:, OUTLIER] /= outlier
+        checkpoint = replaced(checkpoint, {up: larger, down: smaller})
+    content = tokens(rows=18, length=24)
+    windows = TokenWindows(content[:12], content[12:])
+    return Calibration(checkpoint, windows, CalibrationOptions(samples=12, length=25, dtype="float32", **options))
+
+
+def searched(calibration: Calibration, smoothing: bool, statistics: SpikeStatistics) -> dict[str, SiteChoice]:
+    fed = calibration.fed(calibration.search_windows, statistics.prefix_ids)
+    search = SmoothingSearch(
+        config=calibration.checkpoint.config,
+        statistics=statistics,
+        compared=calibration.held_out(statistics),
+        weights=calibration.options.weights,
+        activations=calibration.options.activations,
+        activation_range=calibration.options.activation_range,
+        smoothing=smoothing,
+        rotated=False,
+        stride=1,
+    )
+    calibration.model.decoder.run(fed, statistics.prefix_ids, visits=(search.visit,))
+    return search.choices
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("activations", ["int8-per-tensor-static", "int8-per-token-dynamic"])
+def test_a_search_never_adds_noise(name: str, activations: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    calibration = calibration_of(name, activations=activations, activation_range="mse")
+    statistics = calibration.measure(())
+    chosen = searched(calibration, True, statistics)
+    clipped = searched(calibration, False, statistics)
+    monkeypatch.setattr("spike_export.calibration.methods.smoothing_search.CLIPS", (1.0,))
+    plain = searched(calibration, False, statistics)
+    sites = [site for site in input_sites(calibration.checkpoint.config) if not is_router(site.representative)]
+    assert chosen.keys() == clipped.keys() == plain.keys()
+    assert len(chosen) == 4 * len(sites)
+    for layer in range(4):
+        for producer in {site.producer for site in sites}:
+            names = [f"model.layers.{layer}.{site.representative}" for site in sites if site.producer == producer]
+            noise = [sum(choices[each].noise for each in names) for choices in (chosen, clipped, plain)]
+            assert 0 < noise[0] <= noise[1] <= noise[2]
+            # The inputs behind one norm share its scales: the very same plan.
+            assert len({id(chosen[each].smoothing) for each in names}) == 1
+    assert {choice.smoothing for choice in (*clipped.values(), *plain.values())} == {None}
+    assert {choice.clip for choice in plain.values()} == {1.0}
+    assert {choice.clip for choice in chosen.values()} <= (
+        set(CLIPS) if activations == "int8-per-tensor-static" else {1.0}
+    )
+    assert any(choice.smoothing for choice in chosen.values())
+
+
+@pytest.mark.parametrize("prefix", [(), PREFIX])
+def test_an_outlier_channel_is_smoothed_away(prefix: tuple[int, ...]) -> None:
+    calibration = calibration_of(outlier=200.0)
+    statistics = calibration.measure(prefix)
+    channels = statistics.modules[DOWN].channel_amax
+    assert channels[OUTLIER] > 50 * np.median(channels)
+    choice = choose_transform(calibration, statistics)
+    plan = choice.transform.smoothing[DOWN]
+    scales = plan_scales(plan)
+    assert scales.argmax() == OUTLIER
+    assert scales[OUTLIER] > 5 * np.median(scales)
+    plain = calibration.predicted(statistics, (), NO_TRANSFORM)
+    smoothed = calibration.predicted(statistics, (), choice.transform)
+    assert smoothed.divergence < plain.divergence / 3
+    # The outlier ruins its layer; elsewhere nothing was wrong.
+    others = {name: plan for name, plan in choice.transform.smoothing.items() if name != DOWN}
+    without = calibration.predicted(statistics, (), replace(choice.transform, smoothing=others))
+    assert without.divergence > 2 * smoothed.divergence
+    assert [candidate.verdict for candidate in choice.candidates] == ["chosen"]
+    assert choice.candidates[0].divergence < plain.divergence / 3
+
+
+def test_the_prediction_from_ranges_is_that_of_the_smoothed_model() -> None:
+    calibration = calibration_of(outlier=200.0, activation_range="max")
+    statistics = calibration.measure(())
+    transform = choose_transform(calibration, statistics).transform
+    after = calibration.measure((), transform)
+    config = calibration.checkpoint.config
+    predicted = module_plans(statistics, (), transform, calibration.options, channel_scales(transform, config))
+    measured = module_plans(after, (), transform, calibration.options)
+    assert predicted.keys() == measured.keys()
+    for name, plan in measured.items():
+        # float32 rounding of the folded weights.
+        assert predicted[name].activation_scale == pytest.approx(plan.activation_scale, rel=1e-4), name
+    ours = calibration.predicted(statistics, (), transform)
+    theirs = calibration.predicted(after, (), transform, measured=True)
+    assert ours.perplexity == pytest.approx(theirs.perplexity, rel=5e-3)
+
+
+def test_candidates_are_judged_on_windows_that_their_scales_do_not_come_from() -> None:
+    calibration = calibration_of()
+    statistics = calibration.measure(())
+    held = calibration.held_out(statistics)
+    assert calibration.search_rows.tolist() == [0, 4, 8]
+    assert held.sample_ids.tolist() == [row for row in range(12) if row not in (0, 4, 8)]
+    few = replace(calibration, windows=replace(calibration.windows, calibration=calibration.windows.calibration[:3]))
+    assert few.search_rows.tolist() == [0, 1, 2]
+    few_statistics = few.measure(())
+    assert few.held_out(few_statistics) is few_statistics
+
+
+def test_the_winners_scales_are_made_of_all_windows() -> None:
+    calibration = calibration_of(outlier=200.0)
+    statistics = calibration.measure(())
+    assert 0 in calibration.search_rows
+    down = statistics.modules[DOWN]
+    channels = down.sample_channel_amax.copy()
+    quiet = int(channels.max(axis=0).argmin())
+    channels[0, quiet] = 10 * channels.max()  # only a window on which candidates are compared has it
+    statistics = replace(statistics, modules={**statistics.modules, DOWN: replace(down, sample_channel_amax=channels)})
+    choice = searched(calibration, True, statistics)[DOWN]
+    assert choice.smoothing is not None
+    assert choice.final is not None
+    assert (choice.smoothing.form, choice.smoothing.parameter) == (choice.final.form, choice.final.parameter)
+    compared, final = plan_scales(choice.smoothing), plan_scales(choice.final)
+    assert final[quiet] > 3 * compared[quiet]
+    inputs, weights = statistics.modules[DOWN].channel_amax, calibration.column_amax(DOWN)
+    scales = smoothing_scales(choice.final.form, choice.final.parameter, np.maximum(inputs, np.median(inputs)), weights)
+    assert choice.final == smoothing_plan(choice.final.form, choice.final.parameter, scales)
+    assert choose_transform(calibration, statistics).transform.smoothing[DOWN] == choice.final
+
+
+def test_rotations_compete_where_they_may() -> None:
+    calibration = calibration_of(rotation="auto")
+    choice = choose_transform(calibration, calibration.measure(()))
+    names = [candidate.name for candidate in choice.candidates]
+    assert names == ["smoothing", "hadamard, seed 0", "hadamard, seed 1"] or names[1].startswith("orthogonal")
+    assert len(names) == 3
+    assert sorted(candidate.verdict for candidate in choice.candidates)[0] == "chosen"
+    best = min(choice.candidates, key=lambda candidate: candidate.divergence)
+    assert best.verdict == "chosen"
+
+
+def test_a_rotation_that_is_demanded_takes_the_norms_place() -> None:
+    calibration = calibration_of(rotation="always")
+    choice = choose_transform(calibration, calibration.measure(()))
+    assert choice.transform.rotation is not None
+    inner = {split_name(name)[1] for name in choice.transform.smoothing}
+    assert inner <= {"self_attn.o_proj", "mlp.down_proj"}
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3_text", "olmo2"])
+def test_a_family_that_cannot_be_rotated(name: str) -> None:
+    calibration = calibration_of(name, rotation="always")
+    statistics = calibration.measure(())
+    with pytest.raises(RecipeError, match=f"--rotation always: {name} cannot be rotated: "):
+        choose_transform(calibration, statistics)
+    automatic = calibration.with_options(replace(calibration.options, rotation="auto"))
+    assert [each.name for each in choose_transform(automatic, statistics).candidates] == ["smoothing"]
+
+
+def test_inputs_that_no_norm_makes_are_searched_for_clips_but_not_smoothed() -> None:
+    calibration = calibration_of("olmo2")
+    statistics, config = calibration.measure(()), calibration.checkpoint.config
+    choice = choose_transform(calibration, statistics)
+    fixed = default_smoothing(statistics, config, calibration.column_amax, rotated=False)
+    smoothable = {"self_attn.o_proj", "mlp.down_proj"}
+    assert {split_name(name)[1] for name in choice.transform.smoothing} <= smoothable
+    assert {split_name(name)[1] for name in fixed} == smoothable
+    assert set(choice.transform.clips) == set(representatives(config))
+
+
+def test_without_a_search_nothing_is_transformed() -> None:
+    calibration = calibration_of(smoothing=False, activation_range="max")
+    choice = choose_transform(calibration, calibration.measure(()))
+    assert choice.transform == NO_TRANSFORM
+    assert choice.candidates == ()
+
+
+def peaked(stream: float, module: float, operand: float = 1.0) -> SpikeStatistics:
+    def spikes(peak: float) -> ModuleSpikes:
+        amax = np.full((1, 4), peak, np.float32)
+        return ModuleSpikes(amax, amax, np.array([peak], np.float32))
+
+    tame = "model.layers.0.mlp.down_proj"
+    attention = {"model.layers.0.self_attn": np.array([[1.0, operand, 1.0]], np.float32)}
+    hidden = np.array([[1.0, stream]], np.float32)
+    ids: NDArray[np.int64] = np.zeros((1, 4), np.int64)
+    return SpikeStatistics({tame: spikes(2.0), DOWN: spikes(module)}, ids, (), np.zeros(1, np.int64), hidden, attention)
+
+
+def built(statistics: SpikeStatistics, dtype: Dtype, kept: tuple[str, ...] = (DOWN,)) -> Recipe:
+    calibration = calibration_of()
+    calibration = calibration.with_options(replace(calibration.options, dtype=dtype))
+    return build_recipe(calibration, CORPUS, statistics, ModuleChoice(1.0, kept))
+
+
+def test_a_kept_module_near_the_limit_is_float32_and_the_stream_bfloat16() -> None:
+    recipe = built(peaked(stream=40_000, module=40_000), "float16")
+    plan = recipe.modules[DOWN]
+    assert recipe.scheme.unquantized == "bfloat16"
+    assert recipe.scheme.unquantized_reason == "peaks of 40,000 near float16's limit of 65,504"
+    assert recipe.notes() == ("what is not quantized is bfloat16: peaks of 40,000 near float16's limit of 65,504",)
+    # bfloat16 ends where float32 does: the module needs nothing more.
+    assert (plan.precision, plan.reason) == ("bfloat16", "score > alpha")
+
+
+def test_a_kept_modules_input_alone_near_the_limit() -> None:
+    statistics = peaked(stream=100, module=40_000)
+    spikes = statistics.modules[DOWN]
+    quiet = replace(spikes, output_amax=np.ones(1, np.float32))
+    recipe = built(replace(statistics, modules={**statistics.modules, DOWN: quiet}), "float16")
+    plan = recipe.modules[DOWN]
+    assert (plan.precision, plan.reason) == (
+        "float32",
+        "score > alpha; peak 40,000 near float16's limit of 65,504",
+    )
+    assert (recipe.scheme.unquantized, recipe.scheme.unquantized_reason) == ("float16", None)
+
+
+@pytest.mark.parametrize("place", ["stream", "operand", "output"])
+def test_whatever_float16_has_to_hold_is_guarded(place: str) -> None:
+    peaks: Mapping[str, float] = {"stream": 1.0, "module": 1.0, "operand": 1.0}
+    peaks = {**peaks, "module" if place == "output" else place: 33_000.0}
+    dtype, reason = stream_dtype("float16", peaked(**peaks))
+    assert dtype == "bfloat16"
+    assert reason is not None
+    assert "33,000" in reason
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_below_the_limit_nothing_changes(dtype: Dtype) -> None:
+    recipe = built(peaked(stream=32_000, module=32_000, operand=32_000), dtype)
+    assert recipe.modules[DOWN].precision == dtype
+    assert recipe.modules[DOWN].reason == "score > alpha"
+    assert (recipe.scheme.unquantized, recipe.scheme.unquantized_reason) == (dtype, None)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_only_float16_overflows(dtype: Dtype) -> None:
+    assert module_dtype(dtype, 1e9) == (dtype, None)
+    assert stream_dtype(dtype, peaked(1e9, 1e9, 1e9)) == (dtype, None)
+    assert not near_limit(FLOAT16_MAX / HEADROOM)
+    assert near_limit(FLOAT16_MAX / HEADROOM + 1)
+
+
+SCHEMES: Mapping[str, Mapping[str, Any]] = {
+    "static": {"smoothing": False, "activation_range": "max"},
+    "static, clipped": {"smoothing": False, "activation_range": "mse"},
+    "dynamic": {"activations": "int8-per-token-dynamic", "smoothing": False},
+    "W8A16": {"excluded_weights": "int8", "smoothing": False, "activation_range": "max"},
+    "attention": {"attention": "int8-per-tensor-static", "smoothing": False, "activation_range": "max"},
+    "smoothing": {},
+    "rotation": {"rotation": "always"},
+    "all": {"rotation": "always", "attention": "int8-per-tensor-static", "excluded_weights": "int8"},
+}
+
+
+@pytest.mark.parametrize("prefix", [(), PREFIX])
+@pytest.mark.parametrize("name", SCHEMES)
+def test_what_is_predicted_is_what_onnx_runtime_computes(name: str, prefix: tuple[int, ...], tmp_path: Path) -> None:
+    calibration = calibration_of(outlier=50.0, **SCHEMES[name])
+    behind = calibration.measure(prefix)
+    transform = choose_transform(calibration, behind).transform
+    after = calibration.measure(prefix, transform) if transform.changes_weights else behind
+    kept = (
+        ModuleChoice(1.0, (DOWN, "model.layers.2.self_attn.q_proj"))
+        if "W8A16" in name or name == "all"
+        else NOTHING_KEPT
+    )
+    recipe = build_recipe(calibration, CORPUS, after, kept, transform)
+    assert len(recipe.kept()) == (sum(len(siblings(each)) for each in kept.kept))
+    export_bundle(calibration.checkpoint, recipe, ExportOptions("float32"), tmp_path / "bundle")
+    session = open_bundle(tmp_path / "bundle")
+    measured = Likelihood(0.0, 0)
+    for window in calibration.windows.evaluation:
+        measured += likelihood(session.prefill(window[None])[0, :-1], window[1:])
+    predicted = simulated_perplexity(calibration, recipe)
+    assert measured.perplexity == pytest.approx(predicted, rel=0.005)
+    # Without the scheme it is another figure: something was quantized.
+    assert abs(simulated_perplexity(calibration, None) / predicted - 1) > 1e-5

@@ -1,0 +1,88 @@
+"""The quantization schemes from the command line to a bundle that runs."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from spike_export.artifacts.manifest import load_manifest
+from spike_export.artifacts.recipe import Recipe, load_recipe
+from spike_export.engines.onnx_runtime.session import open_bundle
+from tests.support.tiny_checkpoints import BOS, PLANTED_MODULE
+from tests.support.tiny_cli_models import SMALL, call, write_inputs
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_inputs(tmp_path_factory.mktemp("schemes"))
+
+
+def exported(folder: Path, place: Path, *options: str) -> Recipe:
+    """Calibrate, export in float32, and compare the bundle with the model; return the recipe."""
+    corpus = ("--corpus", folder / "corpus.txt", *SMALL[2:])
+    command = ("calibrate", folder / "model", "--work-dir", place / "run", *corpus, *SMALL[:2], "--dtype", "float32")
+    calibrated = call(*command, *options)
+    assert calibrated.code == 0, calibrated.err
+    recipe = place / "run" / "recipe.json"
+    assert call("export", folder / "model", "--recipe", recipe, "--out", place / "bundle").code == 0
+    logits = open_bundle(place / "bundle").prefill(np.arange(40, 60)[None])
+    assert np.isfinite(logits).all()
+    checked = call("check", place / "bundle", "--reference", folder / "model", *corpus, "--max-ppl-increase", "0.05")
+    assert checked.code == 0, checked.out + checked.err
+    return load_recipe(recipe)
+
+
+def test_scales_per_token(folder: Path, tmp_path: Path) -> None:
+    recipe = exported(folder, tmp_path, "--activations", "int8-per-token-dynamic")
+    assert recipe.scheme.activations == "int8-per-token-dynamic"
+    assert {plan.precision for plan in recipe.modules.values()} == {"int8"}
+    # No scale, and no share of a range either.
+    assert {(plan.activation_scale, plan.clip) for plan in recipe.modules.values()} == {(None, None)}
+    assert "activation_scale" not in (tmp_path / "run" / "recipe.json").read_text()
+    assert load_manifest(tmp_path / "bundle").linears["int8"].modules == len(recipe.modules)
+
+
+def test_weights_of_kept_modules_in_int8(folder: Path, tmp_path: Path) -> None:
+    method = ("--no-smoothing", "--activation-range", "max", "--no-qfep", "--max-fp16-modules", "1")
+    recipe = exported(folder, tmp_path, "--excluded-weights", "int8", *method)
+    plan = recipe.modules[PLANTED_MODULE]
+    assert (plan.precision, plan.weights, plan.activation_scale) == ("float32", "int8", None)
+    assert [name for name, each in recipe.modules.items() if each.weights] == [PLANTED_MODULE]
+    explained = json.loads(call("inspect", tmp_path / "run", "--json", "--explain", PLANTED_MODULE).out)
+    assert explained[PLANTED_MODULE]["precision"] == "float32 products of INT8 weights"
+
+
+def test_products_of_attention_in_int8(folder: Path, tmp_path: Path) -> None:
+    recipe = exported(folder, tmp_path, "--attention", "int8-per-tensor-static")
+    assert list(recipe.attention) == [f"model.layers.{index}.self_attn" for index in range(3)]
+    assert all(min(plan.query, plan.key, plan.value) > 0 for plan in recipe.attention.values())
+    assert recipe.prefix is not None
+    assert recipe.prefix_ids[0] == BOS
+
+
+def test_all_at_once_behind_a_rotation(folder: Path, tmp_path: Path) -> None:
+    recipe = exported(
+        folder,
+        tmp_path,
+        *("--activations", "int8-per-token-dynamic", "--excluded-weights", "int8"),
+        *("--attention", "int8-per-tensor-static", "--rotation", "always", "--max-fp16-modules", "2"),
+    )
+    assert recipe.rotation is not None
+    assert 0 < len(recipe.kept()) <= 2
+    assert {plan.weights for name, plan in recipe.modules.items() if name in recipe.kept()} == {"int8"}
+
+
+def test_several_devices_and_streamed_layers_change_no_byte(folder: Path, tmp_path: Path) -> None:
+    places = {
+        "one": (),
+        "two": ("--device", "cpu", "--device", "cpu"),
+        "streamed": ("--layers", "streamed"),
+    }
+    for name, options in places.items():
+        command = ("calibrate", folder / "model", "--work-dir", tmp_path / name, "--corpus", folder / "corpus.txt")
+        assert call(*command, *SMALL, *options, "--quiet").code == 0
+    for name in ("spikes.safetensors", "spikes_smoothed.safetensors", "smoothing.json", "recipe.json"):
+        assert len({(tmp_path / place / name).read_bytes() for place in places}) == 1, name

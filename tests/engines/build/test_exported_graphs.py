@@ -1,0 +1,169 @@
+"""What the exporter writes, the compiler takes: every variant of the graph, each linear in its planned precision."""
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from spike_export.artifacts.manifest import LogitsScope
+from spike_export.artifacts.recipe import AttentionPlan, Dtype, HeadScheme, ModulePlan, Recipe, Scheme, WeightScheme
+from spike_export.checkpoint.checkpoint import Checkpoint
+from spike_export.checkpoint.decoder_config import decoder_config
+from spike_export.checkpoint.modules import linears
+from spike_export.engines.audit.verdict import WEIGHT_ONLY, audit_plan
+from spike_export.engines.build.builder import BuildEnvironment, BuildResult, build_plan
+from spike_export.engines.plan.backend import TENSORRT_RTX, Machine
+from spike_export.engines.plan.build_options import BatchRange, BuildOptions
+from spike_export.export.bundle import ExportOptions, export_bundle
+from tests.support.tiny_models import LLAMA3_ROPE, MemoryTensors, input_scales, tiny_llama, tiny_recipe
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec(TENSORRT_RTX.module) is None,
+    reason=f"TensorRT-RTX is not installed: {TENSORRT_RTX.install}",
+)
+
+CPU = BuildEnvironment(Machine(frozenset({"tensorrt-rtx"}), gpu=None), available=None)
+KEPT = "model.layers.1.mlp.down_proj"
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype", "weights", "prefix"),
+    [
+        ({}, "float16", "int8-per-channel", (1, 5, 7)),
+        ({}, "float16", "int8-per-channel", ()),
+        ({}, "bfloat16", "int8-per-channel", (1,)),
+        ({}, "float32", "int8-per-channel", (1,)),
+        ({"tie": True, "biases": True}, "float16", "int8-per-tensor", (1,)),
+        ({"rope": LLAMA3_ROPE, "sliding_window": 16}, "float16", "int8-per-channel", (1, 5, 7)),
+    ],
+)
+def test_an_exported_bundle_runs_as_planned(
+    tmp_path: Path, case: dict[str, Any], dtype: Dtype, weights: WeightScheme, prefix: tuple[int, ...]
+) -> None:
+    model = tiny_llama(**case)
+    scales = input_scales(model, np.random.default_rng(0).integers(3, 99, (2, 24)))
+    scheme = Scheme(weights=weights, unquantized=dtype)
+    recipe = tiny_recipe(model.checkpoint, scales, kept={KEPT: dtype}, prefix=prefix, scheme=scheme)
+    export_bundle(model.checkpoint, recipe, ExportOptions(dtype=dtype), tmp_path / "bundle")
+    options = BuildOptions(targets=("SM86",), batch=BatchRange(1, 1, 2))
+    result = build_plan(tmp_path / "bundle", tmp_path / "engine.plan", options, environment=CPU)
+    assert result.audit.readable
+    assert result.deviations == ()
+    planned = {module.module: module.planned for module in result.audit.modules}
+    assert planned == {name: plan.precision for name, plan in recipe.modules.items()} | {"lm_head": dtype}
+    assert planned[KEPT] == dtype
+    assert result.sidecar.prefix == len(prefix)
+
+
+def build(folder: Path, dtype: Dtype, change: Callable[[Recipe], dict[str, Any]]) -> BuildResult:
+    model = tiny_llama()
+    scales = input_scales(model, np.random.default_rng(0).integers(3, 99, (2, 24)))
+    recipe = tiny_recipe(model.checkpoint, scales)
+    recipe = recipe.model_copy(update=change(recipe))
+    export_bundle(model.checkpoint, recipe, ExportOptions(dtype=dtype), folder / "bundle")
+    return build_plan(folder / "bundle", folder / "engine.plan", BuildOptions(targets=("SM86",)), environment=CPU)
+
+
+def per_token(recipe: Recipe) -> dict[str, Any]:
+    return {"modules": dict.fromkeys(recipe.modules, ModulePlan(precision="int8"))}
+
+
+def int8_attention(_: Recipe) -> dict[str, Any]:
+    plan = AttentionPlan(query=0.05, key=0.04, value=0.03)
+    return {"attention": {f"model.layers.{layer}.self_attn": plan for layer in range(2)}}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("change", [per_token, int8_attention])
+def test_per_token_scales_and_int8_attention_leave_every_linear_in_int8(
+    tmp_path: Path, change: Callable[[Recipe], dict[str, Any]], dtype: Dtype
+) -> None:
+    result = build(tmp_path, dtype, change)
+    assert result.deviations == ()
+    found = {module.module: module.found for module in result.audit.modules}
+    assert found.pop("lm_head") == (dtype,)
+    assert set(found.values()) == {("int8",)}
+    # q+k+v, o, gate+up, down of two layers in two profiles: the siblings are still merged.
+    assert result.audit.int8_products == 2 * 2 * 4
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_int8_weights_alone_are_told_from_int8_and_from_floating_point(tmp_path: Path, dtype: Dtype) -> None:
+    def weights(recipe: Recipe) -> dict[str, Any]:
+        layer = [name for name in recipe.modules if name.startswith("model.layers.1.")]
+        return {"modules": {**recipe.modules, **dict.fromkeys(layer, ModulePlan(precision=dtype, weights="int8"))}}
+
+    result = build(tmp_path, dtype, weights)
+    assert result.deviations == ()
+    found = {module.module: module.found for module in result.audit.modules}
+    assert {module.planned for module in result.audit.modules} == {"int8", dtype, f"{dtype}+int8-weights"}
+    assert found[KEPT] == (WEIGHT_ONLY,)
+    assert found["model.layers.0.mlp.down_proj"] == ("int8",)
+    # Had anything else been planned, the audit would object.
+    wrong = {KEPT: dtype, "lm_head": f"{dtype}+int8-weights", "model.layers.0.mlp.down_proj": f"{dtype}+int8-weights"}
+    assert {module.module for module in audit_plan(result.plan, wrong).deviations} == set(wrong)
+    assert not audit_plan(result.plan, {KEPT: "int8"}).modules[0].as_planned
+
+
+def wide_llama(vocabulary: int = 96) -> Checkpoint:
+    """Wide enough for the compiler to dequantize a decode profile's weights in kernels of their own."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=1,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+    )
+    tensors = {name: tensor.detach().numpy() for name, tensor in LlamaForCausalLM(config).state_dict().items()}
+    return Checkpoint("wide", decoder_config(config.to_dict(), "wide"), MemoryTensors(tensors), None, {})
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_weights_dequantized_by_a_kernel_of_their_own_are_still_int8(tmp_path: Path, dtype: Dtype) -> None:
+    checkpoint = wide_llama()
+    kept = "model.layers.0.mlp.down_proj"
+    plans = dict.fromkeys(linears(checkpoint.config), ModulePlan(precision=dtype, weights="int8"))
+    plans[kept] = ModulePlan(precision=dtype)
+    recipe = tiny_recipe(checkpoint, dict.fromkeys(plans, 1.0)).model_copy(update={"modules": plans})
+    export_bundle(checkpoint, recipe, ExportOptions(dtype=dtype), tmp_path / "bundle")
+    result = build_plan(tmp_path / "bundle", tmp_path / "engine.plan", BuildOptions(targets=("SM86",)), environment=CPU)
+    assert result.deviations == ()
+    found = {module.module: module.found for module in result.audit.modules}
+    assert found.pop(kept) == found.pop("lm_head") == (dtype,)
+    assert set(found.values()) == {(WEIGHT_ONLY,)}
+
+
+HEADS: dict[HeadScheme, tuple[str, str]] = {
+    "int8-weights": ("float32+int8-weights", WEIGHT_ONLY),
+    "int8-per-token-dynamic": ("int8", "int8"),
+}
+"""Scheme → what is planned, and what the audit finds."""
+
+
+@pytest.mark.parametrize(
+    ("head", "dtype", "logits"),
+    [
+        ("int8-weights", "float16", "last"),
+        ("int8-weights", "float32", "all"),
+        ("int8-per-token-dynamic", "float16", "all"),
+        ("int8-per-token-dynamic", "bfloat16", "last"),
+        ("int8-per-token-dynamic", "float32", "last"),
+    ],
+)
+def test_a_quantized_head_runs_as_planned(tmp_path: Path, head: HeadScheme, dtype: Dtype, logits: LogitsScope) -> None:
+    checkpoint = wide_llama(vocabulary=1024)
+    recipe = tiny_recipe(checkpoint, dict.fromkeys(linears(checkpoint.config), 0.02), scheme=Scheme(head=head))
+    export_bundle(checkpoint, recipe, ExportOptions(dtype, logits=logits), tmp_path / "bundle")
+    result = build_plan(tmp_path / "bundle", tmp_path / "engine.plan", BuildOptions(targets=("SM86",)), environment=CPU)
+    assert result.deviations == ()
+    found = {module.module: (module.planned, *module.found) for module in result.audit.modules}
+    assert found["lm_head"] == HEADS[head]
+    # Had the head been planned otherwise, the audit would object.
+    assert not audit_plan(result.plan, {"lm_head": dtype}).modules[0].as_planned

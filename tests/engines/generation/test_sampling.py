@@ -1,0 +1,226 @@
+"""Drawing tokens: the filters are transformers', the draws follow the distribution, a row is as it is alone."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from spike_export.artifacts.errors import EngineError
+from spike_export.engines.generation.options import GenerationOptions
+from spike_export.engines.generation.sampling import Sampler, filtered, seen_tokens
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CPU = torch.device("cpu")
+
+
+def logits_of(rows: int, vocab: int, seed: int, scale: float = 3.0) -> torch.Tensor:
+    return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def transformers_scores(scores: torch.Tensor, options: GenerationOptions) -> torch.Tensor:
+    warpers: list[Any] = [TemperatureLogitsWarper(options.temperature)]
+    if options.top_k:
+        warpers.append(TopKLogitsWarper(options.top_k))
+    if options.top_p < 1:
+        warpers.append(TopPLogitsWarper(options.top_p))
+    if options.min_p > 0:
+        warpers.append(MinPLogitsWarper(options.min_p))
+    result: torch.Tensor = LogitsProcessorList(warpers)(torch.zeros(len(scores), 0, dtype=torch.int64), scores)
+    return result
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    vocab=st.integers(2, 70),
+    temperature=st.floats(0.1, 5),
+    top_k=st.integers(0, 80),
+    top_p=st.sampled_from([0.01, 0.3, 0.5, 0.77, 0.9, 0.99, 1.0]),
+    min_p=st.sampled_from([0.0, 0.02, 0.2, 0.9]),
+)
+def test_filters_are_those_of_transformers(
+    seed: int, vocab: int, temperature: float, top_k: int, top_p: float, min_p: float
+) -> None:
+    options = GenerationOptions(do_sample=True, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    scores = logits_of(3, vocab, seed)
+    torch.testing.assert_close(filtered(scores, options), transformers_scores(scores, options), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("scale", [0.01, 4.0], ids=["flat: more than the first thousand are needed", "peaked"])
+def test_top_p_over_a_large_vocabulary(scale: float) -> None:
+    """As many tokens as transformers keeps, but for one at the edge, where float32 sums of 5,000 parts differ."""
+    options, scores = GenerationOptions(do_sample=True, top_p=0.9), logits_of(2, 5000, 3, scale)
+    kept, wanted = (f(scores, options).isfinite().sum(-1) for f in (filtered, transformers_scores))
+    assert (kept - wanted).abs().max() <= 1
+    assert (kept > 1024).all() == (scale < 1)
+
+
+@settings(deadline=None, max_examples=50)
+@given(seed=st.integers(0, 2**32 - 1), penalty=st.floats(0.2, 3))
+def test_the_repetition_penalty_is_that_of_transformers(seed: int, penalty: float) -> None:
+    options = GenerationOptions(repetition_penalty=penalty, max_new_tokens=12)
+    random = np.random.default_rng(seed)
+    prompts = [random.integers(0, 20, (length,)) for length in (1, 7)]
+    seen, sampler = seen_tokens(prompts, 20, options, CPU), Sampler(options, 2, CPU)
+    processor = RepetitionPenaltyLogitsProcessor(penalty)
+    held = [torch.from_numpy(prompt)[None] for prompt in prompts]
+    for step in range(12):
+        logits = logits_of(2, 20, seed + step)
+        expected = [processor(ids, logits[row : row + 1]).argmax() for row, ids in enumerate(held)]
+        drawn = sampler.draw(logits, seen).tokens
+        assert drawn.tolist() == [int(token) for token in expected]
+        held = [torch.cat([ids, drawn[row].reshape(1, 1)], dim=1) for row, ids in enumerate(held)]
+
+
+def chance_of_counts(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
+    """The chi-square test's p: how likely counts are at least as far from the expected ones; 0 for impossible ones."""
+    possible = probabilities > 0
+    if counts[~possible].sum():
+        return 0.0
+    expected = probabilities[possible] * counts.sum()
+    statistic = ((counts[possible] - expected) ** 2 / expected).sum()
+    freedom = torch.tensor((int(possible.sum()) - 1) / 2, dtype=torch.float64)
+    return float(torch.special.gammaincc(freedom, statistic / 2))
+
+
+def counted(options: GenerationOptions, logits: torch.Tensor, rows: int) -> torch.Tensor:
+    sampler = Sampler(options, rows, CPU)
+    drawn = [sampler.draw(logits.expand(rows, -1), None).tokens for _ in range(options.max_new_tokens)]
+    return torch.bincount(torch.cat(drawn), minlength=logits.shape[-1]).to(torch.float64)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"temperature": 0.6},
+        {"temperature": 1.7, "top_k": 5},
+        {"top_p": 0.85},
+        {"min_p": 0.1, "top_k": 6},
+    ],
+    ids=str,
+)
+def test_draws_follow_the_distribution(fields: dict[str, Any]) -> None:
+    """20,000 draws of 40 rows: p below 1e-6 happens once in a million seeds, and the seed is fixed."""
+    options = GenerationOptions(do_sample=True, seed=3, max_new_tokens=500, **fields)
+    logits = logits_of(1, 9, seed=5, scale=1.0)
+    wanted = transformers_scores(logits, options)[0].to(torch.float64).softmax(-1)
+    counts = counted(options, logits, rows=40)
+    assert chance_of_counts(counts, wanted) > 1e-6
+    # The same test does not let a temperature pass that is 15 % off.
+    warmer = GenerationOptions(
+        do_sample=True, seed=3, max_new_tokens=500, **{**fields, "temperature": 1.15 * fields.get("temperature", 1.0)}
+    )
+    assert chance_of_counts(counted(warmer, logits, rows=40), wanted) < 1e-6
+
+
+def test_rows_draw_as_alone_with_their_own_seed() -> None:
+    logits = [logits_of(3, 50, seed) for seed in range(8)]
+
+    def drawn(seed: int, rows: Sequence[int]) -> list[list[int]]:
+        sampler = Sampler(GenerationOptions(do_sample=True, seed=seed, max_new_tokens=8), len(rows), CPU)
+        return torch.stack([sampler.draw(each[list(rows)], None).tokens for each in logits], dim=1).tolist()
+
+    together = drawn(11, (0, 1, 2))
+    assert together == [drawn(11 + row, (row,))[0] for row in range(3)]
+    assert together == drawn(11, (0, 1, 2))
+    assert together != drawn(12, (0, 1, 2))
+
+
+def test_without_a_seed_each_run_is_another() -> None:
+    options, logits = GenerationOptions(do_sample=True, max_new_tokens=40), torch.zeros(1, 1000)
+    assert counted(options, logits, 1).tolist() != counted(options, logits, 1).tolist()
+
+
+def test_greedy_takes_the_best_token_whatever_the_filters() -> None:
+    logits = logits_of(4, 30, 2)
+    options = GenerationOptions(temperature=9.0, top_k=3, top_p=0.2)
+    assert Sampler(options, 4, CPU).draw(logits, None).tokens.tolist() == logits.argmax(-1).tolist()
+
+
+def test_the_last_probable_token_can_be_drawn_and_an_impossible_one_cannot() -> None:
+    options = GenerationOptions(do_sample=True, seed=0, max_new_tokens=300)
+    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]])
+    counts = counted(options, logits, 2)
+    assert counts[1] > 200
+    assert counts[3] > 200
+    assert counts.sum() == counts[1] + counts[3]
+
+
+@pytest.mark.parametrize("fields", [{}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.1}], ids=str)
+def test_what_is_drawn_is_a_token_even_of_what_is_no_number(fields: dict[str, Any]) -> None:
+    options = GenerationOptions(do_sample=True, seed=0, repetition_penalty=1.5, **fields)
+    seen = torch.zeros(2, 9, dtype=torch.bool)
+    tokens = Sampler(options, 2, CPU).draw(torch.full((2, 9), torch.nan), seen).tokens
+    assert ((tokens >= 0) & (tokens < 9)).all()
+
+
+def test_logprobs_are_of_the_model_itself() -> None:
+    logits = logits_of(2, 40, 7)
+    options = GenerationOptions(do_sample=True, seed=1, temperature=0.3, top_k=4, repetition_penalty=1.4, logprobs=5)
+    seen = torch.zeros(2, 40, dtype=torch.bool)
+    tokens, logprobs, top_tokens, top_logprobs = Sampler(options, 2, CPU).draw(logits, seen)
+    plain = torch.log_softmax(logits, -1)
+    assert logprobs is not None
+    assert top_tokens is not None
+    torch.testing.assert_close(logprobs, plain[torch.arange(2), tokens])
+    torch.testing.assert_close(top_logprobs, plain.sort(descending=True).values[:, :5])
+    torch.testing.assert_close(top_tokens, plain.sort(descending=True).indices[:, :5])
+    alone = Sampler(GenerationOptions(logprobs=0), 2, CPU).draw(logits, None)
+    assert alone.logprobs is not None
+    assert alone.top_tokens is None
+    assert Sampler(GenerationOptions(), 2, CPU).draw(logits, None).logprobs is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_on_a_gpu_the_draws_are_the_cpus_and_nothing_waits_for_it() -> None:
+    options = GenerationOptions(
+        do_sample=True, seed=2, top_p=0.9, min_p=0.01, repetition_penalty=1.2, logprobs=3, max_new_tokens=20
+    )
+    drawn = []
+    for device in (CPU, torch.device("cuda")):
+        sampler, seen = Sampler(options, 4, device), seen_tokens([np.arange(5)] * 4, 500, options, device)
+        steps = [logits_of(4, 500, seed).to(device) for seed in range(20)]
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            tokens = [sampler.draw(logits, seen).tokens for logits in steps]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        drawn.append(torch.stack(tokens).tolist())
+    assert drawn[0] == drawn[1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"top_p": 0.0}, "top_p is 0.0; expected above 0 and at most 1"),
+        ({"top_p": 1.01}, "top_p is 1.01"),
+        ({"temperature": 0.0}, "temperature is 0.0; expected above 0; do_sample=False takes the best token"),
+        ({"top_k": -1}, "top_k is -1; expected at least 0"),
+        ({"min_p": 1.5}, "min_p is 1.5; expected 0 to 1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0; expected above 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0; expected at least 1"),
+        ({"seed": -1}, "seed is -1; expected 0 to"),
+        ({"logprobs": -1}, "logprobs is -1; expected at least 0"),
+        ({"stop_strings": ("a", "")}, "stop_strings is"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+    ],
+    ids=str,
+)
+def test_impossible_options_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(EngineError, match=message.replace("^", r"\^")):
+        GenerationOptions(**fields)

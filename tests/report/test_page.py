@@ -1,0 +1,394 @@
+"""The report page, its figures and the check table, on a synthetic run directory with a planted spike."""
+
+import json
+import re
+from html.parser import HTMLParser
+from io import StringIO
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from spike_export.artifacts.check_document import load_check
+from spike_export.artifacts.errors import ArtifactError
+from spike_export.artifacts.recipe import (
+    CorpusSource,
+    CurvePoint,
+    ModelSource,
+    ModulePlan,
+    Prefix,
+    PrefixCandidate,
+    Recipe,
+    Scheme,
+    Search,
+    save_recipe,
+)
+from spike_export.calibration.statistics.spikes import ModuleSpikes, SpikeStatistics, save_spikes
+from spike_export.checkpoint.modules import linears, representatives
+from spike_export.report.check_table import gate_sentence, plain_lines, print_check
+from spike_export.report.figures import (
+    position_edges,
+    qfem_curve,
+    ratio_chart,
+    save_png,
+    spike_map,
+    spike_picture,
+    svg_text,
+)
+from spike_export.report.page import spiking_tokens, write_report
+from tests.support.tiny_models import tiny_llama
+
+LAYERS = 4
+CONFIG = tiny_llama(layers=LAYERS).checkpoint.config
+PLANTED = "model.layers.2.mlp.down_proj"
+HOSTILE_ID = 5
+HOSTILE_TEXT = "<script>alert(1)</script>"
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def statistics(spike: float = 5000.0, tokens: int = 200, prefix: tuple[int, ...] = ()) -> SpikeStatistics:
+    """Two samples of mild activations with one spike at the first token of `PLANTED`."""
+    random = np.random.default_rng(0)
+    token_ids = random.integers(6, 20, (2, tokens), dtype=np.int64)
+    token_ids[:, 0] = HOSTILE_ID
+    modules = {}
+    for name in representatives(CONFIG):
+        amax = random.uniform(0.9, 1.1, (2, tokens)).astype(np.float32)
+        if name == PLANTED:
+            amax[:, 0] = spike
+        modules[name] = ModuleSpikes(amax, np.ones((2, 8), np.float32), np.ones(2, np.float32))
+    return SpikeStatistics(modules, token_ids, prefix)
+
+
+def recipe(prefix: tuple[int, ...] = (HOSTILE_ID,)) -> Recipe:
+    plans = {name: ModulePlan(precision="int8", activation_scale=0.01, ratio=1.1) for name in linears(CONFIG)}
+    plans[PLANTED] = ModulePlan(precision="float16", ratio=5000.0, reason="ratio <b>over</b> alpha")
+    return Recipe(
+        model=ModelSource(source="acme/<i>tiny</i>", architecture="llama", sha256="0" * 64),
+        corpus=CorpusSource(name="topics", sha256="1" * 64, samples=2, length=200, seed=0),
+        scheme=Scheme(),
+        alpha=21.5,
+        prefix=Prefix(token_ids=prefix, text=HOSTILE_TEXT, ratio=2.0) if prefix else None,
+        modules=plans,
+        search=Search(
+            reference_perplexity=11.0,
+            curve=(
+                CurvePoint(fp16_modules=0, alpha=9000.0, perplexity=25.0),
+                CurvePoint(fp16_modules=1, alpha=21.5, perplexity=12.0),
+            ),
+            prefixes=(
+                PrefixCandidate(
+                    token_ids=prefix,
+                    text=HOSTILE_TEXT,
+                    worst_module=PLANTED,
+                    ratio=2.0,
+                    perplexity=12.0,
+                    verdict="chosen & kept",
+                ),
+            ),
+        ),
+    )
+
+
+def check_document() -> dict[str, Any]:
+    return {
+        "format": 1,
+        "corpus": {"name": "[bold]topics[/bold]", "windows": 8, "length": 511, "seed": 3},
+        "dtype": "float16",
+        "reference": {"perplexity": 11.546, "new_key": 1},
+        "variants": [
+            {"name": "w8a8", "perplexity": 25.65, "increase": 1.2215},
+            {
+                "name": "w8a8+qfem+qfep",
+                "perplexity": 12.84,
+                "increase": 0.1121,
+                "top1_agreement": 0.875,
+                "kl_divergence": 0.0625,
+                "int8_linears": 27,
+                "kept_linears": 1,
+                "prefix_length": 1,
+                "shipped": True,
+            },
+        ],
+        "gates": [{"name": "max-ppl-increase", "limit": 0.05, "value": 0.1121, "passed": False}],
+    }
+
+
+def write_tokenizer(path: Path) -> None:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    vocabulary = {f"word{index}": index for index in range(20) if index != HOSTILE_ID}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Tokenizer(WordLevel({**vocabulary, HOSTILE_TEXT: HOSTILE_ID}, unk_token="word0")).save(str(path))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A complete work directory."""
+    description = {"corpus": {"name": "topics"}}
+    save_spikes(statistics(), tmp_path / "spikes", description)
+    save_spikes(statistics(spike=2.0, prefix=(HOSTILE_ID,)), tmp_path / "spikes_prefixed", description)
+    save_recipe(recipe(), tmp_path / "recipe.json")
+    write_tokenizer(tmp_path / "bundle" / "tokenizer.json")
+    manifest = {
+        "format": 1,
+        "dtype": "float16",
+        "model": {"source": "acme/tiny"},
+        "inputs": [{"name": f"past.{i}"} for i in range(60)],
+    }
+    (tmp_path / "bundle" / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "check.json").write_text(json.dumps(check_document()))
+    engine = {
+        "backend": "tensorrt-rtx",
+        "targets": ["SM80", "SM120"],
+        "plan": {"sha256": "ab", "bytes": 3145728},
+        "audit": {"int8": 27, "float16": 1, "<img src=x>": None},
+    }
+    (tmp_path / "engine.json").write_text(json.dumps(engine))
+    return tmp_path
+
+
+class Elements(HTMLParser):
+    """Collects tags with their attributes and the text that a reader sees."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self._hidden = False
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._hidden = tag == "style"
+
+    def handle_data(self, data: str) -> None:
+        self.text += "" if self._hidden else data
+
+
+def read(run: Path) -> tuple[str, Elements]:
+    page = write_report(run).read_text(encoding="utf-8")
+    return page, Elements(page)
+
+
+def test_the_page_needs_nothing_from_outside(run: Path) -> None:
+    _, elements = read(run)
+    assert {"script", "link", "iframe", "object", "embed", "base", "form"}.isdisjoint(tag for tag, _ in elements.tags)
+    references = [
+        value or ""
+        for _, attributes in elements.tags
+        for name, value in attributes.items()
+        if name in {"src", "href", "xlink:href", "srcset", "action", "data", "poster"}
+    ]
+    assert references, "the figures refer to their own shapes and images"
+    assert all(value.startswith(("#", "data:image/png;base64,")) for value in references)
+    styles = re.findall(r"url\(([^)]*)\)|@import", write_report(run).read_text(encoding="utf-8"))
+    assert all(value.startswith("#") for value in styles)
+
+
+def test_the_page_names_result_planted_module_and_token(run: Path) -> None:
+    _, elements = read(run)
+    text = elements.text
+    assert "Perplexity goes from 11.546 in float32 to 12.840 (+11.21 %) as w8a8+qfem+qfep." in text
+    assert "27 of 28 linears (96.4 %) run in INT8 behind the prefix" in text
+    assert PLANTED in text
+    assert HOSTILE_TEXT in text
+    assert "MISSED: max-ppl-increase is 0.1121, limit 0.05" in text
+    assert "3,145,728 (3.0 MiB)" in text
+    assert "SM80, SM120" in text
+    assert "past.7 and 52 more" in text
+
+
+def test_texts_from_files_stay_text(run: Path) -> None:
+    page, elements = read(run)
+    assert not any(tag in {"script", "b", "i"} for tag, _ in elements.tags)
+    assert "<img src=x>" not in page
+    assert "&lt;script&gt;" in page
+
+
+def test_ids_are_unique_although_the_page_holds_three_figures(run: Path) -> None:
+    _, elements = read(run)
+    assert [tag for tag, _ in elements.tags].count("svg") == 3
+    ids = [attributes["id"] for _, attributes in elements.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    targets = {value for _, a in elements.tags for name, value in a.items() if name == "xlink:href" and value}
+    assert {value[1:] for value in targets if value.startswith("#")} <= set(ids)
+
+
+def test_writing_twice_gives_the_same_bytes(run: Path) -> None:
+    first = write_report(run).read_bytes()
+    assert write_report(run).read_bytes() == first
+
+
+@pytest.mark.parametrize(
+    ("missing", "sentence"),
+    [
+        (["check.json"], "The accuracy has not been checked yet."),
+        (["engine.json"], "No engine has been built yet."),
+        (["bundle/manifest.json"], "The model has not been exported yet."),
+        (["spikes_prefixed.json"], "No prefix was measured."),
+        (["spikes.json"], "No activations were measured."),
+        (["recipe.json"], "There is no recipe."),
+        (["recipe.json", "spikes.json", "spikes_prefixed.json"], "Exported in float16 without a recipe."),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, list) else "",
+)
+def test_a_missing_part_is_said_in_one_sentence(run: Path, missing: list[str], sentence: str) -> None:
+    for name in missing:
+        (run / name).unlink()
+    _, elements = read(run)
+    assert sentence in elements.text
+
+
+def test_a_damaged_part_is_said_and_the_rest_is_shown(run: Path) -> None:
+    (run / "check.json").write_text('{"reference": {}}')
+    (run / "engine.json").write_text("[1]")
+    _, elements = read(run)
+    assert "reference.perplexity: Field required; run the check again" in elements.text
+    assert "engine.json: cannot be read (expected an object)" in elements.text
+    assert PLANTED in elements.text
+
+
+def test_statistics_of_another_prefix_are_left_out(run: Path) -> None:
+    save_recipe(recipe(prefix=(7,)), run / "recipe.json")
+    _, elements = read(run)
+    assert "the recipe has another prefix, or none" in elements.text
+
+
+def test_a_directory_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="nothing to report; name the work directory of a run"):
+        write_report(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_tokenizer_ids_are_shown(run: Path) -> None:
+    (run / "bundle" / "tokenizer.json").unlink()
+    _, elements = read(run)
+    assert f"token {HOSTILE_ID}" in elements.text
+
+
+def test_the_engine_sidecar_may_lie_elsewhere(run: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    elsewhere = tmp_path_factory.mktemp("plan") / "engine.json"
+    elsewhere.write_text('{"backend": "tensorrt-11"}')
+    assert "tensorrt-11" in Elements(write_report(run, engine=elsewhere).read_text(encoding="utf-8")).text
+
+
+def test_the_planted_token_stands_out_most() -> None:
+    first, second = spiking_tokens(statistics())[:2]
+    assert (first.module, first.token_id, first.position) == (PLANTED, HOSTILE_ID, 0)
+    assert first.amax == 5000.0
+    assert first.ratio == pytest.approx(5000.0, rel=0.1)  # the other tokens lie within 0.9 and 1.1
+    assert second.ratio < 1.3
+
+
+def test_the_map_shows_each_first_position_alone_and_loses_no_peak() -> None:
+    recorded = statistics(tokens=500)
+    recorded.modules[PLANTED].token_amax[1, 321] = 77.0
+    picture = spike_map(recorded)
+    assert picture is not None
+    row = picture.amax[picture.layers.index(2)]
+    assert row[0] == 5000.0
+    cell = int(np.searchsorted(picture.edges, 321, side="right")) - 1
+    assert row[cell] == 77.0
+    assert np.delete(row, [0, cell]).max() < 1.2
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 63, 64, 65, 66, 511, 4096])
+def test_cells_cover_all_positions_once(tokens: int) -> None:
+    edges = position_edges(tokens)
+    assert (edges[0], edges[-1]) == (0, tokens)
+    assert (np.diff(edges) > 0).all()
+    assert (np.diff(edges)[:64] == 1).all()
+
+
+def test_pictures_are_well_formed_and_say_what_they_show() -> None:
+    before, after = statistics(), statistics(spike=2.0, prefix=(1,))
+    figures = {
+        "map": (spike_picture(before, after), ["With the prefix (1 token) in place", "decoder layer"]),
+        "bars": (ratio_chart(after, recipe(), before), ["kept (float16)", "INT8", "alpha = 21.5"]),
+        "curve": (qfem_curve(recipe().search.curve, 11.0, 1, "float16"), ["the recipe: 1 kept, 12"]),
+    }
+    for name, (figure, labels) in figures.items():
+        assert figure is not None
+        svg = svg_text(figure, name)
+        root = ElementTree.fromstring(svg)
+        assert root.tag == f"{SVG}svg"
+        assert root.get("viewBox")
+        texts = {element.text for element in root.iter(f"{SVG}text")}
+        assert set(labels) <= texts
+        assert len(svg) < 200_000
+
+
+def test_pictures_bear_names_that_look_like_formulas_or_markup() -> None:
+    mild = statistics().modules[PLANTED]
+    odd = SpikeStatistics({"a$x_{$b": mild, "<script>": mild}, statistics().token_ids)
+    figure = ratio_chart(odd)
+    assert figure is not None
+    texts = {element.text for element in ElementTree.fromstring(svg_text(figure, "odd")).iter(f"{SVG}text")}
+    assert {"a$x_{$b", "<script>"} <= texts
+    assert spike_picture(odd) is None
+
+
+def test_pictures_survive_degenerate_values() -> None:
+    flat = SpikeStatistics(
+        {PLANTED: ModuleSpikes(np.zeros((1, 3), np.float32), np.zeros((1, 4), np.float32), np.zeros(1, np.float32))},
+        np.zeros((1, 3), np.int64),
+    )
+    figure = spike_picture(flat)
+    assert figure is not None
+    ElementTree.fromstring(svg_text(figure, "flat"))
+    assert ratio_chart(flat) is None
+    assert qfem_curve((CurvePoint(fp16_modules=0, alpha=1.0, perplexity=float("inf")),), 11.0, 0, "float16") is None
+
+
+def test_png_is_written_whole(tmp_path: Path) -> None:
+    figure = spike_picture(statistics())
+    assert figure is not None
+    save_png(figure, tmp_path / "spikes.png", dpi=50)
+    assert (tmp_path / "spikes.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["spikes.png"]
+
+
+def printed(run: Path, terminal: bool) -> str:
+    stream = StringIO()
+    console = Console(file=stream, force_terminal=terminal, width=120, color_system="standard" if terminal else None)
+    print_check(load_check(run / "check.json"), console)
+    return stream.getvalue()
+
+
+def test_the_check_on_a_terminal_is_a_table(run: Path) -> None:
+    text = printed(run, terminal=True)
+    assert "\x1b[" in text
+    assert "w8a8+qfem+qfep (shipped)" in text
+    assert "[bold]topics[/bold]" in text, "markup in names is shown, not obeyed"
+    assert "MISSED" in text
+
+
+def test_the_check_in_a_pipe_is_plain_aligned_text(run: Path) -> None:
+    text = printed(run, terminal=False)
+    assert re.fullmatch(r"[\n\x20-\x7e]*", text)
+    header, reference, *rows = text.splitlines()[1:]
+    assert header.index("perplexity") + len("perplexity") == reference.index("11.546") + len("11.546")
+    assert rows[0].split() == ["w8a8", "25.650", "+122.15", "%", "n/a", "n/a", "n/a", "n/a", "n/a"]
+    assert rows[1].split()[-6:] == ["87.50", "%", "0.0625", "27", "1", "1"]
+    assert rows[2] == gate_sentence(load_check(run / "check.json").gates[0])
+
+
+def test_an_escape_character_in_a_name_does_not_reach_the_terminal(run: Path) -> None:
+    document = check_document()
+    document["variants"][0]["name"] = "w8a8\x1b[2J"
+    (run / "check.json").write_text(json.dumps(document))
+    assert "w8a8\\x1b[2J" in "\n".join(plain_lines(load_check(run / "check.json")))
+    assert "\x1b[2J" not in printed(run, terminal=True)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"reference": {"perplexity": "many"}}'])
+def test_a_check_that_is_none_is_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "check.json"
+    path.write_text(content)
+    with pytest.raises(ArtifactError, match=r"check\.json.*run the check again"):
+        load_check(path)
