@@ -4,7 +4,6 @@ import importlib.util
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -186,29 +185,23 @@ def test_a_configuration_file_is_forgotten_after_its_call(folder: Path, tmp_path
 
 _HELP = """
 import contextlib, io, json, sys, time
-started = time.perf_counter()
+started = time.process_time()
 from spike_export.cli.main import run
 with contextlib.redirect_stdout(io.StringIO()) as out:
     code = run(sys.argv[1:])
-print(json.dumps([code, time.perf_counter() - started, out.getvalue(), sorted(sys.modules)]))
+print(json.dumps([code, time.process_time() - started, out.getvalue(), sorted(sys.modules)]))
 """
 
 
 @pytest.mark.parametrize("arguments", [("--help",), ("calibrate", "--help"), ("--version",)])
 def test_help_answers_at_once(arguments: tuple[str, ...]) -> None:
-    best = float("inf")
-    for _ in range(4):  # on a busy machine one measurement says little
-        command = [sys.executable, "-c", _HELP, *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        code, seconds, text, modules = json.loads(done.stdout)
-        assert code == 0
-        assert HEAVY.isdisjoint(modules)
-        assert "spike-export" in text or arguments == ("--version",)
-        best = min(best, seconds)
-        if best < 0.5:
-            return
-        time.sleep(0.5)
-    pytest.fail(f"{' '.join(arguments)} took {best:.2f} s")
+    done = subprocess.run([sys.executable, "-c", _HELP, *arguments], capture_output=True, text=True, check=True)
+    code, seconds, text, modules = json.loads(done.stdout)
+    assert code == 0
+    assert HEAVY.isdisjoint(modules)
+    assert "spike-export" in text or arguments == ("--version",)
+    # Of the processor, so that other load does not count.
+    assert seconds < 0.5
 
 
 def test_the_main_help_names_every_option_group_and_command() -> None:
