@@ -26,7 +26,7 @@ ROOT_FOLDER = "api"
 """The folder that is installed as `spike_export` itself."""
 
 NOT_INSTALLED = {"tests", "benchmarks", "docs", "build", "dist"}
-PINNED_EXTRAS = ("rtx", "corpora", "dev")
+PINNED_EXTRAS = ("rtx", "corpora", "dev", "docs")
 
 
 def folders_with_code() -> set[str]:
