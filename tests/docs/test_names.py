@@ -1,0 +1,45 @@
+"""Files, tests and Python names that README and the documentation mention exist."""
+
+import ast
+import importlib
+import re
+
+import pytest
+
+from tests.support.documentation import ROOT, code_spans, examples, pages
+
+_FILE = re.compile(r"[\w./-]+\.(?:py|toml|png|j2)")
+_TEST = re.compile(r"test_\w+")
+
+TOPS = {path.name for path in ROOT.iterdir()}
+TESTS = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+
+
+def missing_file(span: str) -> bool:
+    """Return whether a code span is the path of a file of the project that does not exist."""
+    top, _, rest = span.partition("/")
+    return bool(_FILE.fullmatch(span)) and bool(rest) and top in TOPS and not (ROOT / span).is_file()
+
+
+@pytest.mark.parametrize("page", pages())
+def test_files_and_tests_in_the_text_exist(page: str) -> None:
+    spans = set(code_spans(page))
+    assert sorted(filter(missing_file, spans)) == []
+    assert sorted(span for span in spans if _TEST.fullmatch(span) and f"def {span}(" not in TESTS) == []
+
+
+@pytest.mark.parametrize(
+    "page", sorted({page for page in pages() if any(e.language == "python" for e in examples(page))})
+)
+def test_imports_of_python_that_is_not_run_exist(page: str) -> None:
+    for example in examples(page):
+        if example.language == "python" and example.reason is not None:
+            for node in ast.walk(ast.parse(example.text)):
+                if isinstance(node, ast.ImportFrom) and node.module:
+                    module = importlib.import_module(node.module)
+                    assert [each.name for each in node.names if not hasattr(module, each.name)] == [], example.place
+
+
+def test_a_file_that_was_moved_is_noticed() -> None:
+    assert missing_file("engines/engines.py")
+    assert not missing_file("engines/engine.py")
