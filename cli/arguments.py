@@ -9,6 +9,8 @@ from cyclopts import Group, Parameter
 
 Dtype = Literal["float16", "bfloat16", "float32"]
 NumberFormat = Literal["int8", "fp8"]
+Model = Annotated[str, Parameter(help="Local HF directory, .gguf file, or hub id.")]
+Bundle = Annotated[Path, Parameter(help="Folder that export wrote.")]
 
 _CALIBRATION = Group("Calibration", sort_key=1)
 _QUANTIZATION = Group("Quantization", sort_key=2)

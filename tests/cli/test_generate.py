@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from spike_export.cli.arguments import SamplingArguments
-from spike_export.cli.generate import generate, option_changes
+from spike_export.cli.commands.generate import option_changes
+from spike_export.cli.terminal.generated_text import write_generated
 from spike_export.engines.engine import Engine
 from spike_export.engines.generation.generated_text import Generation, Piece
 from tests.support.tiny_cli_models import call, write_model
@@ -60,7 +61,7 @@ def test_what_the_outputs_encoding_lacks_is_no_traceback() -> None:
     def written(encoding: str, prompts: int = 1, **how: Any) -> str:
         raw = io.BytesIO()
         out = io.TextIOWrapper(raw, encoding=encoding, newline="\n")
-        generate(told, ["a"] * prompts, {}, out=out, **how)
+        write_generated(told, ["a"] * prompts, {}, out=out, **how)
         out.flush()
         return raw.getvalue().decode(encoding)
 

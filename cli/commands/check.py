@@ -1,0 +1,72 @@
+"""`spike-export check BUNDLE`: its accuracy, or what the linter finds in its graph."""
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+from rich.console import Console
+from rich.text import Text
+
+from spike_export.artifacts.errors import ArtifactError
+from spike_export.cli.arguments import CorpusArguments, GateArguments, RunArguments
+from spike_export.cli.exit_codes import DONE, GATE_MISSED
+from spike_export.cli.options import evaluation_text
+from spike_export.cli.verdicts import accuracy_verdict
+
+
+def check(
+    bundle: Annotated[Path, Parameter(help="Folder that export wrote; with --lint also any .onnx file.")],
+    /,
+    *,
+    reference: Annotated[str | None, Parameter(help="The model the bundle was made of; not with --lint.")] = None,
+    lint: Annotated[
+        bool, Parameter(negative="", help="Look for what TensorRT and ONNX Runtime refuse or compute slowly.")
+    ] = False,
+    json_file: Annotated[Path | None, Parameter(name="--json", help="With --lint: write the findings there.")] = None,
+    out: Annotated[Path | None, Parameter(help="Default: BUNDLE.check.json, beside the bundle.")] = None,
+    corpus: CorpusArguments = CorpusArguments(),
+    gate: GateArguments = GateArguments(),
+    run_options: RunArguments = RunArguments(),
+) -> int:
+    """Compare a bundle with the unquantized model: perplexity, top-1 agreement, KL divergence. Or lint its graph."""
+    if lint:
+        if reference is not None or out is not None:
+            raise ArtifactError("check --lint looks at the graph alone; leave --reference and --out away")
+        return _lint(bundle, json_file, run_options)
+    if reference is None or json_file is not None:
+        wrong = "needs --reference MODEL, or --lint" if reference is None else "writes --json with --lint only"
+        raise ArtifactError(f"check {wrong}")
+    from spike_export.artifacts.atomic_write import require_file_name
+    from spike_export.artifacts.check_document import save_check
+    from spike_export.cli.terminal.progress_display import ProgressDisplay
+    from spike_export.pipeline.bundle_check import check_bundle
+    from spike_export.pipeline.job import require_limit
+    from spike_export.report.check_table import print_check
+
+    require_limit(gate.max_ppl_increase)
+    console = Console()
+    named = bundle if bundle.name else bundle.absolute()
+    path = out or named.parent / f"{named.name}.check.json"
+    require_file_name(path)
+    with ProgressDisplay(console, ["check"], quiet=run_options.quiet) as display, display.stage("check") as progress:
+        result = check_bundle(bundle, reference, evaluation_text(corpus), progress).gated(gate.max_ppl_increase)
+        save_check(result, path)
+    if not run_options.quiet:
+        print_check(result, console)
+        console.print(Text(f"check: {path}"), soft_wrap=True)
+    return accuracy_verdict(result.passed)
+
+
+def _lint(model: Path, json_file: Path | None, options: RunArguments) -> int:
+    import json
+
+    from spike_export.artifacts.atomic_write import write_text
+    from spike_export.cli.terminal.lint_table import print_lint
+    from spike_export.engines.lint.linter import lint_model
+
+    result = lint_model(model)
+    if json_file is not None:
+        write_text(json_file, json.dumps(result.document(), indent=2) + "\n")
+    if not options.quiet:
+        print_lint(result, Console())
+    return DONE if result.passed else GATE_MISSED

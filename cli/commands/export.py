@@ -1,0 +1,70 @@
+"""`spike-export export MODEL`: the ONNX bundle of a recipe."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+from rich.console import Console
+from rich.text import Text
+
+from spike_export.cli.arguments import DtypeArguments, FormatArguments, GraphArguments, Model, RunArguments
+from spike_export.cli.exit_codes import DONE
+from spike_export.cli.options import cache_options
+
+
+def export(
+    model: Model,
+    /,
+    *,
+    out: Annotated[Path, Parameter(help="The bundle's folder; a previous bundle there is replaced.")],
+    recipe: Annotated[Path | None, Parameter(help="Recipe that calibrate wrote, edited or not.")] = None,
+    quantize: Annotated[bool, Parameter(help="Quantize; --no-quantize needs no recipe.")] = True,
+    dtype: Annotated[
+        DtypeArguments | None, Parameter(help="Default: the recipe's precision, or float16 without one.")
+    ] = None,
+    graph: GraphArguments = GraphArguments(),
+    number_format: FormatArguments = FormatArguments(),
+    prefix_in: Annotated[
+        Literal["cache", "attention"],
+        Parameter(
+            help="Where the prefix lives: in the cache, or before it, in attention, at the cost of a copy of the cache "
+            "per call: then onnxruntime-genai can run the bundle."
+        ),
+    ] = "cache",
+    run_options: RunArguments = RunArguments(),
+) -> int:
+    """Write the ONNX bundle of a recipe."""
+    from spike_export.artifacts.errors import RecipeError
+
+    if quantize == (recipe is None):
+        raise RecipeError(
+            "export needs --recipe FILE, or --no-quantize to export the model as it is"
+            if recipe is None
+            else "--recipe and --no-quantize contradict each other; give one"
+        )
+    from spike_export.artifacts.recipe import load_recipe
+    from spike_export.checkpoint.opening import open_checkpoint
+    from spike_export.cli.terminal.progress_display import ProgressDisplay
+    from spike_export.export.bundle import ExportOptions, export_bundle
+    from spike_export.pipeline.job import require_bundle_or_nothing, require_quantized
+
+    require_quantized(number_format.number_format, quantize)
+    plan = load_recipe(recipe) if recipe else None
+    wanted = ExportOptions(
+        dtype.dtype if dtype else plan.scheme.unquantized if plan else "float16",
+        number_format=number_format.number_format,
+        cache=cache_options(graph),
+        prefix_in=prefix_in,
+        logits=graph.logits,
+    )
+    require_bundle_or_nothing(out)
+    checkpoint = open_checkpoint(model)
+    console = Console()
+    with (
+        ProgressDisplay(console, ["bundle"], quiet=run_options.quiet) as display,
+        display.stage("bundle") as progress,
+    ):
+        export_bundle(checkpoint, plan, wanted, out, progress)
+    if not run_options.quiet:
+        console.print(Text(f"bundle: {out}"), soft_wrap=True)
+    return DONE

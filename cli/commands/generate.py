@@ -1,0 +1,132 @@
+"""`spike-export generate BUNDLE|PLAN`: text that follows prompts."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import Parameter
+from rich.console import Console
+
+from spike_export.artifacts.errors import ArtifactError, EngineError
+from spike_export.cli.arguments import RuntimeArguments, SamplingArguments, values
+from spike_export.cli.exit_codes import DONE, INTERRUPTED
+
+if TYPE_CHECKING:
+    from spike_export.engines.generation.prompt_tokens import Prompt
+    from spike_export.engines.tensorrt.engines import RuntimeOptions
+
+
+def generate(
+    path: Annotated[Path, Parameter(name="BUNDLE|PLAN", help="Folder that export wrote, or an engine plan.")],
+    /,
+    *,
+    prompt: Annotated[
+        tuple[str, ...], Parameter(negative="", help="Text to go on from; repeat for several, decoded together.")
+    ] = (),
+    prompt_file: Annotated[Path | None, Parameter(help="UTF-8 text to go on from.")] = None,
+    chat: Annotated[
+        bool, Parameter(negative="", help="Prompts are a user's messages: render them by the chat template.")
+    ] = False,
+    system: Annotated[str | None, Parameter(help="With --chat: the system's message.")] = None,
+    sampling: SamplingArguments = SamplingArguments(),
+    provider: Annotated[
+        Literal["cpu", "cuda"] | None, Parameter(help="Where ONNX Runtime computes; default: cpu.")
+    ] = None,
+    threads: Annotated[int | None, Parameter(help="Of ONNX Runtime, for one operator; default: one per core.")] = None,
+    bundle: Annotated[
+        Path | None, Parameter(help="What a plan was built from; default: PLAN.run/bundle, where the main job puts it.")
+    ] = None,
+    rebuild: Annotated[
+        bool, Parameter(negative="", help="Build a plan again that is of another GPU, version or bundle by now.")
+    ] = False,
+    also: Annotated[
+        tuple[Path, ...],
+        Parameter(
+            name="--plan-also",
+            negative="",
+            help="Another plan of the same bundle, built for another context; repeat for several. A batch runs in the "
+            "one with the least context that has room for it.",
+        ),
+    ] = (),
+    runtime: RuntimeArguments = RuntimeArguments(),
+    as_json: Annotated[
+        bool, Parameter(name="--json", negative="", help="Print JSON: text, tokens, finish reason, log-probabilities.")
+    ] = False,
+    config: Annotated[Path | None, Parameter(help="TOML file with any of these options.", group="Run")] = None,
+) -> int:
+    """Generate text with a bundle in ONNX Runtime or a plan in TensorRT, and write it as it comes."""
+    prompts, changes = read_prompts(prompt, prompt_file, chat, system), option_changes(sampling)
+    if "logprobs" in changes and not as_json:
+        raise ArtifactError("generate writes log-probabilities with --json only; add it, or leave --logprobs out")
+    from spike_export.cli.terminal.generated_text import write_generated
+    from spike_export.cli.terminal.progress_display import ProgressDisplay
+    from spike_export.engines.engine import Engine
+
+    # Standard output is the text's.
+    display = ProgressDisplay(Console(stderr=True), ["plan"], quiet=not rebuild)
+    try:
+        with display, display.stage("plan") as progress:
+            engine = Engine.open(
+                [path, *also],
+                threads=threads,
+                provider=provider,
+                bundle=bundle,
+                rebuild=rebuild,
+                runtime=runtime_options(runtime),
+                progress=progress,
+            )
+        with engine:
+            write_generated(engine, prompts, changes, as_json=as_json)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return DONE
+
+
+def read_prompts(prompts: Sequence[str], file: Path | None, chat: bool, system: str | None) -> list["Prompt"]:
+    """Return the prompts of the command line, as chats where asked for.
+
+    Raises:
+        EngineError: There is none, or the file is not text.
+    """
+    texts = list(prompts)
+    if file is not None:
+        try:
+            texts.append(file.read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise EngineError(f"{file}: not UTF-8 text; convert it") from error
+    if not texts:
+        raise EngineError("generate needs --prompt TEXT or --prompt-file FILE")
+    if system is not None and not chat:
+        raise EngineError("--system is a message of a chat; add --chat, or leave it out")
+    if not chat:
+        return list(texts)
+    before = [] if system is None else [{"role": "system", "content": system}]
+    return [[*before, {"role": "user", "content": text}] for text in texts]
+
+
+def option_changes(arguments: SamplingArguments) -> dict[str, Any]:
+    """Return the options that were given.
+
+    One that only sampling looks at asks for sampling, unless it is forbidden.
+    """
+    given = {name: value for name, value in values(arguments).items() if value is not None and value != ()}
+    stops = given.pop("stop", None)
+    if stops:
+        given["stop_strings"] = stops
+    if given.keys() & {"temperature", "top_k", "top_p", "min_p", "seed"}:
+        given.setdefault("do_sample", True)
+    return given
+
+
+def runtime_options(arguments: RuntimeArguments) -> "RuntimeOptions | None":
+    """Return how plans are run; None where nothing was said of it.
+
+    Raises:
+        EngineError: The weight budget is negative.
+    """
+    given = {name: value for name, value in values(arguments).items() if value is not None}
+    if not given:
+        return None
+    from spike_export.engines.tensorrt.engines import RuntimeOptions
+
+    return RuntimeOptions(**given)

@@ -1,0 +1,27 @@
+"""`spike-export merge`: the statistics of shards brought together."""
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+from rich.console import Console
+from rich.text import Text
+
+from spike_export.cli.arguments import RunArguments
+from spike_export.cli.exit_codes import DONE
+
+
+def merge(
+    shards: Annotated[tuple[Path, ...], Parameter(help="Work directories of the shards, all of them, in any order.")],
+    /,
+    *,
+    work_dir: Annotated[Path, Parameter(help="Where calibrate is to go on from the merged statistics.")],
+    run_options: RunArguments = RunArguments(),
+) -> int:
+    """Merge the statistics that `calibrate --shard` measured; `calibrate` without it goes on from there."""
+    from spike_export.pipeline.shard_merge import merge_into
+
+    samples = merge_into(work_dir, shards)
+    if not run_options.quiet:
+        Console().print(Text(f"{samples} windows of {len(shards)} shards: {work_dir / 'spikes.json'}"), soft_wrap=True)
+    return DONE

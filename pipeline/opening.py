@@ -1,0 +1,56 @@
+"""A job made ready to run; whatever would stop a later stage is refused before the first one starts."""
+
+from spike_export.artifacts.atomic_write import require_writable
+from spike_export.calibration.corpus.chat import rendered
+from spike_export.calibration.methods.transform_choice import require_rotation
+from spike_export.checkpoint.checkpoint import Checkpoint
+from spike_export.checkpoint.opening import open_checkpoint
+from spike_export.engines.build.reuse import require_own_place
+from spike_export.engines.plan.build_profiles import resolve_limits
+from spike_export.export.cache_options import require_capacity
+from spike_export.pipeline.job import Job, require_buildable, require_length, require_room
+from spike_export.pipeline.pipeline import Pipeline
+from spike_export.pipeline.run_directory import RunDirectory
+from spike_export.pipeline.stage_display import StageDisplay
+
+
+def open_pipeline(job: Job, display: StageDisplay, *, force: bool = False) -> Pipeline:
+    """Return the stages of a job, ready to run.
+
+    Args:
+        job: What to do.
+        display: Follows the stages.
+        force: Run stages again whose inputs are unchanged.
+
+    Raises:
+        SpikeExportError: A place cannot be written, no backend builds what is asked for, the corpus or the model cannot
+            be read, or options exceed what the model takes.
+    """
+    _require_places(job)
+    read = job.read_corpus()  # a bad corpus is reported before the model is opened
+    checkpoint = open_checkpoint(job.model)
+    _require_options(job, checkpoint)
+    corpus = rendered(read, checkpoint.tokenizer)
+    return Pipeline(job, checkpoint, RunDirectory(job.work_dir, force), display, corpus)
+
+
+def _require_places(job: Job) -> None:
+    """Refuse places that cannot be written, and a plan that no backend here can build."""
+    if job.plan:
+        require_own_place(job.plan, job.build.split)
+        require_buildable(job.build, job.number_format)
+        require_writable(job.plan.parent)
+        if job.build.timing_cache:
+            require_writable(job.build.timing_cache.parent)
+    require_writable(job.work_dir)
+
+
+def _require_options(job: Job, checkpoint: Checkpoint) -> None:
+    """Refuse options that the model cannot follow."""
+    require_capacity(job.cache, checkpoint.config)
+    require_room(job.calibration.length, job.cache.capacity)
+    require_length(job.calibration.length, checkpoint)
+    if job.plan:
+        resolve_limits(job.build, 0, checkpoint.config.max_position_embeddings, job.cache.capacity)
+    if job.quantize:
+        require_rotation(job.calibration, checkpoint.config)
