@@ -1,15 +1,18 @@
-"""Files, tests and Python names that README and the documentation mention exist."""
+"""README and documentation: the files, tests and Python names that they mention exist, and lists are lists."""
 
 import ast
 import importlib
 import re
+from itertools import pairwise
 
 import pytest
 
-from tests.support.documentation import ROOT, code_spans, examples, pages
+from tests.support.documentation import ROOT, code_spans, examples, page_text, pages
 
 _FILE = re.compile(r"[\w./-]+\.(?:py|toml|png|j2)")
 _TEST = re.compile(r"test_\w+")
+_ITEM = re.compile(r"(?:[-*]|\d+\.)\s")
+_FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 
 TOPS = {path.name for path in ROOT.iterdir()}
 TESTS = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
@@ -43,3 +46,15 @@ def test_imports_of_python_that_is_not_run_exist(page: str) -> None:
 def test_a_file_that_was_moved_is_noticed() -> None:
     assert missing_file("engines/engines.py")
     assert not missing_file("engines/engine.py")
+
+
+@pytest.mark.parametrize("page", pages())
+def test_a_list_has_a_blank_line_before_it(page: str) -> None:
+    """The site's Markdown shows a list without one as running text."""
+    lines = [line for block in _FENCED.split(page_text(page)) for line in [*block.splitlines(), ""]]
+    runs_on = [
+        line
+        for before, line in pairwise(lines)
+        if _ITEM.match(line) and before and not _ITEM.match(before) and not before.startswith((" ", "<!--"))
+    ]
+    assert runs_on == []
