@@ -29,83 +29,84 @@ class CorpusArguments:
     """Text to calibrate and evaluate on."""
 
     corpus: str | None = None
-    """Text of your own domain: a .txt, .jsonl or .parquet file, a dataset's folder, or org/name[:config] on the hub
-    (default: help topics of Python's standard library, offline)."""
+    """Text to calibrate on, best of your own domain: a .txt, .jsonl or .parquet file, a data set's folder, or
+    org/name[:config] on the hub (default: help topics of Python's standard library, offline)."""
 
     text_field: str | None = None
-    "Key of the text in the corpus's records (default: text), or of the messages (messages or conversations)."
+    """Key or column of the records that holds the text (default: text) or, with --chat-template, the messages (default:
+    messages or conversations)."""
 
     corpus_split: str | None = None
-    "Split of a dataset (default: train)."
+    "Split of a data set (default: train)."
 
     chat_template: Annotated[bool, Parameter(negative="")] = False
-    "The corpus's records are conversations: render them with the model's chat template."
+    "The records are conversations; render them with the model's chat template."
 
     windows: Literal["packed", "documents"] = "packed"
-    "Cut windows from the stream of all documents, or each inside one document that is long enough."
+    "Cut windows from the stream of all documents (packed), or each window inside one long enough document."
 
     samples: int = 32
-    "Calibration windows."
+    "Number of calibration windows."
 
     length: int = 512
-    "Tokens per window, BOS included."
+    "Tokens per window, including BOS."
 
     seed: int = 0
-    "Places the calibration windows."
+    "Seed of the positions of the calibration windows."
 
 
 @Parameter(name="*", group=_QUANTIZATION)
 @dataclass(frozen=True, kw_only=True)
 class QuantizationArguments:
-    """How to quantize, and what not."""
+    """How to quantize, and which modules to leave in 16 bit."""
 
     qfem: bool = True
-    "Keep modules whose max-median ratio exceeds a threshold in 16 bit (QFeM)."
+    "QFeM: keep modules whose max-median ratio exceeds a threshold in 16 bit."
 
     qfep: bool = True
-    "Search a prefix that takes the activation spikes (QFeP)."
+    "QFeP: search a prefix that takes the activation spikes."
 
     alpha: float | None = None
-    "Threshold of QFeM (default: chosen by perplexity)."
+    "Threshold of QFeM (default: searched by perplexity)."
 
     max_fp16_modules: Annotated[int | None, Parameter(name="--max-fp16-modules")] = None
-    "Keep as many of the linears with the highest ratios as fit into this number."
+    "Keep the modules with the highest ratios in 16 bit, this number of linears at most."
 
     max_fp16_share: Annotated[float, Parameter(name="--max-fp16-share")] = 0.05
-    "Largest share of the linears' multiply-accumulates that the automatic choice keeps in 16 bit."
+    "Largest share of the linears' multiply-accumulates that the search keeps in 16 bit."
 
     tolerance: float = 0.005
-    "Relative perplexity increase over its goal that the automatic choice accepts."
+    "Relative perplexity increase over its goal that the search of the modules accepts."
 
     prefix_length: int = 5
-    "Most tokens of a prefix."
+    "Largest number of tokens in the prefix, 1 to 5."
 
     smoothing: bool = True
-    "Move scales from activations to weights, searched for every input."
+    "Search smoothing scales for every input; they move from activations to weights."
 
     rotation: Literal["auto", "always", "never"] = "never"
-    """Rotate the residual stream: tried beside smoothing alone, always or never. In a model whose head is tied to the
-    embedding the bundle grows by the head."""
+    """Rotate the residual stream: compare with smoothing alone (auto), always or never. A rotation adds the head's
+    weight to the bundle where head and embedding are tied."""
 
     weights: Literal["int8-per-channel", "int8-per-tensor"] = "int8-per-channel"
     "Scales of INT8 weights."
 
     activations: Literal["int8-per-tensor-static", "int8-per-token-dynamic"] = "int8-per-tensor-static"
-    "Scales of INT8 activations: constants (fastest), or each token's own at run time (most accurate)."
+    "Scales of INT8 activations: constants (fastest), or one scale per token at run time (most accurate)."
 
     activation_range: Literal["sample-mean", "mse", "percentile", "max"] = "sample-mean"
     """What a static activation scale covers: the mean of the samples' maxima, the range with the least squared error,
     the 99.9th percentile of the tokens' maxima, or the largest value of all."""
 
     excluded_weights: Literal["unquantized", "int8"] = "unquantized"
-    "Weights of the modules that QFeM keeps: in 16 bit, or in INT8 with 16-bit products (W8A16)."
+    "Weights of the modules that QFeM keeps: 16 bit, or INT8 with 16-bit products (W8A16)."
 
     attention: Literal["unquantized", "int8-per-tensor-static"] = "unquantized"
-    "Operands of attention's matrix products."
+    "Operands of attention's matrix products: query, key and value."
 
     head: Literal["unquantized", "int8-weights", "int8-per-token-dynamic"] = "unquantized"
-    """Language-model head: as it is, from INT8 weights, or from INT8 weights and tokens with scales of their own. A
-    head tied to the embedding gets a copy in INT8."""
+    """Language-model head: not quantized, INT8 weights, or INT8 weights and an INT8 input with one scale per token. A
+    head that is tied to the embedding gets an INT8 copy."""
 
 
 @Parameter(name="*", group=_EXECUTION)
@@ -114,46 +115,46 @@ class ExecutionArguments:
     """Where and how calibration runs the model."""
 
     device: Annotated[tuple[str, ...], Parameter(negative="")] = ()
-    "torch device, such as cuda or cuda:1; repeat for several, which share the windows (default: cpu)."
+    "torch device, such as cuda or cuda:1; repeat the option to share the windows among devices (default: cpu)."
 
     compute_dtype: Dtype = "float32"
     "Precision of the calibration's forward passes."
 
     layers: Literal["auto", "resident", "streamed"] = "auto"
-    "Whether layers stay in memory or are read anew in every pass (default: as the memory allows)."
+    "Keep all layers in memory, or read them again in every pass (auto: as the memory allows)."
 
 
 @Parameter(name="*", group=_QUANTIZATION)
 @dataclass(frozen=True, kw_only=True)
 class DtypeArguments:
-    """Precision of what is not quantized."""
+    """Precision of everything that is not quantized."""
 
     dtype: Dtype = "float16"
-    "Precision of embeddings, residual stream, attention, cache, head, and of modules that are not quantized."
+    "Precision of embeddings, residual stream, attention, cache, head, and modules that are not quantized."
 
 
 @Parameter(name="*", group=_GRAPH)
 @dataclass(frozen=True, kw_only=True)
 class GraphArguments:
-    """What the graph keeps and gives."""
+    """Cache and outputs of the graph."""
 
     kv_cache: Literal["dynamic", "static"] = "dynamic"
-    "A cache of keys and values that grows with every call, or a buffer of fixed size that is written in place."
+    "Key/value cache: one that grows with every call (dynamic), or a buffer of fixed size, written in place (static)."
 
     capacity: int | None = None
-    "Most tokens of a sequence in a static cache, the prefix not counted; attention reads all of it in every call."
+    "Tokens per sequence in a static cache, without the prefix; attention reads the whole buffer in every call."
 
     logits: Literal["all", "last"] = "all"
-    "Logits of all tokens, or of each sequence's last token only, for generating (batches padded on the left)."
+    "Logits of all tokens, or of each sequence's last token only, for generation (pad batches on the left)."
 
 
 @Parameter(name="*", group=_QUANTIZATION)
 @dataclass(frozen=True, kw_only=True)
 class FormatArguments:
-    """Number format of what is quantized."""
+    """Number format of quantized operands."""
 
     number_format: NumberFormat = "int8"
-    "Of quantized weights and activations. fp8 is E4M3, for GPUs from SM89 on; all choices are made as for int8."
+    "Format of quantized weights and activations. fp8 is E4M3, for GPUs from SM89 on; the search simulates int8."
 
 
 @Parameter(name="*", group=_CHECK)
@@ -162,7 +163,7 @@ class GateArguments:
     """Limits on accuracy."""
 
     max_ppl_increase: Annotated[float | None, Parameter(name="--max-ppl-increase")] = None
-    "Largest relative perplexity increase over the unquantized model, e.g. 0.05; exit code 1 when missed."
+    "Largest relative perplexity increase over the unquantized model, such as 0.05; exit code 1 above it."
 
 
 Profiles = Literal["both", "split", "prefill", "decode"]
@@ -180,99 +181,99 @@ class BuildArguments:
     """How to build the engine plan."""
 
     backend: Literal["auto", "tensorrt", "tensorrt-rtx"] = "auto"
-    "Compiler: tensorrt where it and a GPU are present, else tensorrt-rtx, which builds on the CPU."
+    "Compiler (auto: tensorrt where TensorRT and a GPU are present, else tensorrt-rtx, which builds on the CPU)."
 
     target: Annotated[tuple[str, ...], Parameter(negative="")] = ()
-    "Compute capability such as SM86; repeat for several (default: all that the backend builds for)."
+    "Compute capability such as SM86; repeat the option for several (default: those the backend builds by default)."
 
     profiles: Profiles = "both"
-    """Uses the engine serves: prefill and decode in one plan, each in a plan of its own (OUT.prefill and OUT.decode,
-    built one after another, in less memory), or one of them. TensorRT-RTX stores the weights once per use."""
+    """Prefill and decode in one plan (both), in two plans OUT.prefill and OUT.decode, built one after another in less
+    memory (split), or one of them. TensorRT-RTX stores the weights once per profile."""
 
     max_batch: int = 1
-    "Most sequences per call."
+    "Largest number of sequences per call."
 
     typical_batch: int = 1
-    "Sequences per call that the kernels are chosen for."
+    "Number of sequences per call that kernels are chosen for."
 
     max_context: int | None = None
-    "Most tokens of a sequence (default: a static cache's capacity, else 2048 or what the model can do)."
+    "Longest sequence in tokens (default: a static cache's capacity, else 2048 or the model's limit)."
 
     max_prompt: int | None = None
-    "Most tokens in one call (default: --max-context)."
+    "Largest number of tokens in one call (default: --max-context)."
 
     typical_prompt: int = 256
-    "Tokens of a prompt that the kernels are chosen for."
+    "Prompt length in tokens that kernels are chosen for."
 
     plan_capacity: int | None = None
-    "Tokens a static cache has room for in this plan, where that is to be less than the bundle's capacity."
+    "Capacity of the static cache in this plan, if less than the bundle's capacity."
 
     optimization_level: int | None = None
     "TensorRT's builder optimization level, 0 to 5 (default: 3)."
 
     refit: Annotated[bool, Parameter(negative="")] = False
-    "Weights can be replaced by others in the finished plan."
+    "Allow other weights to be put into the finished plan."
 
     strip_weights: Annotated[bool, Parameter(negative="")] = False
-    "Leave weights out of the plan that can be put back into it from the bundle."
+    "Leave out weights that can be put back from the bundle when the plan is loaded."
 
     weight_streaming: Annotated[bool, Parameter(negative="")] = False
-    "Weights may stay in host memory and come to the GPU when they are needed."
+    "Allow weights to stay in host memory and to be copied to the GPU when they are needed."
 
     hardware_compatible: Literal["ampere-plus", "same-compute-capability"] | None = None
-    "Other GPUs the plan is to run on (tensorrt only): all from Ampere on, or those of this compute capability."
+    "Further GPUs that the plan runs on (tensorrt only): all from Ampere on, or those of this compute capability."
 
     version_compatible: Annotated[bool, Parameter(negative="")] = False
-    "The plan also runs in later versions of TensorRT (tensorrt only)."
+    "Allow the plan to run in later versions of TensorRT (tensorrt only)."
 
     timing_cache: Path | None = None
-    "File that keeps kernel timings between builds (tensorrt only); made when missing."
+    "File that keeps kernel timings between builds (tensorrt only); created if missing."
 
     ignore_memory: Annotated[bool, Parameter(negative="")] = False
-    "Build even when the estimated memory exceeds what is available."
+    "Build although the estimated memory exceeds the available memory."
 
     allow_fallback: Annotated[bool, Parameter(negative="")] = False
-    "Accept a plan in which a module planned as INT8 or FP8 runs in 16 bit."
+    "Accept a plan in which a module that was planned in INT8 or FP8 runs in 16 bit."
 
 
 @Parameter(name="*", group=_GENERATION)
 @dataclass(frozen=True, kw_only=True)
 class SamplingArguments:
-    """What is drawn, and where it ends; what is not given is as the model's generation_config.json says."""
+    """Sampling and the end of the text; defaults come from the model's generation_config.json."""
 
     max_new_tokens: int | None = None
-    "Most tokens of an answer (default: 128)."
+    "Largest number of new tokens (default: 128)."
 
     do_sample: bool | None = None
-    """Draw from the distribution instead of taking the best token; temperature, top-k, top-p, min-p or seed ask for it
-    too."""
+    """Draw from the distribution instead of taking the most probable token; temperature, top-k, top-p, min-p and seed
+    imply it."""
 
     temperature: float | None = None
     "Divides the logits."
 
     top_k: int | None = None
-    "Only the k most probable tokens; 0 for all."
+    "Draw from the k most probable tokens; 0 for all."
 
     top_p: float | None = None
-    "Only the most probable tokens that together reach this probability."
+    "Draw from the most probable tokens that together reach this probability."
 
     min_p: float | None = None
-    "Only tokens at least this share as probable as the most probable one."
+    "Draw from tokens with at least this share of the highest probability."
 
     repetition_penalty: float | None = None
-    "Makes tokens that are there already less probable, above 1."
+    "Above 1: makes tokens that occurred already less probable."
 
     seed: int | None = None
-    "Of the draws; prompt i draws with seed + i (default: another one each time)."
+    "Seed of the draws; prompt i draws with seed + i (default: a new seed each time)."
 
     stop: Annotated[tuple[str, ...], Parameter(negative="")] = ()
-    "The text ends before this; repeat for several."
+    "End the text before this string; repeat the option for several."
 
     ignore_eos: Annotated[bool | None, Parameter(negative="")] = None
-    "Go on behind tokens that end a sequence."
+    "Continue behind tokens that end a sequence."
 
     logprobs: int | None = None
-    "With --json: log-probability of each token, and of so many of the most probable ones."
+    "With --json: log-probability of each token, and of this number of most probable tokens."
 
 
 @Parameter(name="*", group=_PLAN)
@@ -284,11 +285,11 @@ class RuntimeArguments:
     "Index of the GPU (default: 0)."
 
     weight_budget: int | Literal["auto"] | None = None
-    """Bytes of weights that stay on the GPU while the rest is streamed, of a plan built with --weight-streaming; auto
-    for what TensorRT thinks fit (default: all stay)."""
+    """For a plan built with --weight-streaming: bytes of weights that stay on the GPU while the rest is streamed; auto
+    lets TensorRT decide (default: all stay)."""
 
     cuda_graphs: bool | None = None
-    "Launch a decode step over a static cache as one graph (default: yes)."
+    "Launch a decode step over a static cache as one CUDA graph (default: yes)."
 
 
 @Parameter(name="*", group=_RUN)
@@ -297,13 +298,13 @@ class RunArguments:
     """How to run."""
 
     force: Annotated[bool, Parameter(negative="")] = False
-    "Run every stage again, also those whose inputs are unchanged."
+    "Run every stage again, also stages whose inputs are unchanged."
 
     quiet: Annotated[bool, Parameter(negative="")] = False
     "Print errors only."
 
     config: Path | None = None
-    "TOML file with any of these options; a sub-command's under its own table."
+    "TOML file with any of these options; options of a command stand in a table of the command's name."
 
 
 def values(arguments: Any) -> dict[str, Any]:

@@ -17,11 +17,11 @@ def build(
     bundle: Bundle,
     /,
     *,
-    out: Annotated[Path, Parameter(help="The engine plan to write; its description goes beside it.")],
+    out: Annotated[Path, Parameter(help="Engine plan to write; its description goes beside it.")],
     build: BuildArguments = BuildArguments(),
     run_options: RunArguments = RunArguments(),
 ) -> int:
-    """Build the engine plan of a bundle, and prove from the plan in which precision each module runs."""
+    """Build the engine plan of a bundle, and read from the plan in which precision each module runs."""
     from spike_export.cli.terminal.progress_display import ProgressDisplay
     from spike_export.engines.build.reuse import provide_engine
 

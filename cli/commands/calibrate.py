@@ -25,17 +25,17 @@ def calibrate(
     model: Model,
     /,
     *,
-    work_dir: Annotated[Path, Parameter(help="Where statistics and recipe go.")],
+    work_dir: Annotated[Path, Parameter(help="Folder for statistics and recipe.")],
     corpus: CorpusArguments = CorpusArguments(),
     quantization: QuantizationArguments = QuantizationArguments(),
     dtype: DtypeArguments = DtypeArguments(),
     execution: ExecutionArguments = ExecutionArguments(),
     shard: Annotated[
-        str | None, Parameter(help="i/n: measure only the i-th of n parts of the windows, for `merge`.")
+        str | None, Parameter(help="i/n: only measure the i-th of n parts of the windows; `merge` joins the parts.")
     ] = None,
     run_options: RunArguments = RunArguments(),
 ) -> int:
-    """Measure activation spikes, choose prefix, smoothing and modules, write the recipe."""
+    """Measure activation spikes, choose prefix, smoothing and modules, and write the recipe."""
     from spike_export.calibration.statistics.partial_statistics import parse_shard, shard_samples
     from spike_export.cli.terminal.progress_display import ProgressDisplay
     from spike_export.pipeline.job import Job

@@ -18,17 +18,20 @@ def check(
     bundle: Annotated[Path, Parameter(help="Folder that export wrote; with --lint also any .onnx file.")],
     /,
     *,
-    reference: Annotated[str | None, Parameter(help="The model the bundle was made of; not with --lint.")] = None,
+    reference: Annotated[str | None, Parameter(help="Model that the bundle was made of; not with --lint.")] = None,
     lint: Annotated[
-        bool, Parameter(negative="", help="Look for what TensorRT and ONNX Runtime refuse or compute slowly.")
+        bool,
+        Parameter(negative="", help="Lint the graph: report what TensorRT or ONNX Runtime refuses or runs slowly."),
     ] = False,
-    json_file: Annotated[Path | None, Parameter(name="--json", help="With --lint: write the findings there.")] = None,
-    out: Annotated[Path | None, Parameter(help="Default: BUNDLE.check.json, beside the bundle.")] = None,
+    json_file: Annotated[Path | None, Parameter(name="--json", help="With --lint: file for the findings.")] = None,
+    out: Annotated[
+        Path | None, Parameter(help="File for the result (default: BUNDLE.check.json, beside the bundle).")
+    ] = None,
     corpus: CorpusArguments = CorpusArguments(),
     gate: GateArguments = GateArguments(),
     run_options: RunArguments = RunArguments(),
 ) -> int:
-    """Compare a bundle with the unquantized model: perplexity, top-1 agreement, KL divergence. Or lint its graph."""
+    """Compare a bundle with the unquantized model (perplexity, top-1 agreement, KL divergence), or lint its graph."""
     if lint:
         if reference is not None or out is not None:
             raise ArtifactError("check --lint looks at the graph alone; leave --reference and --out away")

@@ -16,24 +16,24 @@ def export(
     model: Model,
     /,
     *,
-    out: Annotated[Path, Parameter(help="The bundle's folder; a previous bundle there is replaced.")],
-    recipe: Annotated[Path | None, Parameter(help="Recipe that calibrate wrote, edited or not.")] = None,
+    out: Annotated[Path, Parameter(help="Folder for the bundle; a previous bundle there is replaced.")],
+    recipe: Annotated[Path | None, Parameter(help="Recipe that calibrate wrote; it may be edited.")] = None,
     quantize: Annotated[bool, Parameter(help="Quantize; --no-quantize needs no recipe.")] = True,
     dtype: Annotated[
-        DtypeArguments | None, Parameter(help="Default: the recipe's precision, or float16 without one.")
+        DtypeArguments | None, Parameter(help="Default: the recipe's precision, or float16 without a recipe.")
     ] = None,
     graph: GraphArguments = GraphArguments(),
     number_format: FormatArguments = FormatArguments(),
     prefix_in: Annotated[
         Literal["cache", "attention"],
         Parameter(
-            help="Where the prefix lives: in the cache, or before it, in attention, at the cost of a copy of the cache "
-            "per call: then onnxruntime-genai can run the bundle."
+            help="Keep the prefix in the cache, or add it in attention in every call. The latter copies the cache in every "
+            "call, and onnxruntime-genai can run the bundle."
         ),
     ] = "cache",
     run_options: RunArguments = RunArguments(),
 ) -> int:
-    """Write the ONNX bundle of a recipe."""
+    """Write the ONNX bundle of a model by a recipe."""
     from spike_export.artifacts.errors import RecipeError
 
     if quantize == (recipe is None):

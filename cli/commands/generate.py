@@ -21,31 +21,35 @@ def generate(
     /,
     *,
     prompt: Annotated[
-        tuple[str, ...], Parameter(negative="", help="Text to go on from; repeat for several, decoded together.")
+        tuple[str, ...],
+        Parameter(negative="", help="Text to continue; repeat the option to decode several prompts together."),
     ] = (),
-    prompt_file: Annotated[Path | None, Parameter(help="UTF-8 text to go on from.")] = None,
+    prompt_file: Annotated[Path | None, Parameter(help="File with UTF-8 text to continue.")] = None,
     chat: Annotated[
-        bool, Parameter(negative="", help="Prompts are a user's messages: render them by the chat template.")
+        bool, Parameter(negative="", help="The prompts are messages of a user; render them with the chat template.")
     ] = False,
-    system: Annotated[str | None, Parameter(help="With --chat: the system's message.")] = None,
+    system: Annotated[str | None, Parameter(help="With --chat: the system message.")] = None,
     sampling: SamplingArguments = SamplingArguments(),
     provider: Annotated[
-        Literal["cpu", "cuda"] | None, Parameter(help="Where ONNX Runtime computes; default: cpu.")
+        Literal["cpu", "cuda"] | None, Parameter(help="Device on which ONNX Runtime computes (default: cpu).")
     ] = None,
-    threads: Annotated[int | None, Parameter(help="Of ONNX Runtime, for one operator; default: one per core.")] = None,
+    threads: Annotated[
+        int | None, Parameter(help="Threads of ONNX Runtime per operator (default: one per core).")
+    ] = None,
     bundle: Annotated[
-        Path | None, Parameter(help="What a plan was built from; default: PLAN.run/bundle, where the main job puts it.")
+        Path | None,
+        Parameter(help="Bundle that the plan was built from (default: PLAN.run/bundle, where the main job writes it)."),
     ] = None,
     rebuild: Annotated[
-        bool, Parameter(negative="", help="Build a plan again that is of another GPU, version or bundle by now.")
+        bool, Parameter(negative="", help="Build the plan again if its GPU, version or bundle has changed.")
     ] = False,
     also: Annotated[
         tuple[Path, ...],
         Parameter(
             name="--plan-also",
             negative="",
-            help="Another plan of the same bundle, built for another context; repeat for several. A batch runs in the "
-            "one with the least context that has room for it.",
+            help="Another plan of the same bundle with another context; repeat the option for several. Each batch runs in "
+            "the plan with the least context that has room.",
         ),
     ] = (),
     runtime: RuntimeArguments = RuntimeArguments(),
@@ -54,10 +58,10 @@ def generate(
     ] = False,
     config: Annotated[Path | None, Parameter(help="TOML file with any of these options.", group="Run")] = None,
 ) -> int:
-    """Generate text with a bundle in ONNX Runtime or a plan in TensorRT, and write it as it comes."""
+    """Generate text with a bundle in ONNX Runtime or a plan in TensorRT; the text appears as it is generated."""
     prompts, changes = read_prompts(prompt, prompt_file, chat, system), option_changes(sampling)
     if "logprobs" in changes and not as_json:
-        raise ArtifactError("generate writes log-probabilities with --json only; add it, or leave --logprobs out")
+        raise ArtifactError("generate writes log-probabilities with --json only; add --json, or leave --logprobs out")
     from spike_export.cli.terminal.generated_text import write_generated
     from spike_export.cli.terminal.progress_display import ProgressDisplay
     from spike_export.engines.engine import Engine

@@ -11,17 +11,19 @@ from spike_export.cli.exit_codes import DONE, GATE_MISSED
 
 
 def inspect(
-    target: Annotated[Path, Parameter(help="A plan, a bundle's folder, or the work directory of a run.")],
+    target: Annotated[Path, Parameter(help="Plan, folder of a bundle, or work directory of a run.")],
     /,
     *,
     explain: Annotated[
         tuple[str, ...],
-        Parameter(help="Of a run: module, e.g. model.layers.11.mlp.down_proj or 11.mlp.down_proj; repeatable."),
+        Parameter(
+            help="Module of a run, such as 11.mlp.down_proj or lm_head: show why it has its precision; repeatable."
+        ),
     ] = (),
     as_json: Annotated[bool, Parameter(name="--json", negative="", help="Print JSON instead of tables.")] = False,
     run_options: RunArguments = RunArguments(),
 ) -> int:
-    """Show what a plan really runs, what a bundle holds, or what a run decided and why."""
+    """Show the precision that a plan runs in, the content of a bundle, or the choices of a run and their reasons."""
     from spike_export.cli.inspection.target import inspect_target
 
     return DONE if inspect_target(target, explain, as_json, Console()) else GATE_MISSED

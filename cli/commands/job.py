@@ -37,9 +37,9 @@ def job(
     model: Model,
     /,
     *,
-    out: Annotated[Path, Parameter(help="The engine plan to write; its description goes beside it.")],
-    work_dir: Annotated[Path | None, Parameter(help="Where all else goes (default: OUT.run).")] = None,
-    quantize: Annotated[bool, Parameter(help="Quantize; --no-quantize exports the model as it is.")] = True,
+    out: Annotated[Path, Parameter(help="Engine plan to write; its description goes beside it.")],
+    work_dir: Annotated[Path | None, Parameter(help="Folder for all other results (default: OUT.run).")] = None,
+    quantize: Annotated[bool, Parameter(help="Quantize; --no-quantize exports the model in 16 or 32 bit.")] = True,
     corpus: CorpusArguments = CorpusArguments(),
     quantization: QuantizationArguments = QuantizationArguments(),
     dtype: DtypeArguments = DtypeArguments(),
@@ -50,7 +50,7 @@ def job(
     build: BuildArguments = BuildArguments(),
     run_options: RunArguments = RunArguments(),
 ) -> int:
-    """Calibrate, choose, export, check, build and report: the whole job."""
+    """Run the whole job: calibrate, choose, export, check, build and report."""
     from spike_export.pipeline.job import Job
 
     work = Job(

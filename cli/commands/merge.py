@@ -12,13 +12,13 @@ from spike_export.cli.exit_codes import DONE
 
 
 def merge(
-    shards: Annotated[tuple[Path, ...], Parameter(help="Work directories of the shards, all of them, in any order.")],
+    shards: Annotated[tuple[Path, ...], Parameter(help="Work directories of all shards, in any order.")],
     /,
     *,
-    work_dir: Annotated[Path, Parameter(help="Where calibrate is to go on from the merged statistics.")],
+    work_dir: Annotated[Path, Parameter(help="Folder for the merged statistics; `calibrate` continues there.")],
     run_options: RunArguments = RunArguments(),
 ) -> int:
-    """Merge the statistics that `calibrate --shard` measured; `calibrate` without it goes on from there."""
+    """Merge the statistics of `calibrate --shard`; `calibrate` without --shard continues with them."""
     from spike_export.pipeline.shard_merge import merge_into
 
     samples = merge_into(work_dir, shards)

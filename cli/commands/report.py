@@ -15,7 +15,9 @@ def report(
     run_directory: Annotated[Path, Parameter(help="Work directory of a run.")],
     /,
     *,
-    engine: Annotated[Path | None, Parameter(help="engine.json of the plan, when it lies elsewhere.")] = None,
+    engine: Annotated[
+        Path | None, Parameter(help="engine.json of the plan, if it lies outside the work directory.")
+    ] = None,
     run_options: RunArguments = RunArguments(),
 ) -> int:
     """Write the HTML page of a run."""
