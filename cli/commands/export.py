@@ -27,8 +27,8 @@ def export(
     prefix_in: Annotated[
         Literal["cache", "attention"],
         Parameter(
-            help="Keep the prefix in the cache, or add it in attention in every call. The latter copies the cache in every "
-            "call, and onnxruntime-genai can run the bundle."
+            help="Keep the prefix in the cache, or add it in attention in every call. In attention, every call copies "
+            "the cache, and onnxruntime-genai can run the bundle."
         ),
     ] = "cache",
     run_options: RunArguments = RunArguments(),

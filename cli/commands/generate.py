@@ -48,8 +48,8 @@ def generate(
         Parameter(
             name="--plan-also",
             negative="",
-            help="Another plan of the same bundle with another context; repeat the option for several. Each batch runs in "
-            "the plan with the least context that has room.",
+            help="Another plan of the same bundle with another context; repeat the option for several. Each batch runs "
+            "in the plan with the least context that has room.",
         ),
     ] = (),
     runtime: RuntimeArguments = RuntimeArguments(),
