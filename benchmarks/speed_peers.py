@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -248,17 +249,19 @@ def _in_torch(folder: Path, sequences: Sequences, threads: int, _: OpenOnnx) -> 
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     tokens = torch.from_numpy(sequences.tokens[None])
     prompt, last = tokens[:, :-1], tokens[:, -1:]
+    # transformers 5.24 renamed the argument.
+    name = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
     cache = DynamicCache()
     with torch.inference_mode():
-        model(prompt, past_key_values=cache)
+        model(prompt, **{name: cache})
 
     def prefill() -> None:
         with torch.inference_mode():
-            model(prompt, past_key_values=DynamicCache())
+            model(prompt, **{name: DynamicCache()})
 
     def decode() -> None:
         with torch.inference_mode():
-            model(last, past_key_values=cache)
+            model(last, **{name: cache})
             cache.crop(-1)
 
     return prefill, decode

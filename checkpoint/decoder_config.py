@@ -7,9 +7,7 @@ from typing import Any
 from spike_export.artifacts.errors import CheckpointError, one_line
 from spike_export.checkpoint.factors import Factors
 from spike_export.checkpoint.families import FAMILIES, Experts, Family
-
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
-"""Rope kinds, as HF names them."""
+from spike_export.checkpoint.rope_frequencies import ROPE_TYPES, RopeScaling, frequencies
 
 _SIZES = (
     "vocab_size",
@@ -88,10 +86,12 @@ class DecoderConfig:
         """The kinds of layers that have ropes of their own, in the order of their first layers."""
         return tuple(dict.fromkeys(self.layer_rope(index) for index in range(self.num_hidden_layers)))
 
-    def rope_parameters(self, kind: str | None) -> Mapping[str, Any]:
-        """Return HF's parameters of the rope that layers of this kind have."""
+    def rope(self, kind: str | None) -> RopeScaling:
+        """Return the rope that layers of this kind have."""
         parameters: Mapping[str, Any] = self.hf["rope_parameters"]
-        return parameters if kind is None else parameters[kind]
+        return RopeScaling(
+            parameters if kind is None else parameters[kind], self.head_dim, self.max_position_embeddings
+        )
 
     @property
     def windows(self) -> tuple[int | None, ...]:
@@ -126,13 +126,12 @@ def decoder_config(raw: Mapping[str, Any], place: str) -> DecoderConfig:
         hf = AutoConfig.for_model(family.model_type, **settings)
     except Exception as error:  # whatever a damaged file makes transformers raise
         raise CheckpointError(f"{place}: transformers refuses this configuration: {one_line(error)}") from error
-    _check_rope(hf, place)
     if getattr(hf, "use_bidirectional_attention", False):
         raise CheckpointError(
             f"{place}: its attention looks ahead (an embedding model); only text generators are supported"
         )
     eos = hf.eos_token_id
-    return DecoderConfig(
+    config = DecoderConfig(
         family=family,
         hf=hf.to_dict(),
         vocab_size=hf.vocab_size,
@@ -152,6 +151,9 @@ def decoder_config(raw: Mapping[str, Any], place: str) -> DecoderConfig:
         bos_token_id=hf.bos_token_id,
         eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
     )
+    for kind in config.ropes:
+        _check_rope(config, kind, place)
+    return config
 
 
 def _mixture(experts: Experts | None, hf: Any, place: str) -> dict[str, Any]:
@@ -197,29 +199,25 @@ def _check_activation(family: Family, raw: Mapping[str, Any], place: str) -> Non
         )
 
 
-def _check_rope(hf: Any, place: str) -> None:
+def _check_rope(config: DecoderConfig, kind: str | None, place: str) -> None:
     """Refuse a rope kind that is not known, and parameters that make no frequencies."""
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    parameters = hf.rope_parameters or {}
-    # One rope, or one per kind of layer (Gemma 3).
-    nested = {kind: value for kind, value in parameters.items() if isinstance(value, Mapping)}
-    for kind, rope in (nested or {None: parameters}).items():
-        rope_type = str(rope.get("rope_type", "default"))
-        if rope_type not in ROPE_TYPES:
-            supported = ", ".join(ROPE_TYPES)
-            raise CheckpointError(f"{place}: rope type {rope_type!r} is not supported (supported: {supported})")
-        if rope_type == "default":
-            continue
-        try:
-            # Within the original length and beyond it, where kinds that look at the length read other parameters.
-            original = rope.get("original_max_position_embeddings", hf.max_position_embeddings)
-            for length in (None, original + 1):
-                ROPE_INIT_FUNCTIONS[rope_type](hf, None, seq_len=length, layer_type=kind)
-        except Exception as error:  # whatever numbers of the wrong kind or count make torch raise
-            raise CheckpointError(
-                f"{place}: rope_parameters of type {rope_type!r} are damaged: {one_line(error)}"
-            ) from error
+    rope = config.rope(kind)
+    if rope.kind not in ROPE_TYPES:
+        supported = ", ".join(ROPE_TYPES)
+        raise CheckpointError(f"{place}: rope type {rope.kind!r} is not supported (supported: {supported})")
+    try:
+        # Within the original length and beyond it, where kinds that look at the length read other parameters.
+        for length in (1, max(rope.positions, rope.original_positions) + 1):
+            frequencies(rope, length)
+    except Exception as error:  # whatever numbers of the wrong kind or count make torch raise
+        raise CheckpointError(
+            f"{place}: rope_parameters of type {rope.kind!r} are damaged: {one_line(error)}"
+        ) from error
+    if rope.channels != config.head_dim and not config.family.partial_rotation:
+        raise CheckpointError(
+            f"{place}: partial_rotary_factor {rope.parameters['partial_rotary_factor']} rotates {rope.channels} of "
+            f"{config.head_dim} channels, which {config.family.model_type} models cannot do"
+        )
 
 
 def _biased(family: Family, hf: Any) -> frozenset[str]:

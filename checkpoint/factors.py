@@ -11,6 +11,7 @@ class Factors:
 
     Attributes:
         embedding: What embeddings are multiplied by.
+        rounds_embedding: Whether that number is first rounded to the decoder's dtype.
         attention: What scores are multiplied by; None for 1 / sqrt(head_dim).
         residual: What a block's output is multiplied by before it is added to the residual stream.
         logits: What logits are divided by.
@@ -19,6 +20,7 @@ class Factors:
     """
 
     embedding: float = 1.0
+    rounds_embedding: bool = False
     attention: float | None = None
     residual: float = 1.0
     logits: float = 1.0
@@ -33,13 +35,14 @@ def no_factors(_: Mapping[str, Any]) -> Factors:
 
 def gemma_factors(hf: Mapping[str, Any]) -> Factors:
     """Return Gemma's: embeddings times the root of their width."""
-    return Factors(embedding=hf["hidden_size"] ** 0.5)
+    return Factors(embedding=hf["hidden_size"] ** 0.5, rounds_embedding=True)
 
 
 def gemma2_factors(hf: Mapping[str, Any]) -> Factors:
     """Return Gemma 2's: a width of its own that scores are divided by the root of, and bounds."""
     return Factors(
         embedding=hf["hidden_size"] ** 0.5,
+        rounds_embedding=True,
         attention=hf["query_pre_attn_scalar"] ** -0.5,
         attention_softcap=hf["attn_logit_softcapping"],
         final_softcap=hf["final_logit_softcapping"],
@@ -50,6 +53,7 @@ def gemma3_factors(hf: Mapping[str, Any]) -> Factors:
     """Return Gemma 3's, whose scores have no bound, whatever the configuration says."""
     return Factors(
         embedding=hf["hidden_size"] ** 0.5,
+        rounds_embedding=True,
         attention=hf["query_pre_attn_scalar"] ** -0.5,
         final_softcap=hf["final_logit_softcapping"],
     )

@@ -52,6 +52,10 @@ class Family:
             there is such a list).
         activation: The gate's function.
         norm_offset: What an RMSNorm adds to its stored weight before it multiplies: 1 for Gemma's (1 + w).
+        float32_gain: Whether an RMSNorm rounds to the decoder's dtype after it has multiplied by its weight, instead
+            of before.
+        float32_rotation: Whether rope's cosines and sines stay float32 where the decoder's dtype is another.
+        partial_rotation: Whether `partial_rotary_factor` tells how many of a head's channels are rotated.
         attention_norm: The norm in front of attention; None where attention reads the residual stream itself.
         mlp_norm: The norm in front of the feed-forward block; None likewise.
         post_norms: Norms behind attention and behind the feed-forward block, inside the residual branch (sandwich
@@ -68,6 +72,9 @@ class Family:
     sliding_window: bool = False
     activation: Activation = "silu"
     norm_offset: float = 0.0
+    float32_gain: bool = False
+    float32_rotation: bool = False
+    partial_rotation: bool = False
     attention_norm: str | None = "input_layernorm"
     mlp_norm: str | None = "post_attention_layernorm"
     post_norms: tuple[str, ...] = ()
@@ -96,13 +103,21 @@ _ROWS = (
         sliding_window=True,
         experts=Experts("block_sparse_moe", gate="w1", up="w3", down="w2", size="intermediate_size"),
     ),
-    Family("gemma", "GemmaForCausalLM", activation="gelu_pytorch_tanh", norm_offset=1.0, factors=gemma_factors),
+    Family(
+        "gemma",
+        "GemmaForCausalLM",
+        activation="gelu_pytorch_tanh",
+        norm_offset=1.0,
+        float32_gain=True,
+        factors=gemma_factors,
+    ),
     Family(
         "gemma2",
         "Gemma2ForCausalLM",
         sliding_window=True,
         activation="gelu_pytorch_tanh",
         norm_offset=1.0,
+        float32_gain=True,
         mlp_norm="pre_feedforward_layernorm",
         post_norms=_POST_NORMS,
         factors=gemma2_factors,
@@ -113,6 +128,7 @@ _ROWS = (
         sliding_window=True,
         activation="gelu_pytorch_tanh",
         norm_offset=1.0,
+        float32_gain=True,
         mlp_norm="pre_feedforward_layernorm",
         post_norms=_POST_NORMS,
         qk_norm="head",
@@ -120,9 +136,16 @@ _ROWS = (
     ),
     Family("granite", "GraniteForCausalLM", factors=granite_factors),
     Family(
-        "olmo2", "Olmo2ForCausalLM", attention_norm=None, mlp_norm=None, post_norms=_POST_NORMS, qk_norm="projection"
+        "olmo2",
+        "Olmo2ForCausalLM",
+        float32_gain=True,
+        float32_rotation=True,
+        attention_norm=None,
+        mlp_norm=None,
+        post_norms=_POST_NORMS,
+        qk_norm="projection",
     ),
-    Family("phi3", "Phi3ForCausalLM", sliding_window=True, fused_projections=True),
+    Family("phi3", "Phi3ForCausalLM", sliding_window=True, partial_rotation=True, fused_projections=True),
     # Qwen2 and Qwen2.5.
     Family("qwen2", "Qwen2ForCausalLM", sliding_window=True, biased=_QKV),
     Family("qwen3", "Qwen3ForCausalLM", sliding_window=True, qk_norm="head"),

@@ -15,6 +15,7 @@ from spike_export.checkpoint.checkpoint import Checkpoint, validate_shapes
 from spike_export.checkpoint.decoder_config import DecoderConfig, decoder_config, tensor_shapes
 from spike_export.checkpoint.families import FAMILIES
 from spike_export.checkpoint.file_hash import hash_files
+from spike_export.checkpoint.rope_frequencies import RopeScaling, frequencies
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,7 +51,8 @@ _THETA = 10000.0
 """Rope base where a file names none; ggml's default, also for the sliding layers of Gemma 3."""
 
 # LLaMA 3's published rope parameters besides the factor; a GGUF file stores only their effect.
-_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+_LLAMA3_LENGTH = 8192
+_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": _LLAMA3_LENGTH}
 _LLAMA3_DIVISORS = "rope_freqs.weight"
 
 
@@ -346,15 +348,14 @@ def _llama3_scaling(divisors: NDArray[np.float64], theta: float, path: Path) -> 
     The divisors follow from (theta, factor) and the published constants; the factor is the largest of them. The
     formula is evaluated and compared, so that any other scaling is refused rather than approximated.
     """
-    import torch
-    from transformers import LlamaConfig
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
     settings = {"rope_type": "llama3", "rope_theta": theta, "factor": float(divisors.max()), **_LLAMA3}
-    config = LlamaConfig(hidden_size=2 * len(divisors), num_attention_heads=1, rope_parameters=settings)
-    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     plain = theta ** (-np.arange(len(divisors)) / len(divisors))
-    if not np.allclose(plain / scaled.double().numpy(), divisors, rtol=1e-3):
+    try:
+        scaled = frequencies(RopeScaling(settings, 2 * len(divisors), _LLAMA3_LENGTH), _LLAMA3_LENGTH)
+        known = np.allclose(plain / scaled.inverse.double().numpy(), divisors, rtol=1e-3)
+    except ValueError:
+        known = False
+    if not known:
         raise CheckpointError(f"{path}: rope_freqs.weight is not LLaMA 3's scaling; this rope is not supported")
     return settings
 

@@ -49,7 +49,7 @@ def require_capacity(options: CacheOptions, config: DecoderConfig) -> None:
     """
     if options.capacity is None:
         return
-    ropes = {str(config.rope_parameters(kind)["rope_type"]) for kind in config.ropes}
+    ropes = {config.rope(kind).kind for kind in config.ropes}
     by_length = sorted(ropes & LENGTH_DEPENDENT_ROPES)
     if by_length:
         raise RecipeError(

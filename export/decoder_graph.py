@@ -29,7 +29,7 @@ from spike_export.export.head import emit_head
 from spike_export.export.kv_cache import DynamicCache, KvCache
 from spike_export.export.last_token import last_token
 from spike_export.export.norm import rms_norm
-from spike_export.export.rope import RopeEmitter, RotaryTables
+from spike_export.export.rope import RopeEmitter
 from spike_export.export.sparse_moe import sparse_moe
 from spike_export.export.static_cache import static_cache
 from spike_export.export.weight_layout import read_matrix
@@ -47,8 +47,7 @@ def build_decoder(checkpoint: Checkpoint, plan: GraphPlan) -> ir.Model:
     b, config = emission.builder, emission.config
     ids = b.input("input_ids", INT64, ["batch", "sequence"])
     cache, context = _cache(emission, ids)
-    tables = RotaryTables(config)
-    ropes = {kind: RopeEmitter(emission, context.positions, tables, kind).emit() for kind in config.ropes}
+    ropes = {kind: RopeEmitter(emission, context.positions, kind).emit() for kind in config.ropes}
     attention = AttentionEmitter(emission, context, cache, ropes)
     shape = (config.vocab_size, config.hidden_size)
     embedding = b.streamed(EMBEDDING, emission.dtype, shape, partial(read_matrix, checkpoint, EMBEDDING))

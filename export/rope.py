@@ -2,21 +2,17 @@
 
 The length is each row's own, so that a row does not depend on its neighbours; transformers takes the longest row's.
 
-The tables are made by transformers' own rotary module of the family, so that scaling is exactly the reference's, a
-factor on the attention (yarn, longrope) included.
+The tables are those of the calibration's decoder, a factor on the attention (yarn, longrope) included.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from spike_export.calibration.decoder.layerwise import empty_decoder
-from spike_export.checkpoint.decoder_config import DecoderConfig
+from spike_export.checkpoint.rope_frequencies import RopeScaling, frequencies
 from spike_export.export.emission import Emission
 
 FLOAT, BOOL = ir.DataType.FLOAT, ir.DataType.BOOL
@@ -48,32 +44,12 @@ class Rope:
         return emission.builder.op("RotaryEmbedding", inputs, module, label=f"{name}_rotary", attributes=partial)
 
 
-@dataclass(frozen=True)
-class RotaryTables:
-    """transformers' rotary module of a decoder."""
+def rotary_tables(scaling: RopeScaling, positions: int) -> tuple[Table, Table]:
+    """Return cos and sin of positions 0.., each [positions, rotated channels / 2] float32."""
+    from spike_export.calibration.decoder.rotary import rotary_at
 
-    config: DecoderConfig
-
-    @cached_property
-    def _module(self) -> Any:
-        return empty_decoder(self.config).rotary_emb
-
-    def rows(self, positions: int, kind: str | None = None) -> tuple[Table, Table]:
-        """Return cos and sin of positions 0.., each [positions, rotated channels / 2] float32, of one kind of layer."""
-        import torch
-
-        arguments = {} if kind is None else {"layer_type": kind}
-        with torch.inference_mode():
-            tables = self._module(torch.zeros(1), torch.arange(positions)[None], **arguments)
-        # HF repeats the frequencies for both halves of a head; the ONNX operator wants them once.
-        cos, sin = (np.ascontiguousarray(table[0, :, : table.shape[-1] // 2].numpy(), np.float32) for table in tables)
-        return cos, sin
-
-    def inverse_frequencies(self, kind: str | None = None) -> Table:
-        """Return the angles per position without regard to the length, [rotated channels / 2] float32."""
-        stem = "" if kind is None else f"{kind}_"
-        frequencies: Table = getattr(self._module, f"{stem}original_inv_freq").numpy()
-        return frequencies
+    found = rotary_at(scaling, 0, positions)
+    return found.cos.numpy(), found.sin.numpy()
 
 
 @dataclass(frozen=True)
@@ -82,22 +58,20 @@ class RopeEmitter:
 
     Attributes:
         positions: [batch, sequence] int64.
-        tables: Of the decoder.
         kind: The kind of layer, or None where all have the same rope.
     """
 
     emission: Emission
     positions: ir.Value
-    tables: RotaryTables
     kind: str | None
 
     def emit(self) -> Rope:
         """Append the nodes, computed once per call."""
-        return _BY_TYPE.get(str(self._parameters["rope_type"]), RopeEmitter._tabulated)(self)
+        return _BY_TYPE.get(self._scaling.kind, RopeEmitter._tabulated)(self)
 
     @property
-    def _parameters(self) -> Mapping[str, Any]:
-        return self.emission.config.rope_parameters(self.kind)
+    def _scaling(self) -> RopeScaling:
+        return self.emission.config.rope(self.kind)
 
     @property
     def _module(self) -> str:
@@ -119,14 +93,14 @@ class RopeEmitter:
 
     def _tabulated(self) -> Rope:
         """A position alone says how it is rotated."""
-        return self._rope(*self.tables.rows(self._rows, self.kind), self.positions)
+        return self._rope(*rotary_tables(self._scaling, self._rows), self.positions)
 
     def _longrope(self) -> Rope:
         """Two tables, one behind the other: of sequences within the original length, and of longer ones."""
-        original = int(self._parameters["original_max_position_embeddings"])
+        original = self._scaling.original_positions
         if self._rows <= original:
             return self._tabulated()
-        both = (self.tables.rows(rows, self.kind) for rows in (original, self._rows))
+        both = (rotary_tables(self._scaling, rows) for rows in (original, self._rows))
         cos, sin = (np.concatenate(pair) for pair in zip(*both, strict=True))
         b = self.emission.builder
         last = self._op("ReduceMax", b.cast(self.positions, FLOAT), b.integers(1), label="last_position")
@@ -141,8 +115,8 @@ class RopeEmitter:
         (1 + factor * (n - L) / L) ** (2 i / (c - 2)); transformers writes this as a power of the base.
         """
         b, limit = self.emission.builder, self.emission.config.max_position_embeddings
-        factor = float(self._parameters["factor"])
-        plain = self.tables.inverse_frequencies(self.kind)
+        factor = float(self._scaling.parameters["factor"])
+        plain = frequencies(self._scaling, limit).inverse.numpy()
         half = len(plain)
         positions = self._op("Unsqueeze", b.cast(self.positions, FLOAT), b.integers(2), label="columns")
         last = self._op("ReduceMax", positions, b.integers(1), label="last_position")
@@ -154,8 +128,8 @@ class RopeEmitter:
         exponents = b.initializer(f"{self._module}.exponents", -(np.arange(half) / (half - 1)).astype(np.float32))
         slower = self._op("Pow", ratio, exponents, label="slower")
         stored = b.initializer(f"{self._module}.inv_freq", plain)
-        frequencies = self._op("Mul", slower, stored, label="frequencies")
-        angles = self._op("Mul", positions, frequencies, label="angles")
+        rotated = self._op("Mul", slower, stored, label="frequencies")
+        angles = self._op("Mul", positions, rotated, label="angles")
         cos, sin = (self.emission.cast(self._op(kind, angles, label=kind.lower())) for kind in ("Cos", "Sin"))
         return Rope(cos, sin, None, self._partial(2 * half))
 

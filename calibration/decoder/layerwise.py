@@ -1,15 +1,14 @@
 """The unquantized decoder in torch, forwarded one layer at a time over all windows.
 
 A layer is read, applied to every window, and (unless it is to stay) dropped: memory holds one layer, or the head, and
-the windows' activations, which go to a file when they are many. Each layer is transformers' own, called with the
-arguments that transformers' decoder passes it, so that the result is that of a whole-model pass, bit for bit.
+the windows' activations, which go to a file when they are many. The result is that of a whole-model pass, bit for bit.
 """
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,17 +18,18 @@ from numpy.typing import NDArray
 from spike_export.artifacts.progress import Progress, silent
 from spike_export.artifacts.recipe import HEAD_WEIGHTS, SMOOTHED_HEAD, Dtype, HeadScheme, SmoothingPlan
 from spike_export.calibration.decoder.activations import Activations
-from spike_export.calibration.decoder.attention_products import registered_attention
 from spike_export.calibration.decoder.heap import return_freed_memory
 from spike_export.calibration.decoder.simulate import QuantizedWeights, fake_quantize_tokens
 from spike_export.calibration.decoder.smoothing import plan_scales
-from spike_export.calibration.decoder.sparse_moe import sparse_moe
 from spike_export.checkpoint.checkpoint import EMBEDDING, LM_HEAD, Checkpoint
 from spike_export.checkpoint.decoder_config import DecoderConfig, layer_shapes
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from spike_export.calibration.decoder.attention import AttentionContext, KeyValue
+    from spike_export.calibration.decoder.layer import DecoderLayer, TorchDecoder
 
 BATCH_TOKENS = 1024
 """Tokens per forward call: large enough for fast matrix products, small enough for some hundred MB of activations."""
@@ -62,80 +62,10 @@ class Execution:
     scratch: Path | None = None
 
 
-def hf_config(config: DecoderConfig) -> Any:
-    """Return transformers' configuration object."""
-    from transformers import AutoConfig
-
-    settings = {key: value for key, value in config.hf.items() if key != "model_type"}
-    return AutoConfig.for_model(config.family.model_type, **settings)
-
-
-def empty_decoder(config: DecoderConfig, dtype: Dtype = "float32") -> Any:
-    """Return transformers' decoder on the meta device (no memory), its rope tables on the CPU."""
-    import torch
-    from transformers import AutoModel
-
-    settings = hf_config(config)
-    with torch.device("meta"):
-        attention = registered_attention()
-        decoder = AutoModel.from_config(settings, attn_implementation=attention, dtype=getattr(torch, dtype))
-        if config.family.experts:
-            for layer in decoder.layers:
-                layer.mlp = sparse_moe(config).to(getattr(torch, dtype))
-                # Under the checkpoint's name too, where the layer's forward calls it by another.
-                setattr(layer, config.family.feed_forward, layer.mlp)
-    # It matters in training only, and need not be among the rows that are read.
-    decoder.embed_tokens.padding_idx = None
-    # What no checkpoint holds, rope frequencies and the embedding's factor (Gemma), is made outside the meta device.
-    decoder.rotary_emb = type(decoder.rotary_emb)(settings)
-    scale = getattr(decoder.embed_tokens, "scalar_embed_scale", None)
-    if scale is not None:
-        decoder.embed_tokens.embed_scale = torch.tensor(scale)
-    return decoder.eval().requires_grad_(False)
-
-
 def batches(windows: NDArray[np.int64], tokens: int = BATCH_TOKENS) -> list[NDArray[np.int64]]:
     """Split [samples, length] windows into forward batches of about `tokens` tokens."""
     size = max(1, tokens // max(1, windows.shape[1]))
     return [windows[start : start + size] for start in range(0, len(windows), size)]
-
-
-class _Stub:
-    """Stands in for a decoder layer: passes the states through and keeps the arguments that it was called with."""
-
-    def __new__(cls, sink: list[dict[str, Any]]) -> Any:
-        from torch import nn
-
-        class Stub(nn.Module):
-            def forward(self, states: "torch.Tensor", **arguments: Any) -> "torch.Tensor":
-                sink.append(arguments)
-                return states
-
-        return Stub()
-
-
-class _AfterPrefix:
-    """The one thing a layer asks of a cache: new keys and values behind those of the prefix."""
-
-    def __init__(self, key: "torch.Tensor", value: "torch.Tensor") -> None:
-        self.key, self.value = key, value
-
-    def update(self, key: "torch.Tensor", value: "torch.Tensor", *_: Any) -> "tuple[torch.Tensor, torch.Tensor]":
-        import torch
-
-        before = (states.expand(len(key), -1, -1, -1) for states in (self.key, self.value))
-        return tuple(torch.cat([old, new], dim=2) for old, new in zip(before, (key, value), strict=True))  # type: ignore[return-value]
-
-
-class _Capture:
-    """A cache that is empty and keeps what it is given."""
-
-    key: "torch.Tensor"
-    value: "torch.Tensor"
-
-    def update(self, key: "torch.Tensor", value: "torch.Tensor", *_: Any) -> "tuple[torch.Tensor, torch.Tensor]":
-        self.key, self.value = key, value
-        return key, value
 
 
 @dataclass
@@ -164,7 +94,7 @@ class Decoder:
     checkpoint: Checkpoint
     execution: Execution = Execution()
     meter: Meter = field(default_factory=Meter, repr=False)
-    _skeleton: list[Any] = field(default_factory=list, repr=False)
+    _skeleton: "list[TorchDecoder]" = field(default_factory=list, repr=False)
     _resident: dict[str, Any] = field(default_factory=dict, repr=False)
     _int8_heads: dict[SmoothingPlan | None, QuantizedWeights] = field(default_factory=dict, repr=False)
 
@@ -174,10 +104,14 @@ class Decoder:
         return self.checkpoint.config
 
     @property
-    def skeleton(self) -> Any:
-        """transformers' decoder; its layers are empty unless they are resident or in use."""
+    def skeleton(self) -> "TorchDecoder":
+        """The modules; the layers are empty unless they are resident or in use."""
+        import torch
+
+        from spike_export.calibration.decoder.layer import empty_decoder
+
         if not self._skeleton:
-            self._skeleton.append(empty_decoder(self.config, self.execution.dtype))
+            self._skeleton.append(empty_decoder(self.config, getattr(torch, self.execution.dtype)))
         return self._skeleton[0]
 
     def _read(self, name: str) -> "torch.Tensor":
@@ -199,9 +133,9 @@ class Decoder:
         return tensor
 
     @contextmanager
-    def layer(self, index: int) -> "Iterator[nn.Module]":
+    def layer(self, index: int) -> "Iterator[DecoderLayer]":
         """Within the block, the layer has its weights, on the first device."""
-        layer: nn.Module = self.skeleton.layers[index]
+        layer = cast("DecoderLayer", self.skeleton.layers[index])
         if index not in self._resident.get("layers", ()):
             for name in layer_shapes(self.config):
                 self._assign(layer, name, self._read(f"model.layers.{index}.{name}"))
@@ -250,7 +184,7 @@ class Decoder:
         self.meter.layers = self.config.num_hidden_layers
         self.meter.token_layers += windows.size * count
         with torch.inference_mode():
-            calls = {part.shape: self._arguments(part.shape, len(prefix)) for part in parts}
+            places = self._contexts(windows.shape[1], len(prefix))
             shapes = [(*part.shape, self.config.hidden_size) for part in parts]
             setting = self.execution
             states = Activations.allocate(shapes, setting.dtype, setting.activation_bytes, setting.scratch)
@@ -259,7 +193,7 @@ class Decoder:
             for index in range(count):
                 with self.layer(index) as layer:
                     past = run_prefix.through(index, layer)
-                    self._apply(index, layer, states, [calls[part.shape][index] for part in parts], past, visits)
+                    self._apply(index, layer, states, replace(places[index], past=past), visits)
                 progress("layers", index + 1, count)
         return states
 
@@ -284,7 +218,6 @@ class Decoder:
     def _embed(self, parts: Sequence[NDArray[np.int64]], states: Activations) -> None:
         import torch
 
-        embedding = self.skeleton.embed_tokens
         if self.execution.resident:
             weight, places = self._kept(EMBEDDING), list(parts)
         else:
@@ -294,45 +227,35 @@ class Decoder:
             places = [np.searchsorted(used, part) for part in parts]
         self._assign(self.skeleton, "embed_tokens.weight", weight)
         for index, part in enumerate(places):
-            embedded = embedding(torch.from_numpy(part).to(self.execution.devices[0]))
-            # Gemma's factor is the embedding's own; Granite's decoder multiplies when it is given tokens.
-            states.put(index, embedded * getattr(self.skeleton, "embedding_multiplier", 1))
+            states.put(index, self.skeleton.embedded(torch.from_numpy(part).to(self.execution.devices[0])))
         if not self.execution.resident:
-            _drop(embedding)
+            _drop(self.skeleton.embed_tokens)
 
-    def _arguments(self, shape: tuple[int, ...], past: int) -> list[dict[str, Any]]:
-        """Return what transformers' decoder would pass to each layer for tokens [batch, length] behind a past."""
+    def _contexts(self, tokens: int, past: int) -> "list[AttentionContext]":
+        """Return what each layer is told about sequences of `tokens` tokens behind a prefix of `past`, without it.
+
+        Layers of one kind share the tensors.
+        """
         import torch
-        from torch import nn
-        from transformers import DynamicCache
 
-        calls: list[dict[str, Any]] = []
-        decoder, config = self.skeleton, self.config
-        cache = None
-        if past:
-            cache = DynamicCache()
-            empty = torch.zeros(shape[0], config.num_key_value_heads, past, config.head_dim)
-            for index in range(config.num_hidden_layers):
-                cache.update(empty, empty, index)
-        layers, norm, rotary = decoder.layers, decoder.norm, decoder.rotary_emb
-        # Dynamic scaling remembers the longest sequence that it has seen: every call is a fresh sequence.
-        decoder.rotary_emb = copy.deepcopy(rotary)
-        decoder.layers = nn.ModuleList(_Stub(calls) for _ in layers)
-        decoder.norm = nn.Identity()
-        try:
-            states = torch.zeros(*shape, config.hidden_size, dtype=getattr(torch, self.execution.dtype))
-            decoder(inputs_embeds=states, past_key_values=cache, use_cache=cache is not None)
-        finally:
-            decoder.layers, decoder.norm, decoder.rotary_emb = layers, norm, rotary
-        return [_prefix_visible(arguments, past) for arguments in calls]
+        from spike_export.calibration.decoder.attention import AttentionContext, visible
+        from spike_export.calibration.decoder.rotary import rotary_at
+
+        config = self.config
+        dtype = torch.float32 if config.family.float32_rotation else getattr(torch, self.execution.dtype)
+        rotaries = {kind: rotary_at(config.rope(kind), past, tokens).to(dtype) for kind in config.ropes}
+        masks = {window: visible(past, tokens, window) for window in config.windows}
+        return [
+            AttentionContext(rotaries[config.layer_rope(index)], masks[config.layer_window(index)])
+            for index in range(config.num_hidden_layers)
+        ]
 
     def _apply(
         self,
         index: int,
-        layer: "nn.Module",
+        layer: "DecoderLayer",
         states: Activations,
-        calls: Sequence[dict[str, Any]],
-        past: "_AfterPrefix | None",
+        context: "AttentionContext",
         visits: Sequence[Visit],
     ) -> None:
         devices = self.execution.devices
@@ -345,12 +268,10 @@ class Decoder:
             with torch.inference_mode(), ExitStack() as stack:
                 for visit in visits:
                     stack.enter_context(visit(index, module))
-                cache = past and _AfterPrefix(past.key.to(device), past.value.to(device))
-                for part in range(place, len(calls), len(devices)):
-                    _note(module, part, states.shapes[part])
-                    arguments = {**_on_device(calls[part], device), "past_key_values": cache}
-                    output = module(states.get(part, device), **arguments)
-                    states.put(part, output[0] if isinstance(output, tuple) else output)
+                told = context.to(device)
+                for part in range(place, len(states), len(devices)):
+                    module.batch, module.shape = part, states.shapes[part][:2]
+                    states.put(part, module(states.get(part, device), told))
 
         if len(devices) == 1:
             share(0)
@@ -377,22 +298,21 @@ class _PrefixStream:
         self.states: Any = None
         if prefix:
             tokens = np.array([list(prefix)], np.int64)
-            self.calls = decoder._arguments(tokens.shape, 0)
-            self.device = decoder.execution.devices[0]
+            device = decoder.execution.devices[0]
+            self.contexts = [each.to(device) for each in decoder._contexts(len(prefix), 0)]
             shape = (*tokens.shape, decoder.config.hidden_size)
             held = Activations.allocate([shape], decoder.execution.dtype, decoder.execution.activation_bytes, None)
             decoder._embed([tokens], held)
-            self.states = held.get(0, self.device)
+            self.states = held.get(0, device)
 
-    def through(self, index: int, layer: "nn.Module") -> _AfterPrefix | None:
-        """Pass one layer; return its keys and values [1, kv_heads, prefix, head_dim], or None without a prefix."""
+    def through(self, index: int, layer: "DecoderLayer") -> "KeyValue | None":
+        """Pass one layer; return what its attention caches, or None without a prefix."""
         if self.states is None:
             return None
-        cache = _Capture()
-        arguments = {**_on_device(self.calls[index], self.device), "past_key_values": cache}
-        output = layer(self.states, **arguments)
-        self.states = output[0] if isinstance(output, tuple) else output
-        return _AfterPrefix(cache.key, cache.value)
+        seen: list[KeyValue] = []
+        with layer.self_attn.watched(seen):
+            self.states = layer(self.states, self.contexts[index])
+        return seen[0]
 
 
 class Head:
@@ -444,13 +364,8 @@ class Head:
             return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def _note(layer: Any, batch: int, shape: tuple[int, ...]) -> None:
-    """Tell the visits which batch [samples, length] is under way."""
-    layer.batch, layer.shape = batch, shape[:2]
-
-
 def _drop(module: "nn.Module") -> None:
-    """Give the parameters' memory back; buffers (Gemma's embedding factor) stay, because no checkpoint holds them."""
+    """Give the parameters' memory back."""
     import torch
     from torch import nn
 
@@ -458,28 +373,3 @@ def _drop(module: "nn.Module") -> None:
         empty = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
         owner, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(owner), leaf, empty)
-
-
-def _on_device(value: Any, device: str) -> Any:
-    """Move the tensors inside a layer's arguments."""
-    import torch
-
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    if isinstance(value, tuple):
-        return tuple(_on_device(part, device) for part in value)
-    if isinstance(value, dict):
-        return {key: _on_device(part, device) for key, part in value.items()}
-    return value
-
-
-def _prefix_visible(arguments: dict[str, Any], past: int) -> dict[str, Any]:
-    """Let every token see the prefix, also where a sliding window would have left it behind, as the graph does."""
-    import torch
-
-    mask = arguments.get("attention_mask")
-    if past and isinstance(mask, torch.Tensor):
-        mask = mask.clone()
-        mask[..., :past] = True if mask.dtype == torch.bool else 0.0
-        return {**arguments, "attention_mask": mask}
-    return arguments

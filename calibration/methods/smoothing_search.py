@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spike_export.artifacts.recipe import QMAX, ActivationRange, ActivationScheme, SmoothingPlan, WeightScheme
+from spike_export.calibration.decoder.routing import routed_positions
 from spike_export.calibration.decoder.simulate import fake_quantize, fake_quantize_tokens
 from spike_export.calibration.decoder.smoothing import (
     Form,
@@ -25,7 +26,6 @@ from spike_export.calibration.decoder.smoothing import (
     smoothing_plan,
     smoothing_scales,
 )
-from spike_export.calibration.decoder.sparse_moe import routed_positions
 from spike_export.calibration.decoder.weight_quantization import quantize_weight
 from spike_export.calibration.statistics.spikes import ModuleSpikes, SpikeStatistics
 from spike_export.checkpoint.decoder_config import DecoderConfig

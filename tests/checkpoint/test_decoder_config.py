@@ -76,9 +76,11 @@ def test_sizes(name: str) -> None:
 
 
 FACTORS: Mapping[str, Factors] = {
-    "gemma": Factors(embedding=48**0.5),
-    "gemma2": Factors(embedding=48**0.5, attention=0.25, attention_softcap=50.0, final_softcap=30.0),
-    "gemma3_text": Factors(embedding=48**0.5, attention=0.25),
+    "gemma": Factors(embedding=48**0.5, rounds_embedding=True),
+    "gemma2": Factors(
+        embedding=48**0.5, rounds_embedding=True, attention=0.25, attention_softcap=50.0, final_softcap=30.0
+    ),
+    "gemma3_text": Factors(embedding=48**0.5, rounds_embedding=True, attention=0.25),
     "granite": Factors(embedding=12.0, attention=0.15, residual=0.22, logits=8.0),
 }
 

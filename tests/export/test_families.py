@@ -1,7 +1,7 @@
 """The graph of every dense family against transformers: unquantized, quantized, with a prefix, with each rope."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,16 +9,15 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-import torch
-from numpy.typing import NDArray
-from transformers import DynamicCache
 
 from spike_export.artifacts.recipe import Dtype
 from spike_export.checkpoint.families import FAMILIES
 from spike_export.export.bundle import ExportOptions, export_bundle
 from tests.export.test_schemes import FLIP, SUMMATION, Case, recipe_of, simulated
 from tests.export.test_schemes import tokens as measured_tokens
+from tests.support.cached_forward import cached_logits
 from tests.support.graph_parity import PARITY, reference_logits, relative_error, token_errors
+from tests.support.ropes import BY_LENGTH, ROPES
 from tests.support.tiny_families import MIXTURES, WINDOW, tiny_family, tokens
 from tests.support.tiny_models import CachedSession, TinyModel, unquantized_recipe
 
@@ -32,31 +31,12 @@ HALF = 1e-2
 
 DENSE = tuple(name for name in FAMILIES if name not in MIXTURES)
 
-LONG_FACTORS = [2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 5.5]
-LONG = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 12, "factor": 4.0}
-
 
 def export(folder: Path, model: TinyModel, prefix: tuple[int, ...] = (), dtype: Dtype = "float32") -> CachedSession:
     """Export with all linears unquantized and open the bundle."""
     recipe = unquantized_recipe(model.checkpoint, prefix, dtype) if prefix else None
     export_bundle(model.checkpoint, recipe, ExportOptions(dtype), folder / "bundle")
     return CachedSession(folder / "bundle")
-
-
-def cached_logits(
-    model: TinyModel, ids: NDArray[np.int64], chunks: Sequence[int], prefix: tuple[int, ...] = ()
-) -> NDArray[np.float32]:
-    """transformers' logits of `ids` fed in chunks, the prefix in a call of its own before them."""
-    cache, found, start = DynamicCache(), [], 0
-    with torch.inference_mode():
-        if prefix:
-            before = torch.tensor([prefix] * len(ids))
-            model.reference(before, past_key_values=cache, use_cache=True)
-        for size in chunks:
-            part = torch.from_numpy(ids[:, start : start + size])
-            found.append(model.reference(part, past_key_values=cache, use_cache=True).logits.numpy())
-            start += size
-    return np.concatenate(found, axis=1)
 
 
 def small(name: str, **changes: Any) -> TinyModel:
@@ -151,79 +131,6 @@ def test_a_scale_of_the_scores_is_the_operators_own(tmp_path: Path, name: str) -
     assert [(each[0].name, each[0].f) for each in scales] == [
         ("scale", np.float32(model.checkpoint.config.factors.attention))
     ] * 2
-
-
-ROPES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    "linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
-    "dynamic": (
-        "llama",
-        {
-            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
-            "max_position_embeddings": 12,
-        },
-    ),
-    "llama3": (
-        "llama",
-        {
-            "rope_parameters": {
-                "rope_type": "llama3",
-                "rope_theta": 1e4,
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 12,
-            }
-        },
-    ),
-    "yarn": (
-        "qwen3",
-        {
-            "rope_parameters": {
-                "rope_type": "yarn",
-                "rope_theta": 1e4,
-                "factor": 4.0,
-                "original_max_position_embeddings": 12,
-            }
-        },
-    ),
-    "longrope": ("llama", {"rope_parameters": {**LONG, "short_factor": [1.1] * 8, "long_factor": LONG_FACTORS}}),
-    "partial": (
-        "phi3",
-        {
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
-            "sliding_window": None,
-        },
-    ),
-    "partial longrope": (
-        "phi3",
-        {
-            "head_dim": 16,
-            "hidden_size": 64,
-            # Phi-3's configuration has the original length outside of the rope's parameters.
-            "original_max_position_embeddings": 12,
-            "rope_parameters": {
-                **LONG,
-                "partial_rotary_factor": 0.5,
-                "short_factor": [1.1] * 4,
-                "long_factor": LONG_FACTORS[:4],
-            },
-            "sliding_window": None,
-        },
-    ),
-    "one linear of two": (
-        "gemma3_text",
-        {
-            "rope_parameters": {
-                "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
-                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-            },
-            "sliding_window": 64,
-        },
-    ),
-}
-"""Kind → family and changes; no window leaves a token out, so that transformers' cache can hold the prefix."""
-
-BY_LENGTH = ("dynamic", "longrope", "partial longrope")
 
 
 @pytest.mark.parametrize("prefix", [(), PREFIX], ids=["plain", "prefix"])

@@ -36,6 +36,7 @@ from spike_export.engines.plan.graph import load_graph, planned_precisions
 from spike_export.export.bundle import ExportOptions, export_bundle, recipe_sha256
 from spike_export.export.graph_builder import GraphBuilder
 from spike_export.export.linear import quantize_dequantize
+from tests.support.cached_forward import cached_forward
 from tests.support.graph_parity import token_errors
 from tests.support.tiny_cli_models import call, write_model
 from tests.support.tiny_models import CachedSession, TinyModel, input_scales, tiny_llama, tiny_recipe
@@ -164,8 +165,8 @@ def defined_logits(model: TinyModel, recipe: Recipe) -> NDArray[Any]:
         linear.register_forward_pre_hook(quantize)
     cache = DynamicCache()
     if recipe.prefix_ids:
-        model.reference(torch.tensor([recipe.prefix_ids] * len(tokens())), past_key_values=cache, use_cache=True)
-    logits: NDArray[Any] = simulated(torch.from_numpy(tokens()), past_key_values=cache).logits.numpy()
+        cached_forward(model.reference, torch.tensor([recipe.prefix_ids] * len(tokens())), cache)
+    logits: NDArray[Any] = cached_forward(simulated, torch.from_numpy(tokens()), cache).numpy()
     return logits
 
 

@@ -15,6 +15,7 @@ from transformers import DynamicCache
 
 from spike_export.artifacts.recipe import Dtype, Recipe, Scheme
 from spike_export.export.bundle import ExportOptions, export_bundle
+from tests.support.cached_forward import cached_forward
 from tests.support.tiny_models import CachedSession, TinyModel, input_scales, tiny_llama, tiny_recipe
 
 PREFIX = (5, 1, 9)
@@ -59,8 +60,8 @@ def simulated_logits(model: TinyModel, recipe: Recipe, ids: NDArray[np.int64]) -
     cache = DynamicCache()
     if recipe.prefix_ids:
         prefix = torch.tensor([recipe.prefix_ids] * len(ids))
-        model.reference(prefix, past_key_values=cache, use_cache=True)
-    logits: NDArray[Any] = fake_quantized(model, recipe)(torch.from_numpy(ids), past_key_values=cache).logits.numpy()
+        cached_forward(model.reference, prefix, cache)
+    logits: NDArray[Any] = cached_forward(fake_quantized(model, recipe), torch.from_numpy(ids), cache).numpy()
     return logits
 
 

@@ -50,13 +50,10 @@ def checkpoint(smollm2: Path) -> Checkpoint:
 @pytest.fixture(scope="module")
 def reference(checkpoint: Checkpoint) -> Any:
     """transformers' own model with the file's weights."""
-    config = LlamaConfig(**{**checkpoint.config.hf, "dtype": "float32"})
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
+    model = LlamaForCausalLM(LlamaConfig(**{**checkpoint.config.hf, "dtype": "float32"}))
     tensors = {name: torch.from_numpy(checkpoint.tensors.read(name)) for name in checkpoint.tensors.shapes}
     tensors.setdefault("lm_head.weight", tensors[EMBEDDING])
     model.load_state_dict(tensors, assign=True)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)
     return model.eval()
 
 

@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
+from tests.support.cached_forward import cached_forward
+
 BOS, EOS = 0, 1
 """Ids of `<s>` and `</s>` in the byte tokenizer; BOS is 0 on purpose, because 0 is falsy."""
 
@@ -402,7 +404,7 @@ def sampled_text(model: LlamaForCausalLM, lines: int = 64, line_length: int = 48
     content, cache = [], DynamicCache()
     with torch.inference_mode():
         for position in range(line_length):
-            logits = model(step, past_key_values=cache, use_cache=True).logits[:, -1, allowed]
+            logits = cached_forward(model, step, cache)[:, -1, allowed]
             if position % 12 == 7:
                 step = torch.full((lines, 1), token_of(SPIKING_CHARACTER))
             else:

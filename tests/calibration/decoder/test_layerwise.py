@@ -1,4 +1,4 @@
-"""The decoder that runs layer by layer against transformers' whole model, for every family, bit for bit."""
+"""The decoder that runs layer by layer: however it is run it computes the same, behind a prefix too."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,24 +10,25 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache
 
 from spike_export.calibration.decoder.activations import Activations
 from spike_export.calibration.decoder.layerwise import BATCH_TOKENS, Decoder, Execution, batches
 from spike_export.calibration.statistics.measure import Recorder, measure_spikes
 from spike_export.calibration.statistics.spikes import ModuleSpikes, SpikeStatistics
 from spike_export.checkpoint.modules import representatives, siblings
+from tests.support.cached_forward import cached_forward
+from tests.support.decoder_logits import largest_difference, logits, whole_logits
 from tests.support.tiny_families import (
     MIXTURES,
     NAMES,
     PLAIN_CAUSAL,
-    SAME_KERNELS,
     WINDOW,
     prefix_masks,
     tiny_family,
     tokens,
 )
-from tests.support.tiny_models import LINEAR_ROPE, LLAMA3_ROPE, TinyModel
+from tests.support.tiny_models import TinyModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -40,68 +41,9 @@ EXECUTIONS = {
     "two devices": Execution(devices=("cpu", "cpu")),
 }
 
-VARIANTS: list[tuple[str, dict[str, Any]]] = [
-    ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
-    ("llama", {"rope_parameters": dict(LLAMA3_ROPE)}),
-    ("llama", {"rope_parameters": dict(LINEAR_ROPE)}),
-    ("mistral", {"sliding_window": None}),
-    ("qwen2", {"use_sliding_window": False}),
-    ("qwen3", {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}),
-    ("gemma3_text", {"tie_word_embeddings": False}),
-    ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
-]
-
-
-def logits(
-    decoder: Decoder, ids: NDArray[np.int64], prefix: tuple[int, ...] = (), batch_tokens: int = BATCH_TOKENS
-) -> torch.Tensor:
-    states = decoder.run(ids, prefix, batch_tokens=batch_tokens)
-    head = decoder.head()
-    return torch.cat([head.logits(states.get(index)) for index in range(len(states))])
-
-
-def whole_logits(reference: Any, ids: NDArray[np.int64], **arguments: Any) -> torch.Tensor:
-    with torch.inference_mode():
-        found: torch.Tensor = reference(torch.from_numpy(ids), use_cache=False, **arguments).logits
-    return found
-
 
 def behind(ids: NDArray[np.int64], prefix: tuple[int, ...] = PREFIX) -> NDArray[np.int64]:
     return np.concatenate([np.tile(prefix, (len(ids), 1)), ids], axis=1)
-
-
-def largest_difference(one: torch.Tensor, other: torch.Tensor) -> float:
-    return float((one - other).abs().max() / other.abs().max())
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_logits_are_those_of_transformers_whole_model(name: str) -> None:
-    model, ids = tiny_family(name), tokens()
-    actual, expected = logits(Decoder(model.checkpoint), ids), whole_logits(model.reference, ids)
-    if name in SAME_KERNELS:
-        assert torch.equal(actual, expected)
-    else:
-        assert largest_difference(actual, expected) < 1e-5
-
-
-@pytest.mark.parametrize(("name", "changes"), VARIANTS)
-def test_variants_of_a_family_are_exact_too(name: str, changes: dict[str, Any]) -> None:
-    model, ids = tiny_family(name, **changes), tokens()
-    expected = whole_logits(model.reference, ids)
-    assert torch.equal(logits(Decoder(model.checkpoint), ids), expected)
-    # The variant is none in name only.
-    assert largest_difference(whole_logits(tiny_family(name).reference, ids), expected) > 1e-3
-
-
-@pytest.mark.parametrize("name", SAME_KERNELS)
-def test_bfloat16_is_transformers_bfloat16(name: str) -> None:
-    model, ids = tiny_family(name), tokens()
-    config = model.reference.config
-    rounded = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    rounded.load_state_dict(model.reference.state_dict())
-    actual = logits(Decoder(model.checkpoint, Execution(dtype="bfloat16")), ids)
-    assert actual.dtype == torch.bfloat16
-    assert torch.equal(actual, whole_logits(rounded, ids))
 
 
 @pytest.mark.parametrize("execution", EXECUTIONS.values(), ids=EXECUTIONS)
@@ -169,7 +111,7 @@ def test_key_values_are_transformers_own_cache(name: str, resident: bool) -> Non
     model = tiny_family(name)
     cache = DynamicCache()
     with torch.inference_mode():
-        model.reference.model(input_ids=torch.tensor([PREFIX]), past_key_values=cache, use_cache=True)
+        cached_forward(model.reference, torch.tensor([PREFIX]), cache)
     ours = Decoder(model.checkpoint, Execution(resident=resident)).prefix_key_values(PREFIX)
     assert len(ours) == len(cache.layers) == 4
     config = model.checkpoint.config
@@ -235,9 +177,7 @@ def test_statistics_are_those_of_hooks_on_the_whole_model(name: str) -> None:
     model, ids = tiny_family(name), tokens()
     expected = whole_model_statistics(model, ids)
     assert len(expected.modules) == 16
-    assert_same_statistics(
-        measure_spikes(Decoder(model.checkpoint), ids), expected, rtol=0.0 if name in SAME_KERNELS else 1e-4
-    )
+    assert_same_statistics(measure_spikes(Decoder(model.checkpoint), ids), expected, rtol=0.0)
 
 
 @pytest.mark.parametrize("execution", EXECUTIONS.values(), ids=EXECUTIONS)

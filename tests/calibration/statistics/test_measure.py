@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from spike_export.artifacts.errors import ArtifactError, CalibrationError
 from spike_export.artifacts.recipe import UNREACHED
+from spike_export.calibration.decoder import attention
+from spike_export.calibration.decoder.attention import attend
 from spike_export.calibration.decoder.layerwise import BATCH_TOKENS, Decoder
 from spike_export.calibration.methods.context import NO_TRANSFORM, module_plans
 from spike_export.calibration.methods.options import CalibrationOptions
@@ -208,21 +210,18 @@ def test_two_maxima_of_one_input_agree_and_the_prefix_is_not_recorded() -> None:
 
 @pytest.mark.parametrize("prefix", [(), tuple(range(50, 62))])
 def test_operands_are_what_attention_multiplies(prefix: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    import transformers.integrations.sdpa_attention as fused
-
     windows, length = tokens(length=6), 6
     decoder = Decoder(tiny_family("qwen3").checkpoint)
     seen: list[list[float]] = []
     whole: list[list[float]] = []
-    original = fused.sdpa_attention_forward
 
-    def spy(module: Any, *operands: torch.Tensor, **options: Any) -> Any:
+    def spy(*operands: Any) -> torch.Tensor:
         if operands[0].shape[2] == length:  # not the prefix on its own way
             seen.append([float(each[:, :, -length:].abs().max()) for each in operands[:3]])
             whole.append([float(each.abs().max()) for each in operands[:3]])
-        return original(module, *operands, **options)
+        return attend(*operands)
 
-    monkeypatch.setattr(fused, "sdpa_attention_forward", spy)
+    monkeypatch.setattr(attention, "attend", spy)
     found = measure_spikes(decoder, windows, prefix)
     expected = np.array(seen, np.float32).reshape(4, len(windows), 3)
     for layer in range(4):

@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from spike_export.artifacts.recipe import Dtype
-from spike_export.calibration.decoder.layerwise import hf_config
 from spike_export.checkpoint.checkpoint import Checkpoint
 from spike_export.checkpoint.opening import open_checkpoint
 from spike_export.export.bundle import ExportOptions, export_bundle
@@ -101,7 +100,7 @@ def test_a_prefix_in_the_cache_is_refused_with_the_reason(tmp_path: Path) -> Non
 
 def full_model(checkpoint: Checkpoint) -> Any:
     """transformers' model with the checkpoint's weights."""
-    model = AutoModelForCausalLM.from_config(hf_config(checkpoint.config))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**checkpoint.config.hf))
     tensors = {name: torch.from_numpy(checkpoint.tensor(name)) for name in checkpoint.tensors.shapes}
     missing, unexpected = model.load_state_dict(tensors, strict=False)
     assert set(missing) <= {"lm_head.weight"}
