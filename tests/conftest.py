@@ -1,6 +1,7 @@
 """Fixtures that more than one test file uses."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,3 +60,14 @@ def denormals_as_before() -> Iterator[None]:
     """Restore how this thread treats denormals: a foreign session of a bundle flushes them on it, for good."""
     with denormals_flushed():
         yield
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Let SIGINT interrupt this process and those it starts, also where the suite was started with SIGINT ignored.
+
+    `nohup` and a script's background jobs ignore it, and a process inherits that.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

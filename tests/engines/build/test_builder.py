@@ -133,6 +133,7 @@ def test_a_single_profile_and_several_targets(bundle: Path, tmp_path: Path) -> N
     assert built.deviations == ()
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("signal_at", [0, 40, 80])
 def test_ctrl_c_leaves_nothing_and_keeps_the_previous_plan(bundle: Path, tmp_path: Path, signal_at: int) -> None:
     plan = tmp_path / "engine.plan"

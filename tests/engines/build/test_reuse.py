@@ -306,6 +306,7 @@ def test_a_module_that_deviates_in_both_halves_is_named_once(place: Place) -> No
 
 
 @needs_rtx
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("half", ["prefill", "decode"])
 def test_ctrl_c_during_either_half_keeps_the_engine_that_was_there(place: Place, half: str) -> None:
     before = place.files
