@@ -15,7 +15,7 @@ from spike_export.artifacts.errors import ArtifactError, EngineError
 from spike_export.artifacts.progress import Progress, silent
 from spike_export.calibration.decoder.heap import collect_and_return_memory
 from spike_export.calibration.decoder.layerwise import Decoder
-from spike_export.calibration.decoder.perplexity import Likelihood, model_perplexity, with_bos
+from spike_export.calibration.decoder.perplexity import Likelihood, with_bos
 from spike_export.engines.onnx_runtime.session import BundleSession
 
 Logits = NDArray[np.float32]
@@ -99,20 +99,29 @@ def _write_logits(
     if free < needed:
         raise ArtifactError(f"{folder}: {needed:,} bytes are needed and {free:,} are free; free space there")
     total = Likelihood(0.0, 0)
-    states = model.run(with_bos(content, bos), batch_tokens=1)
-    head = model.head()
-    for index, tokens in enumerate(content):
-        logits = head.logits(states.get(index)[0, -len(tokens) : -1]).float().cpu().numpy()
+    for index, logits in enumerate(_window_logits(model, content, bos)):
         try:
             np.save(folder / f"{index}.npy", logits)
         except OSError as error:
             raise ArtifactError(describe_os_error(error, folder)) from error
-        total += likelihood(logits, tokens[1:])
+        total += likelihood(logits, content[index, 1:])
         progress("reference windows", index + 1, len(content))
     if not prefix:
         return total, None
-    fed = content if bos in prefix else with_bos(content, bos)
-    return total, model_perplexity(model, fed, content.shape[1], prefix)
+    behind = Likelihood(0.0, 0)
+    for index, logits in enumerate(_window_logits(model, content, bos, prefix)):
+        behind += likelihood(logits, content[index, 1:])
+    return total, behind.perplexity
+
+
+def _window_logits(
+    model: Decoder, content: NDArray[np.int64], bos: int | None, prefix: Sequence[int] = ()
+) -> Iterator[Logits]:
+    """Yield each window's logits [tokens - 1, vocab] of the positions that predict content, one window per call."""
+    states = model.run(content if bos in prefix else with_bos(content, bos), prefix, batch_tokens=1)
+    head = model.head()
+    for index in range(len(content)):
+        yield head.logits(states.get(index)[0, -content.shape[1] : -1]).float().cpu().numpy()
 
 
 def compare(session: BundleSession, reference: ReferenceLogits, progress: Progress = silent) -> Accuracy:

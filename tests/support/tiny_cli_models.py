@@ -1,10 +1,12 @@
 """A small model directory and a corpus for the command line, and calls of it inside this process."""
 
 import io
+import subprocess
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Self
 
 from spike_export.cli.main import run
 from tests.support.tiny_checkpoints import as_text, planted_spike_llama, sampled_text, write_hf
@@ -21,6 +23,11 @@ class Outcome:
     code: int
     out: str
     err: str
+
+    @classmethod
+    def of(cls, process: subprocess.CompletedProcess[str]) -> Self:
+        """Return the outcome of a process of its own whose streams were captured."""
+        return cls(process.returncode, process.stdout, process.stderr)
 
     @property
     def stages_run(self) -> tuple[str, ...]:
