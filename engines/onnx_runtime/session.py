@@ -14,6 +14,7 @@ from spike_export.artifacts.manifest import DATA_FILE, GRAPH_FILE, Manifest, loa
 from spike_export.calibration.decoder.perplexity import with_bos
 from spike_export.engines.onnx_runtime.all_logits import all_logits_graph
 from spike_export.engines.onnx_runtime.denormals import denormals_flushed
+from spike_export.engines.onnx_runtime.exact_products import request_exact_products
 from spike_export.engines.onnx_runtime.generation_graph import generation_graph
 from spike_export.engines.onnx_runtime.sequences import (
     CACHE_TYPES,
@@ -82,7 +83,8 @@ def session_options(threads: int = 0) -> Any:
     """Return ONNX Runtime's options for a bundle.
 
     Masked scores leave the softmax as denormal numbers, on which a CPU works tens of times slower: flushing them to
-    zero takes two thirds off the attention of a 256-token prefill (docs/decisions/denormals.md).
+    zero takes two thirds off the attention of a 256-token prefill (docs/decisions/denormals.md). INT8 products are
+    exact on every processor (docs/decisions/exact-products.md).
 
     Args:
         threads: For one operator; 0 for one per core.
@@ -93,6 +95,7 @@ def session_options(threads: int = 0) -> Any:
     options.intra_op_num_threads = threads
     options.log_severity_level = 4  # errors are raised, and told by the caller
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
+    request_exact_products(options)
     return options
 
 

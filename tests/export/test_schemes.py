@@ -36,6 +36,7 @@ from spike_export.calibration.decoder.smoothing import smoothing_plan
 from spike_export.calibration.decoder.weight_quantization import quantize_weight
 from spike_export.checkpoint.checkpoint import EMBEDDING, LM_HEAD, Checkpoint
 from spike_export.checkpoint.decoder_config import decoder_config, tensor_shapes
+from spike_export.engines.onnx_runtime.session import session_options
 from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.graph_builder import GraphBuilder
 from spike_export.export.linear import LinearEmitter
@@ -294,6 +295,7 @@ def test_every_per_token_consumer_has_its_own_quantizer_over_a_shared_step(tmp_p
     assert len(set(steps.values())) == 2 * 4
 
 
+@pytest.mark.usefixtures("denormals_as_before")
 @pytest.mark.parametrize("weights", ["int8-per-channel", "int8-per-tensor"])
 def test_one_per_token_linear_equals_the_definition(tmp_path: Path, weights: WeightScheme) -> None:
     """Tokens of zeros, of almost nothing and of thousands: each has a step of its own."""
@@ -309,7 +311,7 @@ def test_one_per_token_linear_equals_the_definition(tmp_path: Path, weights: Wei
     quantized, scale = quantize_weight(model.checkpoint.tensor(f"{DOWN}.weight"), weights)
     restored = fake_quantize_tokens(torch.from_numpy(inputs)).numpy().astype(np.float64)
     expected = restored @ (quantized.astype(np.float64) * scale)
-    actual = ort.InferenceSession(tmp_path / "linear.onnx").run(None, {"x": inputs})[0]
+    actual = ort.InferenceSession(tmp_path / "linear.onnx", session_options(1)).run(None, {"x": inputs})[0]
     assert not actual[0].any()
     error = np.abs(actual - expected)[1:].max(axis=1) / np.abs(expected)[1:].max(axis=1)
     assert error.max() < 1e-6  # integer arithmetic and three float32 scales

@@ -15,6 +15,7 @@ from spike_export.artifacts.recipe import CorpusSource, Dtype, ModelSource, Modu
 from spike_export.checkpoint.checkpoint import Checkpoint
 from spike_export.checkpoint.decoder_config import decoder_config
 from spike_export.checkpoint.modules import linears
+from spike_export.engines.onnx_runtime.exact_products import request_exact_products
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -157,7 +158,10 @@ def input_scales(model: TinyModel, tokens: NDArray[np.int64]) -> dict[str, float
 
 
 class CachedSession:
-    """An ONNX Runtime session over a bundle, called as a user of the bundle would: own tokens and own mask only."""
+    """An ONNX Runtime session over a bundle, called as a user of the bundle would: own tokens and own mask only.
+
+    Its INT8 products are exact, as in a session of ours; denormals stay, as in a foreign one.
+    """
 
     def __init__(self, bundle: Path, optimized: Path | None = None) -> None:
         import onnxruntime as ort
@@ -165,6 +169,7 @@ class CachedSession:
         options = ort.SessionOptions()
         options.intra_op_num_threads = 2
         options.log_severity_level = 3
+        request_exact_products(options)
         if optimized is not None:
             options.optimized_model_filepath = str(optimized)
         self.session = ort.InferenceSession(str(bundle / "model.onnx"), options, providers=["CPUExecutionProvider"])

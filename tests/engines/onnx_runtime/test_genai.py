@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from spike_export.artifacts.recipe import Dtype
 from spike_export.checkpoint.checkpoint import Checkpoint
 from spike_export.checkpoint.opening import open_checkpoint
+from spike_export.engines.onnx_runtime.exact_products import EXACT_PRODUCTS, products_saturate
 from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.graph_plan import PrefixHome
 from spike_export.export.model_files import genai_config
@@ -27,7 +28,11 @@ NEW = 12
 
 def greedy(bundle: Path, prompt: list[int]) -> list[int]:
     """Tokens that onnxruntime-genai appends to a bundle's prompt."""
-    return genai_greedy(og.Model(str(bundle)), prompt)
+    config = og.Config(str(bundle))
+    if products_saturate():
+        options = {EXACT_PRODUCTS: "1"}  # as docs/decisions/exact-products.md tells the user of such a processor
+        config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
+    return genai_greedy(og.Model(config), prompt)
 
 
 def genai_greedy(model: Any, prompt: list[int], new: int = NEW) -> list[int]:
