@@ -371,19 +371,19 @@ def recipe_text(recipe: Recipe) -> str:
     return text + "\n"
 
 
-def save_recipe(recipe: Recipe, path: Path) -> None:
+def save_recipe(recipe: Recipe, path: Path | str) -> None:
     """Write a recipe atomically."""
-    write_text(path, recipe_text(recipe))
+    write_text(Path(path), recipe_text(recipe))
 
 
-def load_recipe(path: Path) -> Recipe:
+def load_recipe(path: Path | str) -> Recipe:
     """Read and validate a recipe.
 
     Raises:
         RecipeError: The file is missing, not JSON, or not a recipe; the first fault is named.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot read the recipe: {getattr(error, 'strerror', None) or error}") from error
     try:

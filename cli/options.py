@@ -1,6 +1,6 @@
 """The options of the stages, from the arguments of the commands."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from spike_export.cli.arguments import (
     PROFILES_OF,
@@ -14,10 +14,12 @@ from spike_export.cli.arguments import (
 )
 
 if TYPE_CHECKING:
+    from spike_export.calibration.corpus.files import CorpusOptions
     from spike_export.calibration.methods.options import CalibrationOptions
     from spike_export.engines.plan.build_options import BuildOptions
     from spike_export.export.cache_options import CacheOptions
     from spike_export.pipeline.evaluation_text import EvaluationText
+    from spike_export.pipeline.execution import ExecutionOptions
 
 
 def calibration_options(
@@ -36,19 +38,18 @@ def calibration_options(
     )
 
 
-def corpus_fields(corpus: CorpusArguments) -> dict[str, Any]:
-    """Return what a job knows of its corpus."""
-    names = ("corpus", "text_field", "corpus_split", "chat_template")
-    return {name: getattr(corpus, name) for name in names}
+def corpus_options(corpus: CorpusArguments) -> "CorpusOptions":
+    """Return where the corpus is, and what of it is text."""
+    from spike_export.calibration.corpus.files import CorpusOptions
+
+    return CorpusOptions(corpus.corpus, corpus.text_field, corpus.corpus_split, corpus.chat_template)
 
 
-def execution_fields(execution: ExecutionArguments) -> dict[str, Any]:
-    """Return what a job knows of its execution."""
-    return {
-        "devices": execution.device,
-        "compute_dtype": execution.compute_dtype,
-        "residency": execution.layers,
-    }
+def execution_options(execution: ExecutionArguments) -> "ExecutionOptions":
+    """Return where and how calibration runs the model."""
+    from spike_export.pipeline.execution import ExecutionOptions
+
+    return ExecutionOptions(devices=execution.device, compute_dtype=execution.compute_dtype, layers=execution.layers)
 
 
 def cache_options(graph: GraphArguments) -> "CacheOptions":
@@ -87,4 +88,10 @@ def evaluation_text(corpus: CorpusArguments) -> "EvaluationText":
     """Return the text that a bundle is judged on."""
     from spike_export.pipeline.evaluation_text import EvaluationText
 
-    return EvaluationText(**values(corpus))
+    return EvaluationText(
+        corpus=corpus_options(corpus),
+        samples=corpus.samples,
+        length=corpus.length,
+        seed=corpus.seed,
+        windows=corpus.windows,
+    )

@@ -1,6 +1,7 @@
 """Where and how a job runs its model: devices, precision, and whether the layers stay in memory."""
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -24,15 +25,26 @@ _ACTIVATION_SHARE = 8
 _LEAST_ACTIVATION_BYTES = 256 << 20
 
 
-def execution_of(
-    checkpoint: "Checkpoint", devices: tuple[str, ...], dtype: Dtype, residency: Residency, scratch: Path
-) -> "Execution":
+@dataclass(frozen=True, kw_only=True)
+class ExecutionOptions:
+    """Where and how calibration runs the model.
+
+    Attributes:
+        devices: torch devices, such as `cuda:0`, which share the windows; empty for the CPU.
+        compute_dtype: Precision of the forward passes.
+        layers: Whether the model's layers stay in memory.
+    """
+
+    devices: tuple[str, ...] = ()
+    compute_dtype: Dtype = "float32"
+    layers: Residency = "auto"
+
+
+def execution_of(checkpoint: "Checkpoint", options: ExecutionOptions, scratch: Path) -> "Execution":
     """Return how a checkpoint's model runs.
 
     Args:
-        devices: torch devices; the CPU where none is given.
-        dtype: Precision of weights and activations.
-        residency: Whether the layers stay in memory.
+        options: Where and how.
         scratch: Folder for activations that exceed their share of the memory.
 
     Raises:
@@ -40,14 +52,14 @@ def execution_of(
     """
     from spike_export.calibration.decoder.layerwise import Execution
 
-    devices = devices or ("cpu",)
+    devices, dtype = options.devices or ("cpu",), options.compute_dtype
     for device in devices:
         _require_device(device)
     size = 4 if dtype == "float32" else 2
     weights = size * sum(math.prod(shape) for shape in checkpoint.tensors.shapes.values())
     available = available_memory()
     fits = available is None or _COPIES * weights < available
-    resident = fits if residency == "auto" else residency == "resident"
+    resident = fits if options.layers == "auto" else options.layers == "resident"
     room = max(_LEAST_ACTIVATION_BYTES, (available or 8 << 30) // _ACTIVATION_SHARE)
     scratch.mkdir(parents=True, exist_ok=True)
     return Execution(devices, dtype, resident, room, scratch)

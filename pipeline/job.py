@@ -4,17 +4,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spike_export.artifacts.errors import ArtifactError, RecipeError
+from spike_export.artifacts.errors import RecipeError
 from spike_export.artifacts.manifest import LogitsScope
-from spike_export.artifacts.recipe import Dtype, NumberFormat
-from spike_export.calibration.corpus.chat import Chats
-from spike_export.calibration.corpus.corpus import Corpus
-from spike_export.calibration.corpus.files import CorpusOptions, load_corpus
+from spike_export.artifacts.recipe import NumberFormat
+from spike_export.calibration.corpus.files import CorpusOptions
 from spike_export.calibration.methods.options import CalibrationOptions
 from spike_export.engines.plan.build_options import BuildOptions
 from spike_export.engines.plan.paths import require_file_names
 from spike_export.export.cache_options import CacheOptions
-from spike_export.pipeline.execution import Residency
+from spike_export.export.preconditions import require_quantized
+from spike_export.pipeline.execution import ExecutionOptions
 
 if TYPE_CHECKING:
     from spike_export.checkpoint.checkpoint import Checkpoint
@@ -31,18 +30,13 @@ class Job:
         calibration: How to calibrate and choose.
         quantize: False exports the model as it is.
         number_format: What the linears that calibration quantizes are written in.
-        corpus: File, folder or hub name of the user's corpus; None for the default one.
-        text_field: Key of the text, or of the messages, in its records; None for the usual keys.
-        corpus_split: Split of a dataset; None for `train`.
-        chat_template: Render the corpus's conversations with the model's chat template.
+        corpus: The text of calibration and check.
+        execution: Where and how calibration runs the model.
         cache: Which cache of keys and values the graph has.
         logits: Of which tokens the graph gives logits.
         max_ppl_increase: Largest relative perplexity increase of the shipped bundle; None for no limit.
         build: How to build the plan.
         allow_fallback: Accept a plan in which a module planned as INT8 runs in 16 bit.
-        devices: torch devices that calibrate; empty for the CPU.
-        compute_dtype: Precision of the calibration's forward passes.
-        residency: Whether layers stay in memory.
         shard: (i, n): measure only the i-th of n parts of the windows, and stop.
     """
 
@@ -52,18 +46,13 @@ class Job:
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     quantize: bool = True
     number_format: NumberFormat = "int8"
-    corpus: str | Path | None = None
-    text_field: str | None = None
-    corpus_split: str | None = None
-    chat_template: bool = False
+    corpus: CorpusOptions = field(default_factory=CorpusOptions)
+    execution: ExecutionOptions = field(default_factory=ExecutionOptions)
     cache: CacheOptions = field(default_factory=CacheOptions)
     logits: LogitsScope = "all"
     max_ppl_increase: float | None = None
     build: BuildOptions = field(default_factory=BuildOptions)
     allow_fallback: bool = False
-    devices: tuple[str, ...] = ()
-    compute_dtype: Dtype = "float32"
-    residency: Residency = "auto"
     shard: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
@@ -76,21 +65,6 @@ class Job:
             )
         if self.plan is not None:
             require_file_names(self.plan, self.build.split)
-
-    def read_corpus(self) -> Corpus | Chats:
-        """Return what to calibrate on; conversations are not rendered yet."""
-        source = None if self.corpus is None else str(self.corpus)
-        return load_corpus(CorpusOptions(source, self.text_field, self.corpus_split, self.chat_template))
-
-
-def require_quantized(number_format: NumberFormat, quantize: bool) -> None:
-    """Refuse a number format for what is not quantized.
-
-    Raises:
-        RecipeError: Names both options.
-    """
-    if number_format != "int8" and not quantize:
-        raise RecipeError(f"--number-format {number_format} and --no-quantize contradict each other; give one")
 
 
 def require_limit(max_ppl_increase: float | None) -> None:
@@ -122,18 +96,6 @@ def require_buildable(options: BuildOptions, number_format: NumberFormat = "int8
     resolve_targets(backend, options.targets, machine.gpu, float8=float8)
     require_features(backend, options.features, machine.gpu)
     require_float8_compatibility(options.hardware_compatible, float8=float8)
-
-
-def require_bundle_or_nothing(folder: Path) -> None:
-    """Refuse to replace what is no bundle: its content would be lost.
-
-    Raises:
-        ArtifactError: A file, or a folder with other content, is there.
-    """
-    from spike_export.artifacts.manifest import MANIFEST_FILE
-
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST_FILE).exists()):
-        raise ArtifactError(f"{folder}: exists and is not a bundle; give another folder")
 
 
 def require_length(length: int, checkpoint: "Checkpoint") -> None:

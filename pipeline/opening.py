@@ -2,6 +2,7 @@
 
 from spike_export.artifacts.atomic_write import require_writable
 from spike_export.calibration.corpus.chat import rendered
+from spike_export.calibration.corpus.files import load_corpus
 from spike_export.calibration.methods.transform_choice import require_rotation
 from spike_export.checkpoint.checkpoint import Checkpoint
 from spike_export.checkpoint.opening import open_checkpoint
@@ -27,7 +28,7 @@ def open_pipeline(job: Job, display: StageDisplay, *, force: bool = False) -> Pi
             be read, or options exceed what the model takes.
     """
     _require_places(job)
-    read = job.read_corpus()  # a bad corpus is reported before the model is opened
+    read = load_corpus(job.corpus)  # a bad corpus is reported before the model is opened
     checkpoint = open_checkpoint(job.model)
     _require_options(job, checkpoint)
     corpus = rendered(read, checkpoint.tokenizer)

@@ -17,6 +17,7 @@ from spike_export.artifacts.recipe import Recipe, Search, load_recipe, save_reci
 from spike_export.calibration.ablation import ablations
 from spike_export.calibration.corpus.chat import rendered
 from spike_export.calibration.corpus.corpus import Corpus
+from spike_export.calibration.corpus.files import load_corpus
 from spike_export.calibration.corpus.token_windows import TokenWindows, token_windows
 from spike_export.calibration.decoder.heap import collect_and_return_memory
 from spike_export.calibration.decoder.layerwise import Decoder, Execution
@@ -38,8 +39,9 @@ from spike_export.engines.accuracy.variants import Variant, check_variants
 from spike_export.engines.build.reuse import ProvidedEngine, provide_engine
 from spike_export.engines.plan.sidecar import sidecar_path
 from spike_export.export.bundle import ExportOptions, export_bundle
+from spike_export.export.preconditions import require_bundle_or_nothing
 from spike_export.pipeline.execution import execution_of
-from spike_export.pipeline.job import Job, require_bundle_or_nothing
+from spike_export.pipeline.job import Job
 from spike_export.pipeline.run_directory import RunDirectory, stage_key
 from spike_export.pipeline.stage_display import StageDisplay
 from spike_export.report.page import write_report
@@ -65,13 +67,18 @@ _STREAMED_PART_SIZE = 32
 """The same where all weights are read anew for every part."""
 
 
+def calibration_stages(options: CalibrationOptions) -> tuple[str, ...]:
+    """Return the names of a calibration's stages, in order."""
+    prefix = (PREFIX, BEHIND) if options.qfep else ()
+    smoothing = (SMOOTHING, AFTER) if options.searches_smoothing else ()
+    return (SPIKES, *prefix, *smoothing, RECIPE)
+
+
 def stages_of(job: Job) -> tuple[str, ...]:
     """Return the names of the stages a job runs, in order."""
-    prefix = (PREFIX, BEHIND) if job.calibration.qfep else ()
-    smoothing = (SMOOTHING, AFTER) if job.calibration.searches_smoothing else ()
-    calibration = (SPIKES,) if job.shard else (SPIKES, *prefix, *smoothing, RECIPE)
+    calibration = calibration_stages(job.calibration) if job.quantize else ()
     plan = (PLAN,) if job.plan else ()
-    return (*(calibration if job.quantize else ()), BUNDLE, CHECK, *plan, REPORT)
+    return (*calibration, BUNDLE, CHECK, *plan, REPORT)
 
 
 @dataclass(frozen=True)
@@ -91,7 +98,7 @@ class Pipeline:
     @cached_property
     def corpus(self) -> Corpus:
         """The text of calibration and check."""
-        return self.read or rendered(self.job.read_corpus(), self.checkpoint.tokenizer)
+        return self.read or rendered(load_corpus(self.job.corpus), self.checkpoint.tokenizer)
 
     @cached_property
     def windows(self) -> TokenWindows:
@@ -115,8 +122,7 @@ class Pipeline:
     @cached_property
     def execution(self) -> Execution:
         """Where and how the model runs."""
-        job = self.job
-        return execution_of(self.checkpoint, job.devices, job.compute_dtype, job.residency, self.run.path)
+        return execution_of(self.checkpoint, self.job.execution, self.run.path)
 
     @cached_property
     def _model_key(self) -> str:

@@ -4,23 +4,28 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spike_export.artifacts.errors import ArtifactError
-from spike_export.calibration.statistics.partial_statistics import merge_shards
+from spike_export.calibration.statistics.partial_statistics import merge_shards as merged_statistics
 from spike_export.calibration.statistics.spikes import load_description, save_spikes
 from spike_export.pipeline.run_directory import RunDirectory
 
 STEM = "spikes"
 
 
-def merge_into(work_dir: Path, shards: Sequence[Path]) -> int:
-    """Write the merged statistics and mark their stage as done; return the number of windows.
+def merge_shards(shards: Sequence[Path | str], work_dir: Path | str) -> int:
+    """Write the statistics of all windows, from which `calibrate` goes on; return the number of windows.
+
+    Args:
+        shards: Work directories that `measure_shard` wrote, all of them, in any order.
+        work_dir: Where the statistics go, for `calibrate` with the same model, corpus and options.
 
     Raises:
         ArtifactError: A shard is missing, or does not belong to the others.
     """
     if not shards:
         raise ArtifactError("merge needs the work directories of the shards; give all of them")
-    stems = [shard / STEM for shard in shards]
-    statistics, description = merge_shards(stems)
+    work_dir = Path(work_dir)
+    stems = [Path(shard) / STEM for shard in shards]
+    statistics, description = merged_statistics(stems)
     texts = _token_texts(stems)
     run = RunDirectory(work_dir)
     work_dir.mkdir(parents=True, exist_ok=True)

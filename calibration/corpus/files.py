@@ -43,7 +43,7 @@ class CorpusOptions:
         chat_template: Records are conversations, to be rendered with the tokenizer's chat template.
     """
 
-    source: str | None = None
+    source: str | Path | None = None
     text_field: str | None = None
     split: str | None = None
     chat_template: bool = False
@@ -74,13 +74,14 @@ def load_corpus(options: CorpusOptions) -> Corpus | Chats:
             if given:
                 raise CorpusError(f"{option} says how to read a corpus, and none is given; add --corpus")
         return default_corpus()
-    source = _source(options.source, options)
+    named = str(options.source)
+    source = _source(named, options)
     if options.chat_template:
         chats = tuple(conversation(_messages(each, options.wanted), each.place) for each in source.records)
-        _require_content(options.source, bool(chats))
+        _require_content(named, bool(chats))
         return Chats(f"{source.name} (chat template)", chats)
     corpus = Corpus(source.name, tuple(_text(each, options.wanted) for each in source.records))
-    _require_content(options.source, any(document.strip() for document in corpus.documents))
+    _require_content(named, any(document.strip() for document in corpus.documents))
     return corpus
 
 

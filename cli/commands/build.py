@@ -23,11 +23,11 @@ def build(
 ) -> int:
     """Build the engine plan of a bundle, and read from the plan in which precision each module runs."""
     from spike_export.cli.terminal.progress_display import ProgressDisplay
-    from spike_export.engines.build.reuse import provide_engine
+    from spike_export.pipeline.build import build as build_engine
 
     console = Console()
     with ProgressDisplay(console, ["plan"], quiet=run_options.quiet) as display, display.stage("plan") as progress:
-        engine = provide_engine(bundle, out, build_options(build), progress, force=run_options.force)
+        engine = build_engine(bundle, out, build_options(build), progress=progress, force=run_options.force)
     if not run_options.quiet:
         print_build(engine, console)
         for plan, sidecar in zip(engine.plans, engine.sidecars, strict=True):

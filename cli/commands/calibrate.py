@@ -2,7 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 from rich.console import Console
@@ -17,8 +17,13 @@ from spike_export.cli.arguments import (
     RunArguments,
 )
 from spike_export.cli.exit_codes import DONE
-from spike_export.cli.options import calibration_options, corpus_fields, execution_fields
+from spike_export.cli.options import calibration_options, corpus_options, execution_options
 from spike_export.cli.terminal.outcomes import print_notes
+
+if TYPE_CHECKING:
+    from spike_export.calibration.corpus.files import CorpusOptions
+    from spike_export.calibration.methods.options import CalibrationOptions
+    from spike_export.pipeline.execution import ExecutionOptions
 
 
 def calibrate(
@@ -36,29 +41,19 @@ def calibrate(
     run_options: RunArguments = RunArguments(),
 ) -> int:
     """Measure activation spikes, choose prefix, smoothing and modules, and write the recipe."""
-    from spike_export.calibration.statistics.partial_statistics import parse_shard, shard_samples
     from spike_export.cli.terminal.progress_display import ProgressDisplay
-    from spike_export.pipeline.job import Job
-    from spike_export.pipeline.opening import open_pipeline
-    from spike_export.pipeline.pipeline import BUNDLE, stages_of
+    from spike_export.pipeline.calibrate import calibrate as calibrate_model
+    from spike_export.pipeline.pipeline import calibration_stages
 
     options = calibration_options(corpus, quantization, dtype)
-    part = parse_shard(shard) if shard else None
-    if part:
-        shard_samples(options.samples, part)  # an empty shard is refused before the model is opened
-    work = Job(model, work_dir, calibration=options, shard=part, **corpus_fields(corpus), **execution_fields(execution))
+    text, how = corpus_options(corpus), execution_options(execution)
+    if shard is not None:
+        return _measure_shard(model, work_dir, shard, options, text, how, run_options)
     console = Console()
-    stages = stages_of(work)
-    display = ProgressDisplay(console, stages[: stages.index(BUNDLE)], quiet=run_options.quiet)
-    pipeline = open_pipeline(work, display, force=run_options.force)
-    if part:
-        with display:
-            pipeline.measure()
-        if not run_options.quiet:
-            console.print(Text(f"statistics of shard {shard}: {work_dir / 'spikes.json'}"), soft_wrap=True)
-        return DONE
-    with display:
-        recipe = pipeline.calibrate()
+    display = ProgressDisplay(console, calibration_stages(options), quiet=run_options.quiet)
+    recipe = calibrate_model(
+        model, work_dir, options, corpus=text, execution=how, display=display, force=run_options.force
+    ).recipe
     if not run_options.quiet:
         prefix = f"prefix {list(recipe.prefix_ids)} {recipe.prefix.text!r}" if recipe.prefix else "no prefix"
         counts: Counter[str] = Counter({recipe.scheme.unquantized: 0})
@@ -67,4 +62,35 @@ def calibrate(
         kept = ", ".join(f"{count} of {total} linears in {precision}" for precision, count in counts.items())
         console.print(Text(f"{kept}, {prefix}\nrecipe: {work_dir / 'recipe.json'}"), soft_wrap=True)
         print_notes(recipe, console)
+    return DONE
+
+
+def _measure_shard(
+    model: str,
+    work_dir: Path,
+    shard: str,
+    options: "CalibrationOptions",
+    corpus: "CorpusOptions",
+    execution: "ExecutionOptions",
+    run_options: RunArguments,
+) -> int:
+    from spike_export.calibration.statistics.partial_statistics import parse_shard
+    from spike_export.cli.terminal.progress_display import ProgressDisplay
+    from spike_export.pipeline.calibrate import measure_shard
+    from spike_export.pipeline.pipeline import SPIKES
+
+    console = Console()
+    display = ProgressDisplay(console, [SPIKES], quiet=run_options.quiet)
+    statistics = measure_shard(
+        model,
+        work_dir,
+        parse_shard(shard),
+        options,
+        corpus=corpus,
+        execution=execution,
+        display=display,
+        force=run_options.force,
+    )
+    if not run_options.quiet:
+        console.print(Text(f"statistics of shard {shard}: {statistics}"), soft_wrap=True)
     return DONE

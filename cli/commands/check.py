@@ -39,21 +39,22 @@ def check(
     if reference is None or json_file is not None:
         wrong = "needs --reference MODEL, or --lint" if reference is None else "writes --json with --lint only"
         raise ArtifactError(f"check {wrong}")
-    from spike_export.artifacts.atomic_write import require_file_name
-    from spike_export.artifacts.check_document import save_check
     from spike_export.cli.terminal.progress_display import ProgressDisplay
-    from spike_export.pipeline.bundle_check import check_bundle
-    from spike_export.pipeline.job import require_limit
+    from spike_export.pipeline.check import check as check_bundle
     from spike_export.report.check_table import print_check
 
-    require_limit(gate.max_ppl_increase)
     console = Console()
     named = bundle if bundle.name else bundle.absolute()
     path = out or named.parent / f"{named.name}.check.json"
-    require_file_name(path)
     with ProgressDisplay(console, ["check"], quiet=run_options.quiet) as display, display.stage("check") as progress:
-        result = check_bundle(bundle, reference, evaluation_text(corpus), progress).gated(gate.max_ppl_increase)
-        save_check(result, path)
+        result = check_bundle(
+            bundle,
+            reference,
+            evaluation_text(corpus),
+            max_ppl_increase=gate.max_ppl_increase,
+            out=path,
+            progress=progress,
+        )
     if not run_options.quiet:
         print_check(result, console)
         console.print(Text(f"check: {path}"), soft_wrap=True)

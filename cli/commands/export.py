@@ -42,29 +42,25 @@ def export(
             if recipe is None
             else "--recipe and --no-quantize contradict each other; give one"
         )
-    from spike_export.artifacts.recipe import load_recipe
-    from spike_export.checkpoint.opening import open_checkpoint
     from spike_export.cli.terminal.progress_display import ProgressDisplay
-    from spike_export.export.bundle import ExportOptions, export_bundle
-    from spike_export.pipeline.job import require_bundle_or_nothing, require_quantized
+    from spike_export.export.model_export import export as export_model
 
-    require_quantized(number_format.number_format, quantize)
-    plan = load_recipe(recipe) if recipe else None
-    wanted = ExportOptions(
-        dtype.dtype if dtype else plan.scheme.unquantized if plan else "float16",
-        number_format=number_format.number_format,
-        cache=cache_options(graph),
-        prefix_in=prefix_in,
-        logits=graph.logits,
-    )
-    require_bundle_or_nothing(out)
-    checkpoint = open_checkpoint(model)
     console = Console()
     with (
         ProgressDisplay(console, ["bundle"], quiet=run_options.quiet) as display,
         display.stage("bundle") as progress,
     ):
-        export_bundle(checkpoint, plan, wanted, out, progress)
+        export_model(
+            model,
+            out,
+            recipe,
+            dtype=dtype.dtype if dtype else None,
+            number_format=number_format.number_format,
+            cache=cache_options(graph),
+            prefix_in=prefix_in,
+            logits=graph.logits,
+            progress=progress,
+        )
     if not run_options.quiet:
         console.print(Text(f"bundle: {out}"), soft_wrap=True)
     return DONE

@@ -23,14 +23,15 @@ from spike_export.cli.options import (
     build_options,
     cache_options,
     calibration_options,
-    corpus_fields,
-    execution_fields,
+    corpus_options,
+    execution_options,
 )
 from spike_export.cli.terminal.outcomes import print_build, print_notes
 from spike_export.cli.verdicts import accuracy_verdict, plan_verdict
 
 if TYPE_CHECKING:
     from spike_export.pipeline.job import Job
+    from spike_export.pipeline.run_job import JobResult
 
 
 def job(
@@ -60,41 +61,40 @@ def job(
         calibration=calibration_options(corpus, quantization, dtype),
         quantize=quantize,
         number_format=number_format.number_format,
-        **corpus_fields(corpus),
+        corpus=corpus_options(corpus),
+        execution=execution_options(execution),
         cache=cache_options(graph),
         logits=graph.logits,
         max_ppl_increase=gate.max_ppl_increase,
         build=build_options(build),
         allow_fallback=build.allow_fallback,
-        **execution_fields(execution),
     )
     return _run_job(work, run_options)
 
 
 def _run_job(work: "Job", options: RunArguments) -> int:
     from spike_export.cli.terminal.progress_display import ProgressDisplay
-    from spike_export.pipeline.opening import open_pipeline
     from spike_export.pipeline.pipeline import stages_of
-    from spike_export.report.check_table import print_check
+    from spike_export.pipeline.run_job import run_job
 
     console = Console()
     display = ProgressDisplay(console, stages_of(work), quiet=options.quiet)
-    pipeline = open_pipeline(work, display, force=options.force)
-    with display:
-        recipe = pipeline.calibrate() if work.quantize else None
-        bundle = pipeline.export(recipe)
-        check = pipeline.check(recipe, bundle)
-        engine = pipeline.build(bundle) if check.passed else None
-        report = pipeline.report(built=check.passed)
+    result = run_job(work, display=display, force=options.force)
     if not options.quiet:
-        print_check(check, console)
-        if recipe is not None:
-            print_notes(recipe, console)
-        if engine is not None:
-            print_build(engine, console)
-        plans = engine.plans if engine else ("not built: the accuracy limit was missed",)
-        for name, place in (*(("plan", plan) for plan in plans), ("bundle", bundle), ("report", report)):
-            console.print(Text(f"{name}: {place}"), soft_wrap=True)
-    if engine is None:
-        return accuracy_verdict(check.passed)
-    return plan_verdict(engine, work.allow_fallback)
+        _print_result(result, console)
+    if result.engine is None:
+        return accuracy_verdict(result.check.passed)
+    return plan_verdict(result.engine, work.allow_fallback)
+
+
+def _print_result(result: "JobResult", console: Console) -> None:
+    from spike_export.report.check_table import print_check
+
+    print_check(result.check, console)
+    if result.recipe is not None:
+        print_notes(result.recipe, console)
+    if result.engine is not None:
+        print_build(result.engine, console)
+    plans = result.engine.plans if result.engine else ("not built: the accuracy limit was missed",)
+    for name, place in (*(("plan", plan) for plan in plans), ("bundle", result.bundle), ("report", result.report)):
+        console.print(Text(f"{name}: {place}"), soft_wrap=True)

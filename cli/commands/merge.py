@@ -19,9 +19,9 @@ def merge(
     run_options: RunArguments = RunArguments(),
 ) -> int:
     """Merge the statistics of `calibrate --shard`; `calibrate` without --shard continues with them."""
-    from spike_export.pipeline.shard_merge import merge_into
+    from spike_export.pipeline.shard_merge import merge_shards
 
-    samples = merge_into(work_dir, shards)
+    samples = merge_shards(shards, work_dir)
     if not run_options.quiet:
         Console().print(Text(f"{samples} windows of {len(shards)} shards: {work_dir / 'spikes.json'}"), soft_wrap=True)
     return DONE

@@ -27,7 +27,7 @@ _OF_AN_INVALID_MODEL = (AttributeError, LookupError, OverflowError, TypeError, V
 """What an attribute of the wrong type or a tensor of impossible sizes raises; no rule is to check for all of them."""
 
 
-def lint_model(path: Path) -> LintReport:
+def lint_model(path: Path | str) -> LintReport:
     """Apply every rule to a model.
 
     Args:
@@ -36,6 +36,7 @@ def lint_model(path: Path) -> LintReport:
     Raises:
         ArtifactError: There is no readable ONNX model.
     """
+    path = Path(path)
     file = path / GRAPH_FILE if path.is_dir() else path
     if not file.is_file():
         raise ArtifactError(f"{file}: no such file; give an .onnx file or the folder of a bundle")

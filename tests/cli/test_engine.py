@@ -54,7 +54,7 @@ def test_build_splits_keeps_and_tells_what_changed(tmp_path: Path) -> None:
 
 def test_what_the_compiler_warns_of_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built = plan_reuse.ProvidedEngine((), (), "built", reused=False, warnings=("weights\n\x1b overflow",))
-    monkeypatch.setattr(plan_reuse, "provide_engine", lambda *_, **__: built)
+    monkeypatch.setattr("spike_export.pipeline.build.provide_engine", lambda *_, **__: built)
     done = call("build", tmp_path, "--out", tmp_path / "e.plan")
     assert (done.code, done.out.splitlines()[-2:]) == (
         0,

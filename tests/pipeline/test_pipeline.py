@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -258,7 +259,8 @@ def test_windows_inside_documents_depend_on_where_documents_end(copied: Path) ->
 @pytest.mark.usefixtures("unchecked")
 def test_another_chat_template_is_another_corpus(copied: Path) -> None:
     corpus = jsonl(copied / "chats.jsonl", [{"messages": [{"role": "user", "content": corpus_text()}]}])
-    work = Job(**{**vars(job(copied / "model", corpus, copied / "whole")), "chat_template": True})
+    plain = job(copied / "model", corpus, copied / "whole")
+    work = replace(plain, corpus=replace(plain.corpus, chat_template=True))
     template = copied / "model" / "chat_template.jinja"
     template.write_text("{{ bos_token }}Q: {{ messages[0].content }}")
     assert SPIKES in stages_run(work)

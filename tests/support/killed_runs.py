@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from spike_export.calibration.corpus.files import CorpusOptions
 from spike_export.calibration.decoder.layerwise import Decoder
 from spike_export.calibration.methods.options import CalibrationOptions
 from spike_export.checkpoint.opening import open_checkpoint
@@ -26,7 +27,7 @@ from spike_export.pipeline.run_directory import RunDirectory
 def job(model: Path, corpus: Path, work_dir: Path, **options: Any) -> Job:
     """Return a small job without a plan; its six windows are measured in two parts."""
     settings: dict[str, Any] = {"samples": 6, "length": 32} | options
-    return Job(str(model), work_dir, calibration=CalibrationOptions(**settings), corpus=corpus)
+    return Job(str(model), work_dir, calibration=CalibrationOptions(**settings), corpus=CorpusOptions(corpus))
 
 
 def pipeline_of(work: Job, console: Console | None = None, force: bool = False) -> Pipeline:

@@ -1,13 +1,10 @@
-"""What a run decided and why, in words: of the whole recipe, and of single modules."""
+"""What a run decided and why: of the whole recipe, and of single modules."""
 
-import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
-from rich.text import Text
 
 from spike_export.artifacts.errors import ArtifactError, RecipeError
 from spike_export.artifacts.recipe import SMOOTHED_HEAD, ModulePlan, Recipe, load_recipe
@@ -15,7 +12,8 @@ from spike_export.artifacts.visible_text import visible
 from spike_export.calibration.statistics.spikes import load_description
 from spike_export.checkpoint.checkpoint import LM_HEAD
 from spike_export.checkpoint.modules import representative_of
-from spike_export.cli.terminal.text_table import print_facts, print_table
+
+RECIPE_FILE = "recipe.json"
 
 HEAD = LM_HEAD.removesuffix(".weight")
 
@@ -23,63 +21,51 @@ _LIKELY = 5
 """Names that a message about an unknown module offers."""
 
 
-def _recipe(run: Path) -> Recipe:
-    path = run / "recipe.json"
-    if not path.exists():
-        raise ArtifactError(f"{run}: holds no recipe.json; give the work directory of a run that calibrated")
-    return load_recipe(path)
+@dataclass(frozen=True)
+class RunInspection:
+    """A run that calibrated, and the recipe it decided on."""
+
+    run: Path
+    recipe: Recipe
+
+    @property
+    def headlines(self) -> tuple[tuple[str, str], ...]:
+        """Label and value, in words, of what holds for the whole model."""
+        return tuple(_headlines(self.recipe))
+
+    @property
+    def unquantized(self) -> Mapping[str, ModulePlan]:
+        """The modules that are not quantized."""
+        return {name: plan for name, plan in self.recipe.modules.items() if plan.number_format is None}
+
+    def document(self) -> dict[str, Any]:
+        """Return the recipe's scheme, its prefix, the candidates, and the modules not quantized, as JSON values."""
+        return {
+            **dict(self.headlines),
+            "search": self.recipe.search.model_dump(mode="json"),
+            "not quantized": {name: plan.model_dump(mode="json") for name, plan in self.unquantized.items()},
+        }
+
+    def explain(self, modules: Sequence[str]) -> dict[str, dict[str, str]]:
+        """Return for each module, by its full name, its precision and the figures that decided it, in words.
+
+        Args:
+            modules: Full names such as `model.layers.11.mlp.down_proj`, or their ends from the layer on.
+
+        Raises:
+            RecipeError: A name is none of the recipe's modules.
+        """
+        names = [_resolve(self.recipe, each) for each in modules]
+        return {name: _explanation(self.recipe, self.run, name) for name in names}
 
 
-def summarize_recipe(run: Path, as_json: bool, console: Console) -> None:
-    """Print the recipe's scheme, its prefix, what competed, and the modules that are not quantized."""
-    recipe = _recipe(run)
-    if as_json:
-        console.print_json(json.dumps(_summary(recipe)))
-        return
-    print_facts(console, _headlines(recipe))
-    for title, columns, rows in _tables(recipe):
-        if rows:
-            print_table(console, title, columns, rows)
+def inspect_run(run: Path) -> RunInspection:
+    """Read what a run decided.
 
-
-_Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]
-
-
-def _tables(recipe: Recipe) -> list[_Table]:
-    search = recipe.search
-    prefixes = [
-        (
-            " ".join(str(token) for token in each.token_ids) or "(none)",
-            visible(repr(each.text)),
-            f"{each.ratio:.0f}",
-            _number(each.reference_perplexity),
-            _number(each.perplexity),
-            each.verdict,
-        )
-        for each in search.prefixes
-    ]
-    transforms = [
-        (each.name, _number(each.perplexity), f"{each.divergence:.4f}", each.verdict) for each in search.transforms
-    ]
-    heads = [(each.name, f"{each.divergence:.4f}", each.verdict) for each in search.head]
-    curve = [
-        (
-            point.criterion,
-            str(point.fp16_modules),
-            f"{point.fp16_share:.1%}",
-            _number(point.perplexity),
-            "yes" if point.pareto else "",
-        )
-        for point in search.curve
-    ]
-    kept = [(name, plan.precision, plan.reason or "") for name, plan in _kept(recipe).items()]
-    return [
-        ("prefixes", ("tokens", "text", "worst ratio", "16-bit ppl", "INT8 ppl", "verdict"), prefixes),
-        ("transforms, all in INT8", ("transform", "ppl", "divergence", "verdict"), transforms),
-        ("smoothings of the head's input", ("smoothing", "divergence", "verdict"), heads),
-        ("sets of kept modules", ("by", "linears", "MACs", "ppl", "Pareto"), curve),
-        ("not quantized", ("module", "precision", "reason"), kept),
-    ]
+    Raises:
+        RecipeError: The recipe cannot be read.
+    """
+    return RunInspection(run, load_recipe(run / RECIPE_FILE))
 
 
 def _headlines(recipe: Recipe) -> list[tuple[str, str]]:
@@ -95,43 +81,15 @@ def _headlines(recipe: Recipe) -> list[tuple[str, str]]:
         ("smoothing", f"{len(recipe.smoothing)} inputs"),
     ]
     if recipe.search.reference_perplexity is not None:
-        plain = _number(recipe.search.plain_reference_perplexity)
-        behind = _number(recipe.search.reference_perplexity)
+        plain = decimals(recipe.search.plain_reference_perplexity)
+        behind = decimals(recipe.search.reference_perplexity)
         lines.append(("unquantized perplexity on the search windows", f"{plain}, behind the prefix {behind}"))
     return [*lines, *(("note", note) for note in recipe.notes())]
 
 
-def _number(value: float | None) -> str:
+def decimals(value: float | None) -> str:
+    """Return a figure with three decimals; nothing for one that is not known."""
     return "" if value is None else f"{value:.3f}"
-
-
-def _kept(recipe: Recipe) -> dict[str, ModulePlan]:
-    return {name: plan for name, plan in recipe.modules.items() if plan.number_format is None}
-
-
-def _summary(recipe: Recipe) -> dict[str, Any]:
-    return {
-        **dict(_headlines(recipe)),
-        "search": recipe.search.model_dump(mode="json"),
-        "not quantized": {name: plan.model_dump(mode="json") for name, plan in _kept(recipe).items()},
-    }
-
-
-def explain_modules(run: Path, names: Sequence[str], as_json: bool, console: Console) -> None:
-    """Print for each module its precision and the figures that decided it.
-
-    Raises:
-        RecipeError: A name is none of the recipe's modules.
-    """
-    recipe = _recipe(run)
-    explained = {name: _explanation(recipe, run, name) for name in (_resolve(recipe, each) for each in names)}
-    if as_json:
-        console.print_json(json.dumps(explained))
-        return
-    for name, lines in explained.items():
-        console.print(Text(name, style="bold"), soft_wrap=True)
-        for label, value in lines.items():
-            console.print(Text(f"  {label}: {value}"), soft_wrap=True)
 
 
 def _resolve(recipe: Recipe, name: str) -> str:

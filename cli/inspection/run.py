@@ -1,0 +1,66 @@
+"""`inspect RUN`: what a run decided and why, in tables and lines."""
+
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console
+from rich.text import Text
+
+from spike_export.artifacts.visible_text import visible
+from spike_export.cli.terminal.text_table import print_facts, print_table
+from spike_export.inspection.run import RunInspection, decimals
+
+
+def print_run(inspection: RunInspection, console: Console) -> None:
+    """Print the recipe's scheme, its prefix, the candidates of each search, and the modules that are not quantized."""
+    print_facts(console, inspection.headlines)
+    for title, columns, rows in _tables(inspection):
+        if rows:
+            print_table(console, title, columns, rows)
+
+
+def print_explanations(explained: Mapping[str, Mapping[str, str]], console: Console) -> None:
+    """Print for each module its precision and the figures that decided it."""
+    for name, lines in explained.items():
+        console.print(Text(name, style="bold"), soft_wrap=True)
+        for label, value in lines.items():
+            console.print(Text(f"  {label}: {value}"), soft_wrap=True)
+
+
+_Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]
+
+
+def _tables(inspection: RunInspection) -> list[_Table]:
+    search = inspection.recipe.search
+    prefixes = [
+        (
+            " ".join(str(token) for token in each.token_ids) or "(none)",
+            visible(repr(each.text)),
+            f"{each.ratio:.0f}",
+            decimals(each.reference_perplexity),
+            decimals(each.perplexity),
+            each.verdict,
+        )
+        for each in search.prefixes
+    ]
+    transforms = [
+        (each.name, decimals(each.perplexity), f"{each.divergence:.4f}", each.verdict) for each in search.transforms
+    ]
+    heads = [(each.name, f"{each.divergence:.4f}", each.verdict) for each in search.head]
+    curve = [
+        (
+            point.criterion,
+            str(point.fp16_modules),
+            f"{point.fp16_share:.1%}",
+            decimals(point.perplexity),
+            "yes" if point.pareto else "",
+        )
+        for point in search.curve
+    ]
+    kept = [(name, plan.precision, plan.reason or "") for name, plan in inspection.unquantized.items()]
+    return [
+        ("prefixes", ("tokens", "text", "worst ratio", "16-bit ppl", "INT8 ppl", "verdict"), prefixes),
+        ("transforms, all in INT8", ("transform", "ppl", "divergence", "verdict"), transforms),
+        ("smoothings of the head's input", ("smoothing", "divergence", "verdict"), heads),
+        ("sets of kept modules", ("by", "linears", "MACs", "ppl", "Pareto"), curve),
+        ("not quantized", ("module", "precision", "reason"), kept),
+    ]

@@ -1,0 +1,56 @@
+"""The bundle of a model, from the places of model and recipe."""
+
+from pathlib import Path
+
+from spike_export.artifacts.manifest import LogitsScope, Manifest
+from spike_export.artifacts.progress import Progress, silent
+from spike_export.artifacts.recipe import Dtype, NumberFormat, Recipe, load_recipe
+from spike_export.checkpoint.opening import open_checkpoint
+from spike_export.export.bundle import ExportOptions, export_bundle
+from spike_export.export.cache_options import CacheOptions
+from spike_export.export.graph_plan import PrefixHome
+from spike_export.export.preconditions import require_bundle_or_nothing, require_quantized
+
+
+def export(
+    model: Path | str,
+    out: Path | str,
+    recipe: Recipe | Path | str | None = None,
+    *,
+    dtype: Dtype | None = None,
+    number_format: NumberFormat = "int8",
+    cache: CacheOptions = CacheOptions(),
+    prefix_in: PrefixHome = "cache",
+    logits: LogitsScope = "all",
+    progress: Progress = silent,
+) -> Manifest:
+    """Write the ONNX bundle of a recipe; the folder appears whole or not at all.
+
+    Args:
+        model: HF directory, `.gguf` file, or hub id.
+        out: The bundle's folder; a previous bundle there is replaced.
+        recipe: What `calibrate` returned or its file, edited or not; None exports the model without quantization.
+        dtype: Precision of what is not quantized; None for the recipe's, or float16 without a recipe.
+        number_format: `fp8` writes in FP8 E4M3 what the recipe quantizes to INT8.
+        cache: Which cache of keys and values the graph has.
+        prefix_in: Where the recipe's prefix lives: in the `cache`, or before it, in `attention`, at the cost of a
+            copy of the cache per call.
+        logits: Of which tokens the graph gives logits.
+        progress: Told of every tensor written.
+
+    Returns:
+        The content of the bundle's `manifest.json`.
+
+    Raises:
+        CheckpointError: The model cannot be read or is not supported.
+        RecipeError: The recipe cannot be read or was made for another checkpoint, or options contradict each other.
+        ArtifactError: The folder holds something else, cannot be written, or has too little room.
+    """
+    require_quantized(number_format, recipe is not None)
+    plan = load_recipe(recipe) if isinstance(recipe, (str, Path)) else recipe
+    known = plan.scheme.unquantized if plan else "float16"
+    options = ExportOptions(
+        dtype or known, number_format=number_format, cache=cache, prefix_in=prefix_in, logits=logits
+    )
+    require_bundle_or_nothing(Path(out))
+    return export_bundle(open_checkpoint(str(model)), plan, options, Path(out), progress)

@@ -1,0 +1,1 @@
+"""What is in an engine, a bundle or a run, as values."""

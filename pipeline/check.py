@@ -1,0 +1,83 @@
+"""The check of a bundle by itself, without the run that made it."""
+
+from pathlib import Path
+
+from spike_export.artifacts.atomic_write import require_file_name
+from spike_export.artifacts.check_document import Check, save_check
+from spike_export.artifacts.errors import ArtifactError
+from spike_export.artifacts.progress import Progress, silent
+from spike_export.calibration.corpus.chat import rendered
+from spike_export.calibration.corpus.files import load_corpus
+from spike_export.calibration.corpus.token_windows import token_windows
+from spike_export.calibration.decoder.layerwise import Decoder
+from spike_export.checkpoint.opening import open_checkpoint
+from spike_export.engines.accuracy.variants import Variant, check_variants
+from spike_export.engines.onnx_runtime.session import runnable_manifest
+from spike_export.export.bundle import ExportOptions
+from spike_export.pipeline.evaluation_text import EvaluationText
+from spike_export.pipeline.job import require_length, require_limit, require_room
+
+
+def check(
+    bundle: Path | str,
+    reference: Path | str,
+    text: EvaluationText = EvaluationText(),
+    *,
+    max_ppl_increase: float | None = None,
+    out: Path | str | None = None,
+    progress: Progress = silent,
+) -> Check:
+    """Compare a bundle with the model it was made of: perplexity, top-1 agreement, KL divergence.
+
+    Args:
+        bundle: Folder that `export` wrote.
+        reference: HF directory, `.gguf` file or hub id of the model.
+        text: The corpus, and how its evaluation windows are cut.
+        max_ppl_increase: Largest relative perplexity increase, such as 0.05; `passed` of the result says whether the
+            bundle kept to it.
+        out: JSON file to write the result to.
+        progress: Told of the windows evaluated.
+
+    Raises:
+        ArtifactError: The bundle was made of another checkpoint, or the result cannot be written.
+        CheckpointError: The model cannot be read.
+        CorpusError: The corpus cannot be used.
+        RecipeError: The limit is negative, or the windows are longer than the model's sequences or its static cache.
+        EngineError: ONNX Runtime cannot run the bundle.
+    """
+    require_limit(max_ppl_increase)
+    if out is not None:
+        require_file_name(Path(out))
+    result = _compared(Path(bundle), str(reference), text, progress).gated(max_ppl_increase)
+    if out is not None:
+        save_check(result, Path(out))
+    return result
+
+
+def _compared(bundle: Path, reference: str, text: EvaluationText, progress: Progress) -> Check:
+    manifest = runnable_manifest(bundle)
+    checkpoint = open_checkpoint(reference)
+    if manifest.model.checkpoint_sha256 != checkpoint.tensors.sha256():
+        raise ArtifactError(f"{bundle}: was made of {manifest.model.source}, and {reference} has other weights")
+    require_length(text.length, checkpoint)
+    require_room(text.length, manifest.capacity)
+    corpus = rendered(load_corpus(text.corpus), checkpoint.tokenizer)
+    windows = token_windows(
+        corpus,
+        checkpoint.tokenizer,
+        text.samples,
+        text.length - 1,
+        text.seed,
+        text.windows,
+        checkpoint.bos_token_id,
+    )
+    name = "shipped" if manifest.model.recipe_sha256 else "unquantized"
+    return check_variants(
+        checkpoint,
+        lambda: Decoder(checkpoint),
+        corpus,
+        windows.evaluation,
+        [Variant(name, None, bundle)],
+        ExportOptions(manifest.dtype),
+        progress,
+    )
