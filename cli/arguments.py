@@ -294,7 +294,19 @@ class RuntimeArguments:
 
 @Parameter(name="*", group=_RUN)
 @dataclass(frozen=True, kw_only=True)
-class RunArguments:
+class ProgramArguments:
+    """How the program itself behaves."""
+
+    config: Path | None = None
+    "TOML file with any of these options; options of a command stand in a table of the command's name."
+
+    debug: Annotated[bool, Parameter(negative="")] = False
+    "Print the traceback of a fault of the program (exit code 3), which is otherwise only written to a file."
+
+
+@Parameter(name="*", group=_RUN)
+@dataclass(frozen=True, kw_only=True)
+class RunArguments(ProgramArguments):
     """How to run."""
 
     force: Annotated[bool, Parameter(negative="")] = False
@@ -302,9 +314,6 @@ class RunArguments:
 
     quiet: Annotated[bool, Parameter(negative="")] = False
     "Print errors only."
-
-    config: Path | None = None
-    "TOML file with any of these options; options of a command stand in a table of the command's name."
 
 
 def values(arguments: Any) -> dict[str, Any]:

@@ -4,9 +4,10 @@ Imports that take long (torch, transformers, onnx) stay inside the commands, so 
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import cyclopts
 from cyclopts import App
@@ -22,7 +23,8 @@ from spike_export.cli.commands.inspect import inspect
 from spike_export.cli.commands.job import job
 from spike_export.cli.commands.merge import merge
 from spike_export.cli.commands.report import report
-from spike_export.cli.exit_codes import BAD_INPUT, DONE, INTERRUPTED
+from spike_export.cli.crash import report_crash
+from spike_export.cli.exit_codes import BAD_INPUT, DONE, INTERRUPTED, PROGRAM_FAULT
 from spike_export.cli.terminal.messages import say
 
 app = App(
@@ -43,7 +45,11 @@ def main() -> None:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run the command line; return 0 when done, 1 when a limit was missed, 2 for bad input, 130 when interrupted."""
+    """Run the command line and return its exit code.
+
+    The code is 0 when done, 1 when a limit was missed, 2 for bad input, 3 for a fault of the program, and 130 when
+    interrupted.
+    """
     try:
         path = _config_path(arguments)
         if path:
@@ -59,7 +65,26 @@ def run(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         say("interrupted; finished stages are kept, the same command goes on from there")
         return INTERRUPTED
+    except SystemExit:
+        raise
+    except BaseException as error:  # tokenizers, for one, panics with an exception that is no Exception
+        given = _given(arguments)
+        debug = "--debug" in arguments or getattr(given.get("run_options"), "debug", False)
+        report_crash(error, given.get("work_dir") or given.get("run_directory"), debug=debug)
+        return PROGRAM_FAULT
     return code if isinstance(code, int) else DONE
+
+
+def _given(arguments: Sequence[str]) -> Mapping[str, Any]:
+    """Return what a command was given, by parameter, with the main job's work directory; nothing if that fails too."""
+    try:
+        command, bound, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
+        from spike_export.engines.plan.paths import run_folder
+
+        work_dir = {"work_dir": run_folder(bound.arguments["out"])} if command is job else {}
+        return work_dir | bound.arguments
+    except Exception:
+        return {}
 
 
 def _config_path(arguments: Sequence[str]) -> Path | None:

@@ -10,7 +10,7 @@ from spike_export.artifacts.progress import Progress, silent
 from spike_export.engines.build.rebuild import usable_or_rebuilt_engine
 from spike_export.engines.generation.decoding import Decoding
 from spike_export.engines.plan.backend import detect_machine
-from spike_export.engines.plan.paths import find_plans, plan_paths
+from spike_export.engines.plan.paths import find_plans, plan_paths, run_folder
 from spike_export.engines.plan.safety import usable_engine
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def bundle_of(engine: Path, given: Path | None = None) -> Path:
     find_plans(engine)
     if given is not None:
         return given  # what is wrong with it is said where it is read
-    bundle = engine.with_name(f"{engine.name}.run") / "bundle"
+    bundle = run_folder(engine) / "bundle"
     if not (bundle / MANIFEST_FILE).is_file():
         raise EngineError(
             f"{engine}: the tokenizer is in the bundle that the plan was built from, and that is not at {bundle}; name "

@@ -8,7 +8,7 @@ from cyclopts import Parameter
 from rich.console import Console
 
 from spike_export.artifacts.errors import ArtifactError, EngineError
-from spike_export.cli.arguments import RuntimeArguments, SamplingArguments, values
+from spike_export.cli.arguments import ProgramArguments, RuntimeArguments, SamplingArguments, values
 from spike_export.cli.exit_codes import DONE, INTERRUPTED
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def generate(
     as_json: Annotated[
         bool, Parameter(name="--json", negative="", help="Print JSON: text, tokens, finish reason, log-probabilities.")
     ] = False,
-    config: Annotated[Path | None, Parameter(help="TOML file with any of these options.", group="Run")] = None,
+    run_options: ProgramArguments = ProgramArguments(),
 ) -> int:
     """Generate text with a bundle in ONNX Runtime or a plan in TensorRT; the text appears as it is generated."""
     prompts, changes = read_prompts(prompt, prompt_file, chat, system), option_changes(sampling)

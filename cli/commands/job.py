@@ -52,11 +52,12 @@ def job(
     run_options: RunArguments = RunArguments(),
 ) -> int:
     """Run the whole job: calibrate, choose, export, check, build and report."""
+    from spike_export.engines.plan.paths import run_folder
     from spike_export.pipeline.job import Job
 
     work = Job(
         model=model,
-        work_dir=work_dir or out.parent / f"{out.name}.run",
+        work_dir=work_dir or run_folder(out),
         plan=out,
         calibration=calibration_options(corpus, quantization, dtype),
         quantize=quantize,

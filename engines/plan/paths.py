@@ -7,6 +7,11 @@ from spike_export.engines.plan.build_options import SPLIT_PROFILES, ProfileName
 from spike_export.engines.plan.sidecar import sidecar_path
 
 
+def run_folder(engine: Path) -> Path:
+    """Return where the main job puts what belongs to an engine, the bundle too, unless another folder is named."""
+    return engine.parent / f"{engine.name}.run"
+
+
 def split_path(engine: Path, profile: ProfileName) -> Path:
     """Return the plan of one profile of a split engine: `engine.plan` → `engine.decode.plan`, `engine` too.
 
