@@ -330,9 +330,11 @@ class Recipe(_Document):
     def notes(self) -> tuple[str, ...]:
         """What a user has to know: of the prefix, and of a precision that is another than asked for."""
         reason = self.scheme.unquantized_reason
-        changed = (f"what is not quantized is {self.scheme.unquantized}: {reason}",) if reason else ()
+        changed = (f"everything that is not quantized is {self.scheme.unquantized}: {reason}",) if reason else ()
         unreached = sum(plan.reason == UNREACHED for plan in self.modules.values())
-        blind = f"{unreached} linears of experts stay in float32: calibration sent them no token; give more samples"
+        blind = (
+            f"{unreached} linears of experts stay in float32: calibration routed no token to them; give more samples"
+        )
         return (*changed, *((blind,) if unreached else ()), *(self.prefix.notes if self.prefix else ()))
 
     def kept_linears(self) -> tuple[str, ...]:

@@ -128,7 +128,7 @@ def decoder_config(raw: Mapping[str, Any], place: str) -> DecoderConfig:
         raise CheckpointError(f"{place}: transformers refuses this configuration: {one_line(error)}") from error
     if getattr(hf, "use_bidirectional_attention", False):
         raise CheckpointError(
-            f"{place}: its attention looks ahead (an embedding model); only text generators are supported"
+            f"{place}: its attention is bidirectional (an embedding model); only text generators are supported"
         )
     eos = hf.eos_token_id
     config = DecoderConfig(
@@ -169,7 +169,7 @@ def _mixture(experts: Experts | None, hf: Any, place: str) -> dict[str, Any]:
         value = getattr(hf, key, none)
         if value != none:
             raise CheckpointError(
-                f"{place}: {key} {value} puts plain feed-forward blocks among the experts; supported: experts in "
+                f"{place}: {key} {value} mixes dense feed-forward blocks with experts; supported: experts in "
                 "every layer"
             )
     count, picked, size = hf.num_local_experts, hf.num_experts_per_tok, getattr(hf, experts.size)

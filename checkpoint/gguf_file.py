@@ -208,8 +208,8 @@ def _read_file(path: Path) -> Any:
                 kind = int(field.parts[4][0])
                 if kind not in known:
                     raise CheckpointError(
-                        f"{path}: tensor {field.name}: type {kind} is not known here; take a file of another type, "
-                        "such as Q8_0, or download it again if it should have one"
+                        f"{path}: tensor {field.name}: type {kind} is unknown; take a file of another type, such "
+                        "as Q8_0, or download the file again if it is damaged"
                     )
             super()._build_tensors(start, fields)
 

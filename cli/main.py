@@ -63,7 +63,7 @@ def run(arguments: Sequence[str]) -> int:
     except OSError as error:
         return _fail(f"{error.filename or 'input or output'}: {error.strerror or error}")
     except KeyboardInterrupt:
-        say("interrupted; finished stages are kept, the same command goes on from there")
+        say("interrupted; finished stages are kept, and the same command continues from there")
         return INTERRUPTED
     except SystemExit:
         raise

@@ -21,5 +21,5 @@ def plan_verdict(engine: "ProvidedEngine", allow_fallback: bool) -> int:
     """Return the exit code of a build: a module that does not run as planned misses the gate, unless allowed."""
     if engine.complaint is None or allow_fallback:
         return DONE
-    say(f"{engine.complaint}; accept it: --allow-fallback")
+    say(f"{engine.complaint}; accept the plan with --allow-fallback")
     return GATE_MISSED

@@ -54,26 +54,26 @@ class Engine:
         runtime: "RuntimeOptions | None" = None,
         progress: Progress = silent,
     ) -> "Engine":
-        """Open a bundle in ONNX Runtime, or an engine plan in TensorRT.
+        """Open a bundle in ONNX Runtime, or a plan in TensorRT.
 
-        Plans are code: open only those whose origin you trust.
+        A plan is code: open only plans that you trust.
 
         Args:
-            path: Folder that export wrote, or the plan of an engine (for a split one the name its halves bear). Or
-                several plans of one bundle, built for different contexts: each batch runs in the one with the least
-                that has room for it, and all have their weights on the GPU.
-            threads: Of ONNX Runtime, for one operator; 0 for one per core, which is the default.
-            provider: Where ONNX Runtime computes: `cpu`, which is the default, or `cuda` with the extra `gpu`.
-            bundle: What the plan was built from; `PLAN.run/bundle` (of the first plan) when omitted, where the main
-                job puts it.
+            path: Folder of a bundle, or a plan; for a split engine the common name of its halves, `engine.plan`. Or
+                several plans of one bundle with different contexts: each batch runs in the plan with the least context
+                that has room, and all plans have their weights on the GPU.
+            threads: Threads of ONNX Runtime per operator; 0, the default, for one per core.
+            provider: Device of ONNX Runtime: `cpu`, the default, or `cuda` with the extra `gpu`.
+            bundle: Bundle that the plan was built from; by default `PLAN.run/bundle` of the first plan, where the main
+                job writes it.
             rebuild: Build a plan again that was built here and cannot be used any more.
-            runtime: How TensorRT runs plans: which GPU, CUDA graphs, a budget for weights that are streamed.
-            progress: Told of the hashing of plan and bundle (bytes) and of a build (percent).
+            runtime: How TensorRT runs plans: GPU, CUDA graphs, budget of streamed weights.
+            progress: Called while plan and bundle are hashed (bytes) and while a plan is built (percent).
 
         Raises:
             ArtifactError: The manifest cannot be read, or a plan that is to be rebuilt cannot be written.
             EngineError: The bundle is incomplete, has no tokenizer, or cannot be run here; the plan is missing,
-                foreign or stale; an option is of the other runtime.
+                foreign or stale; an option belongs to the other runtime.
         """
         targets = [Path(path)] if isinstance(path, (str, Path)) else [Path(each) for each in path]
         if not targets:
@@ -95,7 +95,7 @@ class Engine:
         return cls(open_runtime(), tokenizer, manifest, defaults)
 
     def close(self) -> None:
-        """Give back what the runtime holds."""
+        """Release the runtime's memory."""
         self.decoding.close()
 
     def __enter__(self) -> Self:
@@ -109,12 +109,12 @@ class Engine:
     def generate(
         self, prompts: Prompt | Sequence[Prompt], options: GenerationOptions | None = None, **changes: Any
     ) -> list[Generation]:
-        """Return what follows each prompt; all prompts are decoded together, and each as it would be alone.
+        """Return the continuation of each prompt; all prompts are decoded together, with the result of each alone.
 
         Args:
             prompts: One text, or a list of texts, chats and token arrays (`PromptEncoder` says what is fed).
-            options: Instead of the bundle's own defaults.
-            changes: Fields of `GenerationOptions` that differ from those.
+            options: Replace the bundle's defaults.
+            changes: Fields of `GenerationOptions` that replace those of `options`, or of the defaults.
 
         Raises:
             EngineError: A prompt or an option cannot be used, or the runtime fails.
@@ -129,13 +129,13 @@ class Engine:
     def stream(
         self, prompts: Prompt | Sequence[Prompt], options: GenerationOptions | None = None, **changes: Any
     ) -> Iterator[Piece]:
-        """Yield the text as it comes, a piece for each token; the arguments and errors are those of `generate`."""
+        """Yield the text while it is generated, a piece per token; arguments and errors are those of `generate`."""
         options = self._options(options, changes)
         return self._pieces(self.prompts.encode(prompts), options)
 
     @property
     def prompts(self) -> PromptEncoder:
-        """What turns prompts into tokens."""
+        """The encoder of prompts to tokens."""
         return PromptEncoder(self.tokenizer, self.manifest)
 
     def _options(self, options: GenerationOptions | None, changes: Mapping[str, Any]) -> GenerationOptions:

@@ -37,8 +37,8 @@ def bundle_of(engine: Path, given: Path | None = None) -> Path:
     bundle = run_folder(engine) / "bundle"
     if not (bundle / MANIFEST_FILE).is_file():
         raise EngineError(
-            f"{engine}: the tokenizer is in the bundle that the plan was built from, and that is not at {bundle}; name "
-            "it with --bundle"
+            f"{engine}: the plan needs the tokenizer of the bundle that it was built from, and {bundle} is not there; "
+            "name the bundle with --bundle"
         )
     return bundle
 
@@ -86,14 +86,14 @@ def _open_plan(
     if rebuild:
         if gpu:
             raise EngineError(
-                f"a plan is rebuilt on the first GPU, and number {gpu} was asked for; leave one of both out, or show "
-                f"only that GPU by CUDA_VISIBLE_DEVICES={gpu}"
+                f"--rebuild builds on the first GPU, and --gpu {gpu} names another; leave one of them out, or show "
+                f"only that GPU with CUDA_VISIBLE_DEVICES={gpu}"
             )
         plans = usable_or_rebuilt_engine(engine, bundle, progress)
     else:
         machine = detect_machine(gpu)
         if gpu and machine.gpu is None:
-            raise EngineError(f"GPU number {gpu} was asked for and is not there; look at nvidia-smi")
+            raise EngineError(f"there is no GPU number {gpu}; nvidia-smi lists the GPUs")
         plans = usable_engine(engine, bundle, machine, progress)
     from spike_export.engines.tensorrt.decoding import TensorRtDecoding
     from spike_export.engines.tensorrt.engines import RuntimeOptions

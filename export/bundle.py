@@ -90,7 +90,10 @@ class ExportOptions:
     def __post_init__(self) -> None:
         """Refuse what does not go together."""
         if self.prefix_in == "attention" and self.cache.kind == "static":
-            raise RecipeError("--prefix-in attention copies the cache, which --kv-cache static is to avoid; give one")
+            raise RecipeError(
+                "--prefix-in attention copies the cache in every call, and --kv-cache static avoids such copies; give "
+                "one of the two"
+            )
 
 
 def export_bundle(
@@ -160,7 +163,7 @@ def verify_recipe(recipe: Recipe, checkpoint: Checkpoint, checkpoint_sha256: str
     routers = [name for name, plan in recipe.modules.items() if is_router(name) and plan.number_format]
     if routers:
         raise RecipeError(
-            f"the recipe quantizes {routers[0]}{_more(routers)}, which decides what experts a token goes to; set its "
+            f"the recipe quantizes {routers[0]}{_more(routers)}, which is a router and cannot be quantized; set its "
             "precision to float32"
         )
     blocks = {f"model.layers.{index}.self_attn" for index in range(checkpoint.config.num_hidden_layers)}

@@ -31,7 +31,7 @@ class CacheOptions:
             raise RecipeError("--kv-cache static needs --capacity N: the most tokens of a sequence")
         if self.kind == "dynamic" and self.capacity is not None:
             raise RecipeError(
-                f"--capacity {self.capacity} is of a static cache; add --kv-cache static, or leave it out"
+                f"--capacity {self.capacity} needs a static cache; add --kv-cache static, or leave --capacity out"
             )
         if self.capacity is not None and self.capacity < 1:
             raise RecipeError(f"--capacity is {self.capacity}; expected at least 1 token")
@@ -53,9 +53,11 @@ def require_capacity(options: CacheOptions, config: DecoderConfig) -> None:
     by_length = sorted(ropes & LENGTH_DEPENDENT_ROPES)
     if by_length:
         raise RecipeError(
-            f"--kv-cache static: rope {by_length[0]!r} depends on a sequence's length, and padding on the right of a "
-            "shorter row would count; use --kv-cache dynamic"
+            f"--kv-cache static: rope {by_length[0]!r} depends on the sequence length, and would count the right "
+            "padding of shorter rows; use --kv-cache dynamic"
         )
     most = config.max_position_embeddings
     if options.capacity > most:
-        raise RecipeError(f"--capacity is {options.capacity}, but the model ends at {most} tokens; give that or less")
+        raise RecipeError(
+            f"--capacity is {options.capacity}, but the model takes {most} tokens at most; give that or less"
+        )

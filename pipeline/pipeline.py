@@ -239,7 +239,7 @@ class Pipeline:
         if not self.job.calibration.searches_smoothing:
             return behind
         if not transform.changes_weights:
-            self.display.skip(AFTER, "the weights are as they were")
+            self.display.skip(AFTER, "the weights are unchanged")
             return behind
         return self._spikes(AFTER, "spikes_smoothed", behind.prefix_ids, transform)
 

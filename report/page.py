@@ -305,8 +305,8 @@ def _spike_picture(loaded: Loaded) -> Picture | None:
         "spikes",
         "Heat map of the largest activation at the input of each layer's down projection, by token position",
         "Largest absolute activation at the input of each layer's FFN down projection, over all samples; later "
-        "positions share a cell and show its maximum. A single bright cell is a spike: a per-tensor INT8 scale must "
-        "reach up to it, and all other tokens of that layer are left with few steps.",
+        "positions share a cell, which shows their maximum. A single bright cell is a spike: a per-tensor INT8 scale "
+        "must cover the spike, which leaves few steps for all other tokens of the layer.",
     )
 
 
@@ -332,7 +332,8 @@ def _curve_picture(recipe: Recipe | None) -> Picture | None:
         ),
         "curve",
         "Line chart of perplexity against the number of linears that are kept",
-        "What keeping modules buys (QFeM): the modules with the highest ratios are kept, the rest is quantized.",
+        "Perplexity by the number of linears in 16 bit (QFeM): the modules with the highest scores stay in 16 bit, all "
+        "others are quantized.",
     )
 
 
@@ -407,9 +408,9 @@ def _kept_sentence(recipe: Recipe | None) -> str:
         return ""
     kept = len(recipe.kept())
     if kept == 0:
-        return "No linear is kept: all of them are quantized."
+        return "All linears are quantized."
     verb = "linear is" if kept == 1 else "linears are"
-    return f"{kept} of {len(recipe.modules)} {verb} not quantized, highest ratio first; why stands beside each."
+    return f"{kept} of {len(recipe.modules)} {verb} not quantized, highest ratio first, with the reason."
 
 
 def _prefix_rows(recipe: Recipe | None) -> list[TableRow]:

@@ -121,7 +121,7 @@ def _reach(repository: str, source: str) -> Exception | None:
     try:
         HfApi().dataset_info(repository, timeout=_PATIENCE)
     except HFValidationError as error:
-        raise CorpusError(f"{source}: no such local path, and no name that the hub allows; correct it") from error
+        raise CorpusError(f"{source}: no such local path, and not a valid name on the hub; correct the name") from error
     except HfHubHTTPError as error:
         if error.response.status_code in _REFUSALS:
             raise CorpusError(
@@ -156,7 +156,7 @@ def _split_files(place: str, config: str | None, split: str, label: str) -> Sequ
             builder: Any = datasets.load_dataset_builder(place, config, cache_dir=scratch)
         except Exception as error:  # no data files, no such configuration, a README that is no YAML, ...
             hint = "" if config else f"; where it has configurations, name one: {label}:CONFIG"
-            raise CorpusError(f"{label}: no dataset that can be read ({one_line(error)}){hint}") from error
+            raise CorpusError(f"{label}: cannot be read as a data set ({one_line(error)}){hint}") from error
     splits: Mapping[Any, Sequence[str]] = builder.config.data_files or {}
     for name, files in splits.items():
         if str(name) == split:

@@ -94,7 +94,7 @@ def _json_record(text: str, place: str, wanted: tuple[str, ...]) -> Record:
         return Record(place, wanted[0], None)
     key = next((key for key in wanted if key in fields), wanted[0])
     if "\\ud" in text.lower() and not _is_unicode(fields.get(key)):
-        raise CorpusError(f"{place}: half of a surrogate pair, which is no text; correct or remove it")
+        raise CorpusError(f"{place}: half of a surrogate pair, which is not text; correct or remove the record")
     return Record(place, key, fields.get(key), tuple(fields))
 
 

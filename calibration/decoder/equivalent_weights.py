@@ -80,9 +80,9 @@ def _stored_scales(config: DecoderConfig, smoothing: Mapping[str, SmoothingPlan]
             raise RecipeError(f"smoothing of {name}: {error}; calibrate again") from error
         site = sites.get(inner)
         if site is None or not 0 <= layer < config.num_hidden_layers:
-            raise RecipeError(f"smoothing of {name}: no input of this decoder has that name; remove it")
+            raise RecipeError(f"smoothing of {name}: no input of this decoder has that name; remove the entry")
         if site.producer is None:
-            raise RecipeError(f"smoothing of {name}: no norm makes this input, to take up the scales; remove it")
+            raise RecipeError(f"smoothing of {name}: no norm can absorb the scales of this input; remove the entry")
         expected = _width(config, site)
         if len(scales) != expected:
             raise RecipeError(f"smoothing of {name}: {len(scales)} scales for {expected} channels; calibrate again")

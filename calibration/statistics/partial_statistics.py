@@ -89,7 +89,7 @@ def shard_samples(samples: int, shard: tuple[int, int]) -> Samples:
     index, count = shard
     chosen = np.arange(samples)[index - 1 :: count]
     if not len(chosen):
-        raise RecipeError(f"--shard {index}/{count}: {samples} samples leave nothing for it; use fewer shards")
+        raise RecipeError(f"--shard {index}/{count}: {samples} samples leave this shard empty; use fewer shards")
     return chosen
 
 
@@ -97,15 +97,20 @@ def merge_shards(stems: list[Path]) -> tuple[SpikeStatistics, dict[str, object]]
     """Merge the statistics that shards stored, and return them with their common description.
 
     Raises:
-        ArtifactError: A shard is missing, was taken of another model, corpus or options, or some windows lack.
+        ArtifactError: A shard is missing, was taken of another model, corpus or options, or some windows are missing.
     """
     descriptions = [load_description(stem) for stem in stems]
     for stem, description in zip(stems, descriptions, strict=True):
         if "key" not in description or description["key"] != descriptions[0].get("key"):
-            raise ArtifactError(f"{stem.parent}: calibrated on another model, corpus or options than {stems[0].parent}")
+            raise ArtifactError(
+                f"{stem.parent}: model, corpus or options differ from those of {stems[0].parent}; calibrate "
+                "all shards alike"
+            )
     merged = merge_statistics([load_spikes(stem) for stem in stems])
     total = int(str(descriptions[0]["samples"]))
     missing = np.setdiff1d(np.arange(total), merged.sample_ids)
     if len(missing):
-        raise ArtifactError(f"{len(missing)} of {total} windows lack, the first is {missing[0]}; merge all shards")
+        raise ArtifactError(
+            f"{len(missing)} of {total} windows are missing, the first is {missing[0]}; merge all shards"
+        )
     return merged, {name: descriptions[0][name] for name in ("key", "samples", "model", "corpus")}

@@ -34,7 +34,7 @@ def check(
     """Compare a bundle with the unquantized model (perplexity, top-1 agreement, KL divergence), or lint its graph."""
     if lint:
         if reference is not None or out is not None:
-            raise ArtifactError("check --lint looks at the graph alone; leave --reference and --out away")
+            raise ArtifactError("check --lint reads only the graph; omit --reference and --out")
         return _lint(bundle, json_file, run_options)
     if reference is None or json_file is not None:
         wrong = "needs --reference MODEL, or --lint" if reference is None else "writes --json with --lint only"

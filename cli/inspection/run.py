@@ -58,9 +58,13 @@ def _tables(inspection: RunInspection) -> list[_Table]:
     ]
     kept = [(name, plan.precision, plan.reason or "") for name, plan in inspection.unquantized.items()]
     return [
-        ("prefixes", ("tokens", "text", "worst ratio", "16-bit ppl", "INT8 ppl", "verdict"), prefixes),
-        ("transforms, all in INT8", ("transform", "ppl", "divergence", "verdict"), transforms),
-        ("smoothings of the head's input", ("smoothing", "divergence", "verdict"), heads),
-        ("sets of kept modules", ("by", "linears", "MACs", "ppl", "Pareto"), curve),
+        ("prefix candidates", ("tokens", "text", "worst ratio", "16-bit ppl", "INT8 ppl", "verdict"), prefixes),
+        (
+            "rotation and smoothing candidates, all linears in INT8",
+            ("candidate", "ppl", "divergence", "verdict"),
+            transforms,
+        ),
+        ("smoothing candidates of the head's input", ("smoothing", "divergence", "verdict"), heads),
+        ("sets of modules in 16 bit", ("by", "linears", "MACs", "ppl", "Pareto"), curve),
         ("not quantized", ("module", "precision", "reason"), kept),
     ]

@@ -29,7 +29,9 @@ def inspect_target(target: Path, explain: Sequence[str], as_json: bool, console:
     """
     kind = kind_of(target) if explain else "run"
     if kind != "run":
-        raise ArtifactError(f"{target}: --explain tells of a run's decisions, and this is a {kind}; leave it out")
+        raise ArtifactError(
+            f"{target}: --explain needs the work directory of a run, and this is a {kind}; leave --explain out"
+        )
     inspection = inspect(target)
     if isinstance(inspection, RunInspection) and explain:
         explained = inspection.explain(explain)

@@ -155,9 +155,7 @@ def read_layer_information(document: str, compiler: str = "") -> PlanReading:
     except ValidationError as error:
         fault = error.errors()[0]
         where = ".".join(str(part) for part in fault["loc"]) or "the document"
-        raise EngineError(
-            f"the engine inspector's description is of an unknown form: {where}: {fault['msg']}"
-        ) from error
+        raise EngineError(f"the engine inspector's description has an unknown form: {where}: {fault['msg']}") from error
     except ValueError as error:
         raise EngineError(f"the engine inspector's description is not JSON: {error}") from error
     detailed = [layer for layer in layers if isinstance(layer, _LayerInfo)]

@@ -41,5 +41,5 @@ def require_memory(weight_bytes: int, profiles: int, available: int | None) -> N
     raise EngineError(
         f"the build needs about {needed / _GIB:.1f} GiB of memory ({weight_bytes / _GIB:.1f} GiB of weights, "
         f"{profiles} profile{'s' if profiles > 1 else ''}) and {available / _GIB:.1f} GiB are available; "
-        f"{split}free memory, use a larger machine, or go on regardless with --ignore-memory"
+        f"{split}free memory, use a larger machine, or build anyway with --ignore-memory"
     )

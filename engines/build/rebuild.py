@@ -38,7 +38,9 @@ def usable_or_rebuilt_engine(
     # Forced: a plan may have gone stale in ways its key does not tell.
     complaint = provide_engine(bundle, engine, options, progress, environment, force=True).complaint
     if complaint is not None:
-        raise EngineError(f"{engine} was built again, and {complaint}; give the command again to run it all the same")
+        raise EngineError(
+            f"{engine} was built again, and {complaint}; repeat the command to run the engine nevertheless"
+        )
     return usable_engine(engine, bundle, environment.machine, progress)
 
 

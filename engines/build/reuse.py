@@ -129,8 +129,8 @@ def require_own_place(engine: Path, split: bool) -> None:
     if split and engine.exists() and not sidecar_path(engine).is_file():
         names = " and ".join(path.name for path in plan_paths(engine, split=True))
         raise EngineError(
-            f"{engine} is there and was not built here; a split engine is {names}, and {engine.name} would be taken "
-            f"for it: remove that file, or choose another name"
+            f"{engine} exists and was not built here; a split engine is {names}, and {engine.name} would be mistaken "
+            "for it: remove that file, or choose another name"
         )
 
 

@@ -82,7 +82,8 @@ class DynamicSequences:
         pads = sequence - counts
         if self._mask.shape[1] and pads.any() and self.manifest.sliding_window is not None:
             raise EngineError(
-                "rows of different lengths go on in a model with a sliding window: that needs --kv-cache static"
+                "rows of different lengths cannot continue together in a model with a sliding window; use "
+                "--kv-cache static"
             )
         # Column j of a row padded on the left is its token j - pad; what wraps around is padding.
         columns = (np.arange(sequence) - pads[:, None]) % sequence

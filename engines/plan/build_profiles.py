@@ -96,18 +96,24 @@ def resolve_limits(
     # A static cache has its length whatever the context is: there is no reason to use less of it.
     context = options.max_context or capacity or min(DEFAULT_CONTEXT, ceiling)
     if max_positions is not None and context > max_positions:
-        raise EngineError(f"max_context is {context}, but the model ends at {max_positions} tokens")
+        raise EngineError(
+            f"max_context is {context}, but the model takes {max_positions} tokens at most; give a smaller "
+            "--max-context"
+        )
     longest = options.max_prompt or context
     if longest > context:
-        raise EngineError(f"max_prompt is {longest}, more than max_context ({context})")
+        raise EngineError(
+            f"max_prompt is {longest}, more than max_context ({context}); give a smaller --max-prompt or a "
+            "larger --max-context"
+        )
     return Limits(options.batch, context, min(options.typical_prompt, longest), longest, prefix, slots)
 
 
 def _require_capacity(wanted: int, capacity: int | None) -> None:
     if capacity is None:
         raise EngineError(
-            f"the plan's capacity is {wanted}, but the bundle's cache has none, it grows with the sequence; leave it "
-            f"out, or export with --kv-cache static"
+            f"the plan's capacity is {wanted}, but the bundle's cache grows with the sequence; leave --plan-capacity "
+            "out, or export with --kv-cache static"
         )
     if not 2 <= wanted <= capacity:
         raise EngineError(

@@ -81,15 +81,14 @@ def _usable(plan: Path, identity: _Identity | None, machine: Machine, progress: 
         )
     if header.size is not None and header.size != sidecar.plan.size:
         raise StalePlanError(
-            f"{plan} says that it has {header.size} bytes, and its sidecar that it has {sidecar.plan.size}; build it "
-            "again"
+            f"{plan} has {header.size} bytes by its header and {sidecar.plan.size} bytes by its sidecar; build it again"
         )
     _require_backend(plan, sidecar, machine)
     _require_gpu(plan, sidecar, machine.gpu)
     if identity is None and sidecar.key is not None and sidecar.key.strip_weights:
         raise EngineError(f"{plan} was built without its weights; give the bundle it was built from, which has them")
     if identity is not None and identity.sha256() != sidecar.bundle_sha256:
-        raise StalePlanError(f"{plan} was built from another bundle than {identity.bundle} is now; build it again")
+        raise StalePlanError(f"{plan} was not built from the bundle that is now in {identity.bundle}; build it again")
     if hash_plan(plan, progress) != sidecar.plan.sha256:
         raise StalePlanError(f"{plan} is not the file that was built: its bytes have changed; build it again")
     return sidecar

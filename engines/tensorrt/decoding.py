@@ -206,4 +206,4 @@ def _step(fetched: Fetched) -> DecodedStep:
 
 def _gpu_failure(error: RuntimeError) -> EngineError:
     remedy = REMEDY if isinstance(error, torch.OutOfMemoryError) else "look at nvidia-smi and the driver's log"
-    return EngineError(f"the GPU does not go on: {one_line(error)}; {remedy}")
+    return EngineError(f"the GPU stopped: {one_line(error)}; {remedy}")

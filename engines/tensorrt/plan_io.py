@@ -109,7 +109,9 @@ def _place(past: str) -> tuple[int, str]:
 def _require_device_tensors(trt: Any, engine: Any, names: list[str], plan: str) -> None:
     for name in names:
         if engine.get_tensor_location(name) != trt.TensorLocation.DEVICE:
-            raise EngineError(f"{plan}: the plan wants {name} in host memory, which stops the GPU; build it again")
+            raise EngineError(
+                f"{plan}: the plan needs {name} in host memory, for which the GPU has to wait; build it again"
+            )
 
 
 def _require_in_place(engine: Any, cache: tuple[CacheTensor, ...], plan: str) -> None:

@@ -125,8 +125,12 @@ def test_gemmas_first_configurations_mean_the_tanh_form(activation: str) -> None
         ("mixtral", {"num_experts_per_tok": 5}, "x: 5 of 4 experts with intermediate_size 80: expected at least one"),
         ("qwen3_moe", {"num_experts_per_tok": 0}, "x: 0 of 6 experts with moe_intermediate_size 40: expected at"),
         ("qwen3_moe", {"num_experts_per_tok": None}, "x: transformers refuses this configuration: "),
-        ("qwen3_moe", {"mlp_only_layers": [1]}, "x: mlp_only_layers [1] puts plain feed-forward blocks among the"),
-        ("qwen3_moe", {"decoder_sparse_step": 2}, "x: decoder_sparse_step 2 puts plain feed-forward blocks among the"),
+        ("qwen3_moe", {"mlp_only_layers": [1]}, "x: mlp_only_layers [1] mixes dense feed-forward blocks with experts"),
+        (
+            "qwen3_moe",
+            {"decoder_sparse_step": 2},
+            "x: decoder_sparse_step 2 mixes dense feed-forward blocks with experts",
+        ),
         (
             "llama",
             {"rope_parameters": {"rope_type": "invented", "rope_theta": 1e4}},
@@ -152,7 +156,11 @@ def test_gemmas_first_configurations_mean_the_tanh_form(activation: str) -> None
             {"rope_parameters": {**LONG_ROPE, "long_factor": [2.0] * 7}},
             "x: rope_parameters of type 'longrope' are damaged: ",
         ),
-        ("gemma3_text", {"use_bidirectional_attention": True}, "x: its attention looks ahead (an embedding model)"),
+        (
+            "gemma3_text",
+            {"use_bidirectional_attention": True},
+            "x: its attention is bidirectional (an embedding model)",
+        ),
         ("llama", {"model_type": "gpt2"}, "x: architecture 'gpt2' is not supported (supported: gemma, gemma2,"),
         (
             "llama",

@@ -72,7 +72,7 @@ def test_a_kept_plan_that_deviates_is_still_refused(tmp_path: Path) -> None:
         assert (
             "model.layers.0.mlp.up_proj does not run in the planned precision; see `spike-export inspect " in done.err
         )
-        assert f"inspect {tmp_path / 'e.plan'}`; accept it: --allow-fallback" in done.err
+        assert f"inspect {tmp_path / 'e.plan'}`; accept the plan with --allow-fallback" in done.err
     assert call(*arguments, "--allow-fallback").code == 0
 
 

@@ -107,7 +107,7 @@ def test_the_smoothing_of_the_head_goes_from_calibration_to_the_bundle(folder: P
     assert explained["smoothing"].startswith("none" if plan is None else f"{plan.form} {plan.parameter} on the final")
     assert f"{best.divergence:.4f}, without smoothing" in explained["smoothing"]
     text = call("inspect", folder / "smoothed").out
-    assert "smoothings of the head's input" in text
+    assert "smoothing candidates of the head's input" in text
     assert all(each.name in text for each in recipe.search.head)
     unsmoothed = json.loads(call("inspect", folder / "run", "--json", "--explain", "lm_head").out)["lm_head"]
     assert unsmoothed["smoothing"] == "none"

@@ -200,7 +200,7 @@ def test_ctrl_c_during_the_build_keeps_the_stages_and_leaves_no_process(folder: 
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert error == b"spike-export: interrupted; finished stages are kept, the same command goes on from there\n"
+    assert error == b"spike-export: interrupted; finished stages are kept, and the same command continues from there\n"
     assert {path.stem for path in (run / ".stages").iterdir()} >= {"spikes", "recipe", "bundle", "check"}
     assert not (folder / ".stopped.plan.partial").exists()
     assert not (folder / "stopped.plan").exists()

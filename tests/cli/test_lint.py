@@ -106,7 +106,7 @@ def test_the_two_kinds_of_check_are_not_mixed(tmp_path: Path) -> None:
     bundle = write_bundle(tmp_path / "bundle")
     assert "needs --reference MODEL, or --lint" in call("check", bundle).error
     assert "with --lint only" in call("check", bundle, "--reference", "m", "--json", tmp_path / "j").error
-    assert "leave --reference and --out away" in call("check", bundle, "--lint", "--reference", "m").error
+    assert "omit --reference and --out" in call("check", bundle, "--lint", "--reference", "m").error
 
 
 def test_a_json_file_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ def test_calibrate_says_that_an_expert_saw_no_token(tmp_path: Path) -> None:
         lines = outcome.out.splitlines()
         notes[name] = [line for line in lines if line.startswith("note: ")]
         counts[name] = next(line for line in lines if " linears in " in line)
-    note = "note: 3 linears of experts stay in float32: calibration sent them no token; give more samples"
+    note = "note: 3 linears of experts stay in float32: calibration routed no token to them; give more samples"
     assert notes == {"all": [], "one less": [note]}
     assert counts == {
         "all": "0 of 34 linears in float16, no prefix",

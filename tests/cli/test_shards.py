@@ -64,7 +64,7 @@ def test_a_shards_statistics_are_no_whole_runs(folder: Path, tmp_path: Path) -> 
 
 def test_a_missing_shard(folder: Path, tmp_path: Path) -> None:
     line = call("merge", *shards(folder, 1, 3), "--work-dir", tmp_path / "m").error
-    assert "2 of 7 windows lack, the first is 1" in line
+    assert "2 of 7 windows are missing, the first is 1" in line
     assert "merge all shards" in line
     assert not (tmp_path / "m").exists()
 
@@ -78,7 +78,7 @@ def test_a_folder_without_statistics(folder: Path, tmp_path: Path) -> None:
 def test_a_shard_of_other_options(folder: Path, tmp_path: Path) -> None:
     assert calibrated(folder, tmp_path / "other", "--seed", "1", "--shard", "3/3").code == 0
     line = call("merge", *shards(folder, 1, 2), tmp_path / "other", "--work-dir", tmp_path / "m").error
-    assert f"{tmp_path / 'other'}: calibrated on another model, corpus or options than {folder / '1'}" in line
+    assert f"{tmp_path / 'other'}: model, corpus or options differ from those of {folder / '1'}; calibrate all" in line
 
 
 def test_a_shard_of_another_model(folder: Path, tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_a_shard_of_another_model(folder: Path, tmp_path: Path) -> None:
     shutil.copy(folder / "corpus.txt", tmp_path)
     assert calibrated(tmp_path, tmp_path / "other", "--shard", "3/3").code == 0
     line = call("merge", *shards(folder, 1, 2), tmp_path / "other", "--work-dir", tmp_path / "m").error
-    assert "another model" in line
+    assert "model, corpus or options differ" in line
 
 
 def test_a_shard_given_twice(folder: Path, tmp_path: Path) -> None:

@@ -84,9 +84,9 @@ def test_export_and_check_alone(folder: Path, tmp_path: Path) -> None:
     ("options", "said"),
     [
         (("--kv-cache", "static"), "--kv-cache static needs --capacity N"),
-        (("--capacity", "64"), "--capacity 64 is of a static cache; add --kv-cache static"),
+        (("--capacity", "64"), "--capacity 64 needs a static cache; add --kv-cache static"),
         (("--kv-cache", "static", "--capacity", "0"), "--capacity is 0; expected at least 1"),
-        (("--kv-cache", "static", "--capacity", "257"), "--capacity is 257, but the model ends at 256 tokens"),
+        (("--kv-cache", "static", "--capacity", "257"), "--capacity is 257, but the model takes 256 tokens at most"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_before_any_work(

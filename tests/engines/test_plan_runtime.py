@@ -146,7 +146,7 @@ def test_a_batch_that_the_plan_was_not_built_for(monkeypatch: pytest.MonkeyPatch
     [
         (("--threads", "2"), "threads was given, but {plan} runs in TensorRT; leave it out"),
         (("--provider", "cpu"), "provider was given, but {plan} runs in TensorRT; leave it out"),
-        ((), "the tokenizer is in the bundle that the plan was built from, and that is not at {plan}.run/bundle"),
+        ((), "the plan needs the tokenizer of the bundle that it was built from, and {plan}.run/bundle is not there"),
         (("--bundle", "nowhere"), "nowhere"),
         (("--bundle", "{bundle}"), "not a TensorRT or TensorRT-RTX plan"),
     ],
@@ -216,8 +216,8 @@ def test_how_a_plan_is_run_can_be_said(
         assert simulation.trt.engines[-1].weight_streaming_budget_v2 == budget
         assert simulation.device.log.count("capture") == captures
     assert "weight_budget is -5; expected 0 bytes or more" in call("generate", *arguments, "--weight-budget=-5").error
-    assert "a plan is rebuilt on the first GPU" in call("generate", *arguments, "--rebuild", "--gpu", "99").err
-    assert "GPU number 99 was asked for and is not there" in call("generate", *arguments, "--gpu", "99").error
+    assert "--rebuild builds on the first GPU" in call("generate", *arguments, "--rebuild", "--gpu", "99").err
+    assert "there is no GPU number 99" in call("generate", *arguments, "--gpu", "99").error
 
 
 def test_of_several_plans_the_smallest_that_has_room_runs(

@@ -346,7 +346,7 @@ def test_a_dynamic_cache_refuses_ragged_chunks_that_a_sliding_window_would_misco
     sequences = opened(tmp_path, tiny_llama(sliding_window=WINDOW), capacity=None).begin(2)
     assert isinstance(sequences, DynamicSequences)
     sequences.step(tokens(2, 5), np.array([5, 3]))
-    with pytest.raises(EngineError, match="sliding window: that needs --kv-cache static"):
+    with pytest.raises(EngineError, match="sliding window; use --kv-cache static"):
         sequences.step(tokens(2, 2), np.array([2, 1]))
 
 
@@ -404,7 +404,7 @@ def test_layers_of_both_graphs_have_the_same_node_names_but_for_the_cache(tmp_pa
     ("kind", "capacity", "said"),
     [
         ("static", None, "--kv-cache static needs --capacity N"),
-        ("dynamic", 8, "--capacity 8 is of a static cache"),
+        ("dynamic", 8, "--capacity 8 needs a static cache"),
         ("static", 0, "--capacity is 0; expected at least 1"),
         ("static", -3, "--capacity is -3; expected at least 1"),
     ],
@@ -420,7 +420,9 @@ def test_the_capacity_ends_where_the_model_does(tmp_path: Path) -> None:
     ids, prefix = tokens(1, CAPACITY), PREFIXES[-1]
     # The prefix is not counted, and takes no position from the caller.
     assert_close(opened(tmp_path, model, prefix).begin(1).step(ids)[0], reference(model, ids[0], prefix))
-    with pytest.raises(RecipeError, match=f"--capacity is {CAPACITY + 1}, but the model ends at {CAPACITY} tokens"):
+    with pytest.raises(
+        RecipeError, match=f"--capacity is {CAPACITY + 1}, but the model takes {CAPACITY} tokens at most"
+    ):
         opened(tmp_path, model, prefix, capacity=CAPACITY + 1)
 
 

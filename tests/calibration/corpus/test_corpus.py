@@ -178,9 +178,9 @@ def test_configurations_of_a_folder_are_those_of_its_readme(tmp_path: Path) -> N
     assert read(f"{folder}:de") == Corpus("prose:de (train)", ("deutsch",))
     assert read(f"{folder}:en").documents == ("english",)
     message = refusal(folder)
-    assert "no dataset that can be read" in message
+    assert "cannot be read as a data set" in message
     assert "['en', 'de']" in message  # the library asks for one of them
-    assert "no dataset that can be read" in refusal(f"{folder}:fr")
+    assert "cannot be read as a data set" in refusal(f"{folder}:fr")
 
 
 def test_a_folder_leaves_nothing_in_the_cache(tmp_path: Path) -> None:

@@ -307,11 +307,11 @@ ONES = smoothing_plan("smoothquant", 0.5, np.ones(48, np.float32))
     [
         (
             {"model.layers.0.mlp.gate_proj": ONES},
-            "smoothing of model.layers.0.mlp.gate_proj: no input of this decoder has that name; remove it",
+            "smoothing of model.layers.0.mlp.gate_proj: no input of this decoder has that name; remove the entry",
         ),
         (
             {"model.layers.4.mlp.up_proj": ONES},
-            "smoothing of model.layers.4.mlp.up_proj: no input of this decoder has that name; remove it",
+            "smoothing of model.layers.4.mlp.up_proj: no input of this decoder has that name; remove the entry",
         ),
         ({"lm_head": ONES}, "smoothing of lm_head: 'lm_head' is not the name of a decoder layer's module"),
         (
@@ -356,7 +356,7 @@ def test_a_family_that_cannot_be_rotated_is_refused(name: str) -> None:
 @pytest.mark.parametrize("module", ["self_attn.q_proj", "mlp.up_proj"])
 def test_an_input_that_no_norm_makes_is_not_smoothed(module: str) -> None:
     plan = smoothing_plan("smoothquant", 0.5, np.full(48, 2.0, np.float32))
-    with pytest.raises(RecipeError, match=rf"^smoothing of model\.layers\.1\.{module}: no norm makes this input"):
+    with pytest.raises(RecipeError, match=rf"^smoothing of model\.layers\.1\.{module}: no norm can absorb the scales"):
         equivalent_checkpoint(tiny_family("olmo2").checkpoint, None, {f"model.layers.1.{module}": plan})
 
 

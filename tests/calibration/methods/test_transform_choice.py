@@ -245,7 +245,9 @@ def test_a_kept_module_near_the_limit_is_float32_and_the_stream_bfloat16() -> No
     plan = recipe.modules[DOWN]
     assert recipe.scheme.unquantized == "bfloat16"
     assert recipe.scheme.unquantized_reason == "peaks of 40,000 near float16's limit of 65,504"
-    assert recipe.notes() == ("what is not quantized is bfloat16: peaks of 40,000 near float16's limit of 65,504",)
+    assert recipe.notes() == (
+        "everything that is not quantized is bfloat16: peaks of 40,000 near float16's limit of 65,504",
+    )
     # bfloat16 ends where float32 does: the module needs nothing more.
     assert (plan.precision, plan.reason) == ("bfloat16", "score > alpha")
 

@@ -403,7 +403,7 @@ def test_an_expert_that_no_token_reaches_is_kept_in_float32() -> None:
     assert {(plans[module].precision, plans[module].weights) for module in unreached} == {("float32", None)}
     recipe = tiny_recipe(decoder.checkpoint, dict.fromkeys(plans, 1.0)).model_copy(update={"modules": plans})
     assert recipe.notes() == (
-        "3 linears of experts stay in float32: calibration sent them no token; give more samples",
+        "3 linears of experts stay in float32: calibration routed no token to them; give more samples",
     )
     stored = module_plans(found, (), NO_TRANSFORM, replace(static, excluded_weights="int8"))
     assert {(stored[module].precision, stored[module].weights) for module in unreached} == {("float32", "int8")}

@@ -205,7 +205,7 @@ def test_a_plan_of_tensorrt_proves_nothing_without_a_gpu(tmp_path: Path) -> None
 def test_explanations_are_of_runs(tmp_path: Path) -> None:
     (tmp_path / "e.plan").write_bytes(b"x")
     line = call("inspect", tmp_path / "e.plan", "--explain", "0.mlp.down_proj").error
-    assert "--explain tells of a run's decisions, and this is a plan; leave it out" in line
+    assert "--explain needs the work directory of a run, and this is a plan; leave --explain out" in line
 
 
 def test_numbers_in_words() -> None:

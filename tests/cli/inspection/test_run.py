@@ -60,7 +60,11 @@ def test_the_summary_says_what_was_decided(run: Path) -> None:
 def test_the_summary_shows_what_competed(automatic: Path) -> None:
     recipe = load_recipe(automatic / "recipe.json")
     text = "\n".join(lines(automatic))
-    for title in ("prefixes", "transforms, all in INT8", "sets of kept modules"):
+    for title in (
+        "prefix candidates",
+        "rotation and smoothing candidates, all linears in INT8",
+        "sets of modules in 16 bit",
+    ):
         assert title in text
     assert text.count("chosen") == 2  # a prefix and a transform
     assert f"smoothing: {len(recipe.smoothing)} inputs" in text

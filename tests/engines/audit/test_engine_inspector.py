@@ -140,9 +140,9 @@ def test_an_engine_that_tells_names_only_proves_nothing(layers: tuple[Any, ...])
     ("text", "reason"),
     [
         ("Layer(Myelin): x", "is not JSON"),
-        ("[]", "of an unknown form"),
-        ('{"layers": []}', "of an unknown form: Layers: Field required"),
-        ('{"Layers": [{"Name": "x"}]}', "of an unknown form: Layers.0"),
+        ("[]", "an unknown form"),
+        ('{"layers": []}', "an unknown form: Layers: Field required"),
+        ('{"Layers": [{"Name": "x"}]}', "an unknown form: Layers.0"),
     ],
 )
 def test_another_form_is_an_error(text: str, reason: str) -> None:

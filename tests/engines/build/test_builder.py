@@ -215,7 +215,7 @@ def test_a_full_disk_during_the_build_is_an_os_error(bundle: Path) -> None:
     [
         (BuildOptions(targets=("SM90",)), "cannot target SM90"),
         (BuildOptions(backend="tensorrt"), "tensorrt is not installed"),
-        (BuildOptions(max_context=MAX_POSITIONS + 1), "the model ends at"),
+        (BuildOptions(max_context=MAX_POSITIONS + 1), "the model takes"),
         (BuildOptions(timing_cache=Path("t")), "keeps no timing cache"),
     ],
 )

@@ -124,7 +124,7 @@ def test_a_plan_may_have_less_capacity_than_its_bundle() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_context": 129}, "the model ends at 128"),
+        ({"max_context": 129}, "the model takes 128"),
         ({"max_context": 64, "max_prompt": 65}, "more than max_context"),
     ],
 )

@@ -153,7 +153,7 @@ def flip(plan: Path, place: int) -> None:
             lambda plan: flip(plan, 25),
             r"a plan of TensorRT-RTX 1\.6\.1\.116 for SM86, and its sidecar describes one of",
         ),
-        (lambda plan: flip(plan, 16), r"says that it has \d+ bytes, and its sidecar that it has \d+"),
+        (lambda plan: flip(plan, 16), r"has \d+ bytes by its header and \d+ bytes by its sidecar"),
         (lambda plan: flip(plan, 3), "not a TensorRT or TensorRT-RTX plan"),
         (lambda plan: sidecar_path(plan).write_text("{}"), "Field required; build the plan again"),
     ],
@@ -168,7 +168,7 @@ def test_damage_is_told_apart(plan: Path, damage: Callable[[Path], None], messag
 def test_a_changed_bundle_is_recognised(plan: Path) -> None:
     with (plan.parent / "bundle" / "model.onnx.data").open("r+b") as file:
         file.write(b"\xff")
-    with pytest.raises(StalePlanError, match=r"built from another bundle than \S+bundle is now"):
+    with pytest.raises(StalePlanError, match=r"not built from the bundle that is now in \S+bundle"):
         usable(plan, plan.parent / "bundle", HERE)
     assert usable(plan)
 
