@@ -1,9 +1,10 @@
 """The hash of weight files, computed over several files at once."""
 
 import hashlib
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from spike_export.artifacts.threads import workers
 
 _HASH_THREADS = 4
 
@@ -11,7 +12,7 @@ _HASH_THREADS = 4
 def hash_files(files: tuple[Path, ...]) -> str:
     """Return the SHA-256 of the files' contents, one after another, in hexadecimal."""
     digest = hashlib.sha256()
-    with ThreadPoolExecutor(min(_HASH_THREADS, os.cpu_count() or 1)) as pool:  # hashing releases the interpreter's lock
+    with ThreadPoolExecutor(workers(_HASH_THREADS)) as pool:  # hashing releases the interpreter's lock
         for part in pool.map(_file_digest, files):
             digest.update(part)
     return digest.hexdigest()

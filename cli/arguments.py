@@ -294,6 +294,15 @@ class RuntimeArguments:
 
 @Parameter(name="*", group=_RUN)
 @dataclass(frozen=True, kw_only=True)
+class ThreadArguments:
+    """How much of the machine to use."""
+
+    threads: int | None = None
+    "Processor threads that one computation uses, in every stage (default: OMP_NUM_THREADS, else one per processor)."
+
+
+@Parameter(name="*", group=_RUN)
+@dataclass(frozen=True, kw_only=True)
 class ProgramArguments:
     """How the program itself behaves."""
 

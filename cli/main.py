@@ -3,6 +3,7 @@
 Imports that take long (torch, transformers, onnx) stay inside the commands, so that `--help` answers at once.
 """
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -26,6 +27,7 @@ from spike_export.cli.commands.report import report
 from spike_export.cli.crash import report_crash
 from spike_export.cli.exit_codes import BAD_INPUT, DONE, INTERRUPTED, PROGRAM_FAULT
 from spike_export.cli.terminal.messages import say
+from spike_export.cli.waiting import wait_asleep
 
 app = App(
     name="spike-export",
@@ -41,6 +43,7 @@ for command in (calibrate, merge, inspect, export, check, build, generate, repor
 
 def main() -> None:
     """Run the command line and leave with its exit code."""
+    wait_asleep(os.environ)
     sys.exit(run(sys.argv[1:]))
 
 

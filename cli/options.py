@@ -10,6 +10,7 @@ from spike_export.cli.arguments import (
     ExecutionArguments,
     GraphArguments,
     QuantizationArguments,
+    ThreadArguments,
     values,
 )
 
@@ -95,3 +96,15 @@ def evaluation_text(corpus: CorpusArguments) -> "EvaluationText":
         seed=corpus.seed,
         windows=corpus.windows,
     )
+
+
+def use_threads(arguments: ThreadArguments) -> None:
+    """Let the command and what it starts use as many threads as were asked for; call it before torch is loaded.
+
+    Raises:
+        EngineError: This machine cannot run so many at once.
+    """
+    from spike_export.artifacts.threads import allow_threads
+
+    if arguments.threads is not None:
+        allow_threads(arguments.threads)

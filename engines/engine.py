@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from spike_export.artifacts.errors import EngineError, one_line
 from spike_export.artifacts.manifest import Manifest, load_manifest
 from spike_export.artifacts.progress import Progress, silent
+from spike_export.artifacts.threads import require_threads
 from spike_export.engines.generation.decoding import Decoding
 from spike_export.engines.generation.generated_text import Generation, Piece, Row, joined, streamed
 from spike_export.engines.generation.options import GenerationOptions
@@ -62,7 +63,8 @@ class Engine:
             path: Folder of a bundle, or a plan; for a split engine the common name of its halves, `engine.plan`. Or
                 several plans of one bundle with different contexts: each batch runs in the plan with the least context
                 that has room, and all plans have their weights on the GPU.
-            threads: Threads of ONNX Runtime per operator; 0, the default, for one per core.
+            threads: Threads of ONNX Runtime per operator, 1 to the number of processors; 0, the default, for as many
+                as `OMP_NUM_THREADS` says, else one per core.
             provider: Device of ONNX Runtime: `cpu`, the default, or `cuda` with the extra `gpu`.
             bundle: Bundle that the plan was built from; by default `PLAN.run/bundle` of the first plan, where the main
                 job writes it.
@@ -73,8 +75,11 @@ class Engine:
         Raises:
             ArtifactError: The manifest cannot be read, or a plan that is to be rebuilt cannot be written.
             EngineError: The bundle is incomplete, has no tokenizer, or cannot be run here; the plan is missing,
-                foreign or stale; an option belongs to the other runtime.
+                foreign or stale; an option belongs to the other runtime; the machine has fewer processors
+                than threads.
         """
+        if threads:
+            require_threads(threads)
         targets = [Path(path)] if isinstance(path, (str, Path)) else [Path(each) for each in path]
         if not targets:
             raise EngineError("there is nothing to open; name a bundle or a plan")

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
@@ -34,6 +33,7 @@ from spike_export.artifacts.manifest import (
 )
 from spike_export.artifacts.progress import Progress, silent
 from spike_export.artifacts.recipe import SMOOTHED_HEAD, Dtype, ModulePlan, NumberFormat, Recipe, recipe_text
+from spike_export.artifacts.threads import workers
 from spike_export.calibration.decoder.equivalent_weights import equivalent_checkpoint
 from spike_export.calibration.decoder.layerwise import Decoder, Execution
 from spike_export.calibration.decoder.smoothing import head_scales
@@ -217,7 +217,7 @@ def _head_scales(config: DecoderConfig, recipe: Recipe) -> NDArray[np.float32] |
 
 def _threads(model: ir.Model) -> int:
     """Return how many tensors are made at a time: memory holds as many."""
-    return 1 if file_bytes(model) < _WORTH_THREADS else min(_MOST_THREADS, os.cpu_count() or 1)
+    return 1 if file_bytes(model) < _WORTH_THREADS else workers(_MOST_THREADS)
 
 
 def _require_space(destination: Path, model: ir.Model) -> None:

@@ -7,8 +7,8 @@ from cyclopts import Parameter
 from rich.console import Console
 from rich.text import Text
 
-from spike_export.cli.arguments import BuildArguments, Bundle, RunArguments
-from spike_export.cli.options import build_options
+from spike_export.cli.arguments import BuildArguments, Bundle, RunArguments, ThreadArguments
+from spike_export.cli.options import build_options, use_threads
 from spike_export.cli.terminal.outcomes import print_build
 from spike_export.cli.verdicts import plan_verdict
 
@@ -19,9 +19,11 @@ def build(
     *,
     out: Annotated[Path, Parameter(help="Engine plan to write; its description goes beside it.")],
     build: BuildArguments = BuildArguments(),
+    threads: ThreadArguments = ThreadArguments(),
     run_options: RunArguments = RunArguments(),
 ) -> int:
     """Build the engine plan of a bundle, and read from the plan in which precision each module runs."""
+    use_threads(threads)
     from spike_export.cli.terminal.progress_display import ProgressDisplay
     from spike_export.pipeline.build import build as build_engine
 

@@ -15,9 +15,10 @@ from spike_export.cli.arguments import (
     Model,
     QuantizationArguments,
     RunArguments,
+    ThreadArguments,
 )
 from spike_export.cli.exit_codes import DONE
-from spike_export.cli.options import calibration_options, corpus_options, execution_options
+from spike_export.cli.options import calibration_options, corpus_options, execution_options, use_threads
 from spike_export.cli.terminal.outcomes import print_notes
 
 if TYPE_CHECKING:
@@ -38,9 +39,11 @@ def calibrate(
     shard: Annotated[
         str | None, Parameter(help="i/n: only measure the i-th of n parts of the windows; `merge` joins the parts.")
     ] = None,
+    threads: ThreadArguments = ThreadArguments(),
     run_options: RunArguments = RunArguments(),
 ) -> int:
     """Measure activation spikes, choose prefix, smoothing and modules, and write the recipe."""
+    use_threads(threads)
     from spike_export.cli.terminal.progress_display import ProgressDisplay
     from spike_export.pipeline.calibrate import calibrate as calibrate_model
     from spike_export.pipeline.pipeline import calibration_stages

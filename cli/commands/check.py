@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.text import Text
 
 from spike_export.artifacts.errors import ArtifactError
-from spike_export.cli.arguments import CorpusArguments, GateArguments, RunArguments
+from spike_export.cli.arguments import CorpusArguments, GateArguments, RunArguments, ThreadArguments
 from spike_export.cli.exit_codes import DONE, GATE_MISSED
-from spike_export.cli.options import evaluation_text
+from spike_export.cli.options import evaluation_text, use_threads
 from spike_export.cli.verdicts import accuracy_verdict
 
 
@@ -29,9 +29,11 @@ def check(
     ] = None,
     corpus: CorpusArguments = CorpusArguments(),
     gate: GateArguments = GateArguments(),
+    threads: ThreadArguments = ThreadArguments(),
     run_options: RunArguments = RunArguments(),
 ) -> int:
     """Compare a bundle with the unquantized model (perplexity, top-1 agreement, KL divergence), or lint its graph."""
+    use_threads(threads)
     if lint:
         if reference is not None or out is not None:
             raise ArtifactError("check --lint reads only the graph; omit --reference and --out")

@@ -7,9 +7,16 @@ from cyclopts import Parameter
 from rich.console import Console
 from rich.text import Text
 
-from spike_export.cli.arguments import DtypeArguments, FormatArguments, GraphArguments, Model, RunArguments
+from spike_export.cli.arguments import (
+    DtypeArguments,
+    FormatArguments,
+    GraphArguments,
+    Model,
+    RunArguments,
+    ThreadArguments,
+)
 from spike_export.cli.exit_codes import DONE
-from spike_export.cli.options import cache_options
+from spike_export.cli.options import cache_options, use_threads
 
 
 def export(
@@ -31,9 +38,11 @@ def export(
             "the cache, and onnxruntime-genai can run the bundle."
         ),
     ] = "cache",
+    threads: ThreadArguments = ThreadArguments(),
     run_options: RunArguments = RunArguments(),
 ) -> int:
     """Write the ONNX bundle of a model by a recipe."""
+    use_threads(threads)
     from spike_export.artifacts.errors import RecipeError
 
     if quantize == (recipe is None):

@@ -8,8 +8,9 @@ from cyclopts import Parameter
 from rich.console import Console
 
 from spike_export.artifacts.errors import ArtifactError, EngineError
-from spike_export.cli.arguments import ProgramArguments, RuntimeArguments, SamplingArguments, values
+from spike_export.cli.arguments import ProgramArguments, RuntimeArguments, SamplingArguments, ThreadArguments, values
 from spike_export.cli.exit_codes import DONE, INTERRUPTED
+from spike_export.cli.options import use_threads
 
 if TYPE_CHECKING:
     from spike_export.engines.generation.prompt_tokens import Prompt
@@ -33,9 +34,7 @@ def generate(
     provider: Annotated[
         Literal["cpu", "cuda"] | None, Parameter(help="Device on which ONNX Runtime computes (default: cpu).")
     ] = None,
-    threads: Annotated[
-        int | None, Parameter(help="Threads of ONNX Runtime per operator (default: one per core).")
-    ] = None,
+    threads: ThreadArguments = ThreadArguments(),
     bundle: Annotated[
         Path | None,
         Parameter(help="Bundle that the plan was built from (default: PLAN.run/bundle, where the main job writes it)."),
@@ -59,6 +58,7 @@ def generate(
     run_options: ProgramArguments = ProgramArguments(),
 ) -> int:
     """Generate text with a bundle in ONNX Runtime or a plan in TensorRT; the text appears as it is generated."""
+    use_threads(threads)
     prompts, changes = read_prompts(prompt, prompt_file, chat, system), option_changes(sampling)
     if "logprobs" in changes and not as_json:
         raise ArtifactError("generate writes log-probabilities with --json only; add --json, or leave --logprobs out")
@@ -72,7 +72,7 @@ def generate(
         with display, display.stage("plan") as progress:
             engine = Engine.open(
                 [path, *also],
-                threads=threads,
+                threads=threads.threads,
                 provider=provider,
                 bundle=bundle,
                 rebuild=rebuild,

@@ -18,6 +18,7 @@ from spike_export.cli.arguments import (
     Model,
     QuantizationArguments,
     RunArguments,
+    ThreadArguments,
 )
 from spike_export.cli.options import (
     build_options,
@@ -25,6 +26,7 @@ from spike_export.cli.options import (
     calibration_options,
     corpus_options,
     execution_options,
+    use_threads,
 )
 from spike_export.cli.terminal.outcomes import print_build, print_notes
 from spike_export.cli.verdicts import accuracy_verdict, plan_verdict
@@ -49,9 +51,11 @@ def job(
     graph: GraphArguments = GraphArguments(),
     gate: GateArguments = GateArguments(),
     build: BuildArguments = BuildArguments(),
+    threads: ThreadArguments = ThreadArguments(),
     run_options: RunArguments = RunArguments(),
 ) -> int:
     """Run the whole job: calibrate, choose, export, check, build and report."""
+    use_threads(threads)
     from spike_export.engines.plan.paths import run_folder
     from spike_export.pipeline.job import Job
 

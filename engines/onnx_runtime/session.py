@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from spike_export.artifacts.errors import EngineError
 from spike_export.artifacts.manifest import DATA_FILE, GRAPH_FILE, Manifest, load_manifest
+from spike_export.artifacts.threads import allowed_threads
 from spike_export.calibration.decoder.perplexity import with_bos
 from spike_export.engines.onnx_runtime.all_logits import all_logits_graph
 from spike_export.engines.onnx_runtime.denormals import denormals_flushed
@@ -26,6 +27,9 @@ from spike_export.engines.onnx_runtime.sequences import (
 )
 
 _PROVIDERS: dict[Provider, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+_SPIN_MICROSECONDS = "50"
+"""How long an idle thread looks for work before it sleeps: long enough for the gap between two operators."""
 
 _shared: "weakref.WeakValueDictionary[tuple[object, ...], Any]" = weakref.WeakValueDictionary()
 _sharing = threading.Lock()
@@ -86,13 +90,16 @@ def session_options(threads: int = 0) -> Any:
     zero takes two thirds off the attention of a 256-token prefill (docs/decisions/denormals.md). INT8 products are
     exact on every processor (docs/decisions/exact-products.md).
 
+    A thread that has nothing to do sleeps after a moment, for other processes' sake (docs/decisions/threads.md).
+
     Args:
-        threads: For one operator; 0 for one per core.
+        threads: For one operator; 0 for as many as this process is allowed, else one per core.
     """
     import onnxruntime as ort
 
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = threads or allowed_threads() or 0
+    options.add_session_config_entry("session.intra_op.spin_duration_us", _SPIN_MICROSECONDS)
     options.log_severity_level = 4  # errors are raised, and told by the caller
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
     request_exact_products(options)
@@ -122,7 +129,7 @@ def open_bundle(bundle: Path, threads: int = 0, *, all_logits: bool = False) -> 
 
     Args:
         bundle: Folder that export wrote.
-        threads: For one operator; 0 for one per core.
+        threads: For one operator; 0 for as many as this process is allowed, else one per core.
         all_logits: Give the logits of all tokens, also where the bundle gives the last one's only.
 
     Raises:
@@ -143,7 +150,7 @@ def open_for_generation(bundle: Path, threads: int = 0, provider: Provider = "cp
 
     Args:
         bundle: Folder that export wrote.
-        threads: For one operator; 0 for one per core.
+        threads: For one operator; 0 for as many as this process is allowed, else one per core.
         provider: Where to compute.
 
     Raises:
