@@ -34,6 +34,9 @@ SMALLER: Mapping[str, str] = {
 }
 """Word of a documented command → what the small model has in its place."""
 
+SMALLER_WINDOWS = ("samples=32, length=512", "samples=4, length=32")
+"""Options of documented Python, and what the small model has in their place."""
+
 _WINDOWS, _TARGET, _CORPUS = SMALL, ("--target", "SM86"), ("--corpus", "my_domain.jsonl")
 ADDED: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "": (_WINDOWS, _CORPUS, _TARGET),
@@ -72,7 +75,7 @@ def smaller(code: str) -> str:
     """Return documented Python with the small model's names in the place of the documented ones."""
     for word, own in SMALLER.items():
         code = code.replace(f'"{word}"', f'"{own}"')
-    return code
+    return code.replace(*SMALLER_WINDOWS)
 
 
 def run_command(words: list[str], place: str) -> None:
