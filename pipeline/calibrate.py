@@ -99,8 +99,8 @@ def measure_shard(
         SpikeExportError: As `calibrate`; a CorpusError where the part holds no window.
     """
     shard_samples(options.samples, shard)  # an empty shard is refused before the model is opened
-    job = Job(str(model), Path(work_dir), calibration=options, corpus=corpus, execution=execution, shard=shard)
+    job = Job(str(model), Path(work_dir), calibration=options, corpus=corpus, execution=execution)
     pipeline = open_pipeline(job, display, force=force)
     with display:
-        pipeline.measure()
+        pipeline.measure(shard)
     return job.work_dir / "spikes.json"

@@ -36,8 +36,6 @@ class Job:
         logits: Of which tokens the graph gives logits.
         max_ppl_increase: Largest relative perplexity increase of the shipped bundle; None for no limit.
         build: How to build the plan.
-        allow_fallback: Accept a plan in which a module planned as INT8 runs in 16 bit.
-        shard: (i, n): measure only the i-th of n parts of the windows, and stop.
     """
 
     model: str
@@ -52,8 +50,6 @@ class Job:
     logits: LogitsScope = "all"
     max_ppl_increase: float | None = None
     build: BuildOptions = field(default_factory=BuildOptions)
-    allow_fallback: bool = False
-    shard: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""

@@ -178,15 +178,24 @@ class Pipeline:
         self._stage(RECIPE, stage_key(spikes=self._spikes_key, options=options), [path], work)
         return load_recipe(path)
 
-    def measure(self) -> SpikeStatistics:
-        """Run the first stage and return the statistics without a prefix: of all windows, or of the job's shard."""
-        return self._spikes(SPIKES, "spikes", ())
+    def measure(self, shard: tuple[int, int] | None = None) -> SpikeStatistics:
+        """Run the first stage and return the statistics without a prefix.
+
+        Args:
+            shard: (i, n): measure only the i-th of n parts of the windows.
+        """
+        return self._spikes(SPIKES, "spikes", (), shard=shard)
 
     def _spikes(
-        self, stage: str, stem: str, prefix: tuple[int, ...], transform: Transform = Transform()
+        self,
+        stage: str,
+        stem: str,
+        prefix: tuple[int, ...],
+        transform: Transform = Transform(),
+        shard: tuple[int, int] | None = None,
     ) -> SpikeStatistics:
         place = self.run.path / stem
-        samples, shard = self.job.calibration.samples, self.job.shard
+        samples = self.job.calibration.samples
         chosen = shard_samples(samples, shard if shard else (1, 1))
         whole = self._statistics_key(prefix, transform)
         description = {

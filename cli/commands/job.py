@@ -72,12 +72,11 @@ def job(
         logits=graph.logits,
         max_ppl_increase=gate.max_ppl_increase,
         build=build_options(build),
-        allow_fallback=build.allow_fallback,
     )
-    return _run_job(work, run_options)
+    return _run_job(work, build.allow_fallback, run_options)
 
 
-def _run_job(work: "Job", options: RunArguments) -> int:
+def _run_job(work: "Job", allow_fallback: bool, options: RunArguments) -> int:
     from spike_export.cli.terminal.progress_display import ProgressDisplay
     from spike_export.pipeline.pipeline import stages_of
     from spike_export.pipeline.run_job import run_job
@@ -89,7 +88,7 @@ def _run_job(work: "Job", options: RunArguments) -> int:
         _print_result(result, console)
     if result.engine is None:
         return accuracy_verdict(result.check.passed)
-    return plan_verdict(result.engine, work.allow_fallback)
+    return plan_verdict(result.engine, allow_fallback)
 
 
 def _print_result(result: "JobResult", console: Console) -> None:
