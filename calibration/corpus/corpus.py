@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 DOCUMENT_SEPARATOR = "\n\n"
 DEFAULT_CORPUS = "pydoc topics"
@@ -23,15 +25,37 @@ class Corpus:
     documents: tuple[str, ...]
     separator: str = DOCUMENT_SEPARATOR
 
-    @cached_property
+    @property
     def text(self) -> str:
-        """All documents, joined."""
+        """All documents, joined: as large again as the documents."""
         return self.separator.join(self.documents)
+
+    @cached_property
+    def _ends(self) -> tuple[int, ...]:
+        """Per document, the place in the joined text behind it and the separator that follows it."""
+        return tuple(accumulate(len(document) + len(self.separator) for document in self.documents))
+
+    @property
+    def characters(self) -> int:
+        """Characters of the joined text."""
+        return self._ends[-1] - len(self.separator) if self.documents else 0
+
+    def excerpt(self, start: int, stop: int) -> str:
+        """Return characters `start` to `stop` of the joined text, without joining it."""
+        parts, place = [], bisect_right(self._ends, start)
+        while place < len(self.documents) and (begin := self._ends[place - 1] if place else 0) < stop:
+            part = self.documents[place] if place == len(self.documents) - 1 else self.documents[place] + self.separator
+            parts.append(part[max(0, start - begin) : stop - begin])
+            place += 1
+        return "".join(parts)
 
     @cached_property
     def sha256(self) -> str:
         """Hash of the text in UTF-8, in hexadecimal; records that are turned into other text have another one."""
-        return hashlib.sha256(self.text.encode()).hexdigest()
+        digest = hashlib.sha256()
+        for index, document in enumerate(self.documents):
+            digest.update((document if index == 0 else self.separator + document).encode())
+        return digest.hexdigest()
 
     @cached_property
     def boundaries_sha256(self) -> str:

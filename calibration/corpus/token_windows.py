@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from spike_export.artifacts.errors import CorpusError
 from spike_export.calibration.corpus.corpus import DEFAULT_CORPUS, Corpus
+from spike_export.calibration.corpus.excerpts import Wanted, packed_windows, windows_inside_documents
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 EVALUATION_WINDOWS = 8
 EVALUATION_SHARE = 0.25
 """Part of a corpus, at its end, that is kept for evaluation: of its tokens, or of its documents."""
+
+WHOLE_CHARACTERS = 1 << 20
+"""Characters up to which a corpus is encoded whole, in some 200 MB; of a larger one the windows alone are."""
 
 # Where the default corpus is evaluated. Fixed, so that figures of different runs and tools can be compared.
 _PYDOC_EVALUATION_START = 60_000
@@ -41,13 +45,16 @@ def token_windows(
     kind: "WindowKind" = "packed",
     bos: int | None = None,
 ) -> TokenWindows:
-    """Tokenize a corpus, all of it, and cut windows of `length` tokens.
+    """Cut windows of `length` tokens from a corpus.
 
     Packed, calibration takes `samples` windows, one at a random place of each of as many equal parts of the corpus's
     first region; evaluation takes `EVALUATION_WINDOWS` evenly spaced windows of the rest (fewer where they would
     overlap). Inside documents, only documents of at least `length` tokens count: calibration takes random ones of the
     first of them, each as often as any other, and a random place in each; evaluation takes evenly spaced places of the
     last. The seed does not move evaluation windows.
+
+    A corpus of more than `WHOLE_CHARACTERS` is not encoded whole: its regions and parts are measured in characters, the
+    last quarter of all documents is for evaluation, and each window begins at a word (see `excerpts`).
 
     Args:
         corpus: The documents.
@@ -65,7 +72,10 @@ def token_windows(
     """
     if tokenizer is None:
         raise CorpusError("the checkpoint has no tokenizer, so that no text can be calibrated on; add tokenizer.json")
-    cut = _packed if kind == "packed" else _inside_documents
+    if corpus.characters > WHOLE_CHARACTERS:
+        cut = _excerpts_packed if kind == "packed" else _excerpts_inside_documents
+    else:
+        cut = _packed if kind == "packed" else _inside_documents
     windows = cut(corpus, tokenizer.backend_tokenizer, samples, length, seed, bos)
     _require_variety(corpus.name, windows.calibration, "calibration", tokenizer.backend_tokenizer)
     _require_variety(corpus.name, windows.evaluation, "evaluation", tokenizer.backend_tokenizer)
@@ -132,6 +142,34 @@ def _inside_documents(
         np.stack([place.window(length, bos) for place in places]),
         np.stack([slots[index].window(length, bos) for index in spaced]),
     )
+
+
+def _excerpts_packed(
+    corpus: Corpus, tokenizer: "Tokenizer", samples: int, length: int, seed: int, bos: int | None
+) -> TokenWindows:
+    wanted = Wanted(samples, EVALUATION_WINDOWS, EVALUATION_SHARE, length, seed, bos)
+    found = packed_windows(corpus, tokenizer, wanted)
+    if len(found[0]) < samples or not found[1]:
+        raise CorpusError(
+            f"{corpus.name}: its {corpus.characters:,} characters have too few tokens for {samples} windows of "
+            f"{length} and one more for evaluation: give a longer corpus or a smaller --length"
+        )
+    return TokenWindows(np.stack(found[0]), np.stack(found[1]))
+
+
+def _excerpts_inside_documents(
+    corpus: Corpus, tokenizer: "Tokenizer", samples: int, length: int, seed: int, bos: int | None
+) -> TokenWindows:
+    count = len(corpus.documents)
+    wanted = Wanted(samples, EVALUATION_WINDOWS, EVALUATION_SHARE, length, seed, bos)
+    found = windows_inside_documents(corpus, tokenizer, wanted) if count > 1 else ([], [])
+    for windows, use, which in zip(found, ("calibration", "evaluation"), ("first", "last"), strict=True):
+        if not windows:
+            raise CorpusError(
+                f"{corpus.name}: none of the {which} of {count} documents, which are for {use}, has {length} "
+                "tokens: give longer documents, a smaller --length, or --windows packed"
+            )
+    return TokenWindows(np.stack(found[0]), np.stack(found[1]))
 
 
 @dataclass(frozen=True)
