@@ -228,6 +228,9 @@ class Calibration:
             compare: Whether to measure the divergence too.
         """
         scales = channel_scales(transform, self.checkpoint.config)
+        if scales and self._folds_smoothing and not measured:
+            # The steps of smoothed values follow from no statistics of the model before smoothing.
+            statistics, measured = self._measured_again(statistics, transform), True
         plans = module_plans(statistics, kept, transform, self.options, None if measured else scales)
         decoder, simulation = self._simulation(plans, transform, scales)
         simulation = replace(simulation, attention=attention_plans(statistics, self.options))
@@ -245,11 +248,29 @@ class Calibration:
             reference=reference,
         )
 
+    @property
+    def _folds_smoothing(self) -> bool:
+        """Whether a simulation needs the smoothed weights themselves, because not all that is quantized reads them.
+
+        Attention's value operand is what v_proj writes, divided by o_proj's scales: smoothing at o_proj's input alone
+        would leave it as it was.
+        """
+        return self.options.attention != "unquantized"
+
+    def _measured_again(self, statistics: SpikeStatistics, transform: Transform) -> SpikeStatistics:
+        """Return statistics of the same windows behind the same prefix, of the transformed model."""
+        rows = statistics.sample_ids
+        return self.measure_windows(self.windows.calibration[rows], rows, statistics.prefix_ids, transform)
+
     def _simulation(
         self, plans: Mapping[str, ModulePlan], transform: Transform, scales: Mapping[str, NDArray[np.float32]]
     ) -> tuple[Decoder, Simulation]:
-        """Return the decoder to run and what to simulate in it: smoothing needs no weights of its own in memory."""
-        if not scales or self.options.weights == "int8-per-tensor":
+        """Return the decoder to run and what to simulate in it.
+
+        Smoothing needs no weights of its own in memory where every linear's row has a scale of its own, and nothing but
+        linears is quantized.
+        """
+        if not scales or self._folds_smoothing or self.options.weights == "int8-per-tensor":
             model = self.transformed(transform)
             return model.decoder, Simulation(plans, model.quantized)
         if not self._smoothed or self._smoothed[0][0] != transform:
