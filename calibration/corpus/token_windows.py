@@ -161,8 +161,10 @@ def _excerpts_inside_documents(
     corpus: Corpus, tokenizer: "Tokenizer", samples: int, length: int, seed: int, bos: int | None
 ) -> TokenWindows:
     count = len(corpus.documents)
+    if count < 2:
+        raise CorpusError(f"{corpus.name}: one document; windows inside documents need two: give --windows packed")
     wanted = Wanted(samples, EVALUATION_WINDOWS, EVALUATION_SHARE, length, seed, bos)
-    found = windows_inside_documents(corpus, tokenizer, wanted) if count > 1 else ([], [])
+    found = windows_inside_documents(corpus, tokenizer, wanted)
     for windows, use, which in zip(found, ("calibration", "evaluation"), ("first", "last"), strict=True):
         if not windows:
             raise CorpusError(

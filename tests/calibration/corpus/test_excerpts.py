@@ -144,6 +144,11 @@ def test_too_little_text_is_refused(kind: Literal["packed", "documents"]) -> Non
         windows(Corpus("mine", ("abc", "def")), 2, 16, kind)
 
 
+def test_one_document_gives_no_windows_inside_documents() -> None:
+    with pytest.raises(CorpusError, match=r"^mine: one document; windows inside documents need two: give --windows"):
+        windows(Corpus("mine", (numbered(9000),)), 2, 16, "documents")
+
+
 @pytest.mark.parametrize("kind", ["packed", "documents"])
 def test_no_window_begins_with_bos(kind: Literal["packed", "documents"]) -> None:
     tokenizer: Any = PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer(), bos_token="<s>")
