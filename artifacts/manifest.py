@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -29,6 +29,13 @@ LAST_TOKEN_NODE = "model.last_token.Slice"
 
 CACHE_SLOTS = "cache.slots"
 """The initializer that lists the slots of a static cache: but for declared shapes, all that depends on their number."""
+
+
+MOST_LAYERS = 10_000
+"""Layers of the deepest decoder that is believed; the largest models have some hundred."""
+
+Size = Annotated[int, Field(ge=1, le=2**31 - 1)]
+"""Of an axis of a tensor."""
 
 
 class _Document(BaseModel):
@@ -137,14 +144,14 @@ class Manifest(_Document):
     head: HeadInfo | None = None
     logits: LogitsScope = "all"
     engines: tuple[str, ...] = ()
-    vocab_size: int
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    max_position_embeddings: int
-    sliding_window: int | None
+    vocab_size: Size
+    hidden_size: Size
+    num_hidden_layers: Annotated[int, Field(ge=1, le=MOST_LAYERS)]
+    num_attention_heads: Size
+    num_key_value_heads: Size
+    head_dim: Size
+    max_position_embeddings: Size
+    sliding_window: Size | None
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
     unsupported: Mapping[str, str] = Field(default_factory=dict)

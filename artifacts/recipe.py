@@ -43,7 +43,8 @@ the tokens' largest; or the share of the largest that makes the least error on h
 UNREACHED = "no token was sent here in calibration"
 """Reason of an expert that is kept because nothing is known of its input."""
 
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+PositiveFloat = Annotated[float, Field(ge=2.0**-126, le=(2 - 2.0**-23) * 2.0**127, allow_inf_nan=False)]
+"""A scale or a magnitude that float32, in which the graph holds scales, has as a normal number."""
 
 Criterion = Literal["ratio", "noise"]
 """What decides which modules stay in 16 bit: the max-median ratio, as in the paper, or the estimated noise."""

@@ -75,7 +75,9 @@ def inspect_bundle(folder: Path) -> BundleInspection:
     model = load_structure(folder / GRAPH_FILE)
     nodes: dict[int | None, list[onnx.NodeProto]] = {}
     for node in model.graph.node:
-        nodes.setdefault(layer_of([node.name]), []).append(node)
+        layer = layer_of([node.name])
+        # A graph changed by hand may name any layer: those that the model does not have are outside of it.
+        nodes.setdefault(layer if layer is None or layer < manifest.num_hidden_layers else None, []).append(node)
     layers = sorted(layer for layer in nodes if layer is not None)
     middle = nodes[layers[len(layers) // 2]] if layers else []
     return BundleInspection(

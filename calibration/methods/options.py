@@ -1,5 +1,6 @@
 """What to measure and how to choose: the options of a calibration."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +15,9 @@ from spike_export.artifacts.recipe import (
     WeightScheme,
     WindowKind,
 )
+
+MOST_SAMPLES = 100_000
+"""Calibration windows; the paper takes 512."""
 
 RotationChoice = Literal["auto", "always", "never"]
 
@@ -70,6 +74,12 @@ class CalibrationOptions:
         """Refuse what cannot be meant."""
         if self.samples < 1:
             raise RecipeError(f"--samples is {self.samples}; at least one window is needed")
+        if self.samples > MOST_SAMPLES:
+            raise RecipeError(f"--samples is {self.samples}; expected at most {MOST_SAMPLES:,} windows")
+        if not 0 <= self.seed < 2**63:
+            raise RecipeError(f"--seed is {self.seed}; expected 0 or more")
+        if self.alpha is not None and not math.isfinite(self.alpha):
+            raise RecipeError(f"--alpha is {self.alpha}; expected a finite ratio such as 20")
         if self.length < 8:
             raise RecipeError(f"--length is {self.length}; a window needs at least 8 tokens")
         if self.alpha is not None and self.max_fp16_modules is not None:

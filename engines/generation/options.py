@@ -8,6 +8,13 @@ from dataclasses import dataclass
 
 from spike_export.artifacts.errors import EngineError
 
+LOWEST_TEMPERATURE = 1e-4
+"""Below it float32 no longer holds logits over the temperature, and only the best token would be drawn anyway."""
+
+_INTEGERS = ("max_new_tokens", "top_k", "seed", "logprobs")
+_NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty")
+_SWITCHES = ("do_sample", "ignore_eos")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationOptions:
@@ -16,7 +23,7 @@ class GenerationOptions:
     Attributes:
         max_new_tokens: Most tokens a sequence gets.
         do_sample: Draw from the distribution; otherwise take the most probable token.
-        temperature: Divides the logits, > 0.
+        temperature: Divides the logits, at least `LOWEST_TEMPERATURE`.
         top_k: Only the k most probable tokens; 0 for all.
         top_p: Only the most probable tokens that together reach this probability, in (0, 1]; 1 for all.
         min_p: Only tokens at least this share as probable as the most probable one, in [0, 1]; 0 for all.
@@ -45,9 +52,15 @@ class GenerationOptions:
     def __post_init__(self) -> None:
         if isinstance(self.stop_strings, str):  # each of its letters would be one
             object.__setattr__(self, "stop_strings", (self.stop_strings,))
+        self._require_types()
         checks = (
             ("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", self.temperature, self.temperature > 0, "above 0; do_sample=False takes the best token"),
+            (
+                "temperature",
+                self.temperature,
+                self.temperature >= LOWEST_TEMPERATURE,
+                f"at least {LOWEST_TEMPERATURE}; do_sample=False takes the best token",
+            ),
             ("top_k", self.top_k, self.top_k >= 0, "at least 0"),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", self.min_p, 0 <= self.min_p <= 1, "0 to 1"),
@@ -59,3 +72,17 @@ class GenerationOptions:
         for name, value, holds, expected in checks:
             if not holds:
                 raise EngineError(f"{name} is {value}; expected {expected}")
+
+    def _require_types(self) -> None:
+        """Refuse what is of another type: options also come from files."""
+        wanted = (
+            (_INTEGERS, int, "a whole number"),
+            (_NUMBERS, (int, float), "a number"),
+            (_SWITCHES, bool, "true or false"),
+        )
+        for names, kinds, expected in wanted:
+            for name in names:
+                value = getattr(self, name)
+                optional = value is None and name in ("seed", "logprobs")
+                if not optional and (not isinstance(value, kinds) or isinstance(value, bool) != (kinds is bool)):
+                    raise EngineError(f"{name} is {value!r}; expected {expected}")

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from spike_export.artifacts.errors import ArtifactError, one_line
+from spike_export.artifacts.graph_gate import graph_fault
 
 _MODEL_GRAPH, _GRAPH_INITIALIZER = 7, 5
 _TENSOR_NAME, _TENSOR_RAW = 8, 9
@@ -117,7 +118,7 @@ def read_model(path: Path) -> ModelFile:
         ) from error
     if not model.HasField("graph") or not model.ir_version:
         raise ArtifactError(f"{path}: not an ONNX model (it holds no graph); give an .onnx file or a bundle")
-    fault = _fault(model)
+    fault = _fault(model) or graph_fault(model)
     if fault:
         raise ArtifactError(f"{path}: not a valid ONNX model ({fault}); export or download it again")
     return ModelFile(path, model, size, inline)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from spike_export.artifacts.errors import EngineError
 from spike_export.artifacts.manifest import GRAPH_FILE, LAST_TOKEN_NODE
-from spike_export.engines.plan.graph_file import read_graph
+from spike_export.engines.plan.graph_file import read_graph, require_output
 
 
 def all_logits_graph(bundle: Path) -> bytes:
@@ -27,7 +27,7 @@ def all_logits_graph(bundle: Path) -> bytes:
     graph.node.remove(choice)
     for node in graph.node:
         node.input[:] = [whole if name == last else name for name in node.input]
-    logits = next(value for value in graph.output if value.name == "logits")
+    logits = require_output(graph, "logits", 3, path)
     logits.type.tensor_type.shape.dim[1].dim_param = "sequence"
     serialized: bytes = model.SerializeToString()
     return serialized

@@ -14,7 +14,7 @@ from onnx import helper, numpy_helper
 
 from spike_export.artifacts.errors import EngineError
 from spike_export.artifacts.manifest import CACHE_SLOTS, GRAPH_FILE, LAST_TOKEN_NODE, Manifest
-from spike_export.engines.plan.graph_file import read_graph
+from spike_export.engines.plan.graph_file import read_graph, require_output
 
 _LAST = np.iinfo(np.int64).max
 
@@ -27,14 +27,15 @@ def generation_graph(bundle: Path, manifest: Manifest) -> bytes:
     """
     model = read_graph(bundle / GRAPH_FILE)
     if manifest.logits == "all":
-        _keep_last_position(model.graph, f"model.layers.{manifest.num_hidden_layers - 1}.attention_residual")
+        residual = f"model.layers.{manifest.num_hidden_layers - 1}.attention_residual"
+        _keep_last_position(model.graph, residual, bundle / GRAPH_FILE)
     if manifest.kv_cache == "static":
         _free_slots(model.graph, bundle / GRAPH_FILE)
     serialized: bytes = model.SerializeToString()
     return serialized
 
 
-def _keep_last_position(graph: onnx.GraphProto, residual: str) -> None:
+def _keep_last_position(graph: onnx.GraphProto, residual: str, path: Path) -> None:
     """Let all that follows the last attention see the last position only, where the exporter would have cut too.
 
     A graph without that node, made or changed by hand, keeps all its logits: that is slower, not wrong.
@@ -53,7 +54,7 @@ def _keep_last_position(graph: onnx.GraphProto, residual: str) -> None:
         for name, value in zip(names, bounds.values(), strict=True)
     )
     graph.node.insert(place + 1, helper.make_node("Slice", [whole, *names], [last], name=LAST_TOKEN_NODE))
-    logits = next(value for value in graph.output if value.name == "logits")
+    logits = require_output(graph, "logits", 3, path)
     logits.type.tensor_type.shape.dim[1].dim_value = 1
 
 
@@ -64,6 +65,8 @@ def _free_slots(graph: onnx.GraphProto, path: Path) -> None:
         raise EngineError(f"{path}: the graph has no static cache (no {CACHE_SLOTS}); export the bundle again")
     caches = [value for value in (*graph.input, *graph.output) if value.name.startswith(("past_", "present."))]
     for value in caches:
+        if len(value.type.tensor_type.shape.dim) != 4:
+            raise EngineError(f"{path}: {value.name} is no cache of 4 axes; export the bundle again")
         value.type.tensor_type.shape.dim[2].dim_param = "slots"
     graph.initializer.remove(constant)
     ends = {f"{CACHE_SLOTS}.first": 0, f"{CACHE_SLOTS}.step": 1}

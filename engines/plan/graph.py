@@ -53,17 +53,34 @@ def _require_weights(model: onnx.ModelProto, folder: Path) -> None:
     for tensor in model.graph.initializer:
         if tensor.data_location != TensorProto.EXTERNAL:
             continue
-        place = {entry.key: entry.value for entry in tensor.external_data}
-        file = folder / place["location"]
-        if place["location"] not in sizes:
-            sizes[place["location"]] = file.stat().st_size if file.is_file() else -1
-        size, end = sizes[place["location"]], int(place.get("offset", 0)) + int(place.get("length", 0))
+        location, end = _place(tensor, folder)
+        file = folder / location
+        if location not in sizes:
+            sizes[location] = file.stat().st_size if file.is_file() else -1
+        size = sizes[location]
         if size < 0:
             raise EngineError(f"{file} is missing; the bundle is incomplete, export it again")
         if end > size:
             raise EngineError(
                 f"{file} is truncated: {tensor.name} ends at byte {end} and the file at {size}; export the bundle again"
             )
+
+
+def _place(tensor: TensorProto, folder: Path) -> tuple[str, int]:
+    """Return the file of a tensor's data, inside the bundle's folder, and the byte behind them."""
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    location = entries.get("location", "")
+    try:
+        start, length = int(entries.get("offset", 0)), int(entries.get("length", 0))
+    except ValueError:
+        start = length = -1
+    if not location or min(start, length) < 0:
+        raise EngineError(
+            f"{folder}: tensor {tensor.name} has no readable place in a data file; export the bundle again"
+        )
+    if not (folder / location).resolve().is_relative_to(folder.resolve()):
+        raise EngineError(f"{folder}: tensor {tensor.name} lies outside the bundle, in {location}; export it again")
+    return location, start + length
 
 
 def graph_inputs(model: onnx.ModelProto) -> tuple[GraphInput, ...]:

@@ -104,7 +104,7 @@ def test_what_only_sampling_looks_at_asks_for_sampling(fields: dict[str, Any], c
         (("--prompt", "a" * 300), "prompt 0 has 301 tokens, and a sequence has room for 256; shorten it"),
         (("--prompt", "a", "--max-new-tokens", "256"), "ask for at most 255 new ones"),
         (("--prompt", "a", "--top-p", "0"), "top_p is 0.0; expected above 0 and at most 1"),
-        (("--prompt", "a", "--temperature", "0"), "temperature is 0.0; expected above 0"),
+        (("--prompt", "a", "--temperature", "0"), "temperature is 0.0; expected at least 0.0001"),
         (("--prompt", "a", "--max-new-tokens", "0"), "max_new_tokens is 0; expected at least 1"),
         (("--prompt", "a", "--seed", "-3"), "seed is -3"),
         (("--prompt", "a", "--stop", ""), "stop_strings is ('',); expected no empty string"),

@@ -272,7 +272,7 @@ def test_bundles_that_cannot_be_opened(model: TinyModel, tmp_path: Path) -> None
     with pytest.raises(EngineError, match=r"prompt 0 is a chat, and the bundle has no chat_template.jinja"):
         Engine.open(bundle, threads=1).generate([[{"role": "user", "content": "a"}]])
     (bundle / "generation_config.json").write_text(json.dumps({"temperature": 0.0}))
-    with pytest.raises(EngineError, match=r"generation_config.json: temperature is 0.0; expected above 0"):
+    with pytest.raises(EngineError, match=r"generation_config.json: temperature is 0.0; expected at least 0.0001"):
         Engine.open(bundle)
     (bundle / "generation_config.json").write_text("{")
     with pytest.raises(EngineError, match=r"generation_config.json: not a JSON object"):

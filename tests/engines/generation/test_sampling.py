@@ -209,7 +209,7 @@ def test_on_a_gpu_the_draws_are_the_cpus_and_nothing_waits_for_it() -> None:
     [
         ({"top_p": 0.0}, "top_p is 0.0; expected above 0 and at most 1"),
         ({"top_p": 1.01}, "top_p is 1.01"),
-        ({"temperature": 0.0}, "temperature is 0.0; expected above 0; do_sample=False takes the best token"),
+        ({"temperature": 0.0}, "temperature is 0.0; expected at least 0.0001; do_sample=False takes the best token"),
         ({"top_k": -1}, "top_k is -1; expected at least 0"),
         ({"min_p": 1.5}, "min_p is 1.5; expected 0 to 1"),
         ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0; expected above 0"),

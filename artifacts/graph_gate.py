@@ -1,0 +1,73 @@
+"""What makes a parsed ONNX model no graph at all: found before anything walks through its nodes."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from graphlib import CycleError, TopologicalSorter
+
+import onnx
+from onnx import AttributeProto
+
+_STANDARD = ("", "ai.onnx")
+
+_OF_ONNX_RUNTIME = ("com.microsoft", ("DequantizeLinear", "QuantizeLinear"))
+"""Operators of ONNX Runtime's domain with the inputs of the standard ones of the same name."""
+
+
+def graph_fault(model: onnx.ModelProto) -> str | None:
+    """Return why nodes cannot be followed from their outputs to their inputs, or None.
+
+    A node must have the inputs and attributes that its standard operator requires, and no value may depend on itself.
+    Operators of other domains, and standard ones that this onnx does not know, are not looked into.
+    """
+    versions = {entry.domain: entry.version for entry in model.opset_import}
+    version = versions.get("", versions.get("ai.onnx", onnx.defs.onnx_opset_version()))
+    return next((fault for nodes in _bodies(model) if (fault := _fault_of(nodes, version))), None)
+
+
+def _bodies(model: onnx.ModelProto) -> Iterator[Sequence[onnx.NodeProto]]:
+    waiting: list[Sequence[onnx.NodeProto]] = [model.graph.node, *(function.node for function in model.functions)]
+    while waiting:  # it ends: protobuf itself refuses messages that are nested deep
+        nodes = waiting.pop()
+        yield nodes
+        waiting += [graph.node for node in nodes for graph in _graphs(node)]
+
+
+def _graphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    for attribute in node.attribute:
+        if attribute.type == AttributeProto.GRAPH:
+            yield attribute.g
+        yield from attribute.graphs
+
+
+def _fault_of(nodes: Sequence[onnx.NodeProto], version: int) -> str | None:
+    fault = next((fault for node in nodes if (fault := _operator_fault(node, version))), None)
+    return fault or _cycle(nodes)
+
+
+def _operator_fault(node: onnx.NodeProto, version: int) -> str | None:
+    domain, same = _OF_ONNX_RUNTIME
+    if node.domain not in _STANDARD and not (node.domain == domain and node.op_type in same):
+        return None
+    try:
+        schema = onnx.defs.get_schema(node.op_type, version, "")
+    except onnx.defs.SchemaError:
+        return None
+    given = sum(1 for name in node.input[: schema.min_input] if name)
+    if given < schema.min_input:
+        return f"node {node.name!r} ({node.op_type}) has {given} of the {schema.min_input} inputs that it needs"
+    if len(node.output) < schema.min_output:
+        return f"node {node.name!r} ({node.op_type}) has no output"
+    named = {attribute.name for attribute in node.attribute}
+    missing = sorted(name for name, each in schema.attributes.items() if each.required and name not in named)
+    if missing:
+        return f"node {node.name!r} ({node.op_type}) lacks the attribute {missing[0]!r}"
+    return None
+
+
+def _cycle(nodes: Iterable[onnx.NodeProto]) -> str | None:
+    """Return which value depends on itself; the order in which the nodes are stored does not matter."""
+    made_of = {output: [name for name in node.input if name] for node in nodes for output in node.output if output}
+    try:
+        TopologicalSorter(made_of).prepare()
+    except CycleError as error:
+        return f"value {error.args[1][0]!r} depends on itself"
+    return None
