@@ -71,6 +71,11 @@ def require_file_name(path: Path) -> None:
         raise ArtifactError(f"{path}: is a folder, and a file is to be written; give a file name")
 
 
+def temporary_path(path: Path) -> Path:
+    """Return the name under which an artifact is written before it takes its place."""
+    return path.with_name(f".{path.name}.partial")
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling of `path`; rename it to `path` when the block ends well.
@@ -84,7 +89,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """
     if not path.name:  # `.` and `/`: nothing can stand beside them
         raise ArtifactError(f"{path}: this folder cannot be replaced; give a name in it")
-    temporary = path.with_name(f".{path.name}.partial")
+    temporary = temporary_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove(temporary)

@@ -127,6 +127,7 @@ class Manifest(_Document):
         logits: Of which tokens the graph gives logits: of all, or of each row's last.
         max_position_embeddings: Tokens of its own a caller may use; the prefix is not counted.
         sliding_window: Slots a token sees, or None for all.
+        files: Names of the bundle's other files; empty in bundles of older versions.
         unsupported: Runtime that cannot drive this graph → why, and what to do about it.
     """
 
@@ -154,6 +155,7 @@ class Manifest(_Document):
     sliding_window: Size | None
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
+    files: tuple[str, ...] = ()
     unsupported: Mapping[str, str] = Field(default_factory=dict)
 
     @model_validator(mode="after")

@@ -134,6 +134,8 @@ def export_bundle(
         folder.mkdir()
         _write_graph(model, folder, progress)
         _write_companions(checkpoint, manifest, folder)
+        names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        manifest = manifest.model_copy(update={"files": tuple(names)})
         save_manifest(manifest, folder)
     return manifest
 

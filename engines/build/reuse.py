@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spike_export.artifacts.errors import ArtifactError, EngineError
+from spike_export.artifacts.ownership import require_replaceable
 from spike_export.artifacts.progress import Progress, silent
 from spike_export.engines.build.builder import (
     BuildEnvironment,
@@ -14,7 +15,14 @@ from spike_export.engines.build.builder import (
 from spike_export.engines.plan.build_options import BuildOptions
 from spike_export.engines.plan.bundle_identity import hash_bundle, hash_plan
 from spike_export.engines.plan.paths import plan_paths
-from spike_export.engines.plan.sidecar import PlanKey, PlanSidecar, load_sidecar, sidecar_path
+from spike_export.engines.plan.sidecar import (
+    PlanKey,
+    PlanSidecar,
+    finish_interrupted,
+    is_sidecar,
+    load_sidecar,
+    sidecar_path,
+)
 
 KEPT = "kept: nothing it was built from has changed"
 
@@ -75,6 +83,7 @@ def provide_engine(
     environment: BuildEnvironment | None = None,
     *,
     force: bool = False,
+    overwrite: bool = False,
 ) -> ProvidedEngine:
     """Return the engine of a bundle, built only where it has to be.
 
@@ -85,16 +94,18 @@ def provide_engine(
         progress: Told of the hashing of bundle and plan (bytes) and of the build (percent).
         environment: This machine when omitted.
         force: Build in any case.
+        overwrite: Replace also what is no engine of ours.
 
     Raises:
         EngineError: The backend, an option, a size, the memory or the graph stands in the way, or a file that is no
             engine of ours has the name of a split one.
-        ArtifactError: The bundle's manifest cannot be read, or a plan cannot be written.
+        ArtifactError: The bundle's manifest cannot be read, a plan cannot be written, or a foreign file is in the
+            plan's place.
         KeyboardInterrupt: As raised during a build; what was there before is still there.
     """
     environment = environment or detect_environment()
     build = plan_build(bundle, engine, options, environment)
-    require_own_place(engine, options.split)
+    require_own_place(engine, options.split, overwrite=overwrite)
     plans, other = plan_paths(engine, options.split), plan_paths(engine, not options.split)
     former = other if all(plan.exists() and _is_form(plan, engine) for plan in other) else None
     earlier = plans if all(plan.exists() for plan in plans) else former
@@ -120,12 +131,19 @@ def provide_engine(
     return ProvidedEngine(plans, tuple(result.sidecar for result in results), note, reused=False, warnings=warnings)
 
 
-def require_own_place(engine: Path, split: bool) -> None:
-    """Refuse to build a split engine beside a file of its name that is not ours: it would be taken for the engine.
+def require_own_place(engine: Path, split: bool, *, overwrite: bool = False) -> None:
+    """Refuse to replace files that are no engine of ours, and to build a split engine beside a file of its name.
+
+    A file of a split engine's name would be taken for the engine.
 
     Raises:
-        EngineError: Names the file.
+        EngineError: Names the file that would be taken for the engine.
+        ArtifactError: Names the file that would be lost.
     """
+    for plan in plan_paths(engine, split):
+        finish_interrupted(plan)
+        require_replaceable(sidecar_path(plan), "the description of a plan", is_sidecar, overwrite=overwrite)
+        require_replaceable(plan, "a plan", lambda path: is_sidecar(sidecar_path(path)), overwrite=overwrite)
     if split and engine.exists() and not sidecar_path(engine).is_file():
         names = " and ".join(path.name for path in plan_paths(engine, split=True))
         raise EngineError(

@@ -1,5 +1,6 @@
 """`engine.json`: what a plan was built from and for, and what it turned out to be."""
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -8,7 +9,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from spike_export.artifacts.atomic_write import temporary_path
 from spike_export.artifacts.errors import ArtifactError
+from spike_export.artifacts.ownership import is_document
 from spike_export.engines.plan.build_options import HardwareCompatibility, ProfileName
 from spike_export.engines.plan.program_audit import ProgramAudit
 
@@ -171,6 +174,31 @@ class PlanSidecar(_Document):
 def sidecar_path(plan: Path) -> Path:
     """Return the sidecar's place: `engine.plan` → `engine.json`."""
     return plan.with_suffix(".json")
+
+
+def is_sidecar(path: Path) -> bool:
+    """Return whether a file carries the mark of a plan's sidecar, of whatever version."""
+    return is_document(path, "format", "bundle_sha256", "plan")
+
+
+def finish_interrupted(plan: Path) -> None:
+    """Put a sidecar into its place where a build was killed between its last two steps.
+
+    A build renames the plan first and then its sidecar, which is complete by then under its temporary name.
+    """
+    waiting = temporary_path(sidecar_path(plan))
+    if not plan.is_file() or not is_sidecar(waiting):
+        return
+    try:
+        described = PlanSidecar.model_validate_json(waiting.read_text(encoding="utf-8")).plan
+    except (OSError, ValueError):
+        return
+    with plan.open("rb") as file:
+        belongs = described.size == plan.stat().st_size and (
+            hashlib.file_digest(file, "sha256").hexdigest() == described.sha256
+        )
+    if belongs:
+        waiting.replace(sidecar_path(plan))
 
 
 def sidecar_text(sidecar: PlanSidecar) -> str:

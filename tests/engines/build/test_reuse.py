@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from spike_export.artifacts.atomic_write import temporary_path
 from spike_export.artifacts.errors import ArtifactError, EngineError
 from spike_export.engines.build import builder as plan_builder
 from spike_export.engines.build.builder import BuildEnvironment, BuildResult, build_engine, build_plan, plan_build
@@ -135,10 +136,10 @@ class Place:
     quick: BuildEnvironment
 
     def again(
-        self, options: BuildOptions, environment: BuildEnvironment | None = None, force: bool = False
+        self, options: BuildOptions, environment: BuildEnvironment | None = None, **switches: bool
     ) -> ProvidedEngine:
         environment = environment or self.quick
-        return provide_engine(self.bundle, self.engine, options, environment=environment, force=force)
+        return provide_engine(self.bundle, self.engine, options, environment=environment, **switches)
 
     @property
     def files(self) -> dict[str, bytes]:
@@ -213,9 +214,8 @@ def test_another_backend_version_makes_another_engine(place: Place) -> None:
     [
         (lambda plan: plan.write_bytes(plan.read_bytes()[:-1]), "belongs to a plan of"),
         (lambda plan: plan.write_bytes(plan.read_bytes()[:-1] + b"\1"), "is not the file that was built"),
-        (lambda plan: sidecar_path(plan).unlink(), "cannot read the plan's sidecar"),
     ],
-    ids=["truncated", "other bytes", "no sidecar"],
+    ids=["truncated", "other bytes"],
 )
 def test_a_damaged_engine_is_built_again(place: Place, damage: Any, told: str) -> None:
     damage(place.engine)
@@ -223,6 +223,36 @@ def test_a_damaged_engine_is_built_again(place: Place, damage: Any, told: str) -
     assert again.note.startswith("built again: ")
     assert told in again.note
     assert place.again(SMALL, NO_BUILD).reused
+
+
+@needs_rtx
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_text('{"notes": 1}')])
+def test_a_plan_without_its_sidecar_is_not_ours(place: Place, damage: Any) -> None:
+    damage(sidecar_path(place.engine))
+    before = place.files
+    for force in (False, True):
+        with pytest.raises(ArtifactError, match="exists and is not .* that spike-export wrote; .* --overwrite"):
+            place.again(SMALL, NO_BUILD, force=force)
+    assert place.files == before
+    again = place.again(SMALL, overwrite=True)
+    assert again.note.startswith("built again: ")
+
+
+@needs_rtx
+def test_a_build_that_was_killed_before_its_last_step_is_whole(place: Place) -> None:
+    sidecar = sidecar_path(place.engine)
+    sidecar.rename(temporary_path(sidecar))
+    assert place.again(SMALL, NO_BUILD).reused
+    assert sidecar.is_file()
+
+
+@needs_rtx
+def test_a_sidecar_left_of_another_plan_is_not_put_into_place(place: Place) -> None:
+    sidecar = sidecar_path(place.engine)
+    sidecar.rename(temporary_path(sidecar))
+    place.engine.write_bytes(place.engine.read_bytes()[:-1] + b"\1")
+    with pytest.raises(ArtifactError, match="is not a plan that spike-export wrote"):
+        place.again(SMALL, NO_BUILD)
 
 
 @needs_rtx

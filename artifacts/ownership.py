@@ -1,0 +1,63 @@
+"""What may be replaced: only what carries the mark of a file that spike-export wrote.
+
+A mark is the format and the kind that the document itself states. Everything else at a place stays, unless the user
+asks for the contrary with `--overwrite`.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from spike_export.artifacts.errors import ArtifactError
+from spike_export.artifacts.manifest import MANIFEST_FILE
+
+_LARGEST_DOCUMENT = 1 << 28
+"""Bytes of a JSON document that is read for its mark."""
+
+_MANIFEST_KEYS = ("format", "model", "kv_cache", "linears")
+
+
+def require_replaceable(path: Path, kind: str, is_ours: Callable[[Path], bool], *, overwrite: bool = False) -> None:
+    """Refuse to replace a file or a folder that was not written here.
+
+    Args:
+        path: Where an artifact is to be written.
+        kind: What the artifact is, with its article, for the message.
+        is_ours: Whether what is there carries the artifact's mark.
+        overwrite: Whether the user allows to replace anything.
+
+    Raises:
+        ArtifactError: Something else is there.
+    """
+    there = path.is_symlink() or path.exists()
+    if there and not overwrite and not is_ours(path):
+        raise ArtifactError(
+            f"{path}: exists and is not {kind} that spike-export wrote; give another place, or --overwrite"
+        )
+
+
+def is_document(path: Path, *keys: str) -> bool:
+    """Return whether a file is a JSON object with these keys at its top."""
+    try:
+        if not path.is_file() or path.stat().st_size > _LARGEST_DOCUMENT:
+            return False
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(document, dict) and all(key in document for key in keys)
+
+
+def is_bundle(folder: Path) -> bool:
+    """Return whether a folder is empty, or a bundle that holds nothing but what export wrote."""
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    found = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
+    return not found or (is_document(folder / MANIFEST_FILE, *_MANIFEST_KEYS) and not _foreign(folder, found))
+
+
+def _foreign(folder: Path, found: set[str]) -> set[str]:
+    """Return the files of a bundle that its manifest does not list; none where an older manifest lists nothing."""
+    listed = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8")).get("files")
+    if not isinstance(listed, list) or not listed:
+        return set()
+    return found - {MANIFEST_FILE, *(name for name in listed if isinstance(name, str))}
