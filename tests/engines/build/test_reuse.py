@@ -231,7 +231,7 @@ def test_a_plan_without_its_sidecar_is_not_ours(place: Place, damage: Any) -> No
     damage(sidecar_path(place.engine))
     before = place.files
     for force in (False, True):
-        with pytest.raises(ArtifactError, match="exists and is not .* that spike-export wrote; .* --overwrite"):
+        with pytest.raises(ArtifactError, match=r"exists and is not .* that spike-export wrote; .* --overwrite"):
             place.again(SMALL, NO_BUILD, force=force)
     assert place.files == before
     again = place.again(SMALL, overwrite=True)
