@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from spike_export.artifacts.atomic_write import write_text
 from spike_export.artifacts.errors import ArtifactError
+from spike_export.artifacts.ownership import is_document
 
 
 class _Part(BaseModel):
@@ -112,6 +113,11 @@ class Check(_Part):
 def save_check(check: Check, path: Path) -> None:
     """Write `check.json` atomically."""
     write_text(path, json.dumps(check.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n")
+
+
+def is_check(path: Path) -> bool:
+    """Return whether a file carries the mark of a check's result."""
+    return is_document(path, "format", "reference", "variants")
 
 
 def load_check(path: Path) -> Check:

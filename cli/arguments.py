@@ -321,8 +321,19 @@ class RunArguments(ProgramArguments):
     force: Annotated[bool, Parameter(negative="")] = False
     "Run every stage again, also stages whose inputs are unchanged."
 
+    overwrite: Annotated[bool, Parameter(negative="")] = False
+    "Replace files and folders at the places of results even if spike-export did not write them."
+
     quiet: Annotated[bool, Parameter(negative="")] = False
     "Print errors only."
+
+
+Recompute = Annotated[
+    Literal["recipe"] | None,
+    Parameter(
+        group="Run", help="recipe: discard a recipe that was edited by hand into recipe.json.old, and choose anew."
+    ),
+]
 
 
 def values(arguments: Any) -> dict[str, Any]:

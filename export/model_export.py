@@ -23,6 +23,7 @@ def export(
     prefix_in: PrefixHome = "cache",
     logits: LogitsScope = "all",
     progress: Progress = silent,
+    overwrite: bool = False,
 ) -> Manifest:
     """Write the ONNX bundle of a recipe; the folder appears whole or not at all.
 
@@ -37,6 +38,7 @@ def export(
             copy of the cache per call.
         logits: Of which tokens the graph gives logits.
         progress: Told of every tensor written.
+        overwrite: Replace also a folder that is no bundle, or holds other files too.
 
     Returns:
         The content of the bundle's `manifest.json`.
@@ -52,5 +54,5 @@ def export(
     options = ExportOptions(
         dtype or known, number_format=number_format, cache=cache, prefix_in=prefix_in, logits=logits
     )
-    require_bundle_or_nothing(Path(out))
+    require_bundle_or_nothing(Path(out), overwrite=overwrite)
     return export_bundle(open_checkpoint(str(model)), plan, options, Path(out), progress)

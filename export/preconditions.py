@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from spike_export.artifacts.errors import ArtifactError, RecipeError
-from spike_export.artifacts.manifest import MANIFEST_FILE
+from spike_export.artifacts.errors import RecipeError
+from spike_export.artifacts.ownership import is_bundle, require_replaceable
 from spike_export.artifacts.recipe import NumberFormat
 
 
@@ -17,11 +17,10 @@ def require_quantized(number_format: NumberFormat, quantize: bool) -> None:
         raise RecipeError(f"--number-format {number_format} and --no-quantize contradict each other; give one")
 
 
-def require_bundle_or_nothing(folder: Path) -> None:
-    """Refuse to replace what is no bundle: its content would be lost.
+def require_bundle_or_nothing(folder: Path, *, overwrite: bool = False) -> None:
+    """Refuse to replace what is no bundle of ours, or holds other files too: its content would be lost.
 
     Raises:
         ArtifactError: A file, or a folder with other content, is there.
     """
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST_FILE).exists()):
-        raise ArtifactError(f"{folder}: exists and is not a bundle; give another folder")
+    require_replaceable(folder, "a bundle", is_bundle, overwrite=overwrite)

@@ -147,7 +147,7 @@ def _explanation(recipe: Recipe, run: Path, name: str) -> dict[str, str]:
     if smoothing is not None:
         lines["smoothing"] = f"{smoothing.form} {smoothing.parameter} on the input of {representative}"
     for stem, label in (("spikes", "without a prefix"), ("spikes_prefixed", "behind the prefix")):
-        seen = _seen(run / stem, representative)
+        seen = _seen(run / stem, representative, recipe, behind=stem != "spikes")
         if seen:
             lines[f"largest tokens {label}"] = seen
     return lines
@@ -171,13 +171,29 @@ def _rank(recipe: Recipe, field: str, value: float) -> int:
     return 1 + sum(bool((getattr(plan, field) or 0.0) > value) for plan in recipe.modules.values())
 
 
-def _seen(stem: Path, module: str) -> str:
-    """Return the largest tokens of a module's statistics; empty where there are none."""
+def _seen(stem: Path, module: str, recipe: Recipe, *, behind: bool) -> str:
+    """Return the largest tokens of a module's statistics; empty where the recipe was not made of them."""
     try:
-        tokens = load_description(stem)["modules"][module]["top_tokens"]
-    except (ArtifactError, KeyError):
+        document = load_description(stem)
+        if not _made_of(recipe, document, behind):
+            return ""
+        return ", ".join(map(_token, document["modules"][module]["top_tokens"][:3]))
+    except (ArtifactError, KeyError, TypeError, ValueError):
         return ""
-    return ", ".join(
-        f"{token['amax']:.4g} at {visible(repr(token['text']))} (window {token['sample']}, token {token['position']})"
-        for token in tokens[:3]
+
+
+def _made_of(recipe: Recipe, document: Mapping[str, Any], behind: bool) -> bool:
+    """Whether statistics are of the recipe's model, corpus and windows, and behind its prefix where any is meant."""
+    prefix = list(recipe.prefix_ids) if behind else []
+    return bool(
+        document["prefix_ids"] == prefix
+        and not (behind and not prefix)
+        and document["model"]["sha256"] == recipe.model.sha256
+        and document["corpus"]["sha256"] == recipe.corpus.sha256
+        and document["samples"] == recipe.corpus.samples
     )
+
+
+def _token(token: Mapping[str, Any]) -> str:
+    text = visible(repr(str(token["text"])))
+    return f"{token['amax']:.4g} at {text} (window {token['sample']}, token {token['position']})"

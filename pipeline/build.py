@@ -14,6 +14,7 @@ def build(
     *,
     progress: Progress = silent,
     force: bool = False,
+    overwrite: bool = False,
 ) -> ProvidedEngine:
     """Build the engine of a bundle, and read from its plan in which precision each module runs.
 
@@ -26,9 +27,10 @@ def build(
         options: What the plan is built for.
         progress: Told of the hashing of bundle and plan (bytes) and of the build (percent).
         force: Build although nothing has changed.
+        overwrite: Replace also files that are no plan of ours.
 
     Raises:
         EngineError: The backend, an option, a size, the memory or the graph stands in the way.
         ArtifactError: The bundle's manifest cannot be read, or a plan cannot be written.
     """
-    return provide_engine(Path(bundle), Path(out), options, progress, force=force)
+    return provide_engine(Path(bundle), Path(out), options, progress, force=force, overwrite=overwrite)

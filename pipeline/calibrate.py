@@ -44,11 +44,14 @@ def calibrate(
     corpus: CorpusOptions = CorpusOptions(),
     execution: ExecutionOptions = ExecutionOptions(),
     display: StageDisplay = StageCallback(),
+    recompute_recipe: bool = False,
     force: bool = False,
+    overwrite: bool = False,
 ) -> CalibratedModel:
     """Measure activation spikes, choose prefix, smoothing and modules, and write the recipe.
 
-    A stage that is done already in the work directory, on the same inputs, is not run again.
+    A stage that is done already in the work directory, on the same inputs, is not run again. A recipe that was edited
+    by hand is kept and returned.
 
     Args:
         model: HF directory, `.gguf` file, or hub id.
@@ -57,7 +60,9 @@ def calibrate(
         corpus: The text to calibrate on.
         execution: Devices, precision of the forward passes, and whether layers stay in memory.
         display: Follows the stages; `StageCallback(function)` reports all of them to one function.
+        recompute_recipe: Move a recipe that was edited by hand to `recipe.json.old`, and choose anew.
         force: Run stages again whose inputs are unchanged.
+        overwrite: Replace also files that spike-export did not write.
 
     Raises:
         CheckpointError: The model cannot be read or is not supported, or a device is not there.
@@ -66,8 +71,15 @@ def calibrate(
         RecipeError: An option exceeds what the model takes.
         ArtifactError: The work directory cannot be written, or holds a file that cannot be read.
     """
-    job = Job(str(model), Path(work_dir), calibration=options, corpus=corpus, execution=execution)
-    pipeline = open_pipeline(job, display, force=force)
+    job = Job(
+        str(model),
+        Path(work_dir),
+        calibration=options,
+        corpus=corpus,
+        execution=execution,
+        recompute_recipe=recompute_recipe,
+    )
+    pipeline = open_pipeline(job, display, force=force, overwrite=overwrite)
     with display:
         return CalibratedModel(pipeline.calibrate(), job.work_dir)
 
@@ -82,6 +94,7 @@ def measure_shard(
     execution: ExecutionOptions = ExecutionOptions(),
     display: StageDisplay = StageCallback(),
     force: bool = False,
+    overwrite: bool = False,
 ) -> Path:
     """Measure one part of the calibration windows, for `merge_shards`; return the file of the statistics.
 
@@ -94,13 +107,14 @@ def measure_shard(
         execution: Devices, precision of the forward passes, and whether layers stay in memory.
         display: Follows the stage.
         force: Measure again what is unchanged.
+        overwrite: Replace also files that spike-export did not write.
 
     Raises:
         SpikeExportError: As `calibrate`; a CorpusError where the part holds no window.
     """
     shard_samples(options.samples, shard)  # an empty shard is refused before the model is opened
     job = Job(str(model), Path(work_dir), calibration=options, corpus=corpus, execution=execution)
-    pipeline = open_pipeline(job, display, force=force)
+    pipeline = open_pipeline(job, display, force=force, overwrite=overwrite)
     with display:
         pipeline.measure(shard)
     return job.work_dir / "spikes.json"

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from spike_export.artifacts.atomic_write import require_file_name
-from spike_export.artifacts.check_document import Check, save_check
+from spike_export.artifacts.check_document import Check, is_check, save_check
 from spike_export.artifacts.errors import ArtifactError
+from spike_export.artifacts.ownership import require_replaceable
 from spike_export.artifacts.progress import Progress, silent
 from spike_export.calibration.corpus.chat import rendered
 from spike_export.calibration.corpus.files import load_corpus
@@ -26,6 +27,7 @@ def check(
     max_ppl_increase: float | None = None,
     out: Path | str | None = None,
     progress: Progress = silent,
+    overwrite: bool = False,
 ) -> Check:
     """Compare a bundle with the model it was made of: perplexity, top-1 agreement, KL divergence.
 
@@ -37,6 +39,7 @@ def check(
             bundle kept to it.
         out: JSON file to write the result to.
         progress: Told of the windows evaluated.
+        overwrite: Replace also a file at `out` that is no check's result.
 
     Raises:
         ArtifactError: The bundle was made of another checkpoint, or the result cannot be written.
@@ -48,6 +51,7 @@ def check(
     require_limit(max_ppl_increase)
     if out is not None:
         require_file_name(Path(out))
+        require_replaceable(Path(out), "the result of a check", is_check, overwrite=overwrite)
     result = _compared(Path(bundle), str(reference), text, progress).gated(max_ppl_increase)
     if out is not None:
         save_check(result, Path(out))

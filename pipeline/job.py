@@ -36,6 +36,7 @@ class Job:
         logits: Of which tokens the graph gives logits.
         max_ppl_increase: Largest relative perplexity increase of the shipped bundle; None for no limit.
         build: How to build the plan.
+        recompute_recipe: Discard a recipe that was edited by hand.
     """
 
     model: str
@@ -50,6 +51,7 @@ class Job:
     logits: LogitsScope = "all"
     max_ppl_increase: float | None = None
     build: BuildOptions = field(default_factory=BuildOptions)
+    recompute_recipe: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""

@@ -10,39 +10,42 @@ from spike_export.engines.build.reuse import require_own_place
 from spike_export.engines.plan.build_profiles import resolve_limits
 from spike_export.export.cache_options import require_capacity
 from spike_export.pipeline.job import Job, require_buildable, require_length, require_room
-from spike_export.pipeline.pipeline import Pipeline
+from spike_export.pipeline.pipeline import ARTIFACTS, Pipeline
 from spike_export.pipeline.run_directory import RunDirectory
 from spike_export.pipeline.stage_display import StageDisplay
 
 
-def open_pipeline(job: Job, display: StageDisplay, *, force: bool = False) -> Pipeline:
+def open_pipeline(job: Job, display: StageDisplay, *, force: bool = False, overwrite: bool = False) -> Pipeline:
     """Return the stages of a job, ready to run.
 
     Args:
         job: What to do.
         display: Follows the stages.
         force: Run stages again whose inputs are unchanged.
+        overwrite: Replace also files that spike-export did not write.
 
     Raises:
         SpikeExportError: A place cannot be written, no backend builds what is asked for, the corpus or the model cannot
             be read, or options exceed what the model takes.
     """
-    _require_places(job)
+    run = RunDirectory(job.work_dir, force, overwrite)
+    _require_places(job, run)
     read = load_corpus(job.corpus)  # a bad corpus is reported before the model is opened
     checkpoint = open_checkpoint(job.model)
     _require_options(job, checkpoint)
     corpus = rendered(read, checkpoint.tokenizer)
-    return Pipeline(job, checkpoint, RunDirectory(job.work_dir, force), display, corpus)
+    return Pipeline(job, checkpoint, run, display, corpus)
 
 
-def _require_places(job: Job) -> None:
+def _require_places(job: Job, run: RunDirectory) -> None:
     """Refuse places that cannot be written, and a plan that no backend here can build."""
     if job.plan:
-        require_own_place(job.plan, job.build.split)
+        require_own_place(job.plan, job.build.split, overwrite=run.overwrite)
         require_buildable(job.build, job.number_format)
         require_writable(job.plan.parent)
         if job.build.timing_cache:
             require_writable(job.build.timing_cache.parent)
+    run.require_own(ARTIFACTS)
     require_writable(job.work_dir)
 
 

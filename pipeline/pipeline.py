@@ -2,18 +2,19 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from spike_export.artifacts.atomic_write import write_text
 from spike_export.artifacts.check_document import Check, load_check, save_check
 from spike_export.artifacts.errors import ArtifactError
-from spike_export.artifacts.manifest import DATA_FILE, GRAPH_FILE, MANIFEST_FILE
+from spike_export.artifacts.manifest import DATA_FILE, GRAPH_FILE, MANIFEST_FILE, load_manifest
 from spike_export.artifacts.progress import Progress
-from spike_export.artifacts.recipe import Recipe, Search, load_recipe, save_recipe
+from spike_export.artifacts.recipe import Recipe, Search, load_recipe, recipe_text
 from spike_export.calibration.ablation import ablations
 from spike_export.calibration.corpus.chat import rendered
 from spike_export.calibration.corpus.corpus import Corpus
@@ -56,6 +57,24 @@ BUNDLE = "bundle"
 CHECK = "check"
 PLAN = "plan"
 REPORT = "report"
+
+RECIPE_FILE = "recipe.json"
+
+ARTIFACTS = (
+    *(
+        f"{stem}.{ending}"
+        for stem in ("spikes", "spikes_prefixed", "spikes_smoothed")
+        for ending in ("json", "safetensors")
+    ),
+    "prefix.json",
+    "smoothing.json",
+    "bundle",
+    "check.json",
+    "report.html",
+)
+"""What a run writes into its work directory and may replace there. A recipe that is there is used."""
+
+Choice = TypeVar("Choice")
 
 _PREFIX_CHOICE = TypeAdapter(PrefixChoice)
 _TRANSFORM_CHOICE = TypeAdapter(TransformChoice)
@@ -160,7 +179,12 @@ class Pipeline:
         transforms = self._transform(behind) if self.job.calibration.searches_smoothing else TransformChoice()
         after = self._after(behind, transforms.transform)
         options = {**asdict(self.job.calibration), "prefix": prefixes.token_ids, "transform": transforms.transform}
-        path = self.run.path / "recipe.json"
+        path = self.run.path / RECIPE_FILE
+        if self.run.is_edited(RECIPE_FILE):
+            if not self.job.recompute_recipe:
+                self.display.skip(RECIPE, "edited by hand, and kept; --recompute recipe discards it")
+                return load_recipe(path)
+            self.run.discard(RECIPE_FILE)
 
         def work(progress: Progress) -> None:
             choice = choose_kept(self.calibration, after, transforms.transform, progress)
@@ -173,7 +197,7 @@ class Pipeline:
                 prefixes=prefixes.candidates,
             )
             recipe = build_recipe(self.calibration, self.corpus, after, choice, transforms.transform, search)
-            save_recipe(recipe, path)
+            self.run.write_editable(RECIPE_FILE, recipe_text(recipe))
 
         self._stage(RECIPE, stage_key(spikes=self._spikes_key, options=options), [path], work)
         return load_recipe(path)
@@ -216,7 +240,8 @@ class Pipeline:
             discard_parts(parts)
 
         files = [place.with_name(f"{stem}.safetensors"), place.with_name(f"{stem}.json")]
-        self._stage(stage, stage_key(whole=whole, shard=shard) if shard else whole, files, work)
+        key = stage_key(whole=whole, shard=shard) if shard else whole
+        self._stage(stage, key, files, work, partial(load_spikes, place))
         return load_spikes(place)
 
     def _statistics_key(self, prefix: tuple[int, ...], transform: Transform) -> str:
@@ -238,11 +263,9 @@ class Pipeline:
             write_text(path, _TRANSFORM_CHOICE.dump_json(choice, indent=1).decode())
 
         key = stage_key(spikes=self._spikes_key, options=options, prefix=behind.prefix_ids)
-        self._stage(SMOOTHING, key, [path], work)
-        try:
-            return _TRANSFORM_CHOICE.validate_json(path.read_bytes())
-        except (OSError, ValidationError) as error:
-            raise ArtifactError(f"{path}: cannot read the smoothing; run again with --force") from error
+        read = partial(_choice, _TRANSFORM_CHOICE, path)
+        self._stage(SMOOTHING, key, [path], work, read)
+        return read()
 
     def _after(self, behind: SpikeStatistics, transform: Transform) -> SpikeStatistics:
         if not self.job.calibration.searches_smoothing:
@@ -261,11 +284,9 @@ class Pipeline:
                 path, _PREFIX_CHOICE.dump_json(choose_prefix(self.calibration, plain, progress), indent=1).decode()
             )
 
-        self._stage(PREFIX, stage_key(spikes=self._spikes_key, options=options), [path], work)
-        try:
-            return _PREFIX_CHOICE.validate_json(path.read_bytes())
-        except (OSError, ValidationError) as error:
-            raise ArtifactError(f"{path}: cannot read the prefix choice; run again with --force") from error
+        read = partial(_choice, _PREFIX_CHOICE, path)
+        self._stage(PREFIX, stage_key(spikes=self._spikes_key, options=options), [path], work, read)
+        return read()
 
     def _behind(self, plain: SpikeStatistics, prefixes: PrefixChoice) -> SpikeStatistics:
         if not self.job.calibration.qfep:
@@ -284,16 +305,17 @@ class Pipeline:
             model=self._model_key,
             template=getattr(tokenizer, "chat_template", None),
             special=getattr(tokenizer, "special_tokens_map", None),
+            settings=_tokenizer_settings(tokenizer),
             generation=dict(self.checkpoint.generation_config),
             recipe=None if recipe is None else recipe.model_dump(mode="json"),
             options=asdict(options),
         )
 
         def work(progress: Progress) -> None:
-            require_bundle_or_nothing(bundle)
+            require_bundle_or_nothing(bundle, overwrite=self.run.overwrite)
             export_bundle(self.checkpoint, recipe, options, bundle, progress)
 
-        self._stage(BUNDLE, key, [bundle / name for name in (GRAPH_FILE, DATA_FILE, MANIFEST_FILE)], work)
+        self._stage(BUNDLE, key, [bundle / name for name in (GRAPH_FILE, DATA_FILE)], work, partial(_whole, bundle))
         return bundle
 
     def _export_options(self, recipe: Recipe | None) -> ExportOptions:
@@ -319,7 +341,7 @@ class Pipeline:
 
         # The manifest stands for the recipe and the precision; the ablations take the rest from the statistics.
         key = stage_key(spikes=self._spikes_key, manifest=manifest, weights=self.job.calibration.weights)
-        self._stage(CHECK, key, [path], work)
+        self._stage(CHECK, key, [path], work, partial(load_check, path))
         check = load_check(path).gated(self.job.max_ppl_increase)
         save_check(check, path)
         return check
@@ -365,7 +387,8 @@ class Pipeline:
         self.__dict__.pop("calibration", None)
         collect_and_return_memory()
         with self.display.stage(PLAN) as progress:
-            return provide_engine(bundle, engine, self.job.build, progress, force=self.run.force)
+            run = self.run
+            return provide_engine(bundle, engine, self.job.build, progress, force=run.force, overwrite=run.overwrite)
 
     def report(self, built: bool) -> Path:
         """Write the HTML page; cheap, and never stale: a plan of an earlier run is left out."""
@@ -373,15 +396,60 @@ class Pipeline:
         with self.display.stage(REPORT):
             return write_report(self.run.path, engine=sidecar)
 
-    def _stage(self, stage: str, key: str, artifacts: Iterable[Path], work: Callable[[Progress], None]) -> None:
-        artifacts = list(artifacts)
-        if self.run.is_done(stage, key, artifacts):
+    def _stage(
+        self,
+        stage: str,
+        key: str,
+        artifacts: Iterable[Path],
+        work: Callable[[Progress], None],
+        read: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Run a stage unless it is done on the same inputs, and what it left can still be read."""
+        if self.run.is_done(stage, key, artifacts) and _is_readable(read):
             self.display.skip(stage, "same inputs")
             return
         self.run.begin(stage)
         with self.display.stage(stage) as progress:
             work(progress)
         self.run.mark_done(stage, key)
+
+
+def _tokenizer_settings(tokenizer: Any) -> dict[str, str]:
+    """Return what `tokenizer_config.json` says, but for where the tokenizer lies."""
+    settings = getattr(tokenizer, "init_kwargs", None) or {}
+    places = ("name_or_path", "tokenizer_file", "vocab_file", "is_local", "local_files_only")
+    return {key: str(value) for key, value in settings.items() if key not in places and not key.endswith("_object")}
+
+
+def _choice(form: TypeAdapter[Choice], path: Path) -> Choice:
+    """Return the choice that a stage stored.
+
+    Raises:
+        ArtifactError: It cannot be read.
+    """
+    try:
+        return form.validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise ArtifactError(f"{path}: cannot read the choice; run again with --force") from error
+
+
+def _whole(bundle: Path) -> None:
+    """See that a bundle has all the files that its manifest lists.
+
+    Raises:
+        ArtifactError: The manifest cannot be read, or a file is missing.
+    """
+    missing = [name for name in load_manifest(bundle).files if not (bundle / name).is_file()]
+    if missing:
+        raise ArtifactError(f"{bundle / missing[0]} is missing; export the bundle again")
+
+
+def _is_readable(read: Callable[[], object]) -> bool:
+    try:
+        read()
+    except ArtifactError:
+        return False
+    return True
 
 
 def _with_every_module_quantized(options: CalibrationOptions) -> CalibrationOptions:

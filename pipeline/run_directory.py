@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from spike_export.artifacts.atomic_write import write_text
+from spike_export.artifacts.ownership import require_replaceable
 
 
 def stage_key(**inputs: Any) -> str:
@@ -22,6 +23,10 @@ def stage_key(**inputs: Any) -> str:
         TypeError: An input has no text of its own, or one that names a place in memory.
     """
     return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=_plain).encode()).hexdigest()
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _plain(value: Any) -> Any:
@@ -48,10 +53,55 @@ class RunDirectory:
     Attributes:
         path: The work directory.
         force: Take no stage as done.
+        overwrite: Replace also what was not written here.
     """
 
     path: Path
     force: bool = False
+    overwrite: bool = False
+
+    def require_own(self, artifacts: Iterable[str]) -> None:
+        """Refuse a folder that holds files of these names and is no run's: they would be replaced.
+
+        Raises:
+            ArtifactError: Names the first such file.
+        """
+        if self._stamps.is_dir() or self.overwrite:
+            return
+        for name in artifacts:
+            require_replaceable(self.path / name, "part of a run", lambda _: False)
+
+    def write_editable(self, name: str, text: str) -> None:
+        """Write a document that a hand may edit, and remember what was written.
+
+        The hash is noted first, beside that of the text that is there: killed in between, both texts are known.
+        """
+        known = [*self._written(name)[-1:], _sha256(text.encode())]
+        write_text(self._hashes(name), json.dumps(known) + "\n")
+        write_text(self.path / name, text)
+
+    def is_edited(self, name: str) -> bool:
+        """Return whether a document is there that `write_editable` did not write."""
+        try:
+            content = (self.path / name).read_bytes()
+        except OSError:
+            return False
+        return _sha256(content) not in self._written(name)
+
+    def discard(self, name: str) -> None:
+        """Move a document aside, to its name with `.old` behind it."""
+        path = self.path / name
+        path.replace(path.with_name(f"{name}.old"))
+
+    def _written(self, name: str) -> list[str]:
+        try:
+            known = json.loads(self._hashes(name).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return []
+        return [each for each in known if isinstance(each, str)] if isinstance(known, list) else []
+
+    def _hashes(self, name: str) -> Path:
+        return self._stamps / f"{name}.sha256"
 
     def is_done(self, stage: str, key: str, artifacts: Iterable[Path]) -> bool:
         """Return whether a stage ended well on the same inputs, and its artifacts are still there."""
@@ -61,7 +111,7 @@ class RunDirectory:
         """Return whether a stage ended well on these inputs, in this run or an earlier one."""
         try:
             stamp = json.loads(self._stamp(stage).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return False
         return isinstance(stamp, dict) and stamp.get("key") == key
 
@@ -84,5 +134,9 @@ class RunDirectory:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
+    @property
+    def _stamps(self) -> Path:
+        return self.path / ".stages"
+
     def _stamp(self, stage: str) -> Path:
-        return self.path / ".stages" / f"{stage.replace(' ', '-')}.json"
+        return self._stamps / f"{stage.replace(' ', '-')}.json"

@@ -30,7 +30,9 @@ class JobResult:
     report: Path
 
 
-def run_job(job: Job, *, display: StageDisplay = StageCallback(), force: bool = False) -> JobResult:
+def run_job(
+    job: Job, *, display: StageDisplay = StageCallback(), force: bool = False, overwrite: bool = False
+) -> JobResult:
     """Calibrate, choose, export, check, build and report.
 
     A stage that is done already in the work directory, on the same inputs, is not run again. Nothing is built when the
@@ -40,12 +42,13 @@ def run_job(job: Job, *, display: StageDisplay = StageCallback(), force: bool = 
         job: The model, where results go, and the options of every stage.
         display: Follows the stages; `StageCallback(function)` reports all of them to one function.
         force: Run stages again whose inputs are unchanged.
+        overwrite: Replace also files that spike-export did not write.
 
     Raises:
         SpikeExportError: An input or the environment stands in the way of some stage. What can be known beforehand is
             refused before the first stage.
     """
-    pipeline = open_pipeline(job, display, force=force)
+    pipeline = open_pipeline(job, display, force=force, overwrite=overwrite)
     with display:
         recipe = pipeline.calibrate() if job.quantize else None
         bundle = pipeline.export(recipe)

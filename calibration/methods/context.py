@@ -1,5 +1,6 @@
 """The context of a calibration: a checkpoint, its windows, and the measurements that every choice is made by."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -7,6 +8,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from spike_export.artifacts.errors import CalibrationError
 from spike_export.artifacts.progress import Progress, silent
 from spike_export.artifacts.recipe import (
     SMALLEST_AMAX,
@@ -185,8 +187,18 @@ class Calibration:
         if prefix not in self._references:
             content = self.search_windows
             fed = self.fed(content, prefix)
-            self._references[prefix] = reference_states(self.model.decoder, fed, content.shape[1], prefix)
+            found = reference_states(self.model.decoder, fed, content.shape[1], prefix)
+            self._require_finite(found.perplexity, "the unquantized model")
+            self._references[prefix] = found
         return self._references[prefix]
+
+    def _require_finite(self, perplexity: float, model: str) -> None:
+        """Refuse to choose by figures that say nothing: NaN, or beyond what a float holds."""
+        if not math.isfinite(perplexity):
+            raise CalibrationError(
+                f"{self.checkpoint.name}: the perplexity of {model} is {perplexity} on the calibration windows; the "
+                "weights are damaged or the logits overflow: check the checkpoint's weights and scaling factors"
+            )
 
     def head_smoothing(self, rotation: RotationPlan | None) -> HeadSmoothing:
         """Return the smoothing of the head's input; none for a head that does not round it, or with smoothing off.
@@ -237,7 +249,7 @@ class Calibration:
         content, prefix = self.search_windows, statistics.prefix_ids
         fed = self.fed(content, prefix)
         reference = self.reference(prefix) if compare else None
-        return score(
+        found = score(
             decoder,
             fed,
             content.shape[1],
@@ -247,6 +259,8 @@ class Calibration:
             head_smoothing=self.head_smoothing(transform.rotation).plan,
             reference=reference,
         )
+        self._require_finite(found.perplexity, "the quantized model")
+        return found
 
     @property
     def _folds_smoothing(self) -> bool:

@@ -296,7 +296,7 @@ def load_description(stem: Path) -> dict[str, Any]:
     path = stem.with_name(stem.name + ".json")
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path}: cannot read the spike statistics ({error}); calibrate again") from error
     if not isinstance(document, dict):
         raise ArtifactError(f"{path}: holds no spike statistics; calibrate again")

@@ -29,7 +29,14 @@ def build(
 
     console = Console()
     with ProgressDisplay(console, ["plan"], quiet=run_options.quiet) as display, display.stage("plan") as progress:
-        engine = build_engine(bundle, out, build_options(build), progress=progress, force=run_options.force)
+        engine = build_engine(
+            bundle,
+            out,
+            build_options(build),
+            progress=progress,
+            force=run_options.force,
+            overwrite=run_options.overwrite,
+        )
     if not run_options.quiet:
         print_build(engine, console)
         for plan, sidecar in zip(engine.plans, engine.sidecars, strict=True):

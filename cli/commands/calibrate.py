@@ -14,6 +14,7 @@ from spike_export.cli.arguments import (
     ExecutionArguments,
     Model,
     QuantizationArguments,
+    Recompute,
     RunArguments,
     ThreadArguments,
 )
@@ -40,6 +41,7 @@ def calibrate(
         str | None, Parameter(help="i/n: only measure the i-th of n parts of the windows; `merge` joins the parts.")
     ] = None,
     threads: ThreadArguments = ThreadArguments(),
+    recompute: Recompute = None,
     run_options: RunArguments = RunArguments(),
 ) -> int:
     """Measure activation spikes, choose prefix, smoothing and modules, and write the recipe."""
@@ -55,7 +57,15 @@ def calibrate(
     console = Console()
     display = ProgressDisplay(console, calibration_stages(options), quiet=run_options.quiet)
     recipe = calibrate_model(
-        model, work_dir, options, corpus=text, execution=how, display=display, force=run_options.force
+        model,
+        work_dir,
+        options,
+        corpus=text,
+        execution=how,
+        display=display,
+        recompute_recipe=recompute == "recipe",
+        force=run_options.force,
+        overwrite=run_options.overwrite,
     ).recipe
     if not run_options.quiet:
         prefix = f"prefix {list(recipe.prefix_ids)} {recipe.prefix.text!r}" if recipe.prefix else "no prefix"
@@ -93,6 +103,7 @@ def _measure_shard(
         execution=execution,
         display=display,
         force=run_options.force,
+        overwrite=run_options.overwrite,
     )
     if not run_options.quiet:
         console.print(Text(f"statistics of shard {shard}: {statistics}"), soft_wrap=True)

@@ -56,6 +56,7 @@ def check(
             max_ppl_increase=gate.max_ppl_increase,
             out=path,
             progress=progress,
+            overwrite=run_options.overwrite,
         )
     if not run_options.quiet:
         print_check(result, console)
@@ -67,9 +68,12 @@ def _lint(model: Path, json_file: Path | None, options: RunArguments) -> int:
     import json
 
     from spike_export.artifacts.atomic_write import write_text
+    from spike_export.artifacts.ownership import require_replaceable
     from spike_export.cli.terminal.lint_table import print_lint
-    from spike_export.engines.lint.linter import lint_model
+    from spike_export.engines.lint.linter import is_lint_document, lint_model
 
+    if json_file is not None:
+        require_replaceable(json_file, "the linter's result", is_lint_document, overwrite=options.overwrite)
     result = lint_model(model)
     if json_file is not None:
         write_text(json_file, json.dumps(result.document(), indent=2) + "\n")

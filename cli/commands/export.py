@@ -69,6 +69,7 @@ def export(
             prefix_in=prefix_in,
             logits=graph.logits,
             progress=progress,
+            overwrite=run_options.overwrite,
         )
     if not run_options.quiet:
         console.print(Text(f"bundle: {out}"), soft_wrap=True)

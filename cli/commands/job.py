@@ -17,6 +17,7 @@ from spike_export.cli.arguments import (
     GraphArguments,
     Model,
     QuantizationArguments,
+    Recompute,
     RunArguments,
     ThreadArguments,
 )
@@ -52,6 +53,7 @@ def job(
     gate: GateArguments = GateArguments(),
     build: BuildArguments = BuildArguments(),
     threads: ThreadArguments = ThreadArguments(),
+    recompute: Recompute = None,
     run_options: RunArguments = RunArguments(),
 ) -> int:
     """Run the whole job: calibrate, choose, export, check, build and report."""
@@ -72,6 +74,7 @@ def job(
         logits=graph.logits,
         max_ppl_increase=gate.max_ppl_increase,
         build=build_options(build),
+        recompute_recipe=recompute == "recipe",
     )
     return _run_job(work, build.allow_fallback, run_options)
 
@@ -83,7 +86,7 @@ def _run_job(work: "Job", allow_fallback: bool, options: RunArguments) -> int:
 
     console = Console()
     display = ProgressDisplay(console, stages_of(work), quiet=options.quiet)
-    result = run_job(work, display=display, force=options.force)
+    result = run_job(work, display=display, force=options.force, overwrite=options.overwrite)
     if not options.quiet:
         _print_result(result, console)
     if result.engine is None:

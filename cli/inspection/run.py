@@ -23,7 +23,7 @@ def print_explanations(explained: Mapping[str, Mapping[str, str]], console: Cons
     for name, lines in explained.items():
         console.print(Text(name, style="bold"), soft_wrap=True)
         for label, value in lines.items():
-            console.print(Text(f"  {label}: {value}"), soft_wrap=True)
+            console.print(Text(f"  {label}: {visible(value)}"), soft_wrap=True)
 
 
 _Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]

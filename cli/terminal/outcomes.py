@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def print_notes(recipe: "Recipe", console: Console) -> None:
     """Print what the recipe remarks about itself."""
     for note in recipe.notes():
-        console.print(Text(f"note: {note}"), soft_wrap=True)
+        console.print(Text(f"note: {visible(note)}"), soft_wrap=True)
 
 
 def print_build(engine: "ProvidedEngine", console: Console) -> None:

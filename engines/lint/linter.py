@@ -4,6 +4,7 @@ from pathlib import Path
 
 from spike_export.artifacts.errors import ArtifactError, one_line
 from spike_export.artifacts.manifest import GRAPH_FILE
+from spike_export.artifacts.ownership import is_document
 from spike_export.engines.lint.attention import ATTENTION_RULES
 from spike_export.engines.lint.cache import CACHE_RULES
 from spike_export.engines.lint.files import FILE_RULES
@@ -54,3 +55,8 @@ def _findings(rule: Rule, model: GraphModel) -> list[Finding]:
             f"{model.file.path}: rule {rule.id} met what no valid ONNX model holds ({one_line(error)}); see "
             "onnx.checker, and export the model again"
         ) from error
+
+
+def is_lint_document(path: Path) -> bool:
+    """Return whether a file carries the mark of the linter's result."""
+    return is_document(path, "format", "counts", "findings")
