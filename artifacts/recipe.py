@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from spike_export.artifacts.atomic_write import write_text
 from spike_export.artifacts.errors import RecipeError
@@ -43,7 +43,14 @@ the tokens' largest; or the share of the largest that makes the least error on h
 UNREACHED = "no token was sent here in calibration"
 """Reason of an expert that is kept because nothing is known of its input."""
 
-PositiveFloat = Annotated[float, Field(ge=2.0**-126, le=(2 - 2.0**-23) * 2.0**127, allow_inf_nan=False)]
+
+def _held_by_float32(value: float) -> float:
+    if not 2.0**-126 <= value <= (2 - 2.0**-23) * 2.0**127:
+        raise ValueError("float32 does not hold this number")
+    return value
+
+
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False), AfterValidator(_held_by_float32)]
 """A scale or a magnitude that float32, in which the graph holds scales, has as a normal number."""
 
 Criterion = Literal["ratio", "noise"]

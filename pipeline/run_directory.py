@@ -76,9 +76,10 @@ class RunDirectory:
 
         The hash is noted first, beside that of the text that is there: killed in between, both texts are known.
         """
-        known = [*self._written(name)[-1:], _sha256(text.encode())]
-        write_text(self._hashes(name), json.dumps(known) + "\n")
+        new = _sha256(text.encode())
+        write_text(self._hashes(name), json.dumps([*self._written(name), new]) + "\n")
         write_text(self.path / name, text)
+        write_text(self._hashes(name), json.dumps([new]) + "\n")
 
     def is_edited(self, name: str) -> bool:
         """Return whether a document is there that `write_editable` did not write."""

@@ -67,12 +67,13 @@ def check(
 def _lint(model: Path, json_file: Path | None, options: RunArguments) -> int:
     import json
 
-    from spike_export.artifacts.atomic_write import write_text
+    from spike_export.artifacts.atomic_write import require_file_name, write_text
     from spike_export.artifacts.ownership import require_replaceable
     from spike_export.cli.terminal.lint_table import print_lint
     from spike_export.engines.lint.linter import is_lint_document, lint_model
 
     if json_file is not None:
+        require_file_name(json_file)
         require_replaceable(json_file, "the linter's result", is_lint_document, overwrite=options.overwrite)
     result = lint_model(model)
     if json_file is not None:

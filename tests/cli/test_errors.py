@@ -361,7 +361,7 @@ def test_export_replaces_nothing_but_a_bundle(folder: Path, tmp_path: Path, kind
         (precious / "chapter.txt").write_text("years of work")
     else:
         precious.write_text("years of work")
-    assert_says(exported(folder, "--no-quantize", "--out", precious), precious, "not a bundle", "another folder")
+    assert_says(exported(folder, "--no-quantize", "--out", precious), precious, "not a bundle", "another place")
     assert (precious / "chapter.txt" if kind == "folder" else precious).read_text() == "years of work"
 
 
@@ -454,12 +454,13 @@ def test_no_room_for_the_bundle_keeps_the_previous_one(folder: Path, tmp_path: P
 
 
 def test_no_room_for_the_check_keeps_the_previous_one(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "c.json").write_text("{}")
+    former = b'{"format": 1, "reference": {"perplexity": 1.0}, "variants": []}'
+    (tmp_path / "c.json").write_bytes(former)
     options = ("--reference", folder / "model", "--corpus", folder / "corpus.txt", "--length", "32")
     with file_size_limit(8192):
         line = call("check", folder / "bundle", *options, "--out", tmp_path / "c.json").error
     assert_says(line, "cannot write")
-    assert artifacts(tmp_path) == {"c.json": b"{}"}
+    assert artifacts(tmp_path) == {"c.json": former}
 
 
 _ON_A_FULL_DISK = """

@@ -95,6 +95,7 @@ def test_the_planted_spike_gives_every_stage_work(place: Path) -> None:
         "smoothing.json",
         "spikes-after-smoothing.json",
         "recipe.json",
+        "recipe.json.sha256",
         "bundle.json",
         "check.json",
     }
