@@ -1,9 +1,10 @@
 """How the weights are transformed before they are quantized: rotated or not, and each input smoothed and clipped."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from spike_export.artifacts.errors import RecipeError
+from spike_export.artifacts.errors import CalibrationError, RecipeError
 from spike_export.artifacts.progress import Progress, silent
 from spike_export.artifacts.recipe import RotationPlan, SmoothingPlan, TransformCandidate
 from spike_export.calibration.decoder.equivalent_weights import rotation_obstacle
@@ -133,6 +134,7 @@ def _searched(
     choices = search.choices
     clips = {name: choice.clip for name, choice in choices.items()}
     noise = {name: choice.noise for name, choice in choices.items()}
+    _require_finite(noise)
     first, second = (
         Transform(rotation, _once_per_norm(plans), clips, noise)
         for plans in (
@@ -141,6 +143,20 @@ def _searched(
         )
     )
     return _Found(compared=first, final=second)
+
+
+def _require_finite(noise: Mapping[str, float]) -> None:
+    """Refuse a noise that is no figure: nothing could be compared with it.
+
+    Raises:
+        CalibrationError: Names the module.
+    """
+    for name, value in noise.items():
+        if not math.isfinite(value):
+            raise CalibrationError(
+                f"{name}: the noise of its quantization is {value}; the weights are damaged, or a layer's output is zero "
+                "everywhere: check the checkpoint's weights"
+            )
 
 
 def _once_per_norm(plans: Mapping[str, SmoothingPlan | None]) -> dict[str, SmoothingPlan]:
