@@ -154,8 +154,8 @@ def _require_finite(noise: Mapping[str, float]) -> None:
     for name, value in noise.items():
         if not math.isfinite(value):
             raise CalibrationError(
-                f"{name}: the noise of its quantization is {value}; the weights are damaged, or a layer's output is zero "
-                "everywhere: check the checkpoint's weights"
+                f"{name}: the noise of its quantization is {value}; the weights are damaged, or a layer's output is "
+                "zero everywhere: check the checkpoint's weights"
             )
 
 
