@@ -1,7 +1,8 @@
 """Every command and every Python block that README and the documentation show works, or says why it is not run.
 
 Examples of a page run one after another in a folder of their own, which holds the model, the corpora and the finished
-run that all pages speak of. They run as they are written, but for `SMALLER` and `ADDED`: the test model is small.
+run that all pages speak of. They run as they are written, but for `SMALLER`, `SMALLER_CODE` and `ADDED`: the test's
+model is small.
 """
 
 import importlib.util
@@ -30,12 +31,11 @@ SMALLER: Mapping[str, str] = {
     "1024": "32",
     "60": "4",
     "11.mlp.down_proj": "1.mlp.down_proj",
-    "model.layers.11.mlp.down_proj": "model.layers.1.mlp.down_proj",
 }
 """Word of a documented command → what the small model has in its place."""
 
-SMALLER_WINDOWS = ("samples=32, length=512", "samples=4, length=32")
-"""Options of documented Python, and what the small model has in their place."""
+SMALLER_CODE: Mapping[str, str] = {"samples=32": "samples=4", "length=512": "length=32", "layers.11.": "layers.1."}
+"""Part of documented Python → what the small model has in its place."""
 
 _WINDOWS, _TARGET, _CORPUS = SMALL, ("--target", "SM86"), ("--corpus", "my_domain.jsonl")
 ADDED: Mapping[str, tuple[tuple[str, ...], ...]] = {
@@ -72,10 +72,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def smaller(code: str) -> str:
-    """Return documented Python with the small model's names in the place of the documented ones."""
-    for word, own in SMALLER.items():
-        code = code.replace(f'"{word}"', f'"{own}"')
-    return code.replace(*SMALLER_WINDOWS)
+    """Return documented Python, scaled to the small model."""
+    for documented, small in SMALLER_CODE.items():
+        code = code.replace(documented, small)
+    return code
 
 
 def run_command(words: list[str], place: str) -> None:

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 
+import spike_export
 from tests.support.documentation import ROOT, code_spans, examples, page_text, pages
 
 _FILE = re.compile(r"[\w./-]+\.(?:py|toml|png|j2)")
@@ -58,3 +59,10 @@ def test_a_list_has_a_blank_line_before_it(page: str) -> None:
         if _ITEM.match(line) and before and not _ITEM.match(before) and not before.startswith((" ", "<!--"))
     ]
     assert runs_on == []
+
+
+def test_every_public_name_is_documented() -> None:
+    documented = {
+        line.rpartition(".")[2] for line in page_text("docs/python-api.md").splitlines() if line.startswith(":::")
+    }
+    assert sorted(documented) == sorted(spike_export.__all__)
