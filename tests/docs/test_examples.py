@@ -11,6 +11,7 @@ import shlex
 import shutil
 import tomllib
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -153,14 +154,15 @@ def test_configuration_files_name_real_options(example: Example) -> None:
         assert [name for name in options if f"--{name}" not in known] == [], example.place
 
 
-def option_names(command: str = "") -> set[str]:
+@cache
+def option_names(command: str = "") -> frozenset[str]:
     """Return the options of a command; of the main job for an empty name."""
     parsed = app[command] if command else app
-    return {name for argument in parsed.assemble_argument_collection() for name in argument.names}
+    return frozenset(name for argument in parsed.assemble_argument_collection() for name in argument.names)
 
 
 COMMANDS = ("", *(name for name in app if not name.startswith("-")))
-ALL_OPTIONS = {"--help", "--version"}.union(*map(option_names, COMMANDS))
+ALL_OPTIONS = frozenset({"--help", "--version"}).union(*map(option_names, COMMANDS))
 
 OTHERS: Mapping[str, str] = {
     "--slow": "pytest",
@@ -196,7 +198,7 @@ def test_options_in_the_text_exist(page: str) -> None:
             require_benchmark(words[2], words[3:], page)
             continue
         command = words[1] if words[0] == "spike-export" else ""
-        known = option_names(command) if command in COMMANDS[1:] else ALL_OPTIONS | set(OTHERS)
+        known = option_names(command) if command in COMMANDS[1:] else ALL_OPTIONS | OTHERS.keys()
         options = {word.partition("=")[0] for word in words if word.startswith("--")}
         assert sorted(options - known) == [], f"{page}: {' '.join(words)}"
 
@@ -206,7 +208,8 @@ def test_values_of_options_in_the_text_are_accepted(page: str) -> None:
     """An option that is shown with a value is parsed by some command that has the option."""
     for words in mentions(page):
         for shown in with_values(words):
-            assert any(parses([*call_, *shown]) for call_ in BARE_CALLS), f"{page}: {' '.join(shown)}"
+            having = [bare for bare in BARE_CALLS if shown[0] in option_names(bare[0] if bare[0] in COMMANDS else "")]
+            assert any(parses([*bare, *shown]) for bare in having), f"{page}: {' '.join(shown)}"
 
 
 def with_values(words: list[str]) -> list[list[str]]:
