@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spike_export.artifacts.errors import CheckpointError
-from spike_export.checkpoint.decoder_config import DecoderConfig, tensor_shapes
+from spike_export.checkpoint.decoder_config import DecoderConfig, layer_shapes, tensor_shapes
 from spike_export.checkpoint.row_blocks import BlockReader, array_reader
 
 if TYPE_CHECKING:
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 EMBEDDING = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
+
+_NAMED = 1 << 17
+"""Tensors of which the first that is missing is named; of more than that, only how many are needed is said."""
 
 
 class TensorSource(Protocol):
@@ -126,6 +129,12 @@ def validate_shapes(config: DecoderConfig, source: TensorSource, place: str) -> 
         CheckpointError: Names the first such tensor, and how many there are.
     """
     found = source.shapes
+    needed = config.num_hidden_layers * len(layer_shapes(config))
+    if needed > max(len(found), _NAMED):
+        raise CheckpointError(
+            f"{place}: {len(found)} tensors are there, and the configuration's {config.num_hidden_layers} layers need "
+            f"{needed}; the checkpoint is incomplete or of another model"
+        )
     tied = config.tie_word_embeddings and LM_HEAD in found
     faults = []
     for name, shape in tensor_shapes(config).items():

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from spike_export.artifacts.errors import CheckpointError, one_line
+from spike_export.artifacts.manifest import MOST_LAYERS
 from spike_export.checkpoint.factors import Factors
 from spike_export.checkpoint.families import FAMILIES, Experts, Family
 from spike_export.checkpoint.rope_frequencies import ROPE_TYPES, RopeScaling, frequencies
@@ -19,6 +20,15 @@ _SIZES = (
     "head_dim",
     "max_position_embeddings",
 )
+
+_EXPERT_COUNTS = ("num_local_experts", "num_experts", "num_experts_per_tok")
+
+_LARGEST: Mapping[str, int] = {
+    "num_hidden_layers": MOST_LAYERS,
+    "max_position_embeddings": 1 << 25,
+    **dict.fromkeys(_EXPERT_COUNTS, 1 << 14),
+}
+"""Counts beyond those of any model: tables and lists of names are made by them. Other sizes end at 2^31 - 1."""
 
 _REQUIRED = (
     "vocab_size",
@@ -228,10 +238,13 @@ def _biased(family: Family, hf: Any) -> frozenset[str]:
 
 def _check_sizes(raw: Mapping[str, Any], place: str) -> None:
     """Refuse sizes that are none, or that contradict each other."""
-    for key in _SIZES:
-        value = raw.get(key)
-        if value is not None and (not isinstance(value, int) or value < 1):
+    for key in (*_SIZES, *_EXPERT_COUNTS):
+        value, largest = raw.get(key), _LARGEST.get(key, (1 << 31) - 1)
+        least = 0 if key in _EXPERT_COUNTS else 1  # how many experts a token needs is checked with its other sizes
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
             raise CheckpointError(f"{place}: {key} is {value!r}; expected a whole number above 0: the file is damaged")
+        if value is not None and value > largest:
+            raise CheckpointError(f"{place}: {key} is {value}; expected at most {largest:,}: the file is damaged")
     heads, hidden = raw["num_attention_heads"], raw["hidden_size"]
     key_value = raw.get("num_key_value_heads") or heads
     if heads % key_value:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spike_export.artifacts.errors import CheckpointError, one_line
+from spike_export.artifacts.manifest import MOST_LAYERS
 from spike_export.checkpoint.checkpoint import Checkpoint, validate_shapes
 from spike_export.checkpoint.decoder_config import DecoderConfig, decoder_config, tensor_shapes
 from spike_export.checkpoint.families import FAMILIES
@@ -201,7 +202,15 @@ def _read_file(path: Path) -> Any:
     known = {kind.value for kind in gguf.GGMLQuantizationType}
 
     class Reader(gguf.GGUFReader):  # type: ignore[misc]  # gguf has no types
-        """Tells a type newer than this reader from damage, before it is looked up."""
+        """Tells a type newer than this reader from damage, and an array that the file cannot hold from one it can."""
+
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+            if raw_type == gguf.GGUFValueType.ARRAY:
+                # Each value takes a byte at least; gguf itself makes a list of as many entries as are claimed.
+                claimed = int(self._get(orig_offs + 4, np.uint64)[0])
+                if claimed > len(self.data) - orig_offs:
+                    raise ValueError(f"an array of metadata claims {claimed:,} values")
+            return super()._get_field_parts(orig_offs, raw_type)
 
         def _build_tensors(self, start: int, fields: Any) -> None:
             for field in fields:
@@ -238,9 +247,14 @@ def _contents(reader: Any, path: Path) -> tuple[_Architecture, _File]:
     if any(key.startswith(f"{name}.expert") and fields[key] for key in fields):
         raise CheckpointError(f"{path}: GGUF mixture-of-experts models are not supported")
     parts = fields.get("split.count", 1)
+    if not isinstance(parts, int):
+        raise CheckpointError(f"{path}: split.count is {parts!r}; expected a whole number: the file is damaged")
     if parts > 1:
         raise CheckpointError(f"{path}: one of {parts} parts of a model; join them with llama-gguf-split --merge")
     file = _File(path, name, fields, {tensor.name: tensor for tensor in reader.tensors})
+    layers = file.get("block_count", 1)
+    if not isinstance(layers, int) or not 1 <= layers <= MOST_LAYERS:
+        raise CheckpointError(f"{path}: {name}.block_count is {layers!r}; expected 1 to {MOST_LAYERS:,} layers")
     missing = [f"{name}.{key}" for key in _REQUIRED if file.get(key) is None]
     if _EMBEDDING not in file.records:
         missing.append(f"tensor {_EMBEDDING}")

@@ -1,5 +1,6 @@
 """What is derived of a configuration against what transformers builds of it, for every family."""
 
+import tracemalloc
 from collections.abc import Mapping
 from typing import Any
 
@@ -174,3 +175,26 @@ def test_what_is_not_supported_is_named(name: str, changes: dict[str, Any], mess
         decoder_config(raw(name, **changes), "x")
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("llama", {"num_hidden_layers": 3 * 10**6}),
+        ("qwen2", {"num_hidden_layers": 10**9}),
+        ("mixtral", {"num_local_experts": 10**8}),
+        ("llama", {"max_position_embeddings": 10**9}),
+        ("llama", {"vocab_size": 2**40}),
+        ("llama", {"hidden_size": True}),
+    ],
+)
+def test_a_count_that_no_model_has_is_refused_before_anything_is_made_of_it(name: str, change: dict[str, Any]) -> None:
+    raw = {**tiny_family(name).checkpoint.config.hf, **change}
+    (key,) = change
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError, match=f"^x: {key} is .*the file is damaged$"):
+            decoder_config(raw, "x")
+        assert tracemalloc.get_traced_memory()[1] < 50 << 20
+    finally:
+        tracemalloc.stop()

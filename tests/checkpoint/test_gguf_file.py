@@ -1,6 +1,7 @@
 """GGUF files: what was written is read, in Hugging Face's layout; what is damaged or foreign is refused."""
 
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -565,3 +566,25 @@ def test_the_real_gemma_3s_perplexity(real_gemma3: Checkpoint) -> None:
     windows = np.stack([ids[start : start + 511] for start in range(60_000, 72_000, 3_000)])
     fed = with_bos(windows, real_gemma3.bos_token_id)
     assert model_perplexity(Decoder(real_gemma3), fed, 511) == pytest.approx(12.2762, rel=1e-3)
+
+
+def test_an_array_that_the_file_cannot_hold_is_refused_at_once(tmp_path: Path) -> None:
+    """gguf alone makes a list of as many entries as are claimed: 5 GB in 40 s for these 50 bytes."""
+    path = tmp_path / "array.gguf"
+    name, kind, values = b"a.b", 9, 4  # an array of UINT32
+    header = struct.pack("<IIQQ", 0x46554747, 3, 0, 1)
+    path.write_bytes(header + struct.pack("<Q", len(name)) + name + struct.pack("<IIQ", kind, values, 1 << 40))
+    message = refusal(path)
+    assert "damaged or truncated GGUF file (an array of metadata claims 1,099,511,627,776 values)" in message
+
+
+@pytest.mark.parametrize(("layers", "named"), [(2 * 10**7, "20000000"), (2**32 - 1, "4294967295"), (0, "0")])
+def test_a_number_of_layers_that_no_model_has_is_refused(tmp_path: Path, layers: int, named: str) -> None:
+    path = tmp_path / "layers.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(layers)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert f"llama.block_count is {named}; expected 1 to 10,000 layers" in refusal(path)
