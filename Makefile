@@ -6,12 +6,25 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO := .demo
 
+# Both ends of the ranges in pyproject.toml. torch keeps the version of constraints.txt unless TORCH names another:
+# a newer build brings several GB of CUDA libraries on Linux.
+NEWEST := .venv-newest
+LOWEST := .venv-lowest
+TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
+
+# What dependencies compute, read and write; the job first, which fails on a single warning. Tests of the compiler, of
+# plans and of the command line's texts depend on few versions and are left to `make test`.
+ENDS := tests/cli/test_job.py tests/artifacts tests/checkpoint tests/calibration tests/export \
+	tests/engines/generation tests/engines/onnx_runtime
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test docs clean
+.PHONY: help demo test test-newest test-lowest docs clean
 
 help:
 	@echo "make demo   fetch a small model, export and build it, say where plan, bundle and report lie"
 	@echo "make test   lint, format check, types, import contracts, tests"
+	@echo "make test-newest, make test-lowest"
+	@echo "            tests and main job with the newest and the lowest versions that pyproject.toml allows"
 	@echo "make docs   build the documentation site into build/docs"
 	@echo "make clean  remove the virtual environment, the demo and all caches"
 	@echo "PYTHON=...  the interpreter to set up with (now: $(PYTHON))"
@@ -39,10 +52,30 @@ test: $(INSTALLED)
 	PYTHONPATH=.links $(BIN)/lint-imports --no-logo
 	$(BIN)/python -m pytest
 
+test-newest:
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install -qq --disable-pip-version-check torch==$(TORCH)
+	$(NEWEST)/bin/python -m pip install -qq --disable-pip-version-check --upgrade --upgrade-strategy eager \
+		torch==$(TORCH) -e '.[rtx,dev]'
+	$(NEWEST)/bin/python -m pip freeze --disable-pip-version-check --exclude-editable
+	$(NEWEST)/bin/python -m pytest -m 'not model' $(ENDS)
+
+# uv resolves, pip installs: torch is excluded from the resolution and lies in the environment before.
+test-lowest:
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install -qq --disable-pip-version-check torch==$(TORCH) uv
+	echo torch > $(LOWEST)/excludes.txt
+	$(LOWEST)/bin/uv pip compile -q --python $(LOWEST)/bin/python --resolution lowest-direct --no-annotate \
+		--excludes $(LOWEST)/excludes.txt --extra rtx --extra dev -o $(LOWEST)/resolved.txt pyproject.toml
+	$(LOWEST)/bin/python -m pip install -qq --disable-pip-version-check -r $(LOWEST)/resolved.txt
+	$(LOWEST)/bin/python -m pip install -qq --disable-pip-version-check --no-deps -e .
+	$(LOWEST)/bin/python -m pip freeze --disable-pip-version-check --exclude-editable
+	$(LOWEST)/bin/python -m pytest -m 'not model' $(ENDS)
+
 # A broken link, a broken anchor or a reference to a missing name fails it.
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 	@echo "build/docs/index.html"
 
 clean:
-	rm -rf $(VENV) $(DEMO) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) $(NEWEST) $(LOWEST) $(DEMO) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
