@@ -132,7 +132,7 @@ def _export(folder: Path, place: Path, quantize: bool, prefix_and_smoothing: boo
 
     checkpoint = open_checkpoint(str(folder))
     if prefix_and_smoothing:
-        Decoder(checkpoint, Execution(resident=False)).skeleton  # noqa: B018  # which imports transformers: the same
+        Decoder(checkpoint, Execution(resident=False)).skeleton  # noqa: B018  # which imports torch: the same
     start = _Start()
     recipe = invented_recipe(checkpoint, prefix_and_smoothing=prefix_and_smoothing) if quantize else None
     export_bundle(checkpoint, recipe, ExportOptions("float16"), place)

@@ -246,7 +246,7 @@ def _calibrate(folder: Path, layers: int, load: Load) -> Use:
     vocabulary = checkpoint.config.vocab_size
     windows = np.random.default_rng(load.seed).integers(0, vocabulary, (load.windows, load.length))
     decoder = Decoder(checkpoint, Execution(dtype=load.dtype, resident=False))
-    decoder.skeleton  # noqa: B018  # transformers is imported here, which is not the pass's time
+    decoder.skeleton  # noqa: B018  # imports and modules are not the pass's time
     start_rss = peak_rss()
     ended: list[float] = []
 
