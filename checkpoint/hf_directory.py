@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spike_export.artifacts.errors import CheckpointError, one_line
+from spike_export.artifacts.inner_paths import leads_outside
 from spike_export.checkpoint.checkpoint import Checkpoint, validate_shapes
 from spike_export.checkpoint.decoder_config import decoder_config
 from spike_export.checkpoint.file_hash import hash_files
@@ -189,6 +190,9 @@ def _weight_files(directory: Path) -> Mapping[str, Path]:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise CheckpointError(f"{index}: has no weight_map; download it again")
+        outside = next((str(file) for file in weight_map.values() if leads_outside(str(file))), None)
+        if outside is not None:
+            raise CheckpointError(f"{index}: {outside!r} lies outside of the model's folder; download the index again")
         return {name: directory / str(file) for name, file in weight_map.items()}
     found = sorted(directory.glob("*.safetensors"))
     if not found:

@@ -6,6 +6,7 @@ hold a pickle.
 """
 
 import logging
+import os
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -51,7 +52,13 @@ def folder_files(folder: Path, config: str | None, split: str, label: str) -> li
     Raises:
         CorpusError: There are no data files, or no such configuration or split; or `datasets` is not installed.
     """
-    return [DataFile(Path(file), file) for file in _split_files(str(folder.resolve()), config, split, label)]
+    whole = folder.resolve()
+    files = _split_files(str(whole), config, split, label)
+    for file in files:
+        # By its name: in the hub's cache files are links into a neighbouring folder.
+        if not Path(os.path.normpath(file)).is_relative_to(whole):
+            raise CorpusError(f"{label}: its README names {file}, outside of the folder; correct data_files there")
+    return [DataFile(Path(file), file) for file in files]
 
 
 @dataclass(frozen=True)

@@ -440,3 +440,15 @@ def test_a_hub_id_without_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 )
 def test_what_may_be_asked_of_the_hub(source: str, is_id: bool) -> None:
     assert looks_like_hub_id(source) is is_id
+
+
+@pytest.mark.parametrize("place", ["../outside.safetensors", "/etc/outside.safetensors", "a/../../outside.safetensors"])
+def test_an_index_does_not_lead_out_of_its_folder(tmp_path: Path, place: str) -> None:
+    folder = write_hf(tmp_path / "tiny", random_llama(), shards=2)
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    shard = folder / content["weight_map"][DOWN]
+    (tmp_path / "outside.safetensors").write_bytes(shard.read_bytes())
+    content["weight_map"][DOWN] = place
+    index.write_text(json.dumps(content))
+    assert refusal(folder) == f"{index}: {place!r} lies outside of the model's folder; download the index again"

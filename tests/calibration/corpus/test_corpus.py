@@ -358,3 +358,12 @@ def test_messages_without_the_option_hint_at_it(tmp_path: Path) -> None:
         f"{table}: no column 'messages' or 'conversations' (there: 'text'); name the right one with --text-field, "
         "or leave --chat-template out"
     )
+
+
+def test_a_readme_does_not_lead_out_of_its_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "prose"
+    folder.mkdir()
+    (tmp_path / "secret.txt").write_text("secret", encoding="utf-8")
+    write_jsonl(folder / "en.jsonl", [{"text": "english"}])
+    (folder / "README.md").write_text("---\nconfigs:\n- config_name: en\n  data_files: ../secret.txt\n---\n")
+    assert "secret.txt, outside of the folder; correct data_files there" in refusal(folder)
