@@ -122,7 +122,7 @@ _NAMES_OF = {
 
 _FILE_OF = {name: file for file, names in _NAMES_OF.items() for name in names}
 
-__all__ = sorted(_FILE_OF)
+__all__ = sorted(_FILE_OF)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> object:
