@@ -16,6 +16,7 @@ import pytest
 from spike_export.engines.audit.verdict import audit_plan
 from spike_export.engines.lint.operators import MISSING
 from spike_export.engines.lint.view import TAKEN_AS_STANDARD
+from spike_export.engines.onnx_runtime.exact_products import request_exact_products
 from spike_export.engines.plan.backend import TENSORRT_RTX
 from tests.support.lint_cases import CASES, SOUND, WEIGHTS_ONLY, versioned
 from tests.support.lint_graphs import FLOAT, HALF, Linear, attention, ints, siblings
@@ -177,6 +178,7 @@ def test_the_table_of_missing_operators_is_the_importers(compiler: Compiler) -> 
 
 def session(model: onnx.ModelProto, optimized: Path | None = None) -> ort.InferenceSession:
     options = ort.SessionOptions()
+    request_exact_products(options)
     options.log_severity_level = 4
     options.intra_op_num_threads = 1
     if optimized is not None:
