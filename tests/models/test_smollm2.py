@@ -1,6 +1,9 @@
 """The real model: SmolLM2-135M-Instruct against transformers and against the table of figures."""
 
 import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +23,8 @@ from spike_export.artifacts.recipe import Recipe
 from spike_export.calibration.corpus.corpus import default_corpus
 from spike_export.calibration.decoder.layerwise import Decoder
 from spike_export.calibration.decoder.perplexity import with_bos
-from spike_export.calibration.methods.context import Calibration
+from spike_export.calibration.decoder.simulate import Simulation
+from spike_export.calibration.methods.context import Calibration, Transform
 from spike_export.calibration.methods.module_choice import NOTHING_KEPT
 from spike_export.calibration.methods.qfem import Scores
 from spike_export.calibration.recipe_writer import build_recipe
@@ -37,6 +41,15 @@ BOS = 1
 
 FIGURES_CORPUS = "71f2ff5d99bdc1f9c48c5c2353ad138201c5ca1c377e0226857ef8fa89b8bcee"
 """SHA-256 of the default corpus that the table's figures were taken on; other Python releases word it differently."""
+
+
+NOISE: Mapping[str, float] = {"w8a8": 0.0095, "10": 0.0058, "automatic": 0.0013}
+"""Recipe → relative standard deviation of its perplexity over rounding flips, which other float32 sums draw anew.
+
+Of perplexities simulated and in ONNX Runtime, on three processors and with embeddings changed by 1e-6: 9 draws of 25.4
+to 26.3 in plain W8A8, where a flip is a step of a spike; 10 of 12.46 to 12.70 with 10 linears kept; 8 of 11.42 to 11.46
+in the recipe that the main job chooses.
+"""
 
 
 @pytest.fixture(scope="module")
@@ -178,9 +191,10 @@ def test_perplexities_of_the_table(check: Check) -> None:
         pytest.skip("this Python's pydoc topics are not those the figures were taken on")
     perplexity = {variant.name: variant.perplexity for variant in check.variants}
     assert perplexity["fp32"] == pytest.approx(11.546, abs=0.01)
-    assert perplexity["w8a8"] == pytest.approx(25.65, rel=0.03)
-    assert perplexity["4"] <= 12.84
-    assert perplexity["10"] <= 12.70
+    # The figures are single draws: another processor's may lie four standard deviations away.
+    assert perplexity["w8a8"] == pytest.approx(25.65, rel=4 * NOISE["w8a8"])
+    assert perplexity["4"] <= 12.84 * (1 + 4 * NOISE["10"])
+    assert perplexity["10"] <= 12.66 * (1 + 4 * NOISE["10"])
     assert perplexity["automatic"] <= 11.72
 
 
@@ -190,14 +204,71 @@ def test_the_automatic_recipe_is_almost_all_int8(checkpoint: Checkpoint, recipes
     assert recipes["automatic"].smoothing
 
 
-@pytest.mark.parametrize(("name", "tolerance"), [("w8a8", 0.02), ("10", 0.005), ("automatic", 0.005)])
+@pytest.fixture(scope="module")
+def simulated_values(calibration: Calibration, recipes: dict[str, Recipe]) -> list[NDArray[np.float32]]:
+    """Outputs [tokens, channels] of the first two layers' v_proj in the simulation of the automatic recipe."""
+    recipe = recipes["automatic"]
+    model = calibration.transformed(Transform(recipe.rotation, recipe.smoothing))
+    simulation = Simulation(recipe.modules, model.quantized, recipe.attention)
+    values: list[NDArray[np.float32]] = []
+
+    @contextmanager
+    def record(_: int, layer: torch.nn.Module) -> Iterator[None]:
+        linear = layer.get_submodule("self_attn.v_proj")
+        forward = linear.forward
+
+        def recorded(inputs: torch.Tensor) -> torch.Tensor:
+            output: torch.Tensor = forward(inputs)
+            values.append(output[0].numpy().copy())
+            return output
+
+        linear.forward = recorded
+        yield
+        linear.forward = forward
+
+    fed = calibration.fed(calibration.windows.evaluation[:1, :128], recipe.prefix_ids)
+    model.decoder.run(fed, recipe.prefix_ids, visits=(simulation.visit, record), layers=2)
+    return values
+
+
+def test_the_first_layers_compute_what_the_simulation_does(
+    checkpoint: Checkpoint,
+    calibration: Calibration,
+    recipes: dict[str, Recipe],
+    simulated_values: list[NDArray[np.float32]],
+    tmp_path: Path,
+) -> None:
+    """Before rounding flips have spread, graph and simulation differ by float32 summation order alone.
+
+    The values of layer 0 are one quantized product; those of layer 1 have passed seven. The bound is that of 1,536
+    terms in float32, the longest sum, relative to the largest value: 1,536 * 6e-8 = 9e-5. Measured: 5e-7 for layer 0
+    and, as the median of layer 1's tokens, 2e-7. A flip may move single tokens of layer 1 by some hundredths. Products
+    that saturate (docs/decisions/exact-products.md) move a tenth of layer 0's tokens and most of layer 1's by that.
+    """
+    recipe = recipes["automatic"]
+    export_bundle(checkpoint, recipe, ExportOptions("float32"), tmp_path / "bundle")
+    session = CachedSession(tmp_path / "bundle")
+    session.run(calibration.fed(calibration.windows.evaluation[:1, :128], recipe.prefix_ids))
+    errors = []
+    for layer, expected in enumerate(simulated_values):
+        cached = session.cache[2 * layer + 1][0, :, len(recipe.prefix_ids) :]  # [heads, tokens, head_dim]
+        actual = cached.transpose(1, 0, 2).reshape(expected.shape)
+        errors.append(np.abs(actual - expected).max(axis=1) / np.abs(expected).max())
+    assert np.quantile(errors[0], 0.95) < 9e-5
+    assert np.median(errors[1]) < 9e-5
+
+
+@pytest.mark.parametrize("name", NOISE)
 def test_simulation_predicts_onnx_runtime(
-    calibration: Calibration, recipes: dict[str, Recipe], check: Check, name: str, tolerance: float
+    calibration: Calibration, recipes: dict[str, Recipe], check: Check, name: str
 ) -> None:
     """The recipe was chosen by simulation: in float32 the graph computes the same, but for summation order.
 
-    A product that lies within rounding error of half a step flips; 0.5 % of perplexity allows for that in a recipe one
-    would ship. In plain W8A8 a flip is a step of a spike, and the same parameters gave 25.4 to 26.3 in other kernels.
+    A value that lies within rounding error of half a step flips, and after 30 layers each perplexity is a draw of its
+    own (docs/decisions/head.md). The difference of two draws has the standard deviation sqrt(2) s of one, and the
+    bound is four of these; s is `NOISE`.
     """
     exported = next(variant.perplexity for variant in check.variants if variant.name == name)
-    assert exported == pytest.approx(simulated_perplexity(calibration, recipes[name]), rel=tolerance)
+    assert exported == pytest.approx(
+        simulated_perplexity(calibration, recipes[name]), rel=4 * math.sqrt(2) * NOISE[name]
+    )
