@@ -17,6 +17,9 @@ TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
 ENDS := tests/cli/test_job.py tests/artifacts tests/checkpoint tests/calibration tests/export \
 	tests/engines/generation tests/engines/onnx_runtime
 
+# A file's tests stay in one process, for its fixtures' sake; the longest files come first. Each process holds a model.
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-newest test-lowest docs clean
 
@@ -50,7 +53,7 @@ test: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/mypy benchmarks
 	PYTHONPATH=.links $(BIN)/lint-imports --no-logo
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-newest:
 	$(PYTHON) -m venv $(NEWEST)

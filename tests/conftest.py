@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks.fetch_models import GEMMA3, SMOLLM2, FetchError, PackagedModel, model_path
+from spike_export.artifacts.threads import allow_threads
 from spike_export.engines.onnx_runtime.denormals import denormals_flushed
 
 
@@ -26,7 +27,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests marked `slow` too")
 
 
+def pytest_configure() -> None:
+    """Share the processors among the suite's processes: more threads than processors wait for each other."""
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if processes > 1:
+        allow_threads(max(1, (os.cpu_count() or 1) // processes))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # Real models take the longest: when they come last, one process works alone at the end.
+    items.sort(key=lambda item: item.get_closest_marker("model") is None)
     if not config.getoption("--slow"):
         skip = pytest.mark.skip(reason="takes minutes: give --slow")
         for item in items:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from spike_export.artifacts.recipe import CorpusSource, Dtype, ModelSource, ModulePlan, Prefix, Recipe, Scheme
+from spike_export.artifacts.threads import allowed_threads
 from spike_export.checkpoint.checkpoint import Checkpoint
 from spike_export.checkpoint.decoder_config import decoder_config
 from spike_export.checkpoint.modules import linears
@@ -167,7 +168,7 @@ class CachedSession:
         import onnxruntime as ort
 
         options = ort.SessionOptions()
-        options.intra_op_num_threads = 2
+        options.intra_op_num_threads = allowed_threads() or 2
         options.log_severity_level = 3
         request_exact_products(options)
         if optimized is not None:
