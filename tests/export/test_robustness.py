@@ -148,6 +148,9 @@ FAULTS: Mapping[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "prefix": (foreign_prefix, ("token 99999", "vocabulary", "prefix.token_ids")),
 }
 
+PREVIOUS_BUNDLE = '{"format": 1, "model": {}, "kv_cache": "dynamic", "linears": {}}'
+"""A manifest with the mark of one that export wrote."""
+
 _EACH_FAULT = """
 import sys
 from spike_export.cli.main import run
@@ -162,7 +165,7 @@ def test_a_process_says_in_one_line_what_is_wrong(folder: Path, tmp_path: Path) 
     for name, (spoil, _) in FAULTS.items():
         shutil.copytree(folder, tmp_path / name)
         (tmp_path / name / "bundle").mkdir()
-        (tmp_path / name / "bundle" / "manifest.json").write_text("the previous bundle")
+        (tmp_path / name / "bundle" / "manifest.json").write_text(PREVIOUS_BUNDLE)
         spoil(tmp_path / name)
     before = artifacts(tmp_path)
     # One process for all: each would import for seconds what this one imports once.
