@@ -149,6 +149,8 @@ def test_a_family_is_read_and_computes_what_transformers_computes(family: str, t
         np.testing.assert_array_equal(checkpoint.tensor(name), values, err_msg=name)
     # The same float32 weights; only the norm's epsilon is rounded in the file.
     model.load_state_dict({name: torch.from_numpy(values) for name, values in written.expected.items()}, strict=False)
+    # transformers 5.20 leaves Gemma 2's soft cap out of its default attention.
+    model.set_attn_implementation("eager")
     ids = np.arange(60).reshape(2, 30)  # longer than the window
     with torch.inference_mode():
         expected = model(torch.from_numpy(ids)).logits
