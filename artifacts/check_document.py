@@ -132,5 +132,5 @@ def load_check(path: Path) -> Check:
         fault = error.errors()[0]
         where = ".".join(str(part) for part in fault["loc"]) or "the document"
         raise ArtifactError(f"{path}: {where}: {fault['msg']}; run the check again") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path}: cannot read the check ({error}); run the check again") from error

@@ -108,7 +108,7 @@ def _require_toml(path: Path) -> None:
         tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ArtifactError(f"{path}: cannot read the configuration file: {error.strerror}") from error
-    except ValueError as error:  # not UTF-8, or not TOML
+    except (ValueError, RecursionError) as error:  # not UTF-8, or not TOML
         raise ArtifactError(f"{path}: not a TOML file ({error}); correct it, or leave --config out") from error
 
 

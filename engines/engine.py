@@ -185,7 +185,7 @@ def default_options(bundle: Path, manifest: Manifest, tokenizer: Any) -> Generat
     try:
         given = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         eos = given.get("eos_token_id")
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise EngineError(f"{path}: not a JSON object ({one_line(error)}); export the bundle again") from error
     known = {field.name for field in fields(GenerationOptions)} - {"eos_token_ids", "stop_strings", "logprobs"}
     # What transformers' generate() takes where neither file nor caller gives a top k.

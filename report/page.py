@@ -170,7 +170,7 @@ def _engine_facts(sidecars: Mapping[str, Mapping[str, Any]]) -> Iterable[tuple[s
 def _load_json(path: Path) -> Mapping[str, Any]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path.name}: cannot be read ({error})") from error
     if not isinstance(document, dict):
         raise ArtifactError(f"{path.name}: cannot be read (expected an object)")
