@@ -183,29 +183,27 @@ def test_a_configuration_file_is_forgotten_after_its_call(folder: Path, tmp_path
     assert "none.txt" in call(*arguments).error
 
 
+MOST_MODULES = 480
+"""Modules that a command's help may load: about 400 now, most of them the parser's, the terminal's and Python's own."""
+
 _HELP = """
-import contextlib, io, json, sys, time
-started = time.process_time()
+import contextlib, io, json, sys
 from spike_export.cli.main import run
 with contextlib.redirect_stdout(io.StringIO()) as out:
     code = run(sys.argv[1:])
-print(json.dumps([code, time.process_time() - started, out.getvalue(), sorted(sys.modules)]))
+print(json.dumps([code, out.getvalue(), sorted(sys.modules)]))
 """
 
 
 @pytest.mark.parametrize("arguments", [("--help",), ("calibrate", "--help"), ("--version",)])
 def test_help_answers_at_once(arguments: tuple[str, ...]) -> None:
-    best = float("inf")
-    for _ in range(4):  # beside other load caches are cold, and one measurement says little
-        done = subprocess.run([sys.executable, "-c", _HELP, *arguments], capture_output=True, text=True, check=True)
-        code, seconds, text, modules = json.loads(done.stdout)
-        assert code == 0
-        assert HEAVY.isdisjoint(modules)
-        assert "spike-export" in text or arguments == ("--version",)
-        best = min(best, seconds)  # of the processor, not of the wall
-        if best < 0.5:
-            return
-    pytest.fail(f"{' '.join(arguments)} took {best:.2f} s of the processor")
+    done = subprocess.run([sys.executable, "-c", _HELP, *arguments], capture_output=True, text=True, check=True)
+    code, text, modules = json.loads(done.stdout)
+    assert code == 0
+    assert "spike-export" in text or arguments == ("--version",)
+    # What is loaded is what takes the time, on every processor and beside any load.
+    assert HEAVY.isdisjoint(modules)
+    assert len(modules) < MOST_MODULES
 
 
 def test_the_main_help_names_every_option_group_and_command() -> None:

@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 
+from spike_export.engines.build import callbacks
 from spike_export.engines.build import compiler as plan_compiler
 from spike_export.engines.plan import validity as plan_validity
 from spike_export.engines.plan.backend import BACKENDS, TENSORRT, TENSORRT_RTX, Backend, installed_version
 from spike_export.engines.plan.build_options import DEFAULT_OPTIMIZATION_LEVEL
-from spike_export.engines.tensorrt import log as trt_callbacks
+from spike_export.engines.tensorrt import log, refusal
 from spike_export.engines.tensorrt import refit as plan_refit
 
-SOURCES = (plan_compiler, plan_refit, plan_validity, trt_callbacks)
+SOURCES = (plan_compiler, plan_refit, plan_validity, callbacks, log, refusal)
 
 CLASSES = {
     "builder": "Builder",
