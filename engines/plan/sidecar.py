@@ -1,6 +1,5 @@
 """`engine.json`: what a plan was built from and for, and what it turned out to be."""
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from spike_export.artifacts.atomic_write import temporary_path
 from spike_export.artifacts.errors import ArtifactError
 from spike_export.artifacts.ownership import is_document
 from spike_export.engines.plan.build_options import HardwareCompatibility, ProfileName
+from spike_export.engines.plan.bundle_identity import hash_plan
 from spike_export.engines.plan.program_audit import ProgramAudit
 
 _NUMBER_LIST = re.compile(r"\[[\d,\s]+\]")
@@ -193,11 +193,7 @@ def finish_interrupted(plan: Path) -> None:
         described = PlanSidecar.model_validate_json(waiting.read_text(encoding="utf-8")).plan
     except (OSError, ValueError):
         return
-    with plan.open("rb") as file:
-        belongs = described.size == plan.stat().st_size and (
-            hashlib.file_digest(file, "sha256").hexdigest() == described.sha256
-        )
-    if belongs:
+    if described.size == plan.stat().st_size and described.sha256 == hash_plan(plan):
         waiting.replace(sidecar_path(plan))
 
 
