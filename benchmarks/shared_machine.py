@@ -1,4 +1,4 @@
-"""The spikes stage on a quiet machine and beside another process: threads that wait asleep against threads that spin.
+"""The spikes stage on a quiet machine and beside another process: three ways in which OpenMP's threads wait.
 
 The other process turns in a loop on one processor. Runs take turns, so that whatever else the machine does hits both
 policies alike. Linux only: the loop is bound to its processor.
@@ -22,7 +22,13 @@ from benchmarks.fetch_models import smollm2_path
 SPINNING = {"GOMP_SPINCOUNT": "300000"}
 """What GNU's OpenMP does where nobody says how threads wait: 3 ms in a loop, then asleep (libgomp/env.c)."""
 
-POLICIES: Mapping[str, Mapping[str, str]] = {"spinning": SPINNING, "as the command waits": {}}
+CHOSEN = "as the command waits"
+
+POLICIES: Mapping[str, Mapping[str, str]] = {
+    "spinning": SPINNING,
+    CHOSEN: {},
+    "asleep at once": {"OMP_WAIT_POLICY": "PASSIVE"},
+}
 """Policy → variables of the user's environment; without any the command chooses."""
 
 LOADED_TARGET = 2.0
@@ -55,7 +61,7 @@ class Times:
 
 
 def _ratio(seconds: Mapping[str, Sequence[float]]) -> float:
-    spinning, chosen = (statistics.median(seconds[name]) for name in POLICIES)
+    spinning, chosen = (statistics.median(seconds[name]) for name in ("spinning", CHOSEN))
     return chosen / spinning
 
 
@@ -84,7 +90,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def measure(model: str, given: argparse.Namespace) -> Times:
-    """Run the stage in turns; every second round begins with the other policy."""
+    """Run the stage in turns; every second round takes the policies from the last to the first."""
     times = Times()
     for turn in range(given.rounds):
         names = list(POLICIES) if turn % 2 == 0 else list(POLICIES)[::-1]

@@ -1,9 +1,13 @@
-"""How the command's threads wait for each other: asleep, so that a busy machine is not slowed down by waiting."""
+"""How the command's threads wait for each other: asleep after microseconds, so that waiting slows no busy machine."""
 
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 
 USERS_OWN = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 """Variables of GNU's, LLVM's and Intel's OpenMP by which a user says how threads wait."""
+
+ASLEEP: Mapping[str, str] = {"GOMP_SPINCOUNT": "2000", "OMP_WAIT_POLICY": "PASSIVE"}
+"""GNU's OpenMP looks for the next product some ten microseconds long before it sleeps, and the count goes before the
+policy. The other two know the policy only."""
 
 
 def wait_asleep(environment: MutableMapping[str, str]) -> None:
@@ -14,4 +18,4 @@ def wait_asleep(environment: MutableMapping[str, str]) -> None:
     (docs/decisions/threads.md).
     """
     if not any(name in environment for name in USERS_OWN):
-        environment["OMP_WAIT_POLICY"] = "PASSIVE"
+        environment.update(ASLEEP)

@@ -9,7 +9,7 @@ from benchmarks import shared_machine
 from benchmarks.shared_machine import POLICIES, Times, busy, seconds_of, stage_seconds, table
 from tests.support.tiny_cli_models import write_corpus, write_model
 
-SPINNING, CHOSEN = POLICIES
+SPINNING, CHOSEN, AT_ONCE = POLICIES
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,10 @@ def test_a_log_without_the_time_is_an_error() -> None:
     ("quiet", "loaded", "verdicts"), [(10.3, 10.0, ("met", "met")), (10.4, 10.1, ("missed", "missed"))]
 )
 def test_the_targets_are_of_medians(quiet: float, loaded: float, verdicts: tuple[str, str]) -> None:
-    times = Times({SPINNING: [9, 10, 90], CHOSEN: [1, quiet, 99]}, {SPINNING: [20, 20, 20], CHOSEN: [loaded, 1, 99]})
+    times = Times(
+        {SPINNING: [9, 10, 90], CHOSEN: [1, quiet, 99], AT_ONCE: [1, 1, 1]},
+        {SPINNING: [20, 20, 20], CHOSEN: [loaded, 1, 99], AT_ONCE: [1, 1, 1]},
+    )
     *_, first, second = table(times).splitlines()
     assert (first.split()[-1], second.split()[-1]) == verdicts
 
@@ -54,9 +57,11 @@ def test_policies_take_turns_and_only_half_the_runs_are_loaded(monkeypatch: pyte
     monkeypatch.setattr(shared_machine, "busy", Busy)
     monkeypatch.setattr(shared_machine, "stage_seconds", run)
     times = shared_machine.measure("model", shared_machine._arguments(["model", "--rounds", "2"]))
-    first, second = [(False, SPINNING), (False, CHOSEN)], [(True, SPINNING), (True, CHOSEN)]
+    first, second = [(False, name) for name in POLICIES], [(True, name) for name in POLICIES]
     assert runs == [*first, *second, *first[::-1], *second[::-1]]
-    assert times == Times({SPINNING: [1, 6], CHOSEN: [2, 5]}, {SPINNING: [3, 8], CHOSEN: [4, 7]})
+    assert times == Times(
+        {SPINNING: [1, 9], CHOSEN: [2, 8], AT_ONCE: [3, 7]}, {SPINNING: [4, 12], CHOSEN: [5, 11], AT_ONCE: [6, 10]}
+    )
 
 
 def test_the_loop_takes_its_processor() -> None:

@@ -16,7 +16,9 @@ PROCESSORS = os.cpu_count() or 1
 TOLD = """
 import os, sys
 import spike_export.cli.main as command
-command.run = lambda arguments: print(os.environ["OMP_WAIT_POLICY"], "torch" in sys.modules) or 0
+command.run = lambda arguments: print(
+    os.environ.get("GOMP_SPINCOUNT"), os.environ["OMP_WAIT_POLICY"], "torch" in sys.modules
+) or 0
 command.main()
 """
 
@@ -54,8 +56,8 @@ def told(environment: dict[str, str]) -> str:
 
 
 def test_the_policy_is_there_before_torch_is() -> None:
-    assert told({}) == "PASSIVE False"
-    assert told({"OMP_WAIT_POLICY": "ACTIVE"}) == "ACTIVE False"
+    assert told({}) == "2000 PASSIVE False"
+    assert told({"OMP_WAIT_POLICY": "ACTIVE"}) == "None ACTIVE False"
 
 
 @pytest.mark.parametrize("name", USERS_OWN)
