@@ -20,6 +20,7 @@ _CHECK = Group("Check", sort_key=3)
 _BUILD = Group("Engine", sort_key=4)
 _GENERATION = Group("Generation", sort_key=4)
 _PLAN = Group("Running a plan", sort_key=4)
+_SERVER = Group("Server", sort_key=4)
 _RUN = Group("Run", sort_key=5)
 
 
@@ -290,6 +291,54 @@ class RuntimeArguments:
 
     cuda_graphs: bool | None = None
     "Launch a decode step over a static cache as one CUDA graph (default: yes)."
+
+
+@Parameter(name="*", group=_SERVER)
+@dataclass(frozen=True, kw_only=True)
+class ServerArguments:
+    """Where a server listens, who may ask, and how much."""
+
+    host: str | None = None
+    "Address to listen on (default: 127.0.0.1, this machine only)."
+
+    port: int | None = None
+    "Port to listen on; 0 for any free one (default: 8000)."
+
+    model: Annotated[str | None, Parameter(name="--model-name")] = None
+    "Name of the model in requests (default: name of the bundle's folder)."
+
+    api_key: Annotated[tuple[str, ...], Parameter(negative="")] = ()
+    "Key that requests have to show; repeat the option for several. Other users of the machine can read it here."
+
+    api_key_file: Path | None = None
+    "File with one key a line."
+
+    rows: int | None = None
+    "Most sequences that are computed together (default: 8)."
+
+    queue: int | None = None
+    "Most sequences that wait for a row; more are answered 429 (default: 64)."
+
+    prefill_budget: int | None = None
+    "Tokens of prompts that are read between two steps of the sequences in progress (default: 256)."
+
+    prefix_cache: int | None = None
+    "Bytes for keys and values of prompts; prompts that begin alike are then read once (default: 268435456; 0: none)."
+
+    max_new_tokens: int | None = None
+    "Most tokens of an answer (default: what the context has room for)."
+
+    max_body: int | None = None
+    "Largest body of a request in bytes (default: 4194304)."
+
+    timeout: float | None = None
+    "Longest time for an answer in seconds (default: 600)."
+
+    drain: float | None = None
+    "Seconds that running requests get after SIGTERM (default: 30)."
+
+    allow_origin: Annotated[tuple[str, ...], Parameter(negative="")] = ()
+    "Web origin whose pages may ask, such as https://example.com; repeat the option for several (default: none)."
 
 
 @Parameter(name="*", group=_RUN)

@@ -24,6 +24,7 @@ from spike_export.cli.commands.inspect import inspect
 from spike_export.cli.commands.job import job
 from spike_export.cli.commands.merge import merge
 from spike_export.cli.commands.report import report
+from spike_export.cli.commands.serve import serve
 from spike_export.cli.crash import report_crash
 from spike_export.cli.exit_codes import BAD_INPUT, DONE, INTERRUPTED, PROGRAM_FAULT
 from spike_export.cli.terminal.messages import say
@@ -37,7 +38,7 @@ app = App(
     suppress_keyboard_interrupt=False,  # `run` says what is kept
 )
 app.default(job)
-for command in (calibrate, merge, inspect, export, check, build, generate, report):
+for command in (calibrate, merge, inspect, export, check, build, generate, serve, report):
     app.command(command)
 
 

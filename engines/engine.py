@@ -19,6 +19,7 @@ from spike_export.engines.generation.decoding import Decoding
 from spike_export.engines.generation.generated_text import Generation, Piece, Row, joined, streamed
 from spike_export.engines.generation.options import GenerationOptions
 from spike_export.engines.generation.prompt_tokens import Prompt, PromptEncoder
+from spike_export.engines.generation.slots import SlotRuntime, Slots
 from spike_export.engines.plan_runtime import bundle_of, is_plan, open_plans
 
 if TYPE_CHECKING:
@@ -137,6 +138,19 @@ class Engine:
         """Yield the text while it is generated, a piece per token; arguments and errors are those of `generate`."""
         options = self._options(options, changes)
         return self._pieces(self.prompts.encode(prompts), options)
+
+    def open_slots(self, rows: int) -> Slots:
+        """Return rows for sequences that come and go, as a server needs them.
+
+        Raises:
+            EngineError: The runtime has none.
+        """
+        if not isinstance(self.decoding, SlotRuntime):
+            raise EngineError(
+                "TensorRT decodes whole batches here, and sequences cannot come and go; serve the bundle that the plan "
+                "was built from"
+            )
+        return self.decoding.open_slots(rows)
 
     @property
     def prompts(self) -> PromptEncoder:

@@ -112,9 +112,10 @@ def direct_requirements() -> list[Requirement]:
     return [Requirement(line) for line in [*project["dependencies"], *extras]]
 
 
-def test_dev_brings_what_the_tests_of_corpora_need() -> None:
+@pytest.mark.parametrize("extra", ["corpora", "serve"])
+def test_dev_brings_what_the_tests_of_an_extra_need(extra: str) -> None:
     extras = PYPROJECT["project"]["optional-dependencies"]
-    assert set(extras["corpora"]) <= set(extras["dev"])
+    assert set(extras[extra]) <= set(extras["dev"])
 
 
 def test_constraints_satisfy_the_declared_ranges() -> None:

@@ -1,8 +1,9 @@
 """Draws tokens from logits, on any device and without waiting for it.
 
-The filters are those of transformers' `GenerationConfig`, in its order: repetition penalty, temperature, top k, top p,
-min p. Each of the last three keeps all tokens from some least score on, so that a filter here is that score. Tokens
-with equal scores are kept or left out together.
+First come OpenAI's logit bias, presence and frequency penalty. The filters are those of transformers'
+`GenerationConfig`, in its order: repetition penalty, temperature, top k, top p, min p. Each of the last three keeps all
+tokens from some least score on, so that a filter here is that score. Tokens with equal scores are kept or left out
+together.
 """
 
 import secrets
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from spike_export.engines.generation.decoding import DecodedStep
 from spike_export.engines.generation.options import GenerationOptions
 
 _LARGEST_DRAW = 1 - 2.0**-52
@@ -37,6 +39,11 @@ class Drawn(NamedTuple):
     top_tokens: torch.Tensor | None = None
     top_logprobs: torch.Tensor | None = None
 
+    def on_host(self) -> DecodedStep:
+        """Return the same as arrays; of a device other than the CPU this waits for the device."""
+        logprobs, top_tokens, top_logprobs = (None if part is None else part.cpu().numpy() for part in self[1:])
+        return DecodedStep(self.tokens.cpu().numpy(), logprobs, top_tokens, top_logprobs)
+
 
 class Sampler:
     """Draws a token for each row of a batch, step after step.
@@ -49,22 +56,29 @@ class Sampler:
         self._options = options
         self._step = 0
         self._draws = _uniform_draws(options, rows).to(device) if options.do_sample else None
+        self._counts: torch.Tensor | None = None
+        pairs = list(zip(*options.logit_bias, strict=True)) or [(), ()]
+        self._biased = torch.tensor(pairs[0], dtype=torch.int64, device=device)
+        self._biases = torch.tensor(pairs[1], dtype=torch.float32, device=device)
 
-    def draw(self, logits: torch.Tensor, seen: torch.Tensor | None) -> Drawn:
+    def draw(self, logits: torch.Tensor, seen: torch.Tensor | None, allowed: torch.Tensor | None = None) -> Drawn:
         """Draw the next token of every row; at most `max_new_tokens` times.
 
         Args:
             logits: [rows, vocab] float32; not changed.
             seen: [rows, vocab] bool, the tokens that each row holds (`seen_tokens`); what is drawn is added in place.
                 None where there is no repetition penalty.
+            allowed: [rows, vocab] bool, the tokens that may be drawn, one of a row at least; all when omitted.
         """
         options = self._options
-        scores = logits
+        scores = self._adjusted(logits)
         if seen is not None and options.repetition_penalty != 1:
             penalized = torch.where(
-                logits < 0, logits * options.repetition_penalty, logits / options.repetition_penalty
+                scores < 0, scores * options.repetition_penalty, scores / options.repetition_penalty
             )
-            scores = torch.where(seen, penalized, logits)
+            scores = torch.where(seen, penalized, scores)
+        if allowed is not None:
+            scores = scores.masked_fill(~allowed, -torch.inf)
         if self._draws is None:
             tokens = scores.argmax(dim=-1)
         else:
@@ -72,6 +86,8 @@ class Sampler:
         self._step += 1
         if seen is not None:
             seen.scatter_(1, tokens[:, None], True)
+        if self._counts is not None:
+            self._counts.scatter_add_(1, tokens[:, None], torch.ones_like(tokens[:, None], dtype=torch.float32))
         if options.logprobs is None:
             return Drawn(tokens)
         logprobs = logits.log_softmax(dim=-1)
@@ -80,6 +96,17 @@ class Sampler:
             return Drawn(tokens, own)
         best = logprobs.topk(min(options.logprobs, logits.shape[-1]), dim=-1)
         return Drawn(tokens, own, best.indices, best.values)
+
+    def _adjusted(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return logits [rows, vocab] with bias, and with penalties for what has been drawn."""
+        options, scores = self._options, logits
+        if options.logit_bias:
+            scores = logits.index_add(1, self._biased, self._biases.expand(len(logits), -1))
+        if options.presence_penalty or options.frequency_penalty:
+            if self._counts is None:
+                self._counts = torch.zeros_like(logits)
+            scores = scores - options.frequency_penalty * self._counts - options.presence_penalty * self._counts.sign()
+        return scores
 
 
 def seen_tokens(

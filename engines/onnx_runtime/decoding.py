@@ -10,9 +10,11 @@ from numpy.typing import NDArray
 from spike_export.artifacts.errors import EngineError
 from spike_export.engines.generation.decoding import DecodedStep, require_finite
 from spike_export.engines.generation.options import GenerationOptions
-from spike_export.engines.generation.sampling import Drawn, Sampler, seen_tokens
+from spike_export.engines.generation.sampling import Sampler, seen_tokens
+from spike_export.engines.generation.slots import Slots
 from spike_export.engines.onnx_runtime.sequences import StaticSequences
 from spike_export.engines.onnx_runtime.session import BundleSession
+from spike_export.engines.onnx_runtime.slots import open_slots
 
 PREFILL_CHUNK = 512
 """Most tokens of a prompt in one call over a static cache: bounds the memory of attention's scores.
@@ -40,6 +42,10 @@ class OnnxDecoding:
         require_context(prompts, options, self.context)
         return self._steps(prompts, options)
 
+    def open_slots(self, rows: int) -> Slots:
+        """See `SlotRuntime`."""
+        return open_slots(self.session, rows)
+
     def close(self) -> None:
         """See `Decoding`. A session lives as long as somebody holds it: others may share it."""
 
@@ -55,7 +61,7 @@ class OnnxDecoding:
         for remaining in reversed(range(options.max_new_tokens)):
             require_finite(np.isfinite(logits).all(axis=1), "export the bundle with --dtype float32")
             drawn = sampler.draw(torch.from_numpy(logits), seen)
-            yield _step(drawn)
+            yield drawn.on_host()
             if remaining:
                 logits = _behind(sequences.step(drawn.tokens.numpy()[:, None]))
 
@@ -114,8 +120,3 @@ def _behind(logits: NDArray[np.float32], counts: NDArray[np.int64] | None = None
     if counts is None or logits.shape[1] == 1:
         return logits[:, -1].astype(np.float32, copy=False)
     return logits[np.arange(len(counts)), counts - 1].astype(np.float32, copy=False)
-
-
-def _step(drawn: Drawn) -> DecodedStep:
-    logprobs, top_tokens, top_logprobs = (None if part is None else part.numpy() for part in drawn[1:])
-    return DecodedStep(drawn.tokens.numpy(), logprobs, top_tokens, top_logprobs)

@@ -3,6 +3,7 @@
 Tokens and lengths are the caller's own; the prefix is invisible.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, Literal, Protocol
@@ -134,7 +135,8 @@ class StaticSequences:
     provider: Provider = "cpu"
     _last_logits: bool = False
     """Whether the graph gives logits of the last column only."""
-    _binding: Any = None
+    _bindings: dict[int, Any] = field(default_factory=dict)
+    """Number of first rows → the binding that runs them."""
     _begun: bool = False
 
     @classmethod
@@ -146,25 +148,35 @@ class StaticSequences:
         shape = (batch, manifest.num_key_value_heads, manifest.prefix_length + own, manifest.head_dim)
         buffers = [_zeros(shape, manifest, provider) for _ in _cache_names(manifest)]
         logits = next(value for value in session.get_outputs() if value.name == "logits")
-        sequences = cls(session, manifest, np.zeros(batch, np.int64), buffers, provider, logits.shape[1] == 1)
-        sequences._bind()
-        return sequences
+        return cls(session, manifest, np.zeros(batch, np.int64), buffers, provider, logits.shape[1] == 1)
 
     def step(self, tokens: NDArray[np.int64], counts: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
         """See `Sequences`. A row with count 0 keeps its length, but its buffer needs room for the padding.
 
         Rows are padded on the right here, so that a bundle with logits of the last token only takes no ragged call.
         """
-        counts = _counts(tokens, counts, len(self.lengths))
-        if self._last_logits and (counts != tokens.shape[1]).any():
+        return self._step(tokens, _counts(tokens, counts, len(self.lengths)))
+
+    def step_first(self, tokens: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.float32]:
+        """As `step`, of the first rows alone: what stands in the others costs nothing.
+
+        Args:
+            tokens: [rows, sequence], of at most as many rows as there are.
+            counts: [rows].
+        """
+        return self._step(tokens, _counts(tokens, counts, min(len(tokens), len(self.lengths))))
+
+    def _step(self, tokens: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.float32]:
+        rows = len(tokens)
+        if self._last_logits and ((counts != tokens.shape[1]) & (counts > 0)).any():
             raise EngineError(
                 "rows of different lengths in one call need all logits of a static cache: export with --logits all, or "
                 "feed the rows one by one"
             )
-        self._make_room(self.lengths, tokens.shape[1])
-        logits = self._run(self._binding, tokens, self.lengths, fresh=not self._begun)
+        self._make_room(self.lengths[:rows], tokens.shape[1])
+        logits = self._run(self._binding(rows), tokens, self.lengths[:rows], fresh=not self._begun)
         self._begun = True
-        self.lengths = self.lengths + counts
+        self.lengths[:rows] += counts
         return logits
 
     def admit(self, row: int, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -186,6 +198,50 @@ class StaticSequences:
     def release(self, row: int) -> None:
         """Forget a row's tokens, so that it has room for padding again; the prefix stays."""
         self.lengths[row] = 0
+
+    def move(self, source: int, target: int) -> None:
+        """Put the sequence of one row into another one, whose own is lost; the source has none then."""
+        held = self.manifest.prefix_length + int(self.lengths[source])
+        for buffer in self.buffers:
+            buffer[target, :, :held] = buffer[source, :, :held]
+        self.lengths[target] = self.lengths[source]
+        self.release(source)
+
+    def saved(self, row: int, start: int, stop: int) -> torch.Tensor:
+        """Return a copy of keys and values of a row's own tokens `start` to `stop`; with those of the prefix from 0 on.
+
+        Returns:
+            [buffers, kv_heads, tokens, head_dim], in host memory.
+        """
+        self._synchronize()
+        prefix = self.manifest.prefix_length
+        first = prefix + start if start else 0
+        return torch.stack([buffer[row, :, first : prefix + stop].cpu() for buffer in self.buffers])
+
+    def restore(self, row: int, parts: Sequence[torch.Tensor]) -> None:
+        """Begin a new sequence in a row with what `saved` returned for its first tokens, part by part.
+
+        Raises:
+            EngineError: The tokens do not fit.
+        """
+        tokens = sum(part.shape[2] for part in parts) - self.manifest.prefix_length
+        self._make_room(np.zeros(1, np.int64), tokens, first_row=row)
+        place = 0
+        for part in parts:
+            end = place + part.shape[2]
+            for buffer, values in zip(self.buffers, part, strict=True):
+                buffer[row, :, place:end] = values
+            place = end
+        self._synchronize()
+        self._begun = True
+        self.lengths[row] = tokens
+
+    def shrink(self) -> None:
+        """Let the buffers be as long as the longest row needs, where they are longer by more than a bucket."""
+        held = self.buffers[0].shape[2]
+        slots = self._slots(int(self.lengths.max()) + 1)
+        if self._growing and held > slots + BUCKET:
+            self._resize(slots)
 
     def _run_row(self, row: int, tokens: NDArray[np.int64], *, fresh: bool) -> NDArray[np.float32]:
         _counts(tokens[None], None, 1)
@@ -230,20 +286,37 @@ class StaticSequences:
                 f"capacity of {capacity}; feed fewer, or export with a larger --capacity"
             )
         prefix = self.manifest.prefix_length
-        held = self.buffers[0].shape[2]
-        if prefix + own <= held:
-            return
-        slots = prefix + min(capacity, -(-own // BUCKET) * BUCKET)
+        if prefix + own > self.buffers[0].shape[2]:
+            self._resize(self._slots(own))
+
+    @property
+    def _growing(self) -> bool:
+        return not isinstance(_past_shape(self.session)[2], int)
+
+    def _slots(self, own: int) -> int:
+        """Return the length of buffers that hold so many own tokens of a row."""
+        capacity = self.manifest.capacity
+        assert capacity is not None, "a static cache has a capacity"
+        return self.manifest.prefix_length + min(capacity, -(-own // BUCKET) * BUCKET)
+
+    def _resize(self, slots: int) -> None:
+        kept = min(slots, self.buffers[0].shape[2])
         for index, old in enumerate(self.buffers):  # one by one: never two whole caches in memory
             new = _zeros((*old.shape[:2], slots, old.shape[3]), self.manifest, self.provider)
-            new[:, :, :held] = old
+            new[:, :, :kept] = old[:, :, :kept]
             self.buffers[index] = new
-        self._bind()
+        self._bindings.clear()
 
-    def _bind(self) -> None:
+    def _binding(self, rows: int) -> Any:
+        """Return the binding of the first rows; their part of a buffer lies in one piece."""
+        if rows not in self._bindings:
+            self._synchronize()
+            self._bindings[rows] = _bound(self.session, self.manifest, [buffer[:rows] for buffer in self.buffers])
+        return self._bindings[rows]
+
+    def _synchronize(self) -> None:
         if self.provider == "cuda":
             torch.cuda.synchronize()  # ONNX Runtime works on a stream of its own
-        self._binding = _bound(self.session, self.manifest, self.buffers)
 
 
 def run_bound(session: Any, binding: Any, sequence: int) -> None:

@@ -177,7 +177,7 @@ def test_debug_shows_the_traceback_at_once(
     assert done.err.splitlines()[-1].endswith(f"the traceback is in {file}")
 
 
-COMMANDS = ("calibrate", "merge", "inspect", "export", "check", "build", "generate", "report")
+COMMANDS = ("calibrate", "merge", "inspect", "export", "check", "build", "generate", "serve", "report")
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])

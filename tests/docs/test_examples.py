@@ -180,6 +180,7 @@ BARE_CALLS = (
     ("check", "B"),
     ("build", "B", "--out", "PLAN"),
     ("generate", "B"),
+    ("serve", "B"),
 )
 """Calls with nothing but what each command requires."""
 

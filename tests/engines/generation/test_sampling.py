@@ -85,6 +85,33 @@ def test_the_repetition_penalty_is_that_of_transformers(seed: int, penalty: floa
         held = [torch.cat([ids, drawn[row].reshape(1, 1)], dim=1) for row, ids in enumerate(held)]
 
 
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 2**32 - 1), presence=st.floats(-2, 2), frequency=st.floats(-2, 2))
+def test_penalties_and_bias_are_openais(seed: int, presence: float, frequency: float) -> None:
+    """mu[j] - c[j] * frequency - (c[j] > 0) * presence, of OpenAI's documentation; c counts what was drawn."""
+    options = GenerationOptions(
+        presence_penalty=presence, frequency_penalty=frequency, logit_bias=((3, 1.5), (9, -2.0)), max_new_tokens=12
+    )
+    sampler, counts = Sampler(options, 2, CPU), np.zeros((2, 20))
+    for step in range(12):
+        logits = logits_of(2, 20, seed + step)
+        wanted = logits.double().numpy() - counts * frequency - (counts > 0) * presence
+        wanted[:, 3] += 1.5
+        wanted[:, 9] -= 2.0
+        drawn = sampler.draw(logits, None).tokens.numpy()
+        assert (wanted.max(axis=1) - wanted[[0, 1], drawn]).max() < 1e-4  # float32 against float64
+        counts[[0, 1], drawn] += 1
+
+
+def test_only_allowed_tokens_are_drawn() -> None:
+    allowed = torch.zeros((1, 20), dtype=torch.bool)
+    allowed[0, [4, 7]] = True
+    for fields in ({}, {"do_sample": True, "temperature": 5.0}):
+        sampler = Sampler(GenerationOptions(max_new_tokens=20, **fields), 1, CPU)
+        drawn = {int(sampler.draw(logits_of(1, 20, seed), None, allowed).tokens) for seed in range(20)}
+        assert drawn == {4, 7}
+
+
 def chance_of_counts(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
     """The chi-square test's p: how likely counts are at least as far from the expected ones; 0 for impossible ones."""
     possible = probabilities > 0

@@ -212,7 +212,7 @@ def test_a_buffer_that_is_not_in_place_would_be_noticed(model: TinyModel, tmp_pa
     assert isinstance(batch, StaticSequences)
     batch.admit(0, prompts_of((3,))[0])
     other, first = torch.zeros_like(batch.buffers[0]), batch.buffers[0].clone()
-    batch._binding.bind_output("present.0.key", "cpu", 0, np.float32, list(other.shape), other.data_ptr())
+    batch._binding(1).bind_output("present.0.key", "cpu", 0, np.float32, list(other.shape), other.data_ptr())
     batch.step(np.array([[1]]))
     assert torch.equal(batch.buffers[0], first)
     assert not torch.equal(other, first)

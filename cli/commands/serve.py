@@ -1,0 +1,57 @@
+"""`spike-export serve BUNDLE`: the bundle as a service in OpenAI's terms."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from spike_export.artifacts.errors import EngineError
+from spike_export.cli.arguments import ProgramArguments, ServerArguments, ThreadArguments, values
+from spike_export.cli.exit_codes import DONE
+from spike_export.cli.options import use_threads
+from spike_export.cli.terminal.messages import say
+
+_EXTRA = ("fastapi", "uvicorn", "prometheus_client")
+
+
+def serve(
+    path: Annotated[Path, Parameter(name="BUNDLE", help="Folder that export wrote, best with --kv-cache static.")],
+    /,
+    *,
+    server: ServerArguments = ServerArguments(),
+    provider: Annotated[
+        Literal["cpu", "cuda"] | None, Parameter(help="Device on which ONNX Runtime computes (default: cpu).")
+    ] = None,
+    threads: ThreadArguments = ThreadArguments(),
+    run_options: ProgramArguments = ProgramArguments(),
+) -> int:
+    """Serve a bundle over HTTP with OpenAI's endpoints, until SIGTERM or Ctrl-C; extra `serve`."""
+    require_extra()
+    use_threads(threads)
+    from spike_export.serving.server import log_line
+    from spike_export.serving.server import serve as serve_until_told
+    from spike_export.serving.service import open_service
+    from spike_export.serving.settings import Settings, read_keys
+
+    given = {name: value for name, value in values(server).items() if value is not None}
+    keys = read_keys(given.pop("api_key"), given.pop("api_key_file", None))
+    given.setdefault("model", path.resolve().name)
+    settings = Settings(api_keys=keys, allowed_origins=given.pop("allow_origin"), **given)
+    service = open_service(path, settings, log_line, threads=threads.threads, provider=provider)
+    if service.limits.chunk is None:
+        say("note: a bundle with a growing cache computes one sequence at a time; export it with --kv-cache static")
+    serve_until_told(service, lambda address: say(f"serving {settings.model} on {address}"))
+    return DONE
+
+
+def require_extra() -> None:
+    """Refuse to serve without the packages of the extra.
+
+    Raises:
+        EngineError: Names the package that is missing.
+    """
+    from importlib.util import find_spec
+
+    for name in _EXTRA:
+        if find_spec(name) is None:
+            raise EngineError(f"serving needs the package {name}; install the extra: pip install 'spike-export[serve]'")

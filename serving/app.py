@@ -1,0 +1,107 @@
+"""The application: which path is answered by what, and in which shape errors leave."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
+
+from spike_export.serving.middleware import BodyLimit, KeyCheck, RequestRecord
+from spike_export.serving.openai.chat import ChatCompletions
+from spike_export.serving.openai.completions import Completions
+from spike_export.serving.openai.errors import RequestError
+from spike_export.serving.openai.exchange import JsonAnswer
+from spike_export.serving.openai.responses import Responses
+from spike_export.serving.openai.state import State
+from spike_export.serving.openai.tokens import Tokens
+from spike_export.serving.service import Service
+
+
+def create_app(service: Service) -> FastAPI:
+    """Return the application over a service, which it closes when it shuts down."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        service.close()
+
+    app = FastAPI(
+        title="spike-export", version=version("spike-export"), lifespan=lifespan, docs_url=None, redoc_url=None
+    )
+    _add_routes(app, service)
+    _add_middleware(app, service)
+    app.add_exception_handler(RequestError, _request_error)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _fault)
+    return app
+
+
+def _add_routes(app: FastAPI, service: Service) -> None:
+    chat, completions, tokens, state = ChatCompletions(service), Completions(service), Tokens(service), State(service)
+    posts: dict[str, Callable[..., Any]] = {
+        "/v1/chat/completions": chat.create,
+        "/v1/completions": completions.create,
+        "/v1/responses": Responses(service).create,
+        "/tokenize": tokens.tokenize,
+        "/detokenize": tokens.detokenize,
+    }
+    gets: dict[str, Callable[..., Any]] = {
+        "/v1/models": state.models,
+        "/v1/models/{name:path}": state.model,
+        "/health": state.live,
+        "/v1/health/live": state.live,
+        "/ready": state.ready,
+        "/v1/health/ready": state.ready,
+        "/metrics": state.metrics,
+    }
+    refusals: dict[int | str, dict[str, Any]] = {"4XX": {"description": "Refused, in OpenAI's shape"}}
+    for method, routes in (("POST", posts), ("GET", gets)):
+        for path, endpoint in routes.items():
+            app.add_api_route(path, endpoint, methods=[method], response_model=None, responses=refusals)
+
+
+def _add_middleware(app: FastAPI, service: Service) -> None:
+    """Add the layers, innermost first."""
+    settings = service.settings
+    app.add_middleware(BodyLimit, most=settings.max_body)
+    if settings.api_keys:
+        app.add_middleware(KeyCheck, keys=settings.api_keys)
+    if settings.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.allowed_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
+        )
+    app.add_middleware(RequestRecord, log=service.log)
+
+
+async def _request_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestError), "registered for these alone"
+    return JsonAnswer(error.body, error.status, dict(error.headers))
+
+
+async def _invalid(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError), "registered for these alone"
+    fault = error.errors()[0]
+    place = ".".join(str(part) for part in fault["loc"] if part != "body")
+    message = f"{place}: {fault['msg']}" if place else str(fault["msg"])
+    return JsonAnswer(RequestError(message, param=place or None).body, 400)
+
+
+async def _http_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException), "registered for these alone"
+    kind = "not_found_error" if error.status_code == 404 else "invalid_request_error"
+    body = RequestError(str(error.detail), error.status_code, kind).body
+    return JsonAnswer(body, error.status_code, dict(error.headers or {}))
+
+
+async def _fault(_: Request, __: Exception) -> Response:
+    """Answer for a fault of this program, which the server's log has in full."""
+    return JsonAnswer(RequestError("the server has a fault; its log says more", 500, "server_error").body, 500)

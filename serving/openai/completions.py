@@ -1,0 +1,131 @@
+"""`/v1/completions`: text that follows a text."""
+
+from collections.abc import AsyncIterator, Sequence
+from typing import Annotated, Any, Literal
+
+from fastapi import Request
+from pydantic import Field
+from starlette.responses import Response
+
+from spike_export.engines.generation.generated_text import Piece
+from spike_export.serving.openai.errors import RequestError
+from spike_export.serving.openai.exchange import (
+    EventStream,
+    Identity,
+    JsonAnswer,
+    guarded,
+    observed,
+    results,
+    submitted,
+    usage,
+)
+from spike_export.serving.openai.json_text import DONE, event_bytes
+from spike_export.serving.openai.logprobs import CompletionLogprobs
+from spike_export.serving.openai.requests import encoded, new_tokens, require_model, works_of
+from spike_export.serving.openai.sampling_form import SamplingForm
+from spike_export.serving.scheduling.answer import Answer
+from spike_export.serving.scheduling.batch import Work
+from spike_export.serving.service import Service
+
+_DEFAULT_TOKENS = 16
+"""OpenAI's `max_tokens` where a request says nothing."""
+
+_MOST_PROMPTS = 1024
+
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+
+
+class CompletionForm(SamplingForm):
+    """The body of a request."""
+
+    prompt: (
+        str
+        | TokenIds
+        | Annotated[list[str], Field(min_length=1, max_length=_MOST_PROMPTS)]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=_MOST_PROMPTS)]
+    )
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    echo: bool = False
+    suffix: Literal[""] | None = None
+    best_of: int | None = None
+
+    @property
+    def prompts(self) -> list[Any]:
+        """All prompts, one by one."""
+        if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return list(self.prompt)
+
+
+class Completions:
+    """The endpoint."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def create(self, form: CompletionForm, request: Request) -> Response:
+        """Answer one or several prompts, in one piece or as a stream."""
+        require_model(self._service, form.model)
+        if form.best_of not in (None, form.choices):
+            raise RequestError(f"best_of is {form.best_of}; expected n, all answers are returned", param="best_of")
+        if form.echo and form.logprobs is not None:
+            raise RequestError("echo does not go with logprobs here; leave one of them out", param="echo")
+        prompts = await encoded(self._service, form.prompts, "prompt")
+        sizes = [
+            new_tokens(self._service, len(prompt), form.max_tokens, _DEFAULT_TOKENS, "max_tokens") for prompt in prompts
+        ]
+        works = works_of(self._service, form, prompts, sizes, form.logprobs)
+        identity = Identity("text_completion", self._service.settings.model, "cmpl")
+        echoes = [echo for prompt in form.prompts for echo in [self._echo(form, prompt)] * form.choices]
+        if form.stream:
+            answer = submitted(self._service, works)
+            events = self._events(form, identity, answer, works, echoes)
+            return EventStream(guarded(self._service, answer, events))
+        found, reused = await results(self._service, request, works)
+        choices = [
+            _choice(number, echo + each.text, each.finish_reason, self._logprobs().spell(each.logprobs, each.token_ids))
+            if each.logprobs
+            else _choice(number, echo + each.text, each.finish_reason, None)
+            for number, (each, echo) in enumerate(zip(found, echoes, strict=False))
+        ]
+        counts = usage(works, sum(len(each.token_ids) for each in found), reused, form.choices)
+        return JsonAnswer(identity.head() | {"choices": choices, "usage": counts})
+
+    def _echo(self, form: CompletionForm, prompt: Any) -> str:
+        if not form.echo:
+            return ""
+        return prompt if isinstance(prompt, str) else self._service.engine.tokenizer.decode(prompt)
+
+    def _logprobs(self) -> CompletionLogprobs:
+        return CompletionLogprobs(self._service.engine.tokenizer.backend_tokenizer)
+
+    async def _events(
+        self,
+        form: CompletionForm,
+        identity: Identity,
+        answer: Answer,
+        works: Sequence[Work],
+        echoes: Sequence[str],
+    ) -> AsyncIterator[bytes]:
+        logprobs, generated = [self._logprobs() for _ in works], 0
+        for number, echo in enumerate(echoes):
+            if echo:
+                yield event_bytes(identity.head() | {"choices": [_choice(number, echo, None, None)]})
+        async for number, piece in observed(self._service, answer, works):
+            generated += 1
+            if piece.text or piece.finish_reason or piece.logprob:
+                yield event_bytes(identity.head() | {"choices": [_piece(number, piece, logprobs[number])]})
+        if form.usage_in_stream:
+            counts = usage(works, generated, answer.reused, form.choices)
+            yield event_bytes(identity.head() | {"choices": [], "usage": counts})
+        yield DONE
+
+
+def _piece(number: int, piece: Piece, logprobs: CompletionLogprobs) -> dict[str, Any]:
+    spelled = None if piece.logprob is None else logprobs.spell([piece.logprob], [piece.token_id])
+    return _choice(number, piece.text, piece.finish_reason, spelled)
+
+
+def _choice(number: int, text: str, reason: str | None, logprobs: dict[str, Any] | None) -> dict[str, Any]:
+    return {"index": number, "text": text, "logprobs": logprobs, "finish_reason": reason}

@@ -1,0 +1,157 @@
+"""A request on its way through the engine: from sequences to results or to a stream of events."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import uuid4
+
+from fastapi import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from spike_export.artifacts.errors import EngineError
+from spike_export.engines.generation.generated_text import Generation, Piece, joined
+from spike_export.serving.openai.errors import failed, timed_out
+from spike_export.serving.openai.json_text import event_bytes, json_bytes
+from spike_export.serving.scheduling.answer import Answer
+from spike_export.serving.scheduling.batch import Work
+from spike_export.serving.service import Service
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What every part of an answer says of it."""
+
+    kind: str
+    model: str
+    prefix: str
+    id: str = field(default_factory=lambda: uuid4().hex)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def head(self, kind: str | None = None) -> dict[str, Any]:
+        """Return the fields in front of an answer, or of a chunk of it."""
+        name = f"{self.prefix}-{self.id}"
+        return {"id": name, "object": kind or self.kind, "created": self.created, "model": self.model}
+
+
+class JsonAnswer(Response):
+    """A response of JSON."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        """See `Response`."""
+        return json_bytes(content)
+
+
+class EventStream(Response):
+    """A response of server-sent events; what makes them is closed at once when the client leaves."""
+
+    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+        super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        del self.headers["content-length"]
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See `Response`."""
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await first_of(self._send_all(send), gone(receive))
+
+    async def _send_all(self, send: Send) -> None:
+        async with aclosing(self._events) as events:
+            async for event in events:
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def gone(receive: Receive) -> None:
+    """Wait until the client has left."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def first_of(work: Any, end: Any) -> Any:
+    """Return the result of `work`, or None where `end` came first; the other one is cancelled."""
+    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(end)]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return tasks[0].result() if tasks[0].done() else None
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def submitted(service: Service, works: Sequence[Work]) -> Answer:
+    """Give sequences to the engine.
+
+    Raises:
+        RequestError: It does not take them now.
+    """
+    try:
+        return Answer(service.worker, works, service.settings.timeout)
+    except EngineError as error:
+        raise failed(error) from error
+
+
+async def results(service: Service, request: Request, works: Sequence[Work]) -> tuple[list[Generation], Sequence[int]]:
+    """Return what followed each prompt, and how many tokens of each prompt were reused.
+
+    The list is empty where the client has left before.
+
+    Raises:
+        RequestError: The engine does not take the request, fails, or needs too long.
+    """
+    with submitted(service, works) as answer:
+        found = await first_of(_collected(service, answer, works), gone(request.receive))
+    return found or [], answer.reused
+
+
+async def _collected(service: Service, answer: Answer, works: Sequence[Work]) -> list[Generation]:
+    pieces: list[list[Piece]] = [[] for _ in works]
+    try:
+        async for number, piece in observed(service, answer, works):
+            pieces[number].append(piece)
+    except TimeoutError as error:
+        raise timed_out(service.settings.timeout) from error
+    except EngineError as error:
+        raise failed(error) from error
+    return [joined(own, len(work.prompt)) for own, work in zip(pieces, works, strict=True)]
+
+
+async def guarded(service: Service, answer: Answer, events: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
+    """Pass events on; end them with an error's event where the engine fails, and the request where nobody reads on."""
+    with answer:
+        try:
+            async for event in events:
+                yield event
+        except TimeoutError:
+            yield event_bytes(timed_out(service.settings.timeout).body)
+        except EngineError as error:
+            yield event_bytes(failed(error).body)
+
+
+def observed(service: Service, answer: Answer, works: Sequence[Work]) -> AsyncIterator[tuple[int, Piece]]:
+    """Return an answer's pieces, counted in the metrics."""
+    return service.metrics.observed(answer, [len(work.prompt) for work in works])
+
+
+def usage(works: Sequence[Work], generated: int, reused: Sequence[int], choices: int) -> dict[str, Any]:
+    """Return OpenAI's token counts: each prompt counts once, however many answers it gets.
+
+    Args:
+        works: The sequences of a request, all answers to a prompt behind each other.
+        generated: Tokens of all answers.
+        reused: Tokens of each sequence's prompt that were not computed.
+        choices: Answers to each prompt.
+    """
+    prompt_tokens = sum(len(work.prompt) for work in works[::choices])
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": generated,
+        "total_tokens": prompt_tokens + generated,
+        "prompt_tokens_details": {"cached_tokens": sum(reused[::choices])},
+    }

@@ -1,0 +1,99 @@
+"""From a form to the sequences that the engine is to generate."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spike_export.artifacts.errors import EngineError
+from spike_export.engines.generation.options import require_vocabulary
+from spike_export.engines.generation.prompt_tokens import Prompt
+from spike_export.serving.openai.errors import RequestError, refused
+from spike_export.serving.openai.sampling_form import SamplingForm, choices_of
+from spike_export.serving.scheduling.batch import Work
+from spike_export.serving.service import Service
+
+
+def require_model(service: Service, name: str | None) -> None:
+    """Refuse another model than the one that is served; a request may leave the name out.
+
+    Raises:
+        RequestError: Names the model.
+    """
+    served = service.settings.model
+    if name and name != served:
+        raise RequestError(
+            f"the model {name!r} does not exist; this server has {served!r}", 404, param="model", code="model_not_found"
+        )
+
+
+async def encoded(service: Service, prompts: Prompt | Sequence[Prompt], param: str) -> list[NDArray[np.int64]]:
+    """Return the tokens of prompts.
+
+    Raises:
+        RequestError: A prompt cannot be used; names the field.
+    """
+    try:
+        return await service.off_loop(lambda: service.engine.prompts.encode(prompts))
+    except EngineError as error:
+        raise refused(error, param) from error
+
+
+def new_tokens(service: Service, prompt_tokens: int, asked: int | None, default: int | None, param: str) -> int:
+    """Return how many tokens an answer may have.
+
+    Args:
+        service: Whose limits hold.
+        prompt_tokens: Length of the prompt.
+        asked: What the request says.
+        default: What holds where it says nothing; None for all that there is room for.
+        param: Name of the field.
+
+    Raises:
+        RequestError: It is more than the server allows or the context has room for.
+    """
+    most, room = service.settings.max_new_tokens, service.limits.room(prompt_tokens)
+    if asked is not None and most is not None and asked > most:
+        raise RequestError(f"{param} is {asked}; this server gives at most {most}", param=param)
+    wanted = asked if asked is not None else min(each for each in (default, most, max(room, 1)) if each is not None)
+    try:
+        service.limits.require_room(prompt_tokens, wanted)
+    except EngineError as error:
+        raise RequestError(str(error), param=param, code="context_length_exceeded") from error
+    return wanted
+
+
+def works_of(
+    service: Service,
+    form: SamplingForm,
+    prompts: Sequence[NDArray[np.int64]],
+    sizes: Sequence[int],
+    logprobs: int | None,
+) -> list[Work]:
+    """Return the sequences of a request: all answers to the first prompt, then those to the next one.
+
+    Args:
+        service: Whose defaults hold.
+        form: How to draw.
+        prompts: Tokens of each prompt.
+        sizes: Most new tokens behind each prompt.
+        logprobs: See `GenerationOptions`.
+
+    Raises:
+        RequestError: A value cannot be used, or there are more sequences than this server ever takes.
+    """
+    if len(prompts) * form.choices > service.settings.rows + service.settings.queue:
+        raise RequestError(
+            f"{len(prompts)} prompts with {form.choices} answers each are more sequences than this server takes "
+            f"({service.settings.rows + service.settings.queue}); ask for fewer",
+            param="n",
+        )
+    works = []
+    for prompt, size in zip(prompts, sizes, strict=True):
+        options = form.options(service.engine.defaults, size, logprobs)
+        try:
+            require_vocabulary(options, service.engine.manifest.vocab_size)
+        except EngineError as error:
+            raise refused(error, "logit_bias") from error
+        works += [Work(prompt, each) for each in choices_of(options, form.choices)]
+    return works

@@ -1,0 +1,105 @@
+"""The part of a request that says how to draw tokens and where to end."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from spike_export.artifacts.errors import EngineError
+from spike_export.engines.generation.options import LOWEST_TEMPERATURE, GenerationOptions
+from spike_export.serving.openai.errors import refused
+
+MOST_CHOICES = 16
+"""Most answers to one prompt: each takes a row."""
+
+_LOWEST_TOP_P = 1e-6
+"""Stands for a top p of 0, which OpenAI allows: the most probable token alone."""
+
+Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class StreamOptions(BaseModel):
+    """OpenAI's `stream_options`."""
+
+    include_usage: bool = False
+
+
+class SamplingForm(BaseModel):
+    """Fields that every endpoint which generates has. What is absent is the bundle's default.
+
+    A temperature of 0 takes the most probable token; any other one, and top p, top k, min p or a seed, draw.
+    """
+
+    model_config = ConfigDict(extra="ignore")
+
+    model: str | None = None
+    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] | None = None
+    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]] | None = None
+    seed: int | None = None
+    stop: Annotated[str, Field(max_length=1000)] | Annotated[list[str], Field(max_length=16)] | None = None
+    stop_token_ids: Annotated[list[int], Field(max_length=128)] | None = None
+    ignore_eos: bool = False
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+
+    @property
+    def choices(self) -> int:
+        """Answers to each prompt."""
+        return self.n or 1
+
+    @property
+    def usage_in_stream(self) -> bool:
+        """Whether a stream ends with a chunk of token counts."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def options(self, defaults: GenerationOptions, new_tokens: int, logprobs: int | None) -> GenerationOptions:
+        """Return how to generate.
+
+        Raises:
+            RequestError: A value cannot be used.
+        """
+        changes: dict[str, Any] = {
+            "max_new_tokens": new_tokens,
+            "logprobs": logprobs,
+            "ignore_eos": self.ignore_eos,
+            "stop_strings": tuple([self.stop] if isinstance(self.stop, str) else self.stop or ()),
+            "eos_token_ids": (*defaults.eos_token_ids, *(self.stop_token_ids or ())),
+            "seed": None if self.seed is None else self.seed % 2**62,
+            "top_p": None if self.top_p is None else max(self.top_p, _LOWEST_TOP_P),
+            "top_k": None if self.top_k is None else max(self.top_k, 0),  # vLLM writes -1 for all
+            "min_p": self.min_p,
+            "repetition_penalty": self.repetition_penalty,
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "logit_bias": None if self.logit_bias is None else tuple(sorted(self.logit_bias.items())),
+            **self._drawing(),
+        }
+        optional = {"logprobs", "seed"}
+        given = {name: value for name, value in changes.items() if value is not None or name in optional}
+        try:
+            return replace(defaults, **given)
+        except EngineError as error:
+            raise refused(error) from error
+
+    def _drawing(self) -> dict[str, Any]:
+        if self.temperature is not None:
+            draws = self.temperature > 0
+            return {"do_sample": draws} | ({"temperature": max(self.temperature, LOWEST_TEMPERATURE)} if draws else {})
+        asked = (self.top_p, self.top_k, self.min_p, self.seed)
+        return {"do_sample": True} if any(value is not None for value in asked) else {}
+
+
+def choices_of(options: GenerationOptions, count: int) -> Sequence[GenerationOptions]:
+    """Return the options of each answer to one prompt: answer i draws with seed + i."""
+    if options.seed is None:
+        return [options] * count
+    return [replace(options, seed=(options.seed + number) % 2**62) for number in range(count)]

@@ -1,0 +1,1 @@
+"""Which sequence is computed when, and the thread that does it."""

@@ -1,0 +1,67 @@
+"""A request's events on an event loop: waits for them, and stops the request when nobody waits any more."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from types import TracebackType
+from typing import Self
+
+from spike_export.artifacts.errors import EngineError
+from spike_export.engines.generation.generated_text import Piece
+from spike_export.serving.scheduling.batch import Event, Reused, Work
+from spike_export.serving.scheduling.worker import Worker
+
+
+class Answer:
+    """The pieces of all sequences of a request, in the order in which they are computed.
+
+    A context manager: whatever has not ended when the block is left is cancelled.
+
+    Attributes:
+        reused: Tokens of each sequence's prompt that were at hand and not computed; known with its first piece.
+    """
+
+    def __init__(self, worker: Worker, works: Sequence[Work], timeout: float) -> None:
+        """Submit the sequences; see `Worker.submit` for what it raises.
+
+        Args:
+            worker: Where they are computed.
+            works: The sequences, numbered from 0.
+            timeout: Seconds until the last of them must have ended.
+        """
+        self._worker, self._left = worker, len(works)
+        self.reused = [0] * len(works)
+        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+        self._deadline = self._loop.time() + timeout
+        self._ticket = worker.submit(works, self._deliver)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._left:
+            self._worker.cancel(self._ticket)
+
+    async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
+        """Yield (number of the sequence, piece) until every sequence has ended.
+
+        Raises:
+            EngineError: A sequence cannot go on.
+            TimeoutError: The time is up.
+        """
+        while self._left:
+            async with asyncio.timeout_at(self._deadline):
+                number, event = await self._events.get()
+            if isinstance(event, EngineError):
+                raise event
+            if isinstance(event, Reused):
+                self.reused[number] = event.tokens
+                continue
+            self._left -= event.finish_reason is not None
+            yield number, event
+
+    def _deliver(self, number: int, event: Event) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._events.put_nowait, (number, event))

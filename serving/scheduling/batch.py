@@ -1,0 +1,187 @@
+"""Sequences in progress over an engine's rows: a turn of the scheduler computed, drawn and turned into text."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from spike_export.artifacts.errors import EngineError
+from spike_export.engines.generation.generated_text import Piece, Row
+from spike_export.engines.generation.options import GenerationOptions
+from spike_export.engines.generation.sampling import Sampler, seen_tokens
+from spike_export.engines.generation.slots import KeyValues, SavingSlots, Slots
+from spike_export.serving.scheduling.limits import Limits
+from spike_export.serving.scheduling.prefix_store import PrefixStore
+from spike_export.serving.scheduling.scheduler import Part, Scheduler
+
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """A sequence to be generated.
+
+    Attributes:
+        prompt: [tokens] int64, at least one.
+    """
+
+    prompt: NDArray[np.int64]
+    options: GenerationOptions
+
+
+@dataclass(frozen=True)
+class Reused:
+    """How many tokens of a prompt were at hand; comes before the first piece."""
+
+    tokens: int
+
+
+Event = Reused | Piece | EngineError
+"""What a turn adds to a sequence: a piece, the last of which says why it ended; or why it cannot go on."""
+
+
+def ends(event: Event) -> bool:
+    """Return whether nothing follows an event."""
+    return isinstance(event, EngineError) or (isinstance(event, Piece) and event.finish_reason is not None)
+
+
+class _Sequence:
+    """What a sequence holds while it is generated."""
+
+    def __init__(self, work: Work, tokenizer: Any, vocab: int) -> None:
+        self.work = work
+        self.begun = False
+        self.drawn: list[int] = []
+        self.found: Sequence[KeyValues] = ()
+        self._text = Row(tokenizer, 0, work.prompt, work.options)
+        self._sampler = Sampler(work.options, 1, _CPU)
+        self._seen = seen_tokens([work.prompt], vocab, work.options, _CPU)
+
+    def draw(self, logits: NDArray[np.float32]) -> Event:
+        """Draw the next token from logits [vocab]."""
+        if not np.isfinite(logits).all():
+            return EngineError("the logits are not finite, an activation overflowed; export with --dtype float32")
+        step = self._sampler.draw(torch.from_numpy(logits[None]), self._seen).on_host()
+        self.drawn.append(int(step.tokens[0]))
+        return self._text.take(step)
+
+    def held(self) -> NDArray[np.int64]:
+        """Return the tokens in the row, once the prompt has been read: the last one drawn has not been fed."""
+        return np.concatenate([self.work.prompt, np.array(self.drawn[:-1], np.int64)])
+
+
+class Batch:
+    """Sequences by their keys, which are the caller's. Not for several threads at once."""
+
+    def __init__(self, tokenizer: Any, vocab: int, slots: Slots, limits: Limits, prefix_bytes: int = 0) -> None:
+        """Schedule sequences over free slots, within limits that the slots have room for.
+
+        Args:
+            tokenizer: Turns tokens into text.
+            vocab: Size of the vocabulary.
+            slots: Rows, all of them free.
+            limits: What to keep to.
+            prefix_bytes: Memory for keys and values of prompts, for those that begin alike.
+        """
+        self._tokenizer, self._vocab, self._slots = tokenizer, vocab, slots
+        self._saved = None
+        if prefix_bytes and isinstance(slots, SavingSlots):
+            self._saved = _Saved(slots, PrefixStore(prefix_bytes, slots.block))
+        self._scheduler = Scheduler(limits, self._reusable)
+        self._sequences: dict[int, _Sequence] = {}
+
+    @property
+    def running(self) -> int:
+        """Number of sequences with a row."""
+        return self._scheduler.running
+
+    @property
+    def waiting(self) -> int:
+        """Number of sequences without one."""
+        return self._scheduler.waiting
+
+    def submit(self, key: int, work: Work) -> None:
+        """Let a sequence take part from the next turn on, or as soon as a row is free.
+
+        Raises:
+            EngineError: The sequence does not fit into a row.
+        """
+        self._scheduler.submit(key, len(work.prompt), work.options.max_new_tokens)
+        self._sequences[key] = _Sequence(work, self._tokenizer, self._vocab)
+
+    def cancel(self, key: int) -> None:
+        """Stop a sequence at once; nothing happens where it has ended."""
+        if key in self._sequences:
+            self._leave(key)
+
+    def turn(self) -> list[tuple[int, Event]]:
+        """Compute one turn; return what it adds to each sequence that it gave a token.
+
+        Raises:
+            EngineError: The runtime fails; nothing of this object is of use then.
+        """
+        events: list[tuple[int, Event]] = []
+        while (part := self._scheduler.next_part()) is not None:
+            first = not self._sequences[part.key].begun
+            logits = self._read(part)
+            if first:
+                events.append((part.key, Reused(part.reused)))
+            if part.last:
+                events += self._draw([part.key], logits[None])
+        decoding = self._scheduler.decoding()
+        if decoding:
+            keys = [key for key, _ in decoding]
+            tokens = np.array([self._sequences[key].drawn[-1] for key in keys])
+            events += self._draw(keys, self._slots.step([row for _, row in decoding], tokens))
+        return events
+
+    def _reusable(self, key: int) -> int:
+        if self._saved is None:
+            return 0
+        sequence = self._sequences[key]
+        sequence.found = self._saved.store.find(sequence.work.prompt[:-1])
+        return len(sequence.found) * self._saved.store.block
+
+    def _read(self, part: Part) -> NDArray[np.float32]:
+        sequence = self._sequences[part.key]
+        tokens = sequence.work.prompt[part.start : part.stop]
+        if part.reused and self._saved is not None:
+            self._saved.slots.restore(part.row, sequence.found)
+        read = self._slots.extend if sequence.begun or part.reused else self._slots.admit
+        logits = read(part.row, tokens)
+        sequence.begun, sequence.found = True, ()
+        if self._saved is not None and np.isfinite(logits).all():
+            self._saved.keep(part.row, sequence.work.prompt[: part.stop])
+        return logits
+
+    def _draw(self, keys: Sequence[int], logits: NDArray[np.float32]) -> list[tuple[int, Event]]:
+        events = [(key, self._sequences[key].draw(own)) for key, own in zip(keys, logits, strict=True)]
+        for key, event in events:
+            if isinstance(event, EngineError):
+                self._sequences[key].drawn.clear()  # what such a row holds is of use to nobody
+            if ends(event):
+                self._leave(key)
+        return events
+
+    def _leave(self, key: int) -> None:
+        sequence = self._sequences.pop(key)
+        row = self._scheduler.leave(key)
+        if row is not None and sequence.begun:
+            if self._saved is not None and sequence.drawn:
+                self._saved.keep(row, sequence.held())
+            self._slots.release(row)
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """Rows whose keys and values can be saved, and the store of those that were."""
+
+    slots: SavingSlots
+    store: PrefixStore
+
+    def keep(self, row: int, tokens: NDArray[np.int64]) -> None:
+        """Save what a row holds of its first tokens [tokens], as far as that is not in the store."""
+        self.store.add(tokens, {number: self.slots.save(row, number) for number in self.store.missing(tokens)})

@@ -1,0 +1,72 @@
+"""What the endpoints share: the engine's text, its worker, and the settings."""
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from spike_export.engines.engine import Engine
+from spike_export.engines.generation.slots import Slots
+from spike_export.serving.metrics import Metrics
+from spike_export.serving.scheduling.batch import Batch
+from spike_export.serving.scheduling.limits import Limits
+from spike_export.serving.scheduling.worker import Worker
+from spike_export.serving.settings import Settings
+
+if TYPE_CHECKING:
+    from spike_export.engines.onnx_runtime.sequences import Provider
+
+Log = Callable[[str, dict[str, object]], None]
+"""Takes the name of an event and its fields; none of them is text of a prompt or of an answer."""
+
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class Service:
+    """A model that is being served."""
+
+    settings: Settings
+    engine: Engine
+    limits: Limits
+    worker: Worker
+    metrics: Metrics
+    log: Log
+    _tokenizing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tokenizer"))
+
+    async def off_loop(self, call: Callable[[], _Result]) -> _Result:
+        """Run what may take long on one thread beside the event loop: a tokenizer is not for several at once."""
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, call)
+
+    def close(self) -> None:
+        """Stop the threads and release the runtime."""
+        self.worker.close()
+        self._tokenizing.shutdown(cancel_futures=True)
+        self.engine.close()
+
+
+def open_service(
+    bundle: Path, settings: Settings, log: Log, *, threads: int | None = None, provider: "Provider | None" = None
+) -> Service:
+    """Load a bundle and start the thread that computes.
+
+    Raises:
+        ArtifactError: The manifest cannot be read.
+        EngineError: The bundle cannot be run here, or the settings do not fit it.
+    """
+    engine = Engine.open(bundle, threads=threads, provider=provider)
+    slots = engine.open_slots(settings.rows)
+    limits = Limits(slots.rows, slots.context, slots.chunk, settings.prefill_budget)
+    first: list[Slots] = [slots]
+
+    def open_batch() -> Batch:
+        fresh = first.pop() if first else Engine.open(bundle, threads=threads, provider=provider).open_slots(slots.rows)
+        return Batch(engine.tokenizer, engine.manifest.vocab_size, fresh, limits, settings.prefix_cache)
+
+    def on_failure(reason: str) -> None:
+        log("engine failed", {"reason": reason})
+
+    worker = Worker(open_batch, settings.rows + settings.queue, on_failure)
+    return Service(settings, engine, limits, worker, Metrics(settings.model, worker, limits), log)
