@@ -14,6 +14,7 @@ def describe_os_error(error: OSError, path: Path) -> str:
     """Return one line for a failed write: what failed, where, and what to do."""
     remedies = {
         errno.ENOSPC: "the disk is full; free space there or choose another place",
+        errno.EFBIG: "a file of this size is not allowed here (ulimit -f); raise the limit or choose another place",
         errno.EDQUOT: "the disk quota is used up; free space there or choose another place",
         errno.EACCES: "permission denied; choose a place you may write to",
         errno.EPERM: "permission denied; choose a place you may write to",
@@ -50,7 +51,7 @@ def _sync(path: Path) -> None:
 def _replace_folder(temporary: Path, path: Path) -> None:
     """Put `temporary` in the place of the folder `path`; when that fails, `path` is as before."""
     # rename(2) cannot replace a folder that has content: the old one moves aside first.
-    retired = path.with_name(f".{path.name}.retired")
+    retired = _retired_path(path)
     _remove(retired)
     path.rename(retired)
     try:
@@ -76,6 +77,38 @@ def temporary_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
+def _retired_path(path: Path) -> Path:
+    """Return the name that a folder has while another one takes its place."""
+    return path.with_name(f".{path.name}.retired")
+
+
+def is_half_replaced(path: Path) -> bool:
+    """Return whether a process died, or is, between the two renames that replace a folder."""
+    gone = bool(path.name) and not (path.is_symlink() or path.exists())
+    return gone and _retired_path(path).is_dir()
+
+
+def finish_replacement(path: Path) -> None:
+    """Put a folder into its place where a process died between the two renames that replace a folder.
+
+    The new folder is complete by then, under its temporary name. Where somebody has removed it, the old one comes back.
+
+    Raises:
+        ArtifactError: The folder cannot be renamed.
+    """
+    if not is_half_replaced(path):
+        return
+    temporary, retired = temporary_path(path), _retired_path(path)
+    try:
+        if temporary.is_dir():
+            temporary.rename(path)
+            _remove(retired)
+        else:
+            retired.rename(path)
+    except OSError as error:
+        raise ArtifactError(describe_os_error(error, path)) from error
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling of `path`; rename it to `path` when the block ends well.
@@ -90,6 +123,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     if not path.name:  # `.` and `/`: nothing can stand beside them
         raise ArtifactError(f"{path}: this folder cannot be replaced; give a name in it")
     temporary = temporary_path(path)
+    finish_replacement(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove(temporary)

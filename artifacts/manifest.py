@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from spike_export.artifacts.atomic_write import write_text
 from spike_export.artifacts.errors import ArtifactError
 from spike_export.artifacts.recipe import Dtype
+from spike_export.artifacts.sole_writer import finish_dead_replacement
 
 CacheKind = Literal["dynamic", "static"]
 
@@ -194,6 +195,7 @@ def load_manifest(bundle: Path) -> Manifest:
     Raises:
         ArtifactError: The file is missing or not a manifest; the first fault is named.
     """
+    finish_dead_replacement(bundle)
     path = bundle / MANIFEST_FILE
     try:
         text = path.read_text(encoding="utf-8")

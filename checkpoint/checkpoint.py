@@ -52,6 +52,14 @@ class BlockSource(Protocol):
         """Open a tensor; what is read is float32, float16 or bfloat16, and the values are those of the whole tensor."""
 
 
+@runtime_checkable
+class WatchedSource(Protocol):
+    """A `TensorSource` over files, which somebody may replace while they are in use."""
+
+    def require_unchanged(self) -> None:
+        """Refuse files that are not those of `sha256` any more."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A model to calibrate and export.
@@ -97,6 +105,15 @@ class Checkpoint:
             yield read_rows
             return
         yield array_reader(source.read(name))
+
+    def require_unchanged(self) -> None:
+        """See that the weights come from the files that were hashed: what was read of others must not be kept.
+
+        Raises:
+            CheckpointError: A file has changed.
+        """
+        if isinstance(self.tensors, WatchedSource):
+            self.tensors.require_unchanged()
 
     def stored_shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of the tensor that `tensor` would read."""

@@ -1,12 +1,56 @@
-"""The hash of weight files, computed over several files at once."""
+"""The hash of weight files, computed over several files at once, and whether they are still the files of that hash."""
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
+from spike_export.artifacts.errors import CheckpointError
 from spike_export.artifacts.threads import workers
 
 _HASH_THREADS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class HashedFiles:
+    """Weight files and their hash.
+
+    Attributes:
+        sha256: Of their contents, one after another, in hexadecimal.
+        states: What the file system said of each file before it was hashed.
+    """
+
+    files: tuple[Path, ...]
+    sha256: str
+    states: tuple[tuple[int, ...] | None, ...]
+
+    @classmethod
+    def of(cls, files: tuple[Path, ...]) -> Self:
+        """Hash files."""
+        states = tuple(_state(file) for file in files)
+        return cls(files, hash_files(files), states)
+
+    def require_unchanged(self) -> None:
+        """See, without reading them, that the files are those that were hashed.
+
+        Raises:
+            CheckpointError: Names the first file that is not.
+        """
+        for file, state in zip(self.files, self.states, strict=True):
+            if _state(file) != state:
+                raise CheckpointError(
+                    f"{file}: changed while it was in use; wait until the model is complete, and repeat the command"
+                )
+
+
+def _state(file: Path) -> tuple[int, ...] | None:
+    """Return what differs when a file is replaced, rewritten or removed."""
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def hash_files(files: tuple[Path, ...]) -> str:

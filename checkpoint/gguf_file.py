@@ -15,7 +15,7 @@ from spike_export.artifacts.manifest import MOST_LAYERS
 from spike_export.checkpoint.checkpoint import Checkpoint, validate_shapes
 from spike_export.checkpoint.decoder_config import DecoderConfig, decoder_config, tensor_shapes
 from spike_export.checkpoint.families import FAMILIES
-from spike_export.checkpoint.file_hash import hash_files
+from spike_export.checkpoint.file_hash import HashedFiles
 from spike_export.checkpoint.rope_frequencies import RopeScaling, frequencies
 
 if TYPE_CHECKING:
@@ -50,6 +50,9 @@ _VOCABULARY = tuple(f"tokenizer.ggml.{name}" for name in ("tokens", "merges", "s
 
 _THETA = 10000.0
 """Rope base where a file names none; ggml's default, also for the sliding layers of Gemma 3."""
+
+_ROTATED_KEYS = ("rope.dimension_count", "rope.dimension_count_swa")
+"""How many channels of a head are rotated, and in layers with a sliding window; all where a file does not say."""
 
 # LLaMA 3's published rope parameters besides the factor; a GGUF file stores only their effect.
 _LLAMA3_LENGTH = 8192
@@ -154,11 +157,19 @@ class GgufSource:
 
     def sha256(self) -> str:
         """Hash of the file."""
-        return self._sha256
+        return self._hashed.sha256
+
+    def require_unchanged(self) -> None:
+        """See that the files are those that were hashed.
+
+        Raises:
+            CheckpointError: One is not.
+        """
+        self._hashed.require_unchanged()
 
     @cached_property
-    def _sha256(self) -> str:
-        return hash_files((self.path,))
+    def _hashed(self) -> HashedFiles:
+        return HashedFiles.of((self.path,))
 
 
 def _dequantized(record: Any, data: NDArray[Any], path: Path) -> NDArray[np.float32]:
@@ -274,7 +285,20 @@ def _hf_config(architecture: _Architecture, file: _File) -> DecoderConfig:
     # Where a family always has them, `attention_bias` would mean the output projection's too.
     if not family.biased:
         raw["attention_bias"] = "blk.0.attn_q.bias" in file.records
-    return decoder_config(raw | architecture.settings(file), str(file.path))
+    config = decoder_config(raw | architecture.settings(file), str(file.path))
+    _require_whole_rope(file, config.head_dim)
+    return config
+
+
+def _require_whole_rope(file: _File, head_dim: int) -> None:
+    """Refuse a file whose model rotates a part of each head only: no family of `ARCHITECTURES` does in transformers."""
+    for key in _ROTATED_KEYS:
+        rotated = file.get(key, head_dim)
+        if rotated != head_dim:
+            raise CheckpointError(
+                f"{file.path}: {file.architecture}.{key} is {rotated!r}, and a head has {head_dim} channels; models "
+                "that rotate a part of a head are not read from GGUF files"
+            )
 
 
 def _rope(file: _File) -> Settings:

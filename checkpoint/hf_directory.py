@@ -18,7 +18,7 @@ from spike_export.artifacts.errors import CheckpointError, one_line
 from spike_export.artifacts.inner_paths import leads_outside
 from spike_export.checkpoint.checkpoint import Checkpoint, validate_shapes
 from spike_export.checkpoint.decoder_config import decoder_config
-from spike_export.checkpoint.file_hash import hash_files
+from spike_export.checkpoint.file_hash import HashedFiles
 from spike_export.checkpoint.row_blocks import BlockReader, row_blocks
 
 if TYPE_CHECKING:
@@ -137,11 +137,19 @@ class SafetensorsSource:
 
     def sha256(self) -> str:
         """Hash of the weight files in name order."""
-        return self._sha256
+        return self._hashed.sha256
+
+    def require_unchanged(self) -> None:
+        """See that the files are those that were hashed.
+
+        Raises:
+            CheckpointError: One is not.
+        """
+        self._hashed.require_unchanged()
 
     @cached_property
-    def _sha256(self) -> str:
-        return hash_files(tuple(sorted(set(self.files.values()))))
+    def _hashed(self) -> HashedFiles:
+        return HashedFiles.of(tuple(sorted(set(self.files.values()))))
 
 
 @contextmanager

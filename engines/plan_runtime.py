@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from spike_export.artifacts.errors import EngineError
 from spike_export.artifacts.manifest import MANIFEST_FILE
 from spike_export.artifacts.progress import Progress, silent
+from spike_export.artifacts.sole_writer import finish_dead_replacement
 from spike_export.engines.build.rebuild import usable_or_rebuilt_engine
 from spike_export.engines.generation.decoding import Decoding
 from spike_export.engines.plan.backend import detect_machine
@@ -35,6 +36,7 @@ def bundle_of(engine: Path, given: Path | None = None) -> Path:
     if given is not None:
         return given  # what is wrong with it is said where it is read
     bundle = run_folder(engine) / "bundle"
+    finish_dead_replacement(bundle)
     if not (bundle / MANIFEST_FILE).is_file():
         raise EngineError(
             f"{engine}: the plan needs the tokenizer of the bundle that it was built from, and {bundle} is not there; "

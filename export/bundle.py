@@ -117,10 +117,11 @@ def export_bundle(
     Raises:
         RecipeError: The recipe was made for another checkpoint, or its modules are not this decoder's; or a static
             cache is to hold more tokens than the model can place.
-        CheckpointError: A weight cannot be read.
+        CheckpointError: A weight cannot be read, or the weights' files changed meanwhile.
         ArtifactError: The place cannot be written to, or has too little room.
     """
     require_capacity(options.cache, checkpoint.config)
+    source = checkpoint
     checkpoint_sha256 = checkpoint.tensors.sha256()
     if recipe is not None:
         verify_recipe(recipe, checkpoint, checkpoint_sha256)
@@ -137,6 +138,7 @@ def export_bundle(
         names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         manifest = manifest.model_copy(update={"files": tuple(names)})
         save_manifest(manifest, folder)
+        source.require_unchanged()
     return manifest
 
 

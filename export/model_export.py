@@ -5,6 +5,7 @@ from pathlib import Path
 from spike_export.artifacts.manifest import LogitsScope, Manifest
 from spike_export.artifacts.progress import Progress, silent
 from spike_export.artifacts.recipe import Dtype, NumberFormat, Recipe, load_recipe
+from spike_export.artifacts.sole_writer import sole_writer
 from spike_export.checkpoint.opening import open_checkpoint
 from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.cache_options import CacheOptions
@@ -46,7 +47,8 @@ def export(
     Raises:
         CheckpointError: The model cannot be read or is not supported.
         RecipeError: The recipe cannot be read or was made for another checkpoint, or options contradict each other.
-        ArtifactError: The folder holds something else, cannot be written, or has too little room.
+        ArtifactError: The folder holds something else, cannot be written, or has too little room; or another process
+            writes it.
     """
     require_quantized(number_format, recipe is not None)
     plan = load_recipe(recipe) if isinstance(recipe, (str, Path)) else recipe
@@ -54,5 +56,6 @@ def export(
     options = ExportOptions(
         dtype or known, number_format=number_format, cache=cache, prefix_in=prefix_in, logits=logits
     )
-    require_bundle_or_nothing(Path(out), overwrite=overwrite)
-    return export_bundle(open_checkpoint(str(model)), plan, options, Path(out), progress)
+    with sole_writer(Path(out)):
+        require_bundle_or_nothing(Path(out), overwrite=overwrite)
+        return export_bundle(open_checkpoint(str(model)), plan, options, Path(out), progress)

@@ -105,13 +105,16 @@ class EngineInspection:
         return documents if len(documents) > 1 else documents[0]
 
 
-def inspect_plan(plan: Path, machine: Machine) -> PlanInspection:
+def inspect_plan(plan: Path, machine: Machine, *, trusted: bool = False) -> PlanInspection:
     """Read a plan, and its sidecar where there is one.
 
+    Args:
+        trusted: Load a plan of TensorRT that was not built here, too, where reading needs that.
+
     Raises:
-        EngineError: The file cannot be read, or is no plan.
+        EngineError: The file cannot be read, is no plan, or would have to be loaded and is a foreign one.
     """
-    reading = read_plan(plan, machine)
+    reading = read_plan(plan, machine, trusted=trusted)
     sidecar, note = None, ""
     try:
         sidecar = load_sidecar(plan)

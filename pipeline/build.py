@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from spike_export.artifacts.progress import Progress, silent
+from spike_export.artifacts.sole_writer import sole_writer
 from spike_export.engines.build.reuse import ProvidedEngine, provide_engine
 from spike_export.engines.plan.build_options import BuildOptions
 
@@ -31,6 +32,8 @@ def build(
 
     Raises:
         EngineError: The backend, an option, a size, the memory or the graph stands in the way.
-        ArtifactError: The bundle's manifest cannot be read, or a plan cannot be written.
+        ArtifactError: The bundle's manifest cannot be read, or a plan cannot be written, or another process
+            builds it.
     """
-    return provide_engine(Path(bundle), Path(out), options, progress, force=force, overwrite=overwrite)
+    with sole_writer(Path(out)):
+        return provide_engine(Path(bundle), Path(out), options, progress, force=force, overwrite=overwrite)

@@ -79,8 +79,7 @@ def calibrate(
         execution=execution,
         recompute_recipe=recompute_recipe,
     )
-    pipeline = open_pipeline(job, display, force=force, overwrite=overwrite)
-    with display:
+    with open_pipeline(job, display, force=force, overwrite=overwrite) as pipeline, display:
         return CalibratedModel(pipeline.calibrate(), job.work_dir)
 
 
@@ -114,7 +113,6 @@ def measure_shard(
     """
     shard_samples(options.samples, shard)  # an empty shard is refused before the model is opened
     job = Job(str(model), Path(work_dir), calibration=options, corpus=corpus, execution=execution)
-    pipeline = open_pipeline(job, display, force=force, overwrite=overwrite)
-    with display:
+    with open_pipeline(job, display, force=force, overwrite=overwrite) as pipeline, display:
         pipeline.measure(shard)
     return job.work_dir / "spikes.json"

@@ -76,7 +76,7 @@ def _compared(bundle: Path, reference: str, text: EvaluationText, progress: Prog
         checkpoint.bos_token_id,
     )
     name = "shipped" if manifest.model.recipe_sha256 else "unquantized"
-    return check_variants(
+    result = check_variants(
         checkpoint,
         lambda: Decoder(checkpoint),
         corpus,
@@ -85,3 +85,5 @@ def _compared(bundle: Path, reference: str, text: EvaluationText, progress: Prog
         ExportOptions(manifest.dtype),
         progress,
     )
+    checkpoint.require_unchanged()
+    return result

@@ -1,6 +1,10 @@
 """A job made ready to run; whatever would stop a later stage is refused before the first one starts."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
 from spike_export.artifacts.atomic_write import require_writable
+from spike_export.artifacts.sole_writer import sole_writer
 from spike_export.calibration.corpus.chat import rendered
 from spike_export.calibration.corpus.files import load_corpus
 from spike_export.calibration.methods.transform_choice import require_rotation
@@ -15,8 +19,11 @@ from spike_export.pipeline.run_directory import RunDirectory
 from spike_export.pipeline.stage_display import StageDisplay
 
 
-def open_pipeline(job: Job, display: StageDisplay, *, force: bool = False, overwrite: bool = False) -> Pipeline:
-    """Return the stages of a job, ready to run.
+@contextmanager
+def open_pipeline(
+    job: Job, display: StageDisplay, *, force: bool = False, overwrite: bool = False
+) -> Iterator[Pipeline]:
+    """Yield the stages of a job, ready to run; no other process writes to its places during the block.
 
     Args:
         job: What to do.
@@ -25,10 +32,18 @@ def open_pipeline(job: Job, display: StageDisplay, *, force: bool = False, overw
         overwrite: Replace also files that spike-export did not write.
 
     Raises:
-        SpikeExportError: A place cannot be written, no backend builds what is asked for, the corpus or the model cannot
-            be read, or options exceed what the model takes.
+        SpikeExportError: A place cannot be written or is in use, no backend builds what is asked for, the corpus or the
+            model cannot be read, or options exceed what the model takes.
     """
     run = RunDirectory(job.work_dir, force, overwrite)
+    with ExitStack() as locks:
+        locks.enter_context(run.sole_writer())
+        if job.plan:
+            locks.enter_context(sole_writer(job.plan))
+        yield _pipeline(job, run, display)
+
+
+def _pipeline(job: Job, run: RunDirectory, display: StageDisplay) -> Pipeline:
     _require_places(job, run)
     read = load_corpus(job.corpus)  # a bad corpus is reported before the model is opened
     checkpoint = open_checkpoint(job.model)

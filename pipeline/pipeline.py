@@ -15,6 +15,7 @@ from spike_export.artifacts.errors import ArtifactError
 from spike_export.artifacts.manifest import DATA_FILE, GRAPH_FILE, MANIFEST_FILE, load_manifest
 from spike_export.artifacts.progress import Progress
 from spike_export.artifacts.recipe import Recipe, Search, load_recipe, recipe_text
+from spike_export.artifacts.sole_writer import sole_writer
 from spike_export.calibration.ablation import ablations
 from spike_export.calibration.corpus.chat import rendered
 from spike_export.calibration.corpus.corpus import Corpus
@@ -312,8 +313,9 @@ class Pipeline:
         )
 
         def work(progress: Progress) -> None:
-            require_bundle_or_nothing(bundle, overwrite=self.run.overwrite)
-            export_bundle(self.checkpoint, recipe, options, bundle, progress)
+            with sole_writer(bundle):  # `export --out` may name this folder too
+                require_bundle_or_nothing(bundle, overwrite=self.run.overwrite)
+                export_bundle(self.checkpoint, recipe, options, bundle, progress)
 
         self._stage(BUNDLE, key, [bundle / name for name in (GRAPH_FILE, DATA_FILE)], work, partial(_whole, bundle))
         return bundle
@@ -410,7 +412,10 @@ class Pipeline:
             return
         self.run.begin(stage)
         with self.display.stage(stage) as progress:
-            work(progress)
+            try:
+                work(progress)
+            finally:  # whatever went wrong, weights that change are the reason
+                self.checkpoint.require_unchanged()
         self.run.mark_done(stage, key)
 
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path, PurePath
 from types import FunctionType
@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from spike_export.artifacts.atomic_write import write_text
 from spike_export.artifacts.ownership import require_replaceable
+from spike_export.artifacts.sole_writer import sole_writer
 
 
 def stage_key(**inputs: Any) -> str:
@@ -59,6 +60,14 @@ class RunDirectory:
     path: Path
     force: bool = False
     overwrite: bool = False
+
+    def sole_writer(self) -> AbstractContextManager[None]:
+        """Let no other process write to the work directory during the block.
+
+        Raises:
+            ArtifactError: Another process does, and is named.
+        """
+        return sole_writer(self.path, self.path / ".lock")  # inside: what is around the folder may be read-only
 
     def require_own(self, artifacts: Iterable[str]) -> None:
         """Refuse a folder that holds files of these names and is no run's: they would be replaced.

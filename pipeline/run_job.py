@@ -48,8 +48,7 @@ def run_job(
         SpikeExportError: An input or the environment stands in the way of some stage. What can be known beforehand is
             refused before the first stage.
     """
-    pipeline = open_pipeline(job, display, force=force, overwrite=overwrite)
-    with display:
+    with open_pipeline(job, display, force=force, overwrite=overwrite) as pipeline, display:
         recipe = pipeline.calibrate() if job.quantize else None
         bundle = pipeline.export(recipe)
         check = pipeline.check(recipe, bundle)

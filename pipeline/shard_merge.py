@@ -19,7 +19,7 @@ def merge_shards(shards: Sequence[Path | str], work_dir: Path | str) -> int:
         work_dir: Where the statistics go, for `calibrate` with the same model, corpus and options.
 
     Raises:
-        ArtifactError: A shard is missing, or does not belong to the others.
+        ArtifactError: A shard is missing, or does not belong to the others; or the work directory is in use.
     """
     if not shards:
         raise ArtifactError("merge needs the work directories of the shards; give all of them")
@@ -28,10 +28,10 @@ def merge_shards(shards: Sequence[Path | str], work_dir: Path | str) -> int:
     statistics, description = merged_statistics(stems)
     texts = _token_texts(stems)
     run = RunDirectory(work_dir)
-    work_dir.mkdir(parents=True, exist_ok=True)
-    run.begin(STEM)
-    save_spikes(statistics, work_dir / STEM, description, lambda token: texts.get(token, ""))
-    run.mark_done(STEM, str(description["key"]))
+    with run.sole_writer():
+        run.begin(STEM)
+        save_spikes(statistics, work_dir / STEM, description, lambda token: texts.get(token, ""))
+        run.mark_done(STEM, str(description["key"]))
     return len(statistics.sample_ids)
 
 

@@ -18,6 +18,11 @@ from spike_export.cli.arguments import (
 from spike_export.cli.exit_codes import DONE
 from spike_export.cli.options import cache_options, use_threads
 
+_UNGUARDED = (
+    "note: no calibration has seen whether activations stay below float16's limit of 65,504; `spike-export check` "
+    "tells, and --dtype bfloat16 has no such limit"
+)
+
 
 def export(
     model: Model,
@@ -59,7 +64,7 @@ def export(
         ProgressDisplay(console, ["bundle"], quiet=run_options.quiet) as display,
         display.stage("bundle") as progress,
     ):
-        export_model(
+        manifest = export_model(
             model,
             out,
             recipe,
@@ -72,5 +77,7 @@ def export(
             overwrite=run_options.overwrite,
         )
     if not run_options.quiet:
+        if recipe is None and manifest.dtype == "float16":
+            console.print(Text(_UNGUARDED), soft_wrap=True)
         console.print(Text(f"bundle: {out}"), soft_wrap=True)
     return DONE

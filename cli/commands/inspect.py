@@ -20,10 +20,19 @@ def inspect(
             help="Module of a run, such as 11.mlp.down_proj or lm_head: show why it has its precision; repeatable."
         ),
     ] = (),
+    trust_plan: Annotated[
+        bool,
+        Parameter(
+            negative="",
+            help="Inspect a plan of TensorRT that was not built here, too: on a GPU it is read by loading it, and a "
+            "plan is code.",
+        ),
+    ] = False,
     as_json: Annotated[bool, Parameter(name="--json", negative="", help="Print JSON instead of tables.")] = False,
     run_options: RunArguments = RunArguments(),
 ) -> int:
     """Show the precision that a plan runs in, the content of a bundle, or the choices of a run and their reasons."""
     from spike_export.cli.inspection.target import inspect_target
 
-    return DONE if inspect_target(target, explain, as_json, Console()) else GATE_MISSED
+    proved = inspect_target(target, explain, as_json, Console(), trust_plan=trust_plan)
+    return DONE if proved else GATE_MISSED

@@ -15,11 +15,14 @@ from spike_export.inspection.run import RunInspection
 from spike_export.inspection.target import Inspection, inspect, kind_of
 
 
-def inspect_target(target: Path, explain: Sequence[str], as_json: bool, console: Console) -> bool:
+def inspect_target(
+    target: Path, explain: Sequence[str], as_json: bool, console: Console, *, trust_plan: bool = False
+) -> bool:
     """Show a plan (or both of a split engine), a bundle or a run.
 
     Args:
         explain: Modules of a run to explain, instead of its summary.
+        trust_plan: Load a plan of TensorRT that was not built here, too.
 
     Returns:
         Whether nothing deviates from what was planned; True where nothing was.
@@ -32,7 +35,7 @@ def inspect_target(target: Path, explain: Sequence[str], as_json: bool, console:
         raise ArtifactError(
             f"{target}: --explain needs the work directory of a run, and this is a {kind}; leave --explain out"
         )
-    inspection = inspect(target)
+    inspection = inspect(target, trust_plan=trust_plan)
     if isinstance(inspection, RunInspection) and explain:
         explained = inspection.explain(explain)
         _print_json(explained, console) if as_json else print_explanations(explained, console)

@@ -135,7 +135,10 @@ def compare(session: BundleSession, reference: ReferenceLogits, progress: Progre
     for index, tokens in enumerate(reference.content):
         logits = session.prefill(tokens[None])[0, :-1]
         if not np.isfinite(logits).all():
-            raise EngineError(f"the bundle's logits are not finite in evaluation window {index}: a value overflowed")
+            raise EngineError(
+                f"the bundle's logits are not finite in evaluation window {index}: a value overflowed; from float16, "
+                "export again with --dtype bfloat16"
+            )
         expected = reference.window(index)
         total += likelihood(logits, tokens[1:])
         agreeing += int((logits.argmax(axis=1) == expected.argmax(axis=1)).sum())

@@ -10,7 +10,7 @@ from typing import IO, Any
 
 from spike_export.artifacts.errors import EngineError
 from spike_export.artifacts.progress import Progress
-from spike_export.engines.build.request import BuildRequest, CompletionEvent, FailureEvent, ProgressEvent
+from spike_export.engines.build.request import BuildRequest, CompletionEvent, FailureEvent, FaultEvent, ProgressEvent
 
 BUILD_COMMAND = (sys.executable, "-P", "-m", "spike_export.engines.build.process")
 """-P: a file in the working directory must not stand in for a module."""
@@ -20,6 +20,10 @@ _PATIENCE = 3.0
 
 _LAST_WORDS = 400
 """Characters of a dead process's output that are shown."""
+
+
+class BuildFaultError(Exception):
+    """A fault of the program in the build process; its traceback is a note of this exception."""
 
 
 def run_build(request: BuildRequest, progress: Progress, command: Sequence[str] = BUILD_COMMAND) -> CompletionEvent:
@@ -33,6 +37,7 @@ def run_build(request: BuildRequest, progress: Progress, command: Sequence[str] 
     Raises:
         EngineError: The build failed, or the process died; the signal or its last words are named.
         OSError: The plan cannot be written.
+        BuildFaultError: A fault of the program, in the build process.
     """
     with tempfile.TemporaryFile() as output:
         # A session of its own: Ctrl-C on the terminal reaches only the caller, which then cancels in order.
@@ -66,6 +71,8 @@ def _follow(process: "subprocess.Popen[bytes]", request: BuildRequest, progress:
             progress(step.what, step.done, step.total)
         elif event["event"] == "failure":
             _raise(FailureEvent.model_validate(event))
+        elif event["event"] == "fault":
+            _raise_fault(FaultEvent.model_validate(event))
         else:
             completion = CompletionEvent.model_validate_json(line)
     return completion
@@ -75,6 +82,12 @@ def _raise(failure: FailureEvent) -> None:
     if failure.errno is not None:
         raise OSError(failure.errno, failure.message)
     raise EngineError(failure.message)
+
+
+def _raise_fault(fault: FaultEvent) -> None:
+    error = BuildFaultError(fault.message)
+    error.add_note(f"In the build process:\n{fault.traceback}")
+    raise error
 
 
 def _stop(process: "subprocess.Popen[bytes]") -> None:

@@ -9,17 +9,18 @@ import os
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 from typing import IO
 
 from pydantic import BaseModel
 
-from spike_export.artifacts.errors import EngineError, SpikeExportError
+from spike_export.artifacts.errors import EngineError, SpikeExportError, one_line
 from spike_export.engines.audit.reader import read_built_plan
 from spike_export.engines.audit.verdict import covering, judge
 from spike_export.engines.build.callbacks import PlanStream
 from spike_export.engines.build.compiler import BuildCancelledError, CompileSettings, Watch, compile_plan
-from spike_export.engines.build.request import BuildRequest, CompletionEvent, FailureEvent, ProgressEvent
+from spike_export.engines.build.request import BuildRequest, CompletionEvent, FailureEvent, FaultEvent, ProgressEvent
 from spike_export.engines.plan.backend import BACKENDS
 from spike_export.engines.plan.build_options import BatchRange
 from spike_export.engines.plan.build_profiles import Limits, Profile, make_profiles
@@ -47,6 +48,9 @@ def main() -> int:
         _send(events, FailureEvent(message=str(error)))
     except OSError as error:
         _send(events, FailureEvent(message=str(error), errno=error.errno))
+    except Exception as error:  # the caller reports it as a fault of its own
+        message = f"{type(error).__name__}: {one_line(error)}"
+        _send(events, FaultEvent(message=message, traceback=traceback.format_exc()))
     return 0
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from spike_export.artifacts.errors import ArtifactError, EngineError
 from spike_export.artifacts.progress import Progress, silent
+from spike_export.artifacts.sole_writer import sole_writer
 from spike_export.engines.build.builder import BuildEnvironment, detect_environment
 from spike_export.engines.build.reuse import provide_engine
 from spike_export.engines.plan.backend import BACKENDS, Gpu
@@ -36,7 +37,8 @@ def usable_or_rebuilt_engine(
             raise  # what would be built could not run here either
         options = _options(engine, environment.machine.gpu)
     # Forced: a plan may have gone stale in ways its key does not tell.
-    complaint = provide_engine(bundle, engine, options, progress, environment, force=True).complaint
+    with sole_writer(engine):
+        complaint = provide_engine(bundle, engine, options, progress, environment, force=True).complaint
     if complaint is not None:
         raise EngineError(
             f"{engine} was built again, and {complaint}; repeat the command to run the engine nevertheless"

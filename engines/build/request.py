@@ -62,6 +62,14 @@ class FailureEvent(_Message):
     errno: int | None = None
 
 
+class FaultEvent(_Message):
+    """The build process met what no part of the program expected."""
+
+    event: Literal["fault"] = "fault"
+    message: str
+    traceback: str
+
+
 class CompletionEvent(_Message):
     """The plan is written.
 

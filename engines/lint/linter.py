@@ -5,6 +5,7 @@ from pathlib import Path
 from spike_export.artifacts.errors import ArtifactError, one_line
 from spike_export.artifacts.manifest import GRAPH_FILE
 from spike_export.artifacts.ownership import is_document
+from spike_export.artifacts.sole_writer import finish_dead_replacement
 from spike_export.engines.lint.attention import ATTENTION_RULES
 from spike_export.engines.lint.cache import CACHE_RULES
 from spike_export.engines.lint.files import FILE_RULES
@@ -38,6 +39,7 @@ def lint_model(path: Path | str) -> LintReport:
         ArtifactError: There is no readable ONNX model.
     """
     path = Path(path)
+    finish_dead_replacement(path)
     file = path / GRAPH_FILE if path.is_dir() else path
     if not file.is_file():
         raise ArtifactError(f"{file}: no such file; give an .onnx file or the folder of a bundle")

@@ -58,6 +58,16 @@ def usable_engine(
     return plans
 
 
+def require_own_plan(plan: Path) -> None:
+    """Refuse a plan that was not built here, or is not what was built any more; nothing of it is run.
+
+    Raises:
+        StalePlanError: The sidecar cannot be read, or the plan's bytes have changed.
+        EngineError: The plan is a foreign one: it has no sidecar.
+    """
+    _require_bytes(plan, _sidecar(plan, read_header(plan)), silent)
+
+
 @dataclass(frozen=True, slots=True)
 class _Identity:
     """A bundle, and its hash, which is computed when it is first asked for."""
@@ -89,9 +99,13 @@ def _usable(plan: Path, identity: _Identity | None, machine: Machine, progress: 
         raise EngineError(f"{plan} was built without its weights; give the bundle it was built from, which has them")
     if identity is not None and identity.sha256() != sidecar.bundle_sha256:
         raise StalePlanError(f"{plan} was not built from the bundle that is now in {identity.bundle}; build it again")
+    _require_bytes(plan, sidecar, progress)
+    return sidecar
+
+
+def _require_bytes(plan: Path, sidecar: PlanSidecar, progress: Progress) -> None:
     if hash_plan(plan, progress) != sidecar.plan.sha256:
         raise StalePlanError(f"{plan} is not the file that was built: its bytes have changed; build it again")
-    return sidecar
 
 
 def _sidecar(plan: Path, header: PlanHeader) -> PlanSidecar:

@@ -2,13 +2,14 @@
 
 import errno
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from spike_export.artifacts import atomic_write
-from spike_export.artifacts.atomic_write import atomic_path, write_text
+from spike_export.artifacts.atomic_write import atomic_path, finish_replacement, write_text
 from spike_export.artifacts.errors import ArtifactError
 
 
@@ -88,6 +89,33 @@ def test_what_a_killed_run_left_behind_is_no_obstacle(tmp_path: Path) -> None:
     with atomic_path(target) as temporary:
         assert not temporary.exists()
         fill(temporary, "new")
+    assert (target / "deep" / "file").read_text() == "new"
+    assert names(tmp_path) == ["bundle"]
+
+
+def half_replaced(target: Path) -> None:
+    """Leave what a kill between the two renames leaves."""
+    fill(target.with_name(f".{target.name}.partial"), "new")
+    fill(target.with_name(f".{target.name}.retired"), "old")
+
+
+@pytest.mark.parametrize(("removed", "content"), [(None, "new"), ("partial", "old")])
+def test_a_replacement_that_a_kill_cut_in_two_is_finished(tmp_path: Path, removed: str | None, content: str) -> None:
+    target = tmp_path / "bundle"
+    half_replaced(target)
+    if removed:
+        shutil.rmtree(tmp_path / f".bundle.{removed}")
+    finish_replacement(target)
+    finish_replacement(target)
+    assert (target / "deep" / "file").read_text() == content
+    assert names(tmp_path) == ["bundle"]
+
+
+def test_the_next_write_finishes_the_replacement_before_it_fails(tmp_path: Path) -> None:
+    target = tmp_path / "bundle"
+    half_replaced(target)
+    with pytest.raises(ZeroDivisionError):
+        fill_and_fail(target, ZeroDivisionError())
     assert (target / "deep" / "file").read_text() == "new"
     assert names(tmp_path) == ["bundle"]
 

@@ -279,6 +279,15 @@ def llama3_divisors(**changes: float) -> np.ndarray:
     return np.array(divisors, np.float32)
 
 
+@pytest.mark.parametrize("key", ["rope.dimension_count", "rope.dimension_count_swa"])
+def test_a_rope_over_a_part_of_a_head_is_refused(tmp_path: Path, key: str) -> None:
+    whole = write_gguf(tmp_path / "whole.gguf", random_llama(), extra={f"llama.{key}": 16})
+    assert open_checkpoint(str(whole.path)).config.head_dim == 16
+    for rotated in (8, 0, "16"):
+        part = write_gguf(tmp_path / "part.gguf", random_llama(), extra={f"llama.{key}": rotated})
+        assert f"llama.{key} is {rotated!r}, and a head has 16 channels" in refusal(part.path)
+
+
 def test_llama3_rope_is_recovered(tmp_path: Path) -> None:
     model = random_llama(rope_parameters=LLAMA3)
     written = write_gguf(tmp_path / "llama3.gguf", model, tensors={"rope_freqs.weight": llama3_divisors()})

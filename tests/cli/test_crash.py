@@ -12,6 +12,9 @@ from typing import NoReturn
 
 import pytest
 
+from spike_export.engines.build.builder import BuildEnvironment
+from spike_export.engines.plan.backend import Machine
+from tests.support.tiny_bundles import write_bundle
 from tests.support.tiny_cli_models import Outcome, call
 
 SECRET = "hf_a_token_that_nobody_may_see"
@@ -175,6 +178,19 @@ def test_debug_shows_the_traceback_at_once(
     assert "in planted" in done.err
     (file,) = tmp_path.glob("crash-*.txt")
     assert done.err.splitlines()[-1].endswith(f"the traceback is in {file}")
+
+
+def test_a_fault_in_the_build_process_is_one_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    event = '{"event": "fault", "message": "KeyError: x", "traceback": "in planted"}'
+    machine = Machine(frozenset({"tensorrt-rtx"}), gpu=None)
+    environment = BuildEnvironment(machine, None, ("sh", "-c", f"read request; echo '{event}'"))
+    monkeypatch.setattr("spike_export.engines.build.reuse.detect_environment", lambda: environment)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    bundle = write_bundle(tmp_path / "bundle")
+    done = call("build", bundle, "--out", tmp_path / "engine.plan", "--target", "SM86")
+    assert "(BuildFaultError: KeyError: x)" in done.err
+    assert "in planted" in crash_file(done).read_text()
+    assert not list(tmp_path.glob("*engine*"))
 
 
 COMMANDS = ("calibrate", "merge", "inspect", "export", "check", "build", "generate", "serve", "report")

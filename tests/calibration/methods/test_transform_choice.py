@@ -27,7 +27,13 @@ from spike_export.calibration.methods.overflow_guard import (
     stream_dtype,
 )
 from spike_export.calibration.methods.qfem import ModuleChoice
-from spike_export.calibration.methods.smoothing_search import CLIPS, SiteChoice, SmoothingSearch, default_smoothing
+from spike_export.calibration.methods.smoothing_search import (
+    CLIPS,
+    SiteChoice,
+    SmoothingSearch,
+    _Rows,
+    default_smoothing,
+)
 from spike_export.calibration.methods.transform_choice import choose_transform
 from spike_export.calibration.recipe_writer import build_recipe
 from spike_export.calibration.statistics.spikes import ModuleSpikes, SpikeStatistics
@@ -123,6 +129,28 @@ def test_an_outlier_channel_is_smoothed_away(prefix: tuple[int, ...]) -> None:
     assert without.divergence > 2 * smoothed.divergence
     assert [candidate.verdict for candidate in choice.candidates] == ["chosen"]
     assert choice.candidates[0].divergence < plain.divergence / 3
+
+
+def test_the_noise_of_an_input_counts_as_much_as_its_block_in_the_residual_stream(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calibration = calibration_of()
+    statistics = calibration.measure(())
+
+    def noise() -> dict[str, float]:
+        return {name: choice.noise for name, choice in searched(calibration, False, statistics).items()}
+
+    measured = noise()
+    monkeypatch.setattr(_Rows, "branch_share", lambda *_: 1.0)
+    alone = noise()
+    monkeypatch.setattr(_Rows, "branch_share", lambda *_: 0.25)
+    quarter = noise()
+    # The products of o_proj and down_proj are the block's output itself, and are compared with the stream already.
+    behind_linear = {site.representative: site.behind_linear for site in input_sites(calibration.checkpoint.config)}
+    for name in measured:
+        counts_fully = behind_linear[split_name(name)[1]]
+        assert quarter[name] == (1.0 if counts_fully else 0.25) * alone[name]
+        assert (measured[name] == alone[name]) == counts_fully
 
 
 def test_the_prediction_from_ranges_is_that_of_the_smoothed_model() -> None:

@@ -1,19 +1,25 @@
 """The reader of program text: what it takes from a program, and that a change of its format does not pass."""
 
 import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+from spike_export.artifacts.errors import EngineError
+from spike_export.engines.audit import reader
 from spike_export.engines.audit.program_products import read_program_text
 from spike_export.engines.audit.program_text import CHECKED_VERSION, read_plan_text
 from spike_export.engines.audit.reader import read_plan
-from spike_export.engines.audit.reading import NARROW_SUMS, WEIGHT_ONLY
+from spike_export.engines.audit.reading import NARROW_SUMS, WEIGHT_ONLY, Evidence, PlanReading
 from spike_export.engines.audit.verdict import NOT_FOUND, PlanAudit, audit_plan, covering, judge
 from spike_export.engines.build.builder import BuildEnvironment, build_plan
 from spike_export.engines.plan.backend import TENSORRT_RTX, Gpu, Machine
 from spike_export.engines.plan.build_options import BuildOptions
+from spike_export.engines.plan.bundle_identity import hash_plan
+from spike_export.engines.plan.sidecar import Audit, BackendVersion, PlanFile, PlanSidecar, sidecar_path, sidecar_text
 from tests.support.tiny_bundles import TinyModel, write_bundle
 
 Q, K = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"
@@ -147,6 +153,47 @@ def test_what_cannot_be_read_is_not_provable(
     assert reading.found_of(Q) == (NOT_FOUND,)
     assert reading.evidence.sentence.startswith("not provable: engine.plan is ")
     assert reason in reading.evidence.sentence
+
+
+def write_sidecar(plan: Path) -> None:
+    """Describe a plan as its build does."""
+    sidecar = PlanSidecar(
+        backend=BackendVersion(name="tensorrt", version="11.3.0.1", reason="test"),
+        targets=("SM90",),
+        profiles=(),
+        prefix=0,
+        max_context=64,
+        bundle_sha256="0",
+        plan=PlanFile(sha256=hash_plan(plan), size=plan.stat().st_size),
+        build_seconds=1.0,
+        peak_memory=1,
+        audit=Audit(readable=False, int8_products=0, other_products=0, modules={}),
+    )
+    sidecar_path(plan).write_text(sidecar_text(sidecar))
+
+
+def test_a_plan_of_tensorrt_is_loaded_only_if_it_is_ours_or_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[Path] = []
+    nothing = PlanReading(Evidence("none", "TensorRT", "test"))
+    monkeypatch.setitem(sys.modules, "tensorrt", ModuleType("tensorrt"))
+    monkeypatch.setattr(reader, "inspect_engine", lambda _, plan: (loaded.append(plan), nothing)[1])
+    machine = Machine(frozenset({"tensorrt"}), Gpu("H200", "SM90"))
+    plan = write_plan(tmp_path / "engine.plan")
+    plan.write_bytes(b"ftrt" + plan.read_bytes()[4:])
+
+    with pytest.raises(EngineError, match=r"engine.plan is a foreign plan of TensorRT .*: give --trust-plan"):
+        read_plan(plan, machine)
+    write_sidecar(plan)
+    plan.write_bytes(plan.read_bytes()[:-1] + b"x")
+    with pytest.raises(EngineError, match=r"its bytes have changed.*: give --trust-plan"):
+        read_plan(plan, machine)
+    assert loaded == []
+    read_plan(plan, machine, trusted=True)
+    write_sidecar(plan)
+    read_plan(plan, machine)
+    assert loaded == [plan, plan]
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 
 from spike_export.artifacts.errors import EngineError
 from spike_export.artifacts.progress import silent
-from spike_export.engines.build.child_process import run_build
+from spike_export.engines.build.child_process import BuildFaultError, run_build
 from spike_export.engines.build.request import BuildRequest
 
 REQUEST = BuildRequest(
@@ -58,6 +58,26 @@ def test_profiles_are_advised_to_be_split_only_where_there_are_several() -> None
 def test_a_program_that_does_not_even_start_reading_is_reported() -> None:
     with pytest.raises(EngineError, match="exit code 4"):
         run_build(REQUEST, silent, (sys.executable, "-c", "import os; os.close(0); os._exit(4)"))
+
+
+FAULTY = """
+import sys
+import spike_export.engines.build.process as process
+
+def planted(*_):
+    raise KeyError("location")
+
+process.build = planted
+sys.exit(process.main())
+"""
+
+
+def test_a_fault_of_the_program_stays_one_and_brings_its_traceback() -> None:
+    with pytest.raises(BuildFaultError, match="KeyError: 'location'") as caught:
+        run_build(REQUEST, silent, (sys.executable, "-c", FAULTY))
+    (note,) = caught.value.__notes__
+    assert "in planted" in note
+    assert note.rstrip().endswith("KeyError: 'location'")
 
 
 def test_a_full_disk_stays_an_os_error() -> None:
