@@ -83,10 +83,12 @@ class LinearShare(_Document):
         modules: How many there are.
         mac_share: Their part of the multiply-accumulates that a token needs of all decoder linears, 0..1: an expert
             counts for the tokens that are routed to it on average. The head is not counted.
+        per_token_share: The same of those whose quantized inputs have a scale per token.
     """
 
     modules: int
     mac_share: float
+    per_token_share: float = 0.0
 
 
 class HeadInfo(_Document):

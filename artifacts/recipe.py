@@ -2,9 +2,10 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -16,8 +17,8 @@ Dtype = Literal["float32", "float16", "bfloat16"]
 
 WeightScheme = Literal["int8-per-channel", "int8-per-tensor"]
 
-ActivationScheme = Literal["int8-per-tensor-static", "int8-per-token-dynamic"]
-"""How an INT8 linear's input is scaled: by a constant, or at run time by each token's own largest magnitude."""
+ActivationKind = Literal["static", "per-token"]
+"""How a quantized linear's input is scaled: by a constant, or at run time by each token's own largest magnitude."""
 
 ExcludedWeights = Literal["unquantized", "int8"]
 """How the modules that QFeM excludes hold their weights: in the unquantized precision, or in INT8 (W8A16)."""
@@ -98,10 +99,9 @@ class CorpusSource(_Document):
 
 
 class Scheme(_Document):
-    """Number formats of the quantized linears and of all else."""
+    """Number formats of the quantized linears and of all else; how an input is scaled is a module's own matter."""
 
     weights: WeightScheme = "int8-per-channel"
-    activations: ActivationScheme = "int8-per-tensor-static"
     activation_range: ActivationRange = "max"
     excluded_weights: ExcludedWeights = "unquantized"
     attention: AttentionProducts = "unquantized"
@@ -129,8 +129,9 @@ class ModulePlan(_Document):
 
     Attributes:
         precision: `int8`, or the format that is kept.
-        activation_scale: Scale of the input's per-tensor quantization (range / 127, for fp8 range / 448); where the
-            module is quantized, None scales each token by its own largest magnitude.
+        activations: How the input of a quantized module is scaled, `static` by default.
+        activation_scale: Static scale of the input (range / 127, for fp8 range / 448). A module whose tokens have each
+            their own may have one too, which takes effect once `activations` says `static`.
         activation_amax: Largest magnitude that calibration saw in the input. An INT8 scale may cover less, to make its
             steps finer; an FP8 scale covers it.
         weights: `int8` where a module that is kept holds its weight in INT8 (W8A16); None otherwise.
@@ -141,6 +142,7 @@ class ModulePlan(_Document):
     """
 
     precision: Literal["int8", "fp8", "float16", "bfloat16", "float32"]
+    activations: ActivationKind | None = None
     activation_scale: PositiveFloat | None = None
     activation_amax: PositiveFloat | None = None
     weights: Literal["int8"] | None = None
@@ -148,6 +150,28 @@ class ModulePlan(_Document):
     clip: float | None = None
     noise: float | None = None
     reason: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _static_by_default(cls, document: Any) -> Any:
+        quantized = isinstance(document, Mapping) and document.get("precision") in LARGEST
+        return {"activations": "static", **document} if quantized else document
+
+    @model_validator(mode="after")
+    def _static_activations_need_a_scale(self) -> "ModulePlan":
+        if self.static_scale is None and self.activations == "static" and self.number_format:
+            raise ValueError(f"precision {self.precision} with static activations needs an activation_scale")
+        return self
+
+    @property
+    def static_scale(self) -> float | None:
+        """Scale of the input of a quantized module; None where each token has its own, or nothing is quantized."""
+        return self.activation_scale if self.number_format and self.activations == "static" else None
+
+    @property
+    def per_token(self) -> bool:
+        """Whether the input is quantized with a scale per token."""
+        return self.number_format is not None and self.activations == "per-token"
 
     @property
     def number_format(self) -> NumberFormat | None:
@@ -218,6 +242,23 @@ class CurvePoint(_Document):
     pareto: bool = True
 
 
+class ActivationCandidate(_Document):
+    """One set of inputs with a scale per token; all others have a constant.
+
+    Attributes:
+        per_token_linears: Linears that read such an input.
+        per_token_share: Their share of the linears' multiply-accumulates.
+        perplexity: On the search windows, with every linear quantized.
+        divergence: KL divergence from the unquantized model there, per token in nats; what the choice goes by.
+    """
+
+    per_token_linears: int
+    per_token_share: float
+    perplexity: float
+    divergence: float
+    verdict: str
+
+
 class TransformCandidate(_Document):
     """One way to transform the weights that competed.
 
@@ -274,6 +315,7 @@ class Search(_Document):
         forward_tokens: What the search of the prefix cost, in tokens through the whole model.
         transforms: Rotations and smoothings that competed.
         head: Smoothings of the head's input that competed, the chosen one first.
+        activations: Sets of inputs with a scale per token that competed.
         curve: Sets of modules that were evaluated.
         prefixes: Prefixes that competed.
     """
@@ -283,6 +325,7 @@ class Search(_Document):
     forward_tokens: int | None = None
     transforms: tuple[TransformCandidate, ...] = ()
     head: tuple[HeadCandidate, ...] = ()
+    activations: tuple[ActivationCandidate, ...] = ()
     curve: tuple[CurvePoint, ...] = ()
     prefixes: tuple[PrefixCandidate, ...] = ()
 
@@ -290,14 +333,14 @@ class Search(_Document):
 class Recipe(_Document):
     """A complete plan: for every decoder linear its precision, scale and why, and which prefix.
 
-    `modules` is keyed by HF module name. Modules that share an input share its scale bit for bit, because
+    `modules` is keyed by HF module name. Modules that share an input share its kind and its scale bit for bit, because
     TensorRT merges their products only then. `attention` is keyed by HF name of the attention block, `smoothing` by
     the representative module of the input. Rotation and smoothing leave the unquantized model's function as it is;
     ratios and scales are those of the rotated and smoothed model. `head_smoothing` scales the channels of the final
     norm's output for a head that rounds its tokens; with another `scheme.head` nothing reads it.
     """
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     model: ModelSource
     corpus: CorpusSource
     scheme: Scheme
@@ -311,13 +354,10 @@ class Recipe(_Document):
     head_smoothing: SmoothingPlan | None = None
     search: Search = Search()
 
-    @model_validator(mode="after")
-    def _static_quantization_needs_a_scale(self) -> "Recipe":
-        if self.scheme.activations == "int8-per-tensor-static":
-            for name, plan in self.modules.items():
-                if plan.number_format and plan.activation_scale is None:
-                    raise ValueError(f"{name}: precision {plan.precision} needs an activation_scale")
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _brought_up_to_date(cls, document: Any) -> Any:
+        return _of_format_1(document) if isinstance(document, Mapping) and document.get("format") == 1 else document
 
     @model_validator(mode="after")
     def _fp8_leaves_attention_alone(self) -> "Recipe":
@@ -335,6 +375,13 @@ class Recipe(_Document):
         """Names of the linears that are not quantized, routers included."""
         return tuple(name for name, plan in self.modules.items() if plan.number_format is None)
 
+    def activations(self) -> str:
+        """How the quantized linears' inputs are scaled, in words: all alike, or how many in which way."""
+        counts = Counter(str(plan.activations) for plan in self.modules.values() if plan.number_format)
+        if len(counts) < 2:
+            return "".join(counts) or "unquantized"
+        return ", ".join(f"{counts[kind]} {kind}" for kind in ("static", "per-token"))
+
     def notes(self) -> tuple[str, ...]:
         """What a user has to know: of the prefix, and of a precision that is another than asked for."""
         reason = self.scheme.unquantized_reason
@@ -348,6 +395,34 @@ class Recipe(_Document):
     def kept_linears(self) -> tuple[str, ...]:
         """Names of the linears that are not quantized although they might be: routers left out."""
         return tuple(name for name in self.kept() if self.modules[name].reason != "router")
+
+
+_FORMAT_1_ACTIVATIONS = ("int8-per-tensor-static", "int8-per-token-dynamic")
+"""What `scheme.activations` said of all modules at once, in the first format of the document."""
+
+
+def _of_format_1(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a document of the first format in today's form.
+
+    There the scheme named the activations' scales, and a module without an `activation_scale` had one per token where
+    the scheme was dynamic. A part that is not as it should be is left to the validation.
+    """
+    found = {**document, "format": 2}
+    scheme, modules = document.get("scheme"), document.get("modules")
+    if (
+        not isinstance(scheme, Mapping)
+        or scheme.get("activations", _FORMAT_1_ACTIVATIONS[0]) not in _FORMAT_1_ACTIVATIONS
+    ):
+        return found
+    found["scheme"] = {key: value for key, value in scheme.items() if key != "activations"}
+    if scheme.get("activations") == _FORMAT_1_ACTIVATIONS[1] and isinstance(modules, Mapping):
+        found["modules"] = {name: _with_own_kind(plan) for name, plan in modules.items()}
+    return found
+
+
+def _with_own_kind(plan: Any) -> Any:
+    unscaled = isinstance(plan, Mapping) and plan.get("activation_scale") is None
+    return {"activations": "per-token", **plan} if unscaled and plan.get("precision") in LARGEST else plan
 
 
 def activation_scale(amax: float, number_format: NumberFormat = "int8") -> float:

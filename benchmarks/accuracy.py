@@ -24,6 +24,7 @@ from spike_export.calibration.corpus.token_windows import TokenWindows, token_wi
 from spike_export.calibration.decoder.perplexity import model_perplexity
 from spike_export.calibration.decoder.simulate import Simulation
 from spike_export.calibration.decoder.smoothing import is_per_value_head
+from spike_export.calibration.methods.activation_choice import choose_activations
 from spike_export.calibration.methods.context import Calibration, Transform
 from spike_export.calibration.methods.module_choice import NOTHING_KEPT, choose_kept
 from spike_export.calibration.methods.options import CalibrationOptions
@@ -100,15 +101,17 @@ def automatic_recipe(
     chosen = choose_transform(calibration, behind) if calibration.options.searches_smoothing else TransformChoice()
     transform = chosen.transform
     after = calibration.measure(behind.prefix_ids, transform) if transform.changes_weights else behind
-    choice = choose_kept(calibration, after, transform)
+    kinds = choose_activations(calibration, after, transform)
+    choice = choose_kept(calibration, after, transform, per_token=kinds.per_token)
     search = Search(
         reference_perplexity=calibration.reference(prefixes.token_ids).perplexity,
         plain_reference_perplexity=calibration.reference(()).perplexity,
         transforms=chosen.candidates,
+        activations=kinds.candidates,
         curve=choice.curve,
         prefixes=prefixes.candidates,
     )
-    return build_recipe(calibration, corpus or default_corpus(), after, choice, transform, search)
+    return build_recipe(calibration, corpus or default_corpus(), after, choice, transform, search, kinds.per_token)
 
 
 @dataclass(frozen=True)
@@ -224,13 +227,15 @@ def fill(table: Table, job: Calibration, *, brief: bool = False) -> None:
         table.smoothed((bos,))
         if not brief:
             table.searched(job, (bos,))
-    table.automatic("automatic, static", job)
-    chosen = table.recipes["automatic, static"]
+    table.automatic("automatic", job)
+    chosen = table.recipes["automatic"]
     prefix = chosen.prefix_ids if chosen else ()
-    budget = job.with_options(replace(job.options, max_fp16_modules=BUDGET))
-    table.automatic(f"automatic, --max-fp16-modules {BUDGET}, the same prefix", budget, prefix)
-    dynamic = replace(job.options, activations="int8-per-token-dynamic")
-    table.automatic("automatic, dynamic per token, the same prefix", job.with_options(dynamic), prefix)
+    static = replace(job.options, activations="static")
+    table.automatic("automatic, static, the same prefix", job.with_options(static), prefix)
+    budget = job.with_options(replace(static, max_fp16_modules=BUDGET))
+    table.automatic(f"automatic, static, --max-fp16-modules {BUDGET}, the same prefix", budget, prefix)
+    per_token = replace(job.options, activations="per-token")
+    table.automatic("automatic, per token, the same prefix", job.with_options(per_token), prefix)
     if brief:
         return
     try:

@@ -54,7 +54,7 @@ def variants(recipe: Recipe) -> dict[str, Mapping[str, ModulePlan]]:
     covering = float8_modules(recipe)
     narrow = {name: plan.model_copy(update={"activation_amax": None}) for name, plan in recipe.modules.items()}
     per_token = {
-        name: plan.model_copy(update={"activation_scale": None}) if plan.number_format else plan
+        name: plan.model_copy(update={"activations": "per-token"}) if plan.number_format else plan
         for name, plan in covering.items()
     }
     return {

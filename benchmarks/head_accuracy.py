@@ -54,13 +54,12 @@ def recipes(calibration: Calibration, corpus: Corpus) -> dict[str, Recipe]:
     smoothing = default_smoothing(statistics_behind, config, calibration.column_amax, rotated=False)
     transform = Transform(smoothing=smoothing)
     after = calibration.measure(prefix, transform)
-    per_token = {name: plan.model_copy(update={"activation_scale": None}) for name, plan in plain.modules.items()}
+    per_token = {name: plan.model_copy(update={"activations": "per-token"}) for name, plan in plain.modules.items()}
     kept = {name: plan.model_copy(update={"precision": "float32"}) for name, plan in per_token.items()}
-    dynamic = plain.scheme.model_copy(update={"activations": "int8-per-token-dynamic"})
     decoders = {
         "float32": plain.model_copy(update={"modules": kept, "prefix": None}),
         "W8A8, smoothed": build_recipe(calibration, corpus, after, NOTHING_KEPT, transform),
-        "W8A8 per token": plain.model_copy(update={"modules": per_token, "scheme": dynamic}),
+        "W8A8 per token": plain.model_copy(update={"modules": per_token}),
     }
     rounding = calibration.with_options(replace(calibration.options, head=SMOOTHED_HEAD))
     chosen = rounding.head_smoothing(None)

@@ -28,6 +28,7 @@ from spike_export.calibration.decoder.smoothing import (
     smoothing_plan,
     smoothing_scales,
 )
+from spike_export.calibration.methods.activation_choice import choose_activations
 from spike_export.calibration.methods.context import Calibration, Transform
 from spike_export.calibration.methods.module_choice import choose_kept
 from spike_export.calibration.methods.prefix_choice import choose_prefix
@@ -119,16 +120,24 @@ def costs(calibration: Calibration) -> Iterator[Cost]:
 
     yield ended(third, choice.candidates[0].divergence, choice.transform)
     after = calibration.measure(prefix.token_ids, choice.transform)
-    _, fourth = measured(calibration, "modules", lambda: choose_kept(calibration, after, choice.transform))
+    kinds, fourth = measured(
+        calibration, "scales per token", lambda: choose_activations(calibration, after, choice.transform)
+    )
     yield fourth
+    _, fifth = measured(
+        calibration,
+        "modules",
+        lambda: choose_kept(calibration, after, choice.transform, per_token=kinds.per_token),
+    )
+    yield fifth
     held_out = calibration.held_out(behind)
-    scores, fifth = measured(
+    scores, sixth = measured(
         calibration,
         f"naive grid of {len(STRENGTHS) ** 3} smoothings",
         lambda: [calibration.predicted(held_out, (), each).divergence for each in grid(calibration, held_out)],
     )
     best = int(np.argmin(scores))
-    yield ended(fifth, scores[best], list(grid(calibration, behind))[best])
+    yield ended(sixth, scores[best], list(grid(calibration, behind))[best])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

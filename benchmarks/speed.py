@@ -54,6 +54,8 @@ class Variant:
     logits: "LogitsScope" = "all"
     capacity: int | None = None
     """Of a static cache, written in place; None for the cache that grows."""
+    per_token: str | None = None
+    """End of the names of the linears whose tokens have each a scale of their own."""
 
 
 Leg = Variant | Peer
@@ -69,6 +71,7 @@ VARIANTS = (
     BASELINE,
     LAST_BASELINE,
     Variant("W8A8", True, "float32"),
+    Variant("W8A8, down_proj per token", True, "float32", per_token="down_proj"),
     Variant("W8A8, last", True, "float32", logits="last"),
     Variant("W8A8, int8-weights head", True, "float32", "int8-weights"),
     Variant("W8A8, int8 head", True, "float32", "int8-per-token-dynamic"),
@@ -186,10 +189,10 @@ def build_bundles(arguments: argparse.Namespace, folder: Path) -> dict[Variant, 
         recipe = quick_recipe(checkpoint, arguments)
         for variant in found:
             if variant.quantized:
-                require_recipe(bundles[variant], _with_head(recipe, variant.head))
+                require_recipe(bundles[variant], _recipe_of(variant, recipe))
     for variant in missing:
         _say(f"exporting {variant.name}")
-        plan = _with_head(recipe, variant.head) if recipe is not None and variant.quantized else None
+        plan = _recipe_of(variant, recipe) if recipe is not None and variant.quantized else None
         cache = CacheOptions() if variant.capacity is None else CacheOptions("static", variant.capacity)
         options = ExportOptions(variant.dtype, logits=variant.logits, cache=cache)
         export_bundle(checkpoint, plan, options, bundles[variant])
@@ -219,8 +222,17 @@ def build_peers(arguments: argparse.Namespace, float32: Path, folder: Path) -> t
     return built, skipped
 
 
-def _with_head(recipe: "Recipe", head: "HeadScheme") -> "Recipe":
-    return recipe.model_copy(update={"scheme": recipe.scheme.model_copy(update={"head": head})})
+def _recipe_of(variant: Variant, recipe: "Recipe") -> "Recipe":
+    """Return the recipe with the variant's head and scales per token."""
+    scheme = recipe.scheme.model_copy(update={"head": variant.head})
+    if variant.per_token is None:
+        return recipe.model_copy(update={"scheme": scheme})
+    own = {"activations": "per-token"}
+    modules = {
+        name: plan.model_copy(update=own) if name.endswith(variant.per_token) else plan
+        for name, plan in recipe.modules.items()
+    }
+    return recipe.model_copy(update={"scheme": scheme, "modules": modules})
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
@@ -244,7 +256,9 @@ def quick_recipe(checkpoint: "Checkpoint", arguments: argparse.Namespace) -> "Re
     if arguments.recipe is not None:
         return load_recipe(arguments.recipe)
     _say(f"calibrating on {arguments.samples} windows")
-    options = CalibrationOptions(samples=arguments.samples, dtype="float32", max_fp16_modules=arguments.kept)
+    options = CalibrationOptions(
+        samples=arguments.samples, dtype="float32", activations="static", max_fp16_modules=arguments.kept
+    )
     corpus = default_corpus()
     windows = token_windows(corpus, checkpoint.tokenizer, options.samples, options.length - 1, options.seed)
     calibration = Calibration(checkpoint, windows, options)

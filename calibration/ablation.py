@@ -23,7 +23,10 @@ def ablations(
         plain: Statistics without a prefix.
         behind: Statistics behind the recipe's prefix; `plain` again when it has none.
     """
-    paper = calibration.with_options(replace(calibration.options, activation_range="max", head="unquantized"))
+    options = calibration.options
+    paper = calibration.with_options(
+        replace(options, activation_range="max", head="unquantized", activations=options.searched_activations)
+    )
     config = calibration.checkpoint.config
     kept = len(recipe.kept_linears())
 

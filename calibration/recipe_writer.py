@@ -1,5 +1,6 @@
 """Puts the choices into a recipe."""
 
+from collections.abc import Collection
 from dataclasses import replace
 
 from spike_export.artifacts.recipe import CorpusSource, ModelSource, Prefix, Recipe, Scheme, Search
@@ -20,6 +21,7 @@ def build_recipe(
     choice: ModuleChoice,
     transform: Transform = Transform(),
     search: Search = Search(),
+    per_token: Collection[str] = (),
 ) -> Recipe:
     """Write the plan down: precision, scale, ratio and reason of every linear, and the prefix of `statistics`.
 
@@ -30,6 +32,7 @@ def build_recipe(
         choice: The modules that stay in 16 bit.
         transform: What is done to the weights.
         search: How the choices were made.
+        per_token: Representatives whose tokens have each a scale of their own.
     """
     checkpoint = calibration.checkpoint
     dtype, guard = stream_dtype(calibration.options.dtype, statistics)
@@ -51,7 +54,7 @@ def build_recipe(
         alpha=choice.alpha if options.qfem else None,
         criterion=choice.criterion,
         prefix=prefix,
-        modules=module_plans(statistics, choice.kept, transform, options),
+        modules=module_plans(statistics, choice.kept, transform, options, per_token=per_token),
         attention=attention_plans(statistics, options),
         rotation=transform.rotation,
         smoothing=transform.smoothing,
@@ -74,7 +77,6 @@ def _corpus_source(corpus: Corpus, options: CalibrationOptions) -> CorpusSource:
 def _scheme(options: CalibrationOptions, reason: str | None) -> Scheme:
     return Scheme(
         weights=options.weights,
-        activations=options.activations,
         activation_range=options.activation_range,
         excluded_weights=options.excluded_weights,
         attention=options.attention,

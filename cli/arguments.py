@@ -76,6 +76,9 @@ class QuantizationArguments:
     max_fp16_share: Annotated[float, Parameter(name="--max-fp16-share")] = 0.05
     "Largest share of the linears' multiply-accumulates that the search keeps in 16 bit."
 
+    max_per_token_share: float = 0.3
+    "Largest share of the linears' multiply-accumulates whose inputs the choice of --activations auto scales per token."
+
     tolerance: float = 0.005
     "Relative perplexity increase over its goal that the search of the modules accepts."
 
@@ -92,8 +95,9 @@ class QuantizationArguments:
     weights: Literal["int8-per-channel", "int8-per-tensor"] = "int8-per-channel"
     "Scales of INT8 weights."
 
-    activations: Literal["int8-per-tensor-static", "int8-per-token-dynamic"] = "int8-per-tensor-static"
-    "Scales of INT8 activations: constants (fastest), or one scale per token at run time (most accurate)."
+    activations: Literal["auto", "static", "per-token"] = "auto"
+    """Scales of INT8 activations: constants (static, fastest), one per token at run time (per-token, most accurate), or
+    constants except where a scale per token brings most on held-out text (auto)."""
 
     activation_range: Literal["sample-mean", "mse", "percentile", "max"] = "sample-mean"
     """What a static activation scale covers: the mean of the samples' maxima, the range with the least squared error,

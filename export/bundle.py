@@ -355,12 +355,17 @@ def _bundle_prefix(checkpoint: Checkpoint, recipe: Recipe | None, plan: GraphPla
 def _linear_shares(checkpoint: Checkpoint, plan: GraphPlan) -> dict[str, LinearShare]:
     needed = macs_per_token(checkpoint.config)
     modules: Counter[str] = Counter()
-    macs: defaultdict[str, float] = defaultdict(float)
+    macs, per_token = defaultdict[str, float](float), defaultdict[str, float](float)
     for name, module in plan.modules.items():
-        modules[number_format(module)] += 1
-        macs[number_format(module)] += needed[split_name(name)[1]]
+        kind, size = number_format(module), needed[split_name(name)[1]]
+        modules[kind] += 1
+        macs[kind] += size
+        per_token[kind] += size if module.per_token else 0.0
     total = sum(macs.values())
-    return {kind: LinearShare(modules=modules[kind], mac_share=macs[kind] / total) for kind in sorted(modules)}
+    return {
+        kind: LinearShare(modules=modules[kind], mac_share=macs[kind] / total, per_token_share=per_token[kind] / total)
+        for kind in sorted(modules)
+    }
 
 
 def _head_info(config: DecoderConfig, plan: GraphPlan) -> HeadInfo:

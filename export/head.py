@@ -22,7 +22,7 @@ _QUANTIZED: Mapping[HeadScheme, ModulePlan] = {
     # Products in float32 whatever the graph's precision: they read the norm's output and yield the logits without a
     # cast, and ONNX Runtime has no fused product of INT8 weights that are cast to 16 bit behind their float32 scales.
     "int8-weights": ModulePlan(precision="float32", weights="int8"),
-    "int8-per-token-dynamic": ModulePlan(precision="int8"),
+    "int8-per-token-dynamic": ModulePlan(precision="int8", activations="per-token"),
 }
 
 

@@ -161,7 +161,7 @@ class LinearEmitter:
         metadata: Mapping[str, str],
     ) -> ir.Value:
         """Append the product of an input with a static scale, or of one whose tokens have each their own."""
-        scale = plan.activation_scale
+        scale = plan.static_scale
         tokens = self._scaled_tokens(value, number_format) if scale is None else None
         if tokens is not None:
             # The compilers take constant scales only. Tokens divided by their steps beforehand have the scale 1, and

@@ -1,5 +1,6 @@
 """What a run decided and why: of the whole recipe, and of single modules."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from spike_export.checkpoint.modules import representative_of
 RECIPE_FILE = "recipe.json"
 
 HEAD = LM_HEAD.removesuffix(".weight")
+
+TOKENS_OWN = "each token's own, at run time"
 
 _LIKELY = 5
 """Names that a message about an unknown module offers."""
@@ -38,10 +41,25 @@ class RunInspection:
         """The modules that are not quantized."""
         return {name: plan for name, plan in self.recipe.modules.items() if plan.number_format is None}
 
+    @property
+    def noise_shares(self) -> dict[str, float]:
+        """Return each input, by its representative, with its share of the noise of INT8 that was estimated for all.
+
+        Inputs of modules that are kept add none. Empty where no search estimated the noise.
+        """
+        noise = {
+            name: plan.noise
+            for name, plan in self.recipe.modules.items()
+            if plan.noise and plan.number_format and representative_of(name) == name
+        }
+        total = math.fsum(noise.values())
+        return {name: value / total for name, value in noise.items()}
+
     def document(self) -> dict[str, Any]:
-        """Return the recipe's scheme, its prefix, the candidates, and the modules not quantized, as JSON values."""
+        """Return the recipe's scheme, its prefix, the candidates, the noise, and what is not quantized, as JSON."""
         return {
             **dict(self.headlines),
+            "noise shares": self.noise_shares,
             "search": self.recipe.search.model_dump(mode="json"),
             "not quantized": {name: plan.model_dump(mode="json") for name, plan in self.unquantized.items()},
         }
@@ -73,7 +91,7 @@ def _headlines(recipe: Recipe) -> list[tuple[str, str]]:
     counts = Counter(plan.precision for plan in recipe.modules.values())
     lines = [
         ("model", f"{recipe.model.source} ({recipe.model.architecture})"),
-        ("scheme", f"weights {scheme.weights}, activations {scheme.activations}, range {scheme.activation_range}"),
+        ("scheme", f"weights {scheme.weights}, activations {recipe.activations()}, range {scheme.activation_range}"),
         ("head", scheme.head),
         ("linears", ", ".join(f"{count} {precision}" for precision, count in sorted(counts.items()))),
         ("prefix", f"{list(recipe.prefix.token_ids)} {recipe.prefix.text!r}" if recipe.prefix else "none"),
@@ -109,7 +127,7 @@ def _head_explanation(recipe: Recipe) -> dict[str, str]:
     why = "the default" if head == "unquantized" else "asked for"
     lines = {"precision": precisions.get(head, "int8"), "why": f"scheme.head is {head}, {why}; no statistics decide it"}
     if head == SMOOTHED_HEAD:
-        lines["activation scale"] = "each token's own, at run time"
+        lines["activation scale"] = TOKENS_OWN
         lines["smoothing"] = _head_smoothing(recipe)
     return lines
 
@@ -138,10 +156,12 @@ def _explanation(recipe: Recipe, run: Path, name: str) -> dict[str, str]:
     if plan.noise is not None:
         rank = _rank(recipe, "noise", plan.noise)
         lines["estimated noise of INT8"] = f"{plan.noise:.2e} of the residual stream (rank {rank})"
-    if plan.activation_scale is not None:
-        covers = f"magnitudes up to {127 * plan.activation_scale:.4g}"
+    if plan.per_token:
+        lines["activation scale"] = TOKENS_OWN
+    if plan.static_scale is not None:
+        covers = f"magnitudes up to {127 * plan.static_scale:.4g}"
         clip = f", {plan.clip:.0%} of what calibration saw; the rest saturates" if plan.clip else ""
-        lines["activation scale"] = f"{plan.activation_scale:.4g}: {covers}{clip}"
+        lines["activation scale"] = f"{plan.static_scale:.4g}: {covers}{clip}"
     representative = representative_of(name)
     smoothing = recipe.smoothing.get(representative)
     if smoothing is not None:

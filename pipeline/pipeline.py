@@ -23,6 +23,7 @@ from spike_export.calibration.corpus.files import load_corpus
 from spike_export.calibration.corpus.token_windows import TokenWindows, token_windows
 from spike_export.calibration.decoder.heap import collect_and_return_memory
 from spike_export.calibration.decoder.layerwise import Decoder, Execution
+from spike_export.calibration.methods.activation_choice import choose_activations
 from spike_export.calibration.methods.context import Calibration, Transform
 from spike_export.calibration.methods.module_choice import choose_kept
 from spike_export.calibration.methods.options import CalibrationOptions
@@ -188,16 +189,19 @@ class Pipeline:
             self.run.discard(RECIPE_FILE)
 
         def work(progress: Progress) -> None:
-            choice = choose_kept(self.calibration, after, transforms.transform, progress)
+            transform = transforms.transform
+            kinds = choose_activations(self.calibration, after, transform, progress)
+            choice = choose_kept(self.calibration, after, transform, progress, per_token=kinds.per_token)
             search = Search(
                 reference_perplexity=self.calibration.reference(prefixes.token_ids).perplexity,
                 plain_reference_perplexity=self.calibration.reference(()).perplexity,
                 forward_tokens=prefixes.forward_tokens or None,
                 transforms=transforms.candidates,
+                activations=kinds.candidates,
                 curve=choice.curve,
                 prefixes=prefixes.candidates,
             )
-            recipe = build_recipe(self.calibration, self.corpus, after, choice, transforms.transform, search)
+            recipe = build_recipe(self.calibration, self.corpus, after, choice, transform, search, kinds.per_token)
             self.run.write_editable(RECIPE_FILE, recipe_text(recipe))
 
         self._stage(RECIPE, stage_key(spikes=self._spikes_key, options=options), [path], work)
@@ -361,8 +365,15 @@ class Pipeline:
         recipes = ablations(self.calibration, self.corpus, plain, behind, recipe)
         variants = [Variant("unquantized", None), *(Variant(name, each) for name, each in recipes.items())]
         scheme = recipe.scheme
-        ranged = scheme.activations == "int8-per-tensor-static" and scheme.activation_range != "max"
-        parts = (("rotation", recipe.rotation), ("smoothing", recipe.smoothing), (scheme.activation_range, ranged))
+        static = any(plan.static_scale for plan in recipe.modules.values())
+        ranged = static and scheme.activation_range != "max"
+        mixed = static and any(plan.per_token for plan in recipe.modules.values())
+        parts = (
+            ("rotation", recipe.rotation),
+            ("smoothing", recipe.smoothing),
+            (scheme.activation_range, ranged),
+            ("per-token inputs", mixed),
+        )
         more = [name for name, used in parts if used]
         # Without more, the last ablation is the shipped recipe itself, unless it was edited.
         earlier, name = (variants, "+".join((variants[-1].name, *more))) if more else (variants[:-1], variants[-1].name)
@@ -458,14 +469,16 @@ def _is_readable(read: Callable[[], object]) -> bool:
 
 
 def _with_every_module_quantized(options: CalibrationOptions) -> CalibrationOptions:
-    """Return the options that prefix and smoothing depend on: which modules are kept, and how, is chosen after them."""
+    """Return the options that prefix and smoothing depend on: how each module is quantized is chosen after them."""
     return replace(
         options,
+        activations=options.searched_activations,
         dtype="float32",
         excluded_weights="unquantized",
         qfem=True,
         alpha=None,
         max_fp16_modules=None,
         max_fp16_share=0.0,
+        max_per_token_share=0.0,
         tolerance=0.0,
     )

@@ -284,7 +284,7 @@ def _facts(loaded: Loaded) -> list[tuple[str, str]]:
     return [
         ("Architecture", visible(recipe.model.architecture)),
         ("Weights", recipe.scheme.weights),
-        ("Activations", f"{recipe.scheme.activations}, range: {recipe.scheme.activation_range}"),
+        ("Activations", f"{recipe.activations()}, range: {recipe.scheme.activation_range}"),
         ("Head", recipe.scheme.head),
         ("Not quantized", recipe.scheme.unquantized),
         ("Calibrated on", f"{visible(corpus.name)}: {corpus.samples} samples of {corpus.length} tokens{inside}"),

@@ -142,7 +142,7 @@ class Simulation:
         def forward(inputs: torch.Tensor) -> torch.Tensor:
             values = inputs.float() if factors is None else inputs.float() / factors
             if kind is not None:
-                scale = plan.activation_scale
+                scale = plan.static_scale
                 values = fake_quantize_tokens(values, kind) if scale is None else fake_quantize(values, scale, kind)
             return torch.nn.functional.linear(values, weight, bias).to(inputs.dtype)
 

@@ -1,9 +1,10 @@
 """The context of a calibration: a checkpoint, its windows, and the measurements that every choice is made by."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,7 @@ from spike_export.artifacts.recipe import (
     SMALLEST_AMAX,
     SMOOTHED_HEAD,
     UNREACHED,
+    ActivationKind,
     AttentionPlan,
     ModulePlan,
     RotationPlan,
@@ -31,7 +33,7 @@ from spike_export.calibration.methods.head_smoothing import HeadSmoothing, choos
 from spike_export.calibration.methods.options import CalibrationOptions
 from spike_export.calibration.methods.overflow_guard import module_dtype
 from spike_export.calibration.statistics.measure import measure_spikes
-from spike_export.calibration.statistics.spikes import SpikeStatistics, covered_range
+from spike_export.calibration.statistics.spikes import ModuleSpikes, SpikeStatistics, covered_range
 from spike_export.checkpoint.checkpoint import Checkpoint
 from spike_export.checkpoint.decoder_config import DecoderConfig
 from spike_export.checkpoint.modules import input_sites, is_router, siblings, split_name
@@ -57,12 +59,18 @@ class Transform:
         smoothing: Representative module → scales of its input's channels.
         clips: Representative module → share of the calibrated range that its static scale covers; 1 by default.
         noise: Representative module → estimated noise of its quantization; empty where nothing was searched.
+        token_noise: The same with a scale per token.
     """
 
     rotation: RotationPlan | None = None
     smoothing: Mapping[str, SmoothingPlan] = field(default_factory=dict)
     clips: Mapping[str, float] = field(default_factory=dict)
     noise: Mapping[str, float] = field(default_factory=dict)
+    token_noise: Mapping[str, float] = field(default_factory=dict)
+
+    def noise_with(self, per_token: Collection[str]) -> dict[str, float]:
+        """Return the noise where the representatives in `per_token` have a scale per token."""
+        return {name: (self.token_noise if name in per_token else self.noise)[name] for name in self.noise}
 
     @property
     def changes_weights(self) -> bool:
@@ -226,6 +234,7 @@ class Calibration:
         kept: tuple[str, ...],
         transform: Transform,
         *,
+        per_token: Collection[str] = (),
         measured: bool = False,
         compare: bool = True,
     ) -> Score:
@@ -236,6 +245,7 @@ class Calibration:
                 one), or, if `measured`, of the transformed model.
             kept: Representatives that are not quantized.
             transform: What is done to the weights.
+            per_token: Representatives whose tokens have each a scale of their own.
             measured: Of which of the two models the statistics are.
             compare: Whether to measure the divergence too.
         """
@@ -243,7 +253,7 @@ class Calibration:
         if scales and self._folds_smoothing and not measured:
             # The steps of smoothed values follow from no statistics of the model before smoothing.
             statistics, measured = self._measured_again(statistics, transform), True
-        plans = module_plans(statistics, kept, transform, self.options, None if measured else scales)
+        plans = module_plans(statistics, kept, transform, self.options, None if measured else scales, per_token)
         decoder, simulation = self._simulation(plans, transform, scales)
         simulation = replace(simulation, attention=attention_plans(statistics, self.options))
         content, prefix = self.search_windows, statistics.prefix_ids
@@ -316,6 +326,7 @@ def module_plans(
     transform: Transform,
     options: CalibrationOptions,
     smoothed: Mapping[str, NDArray[np.float32]] | None = None,
+    per_token: Collection[str] = (),
 ) -> dict[str, ModulePlan]:
     """Return every linear's plan: precision, scale, and what calibration saw.
 
@@ -326,34 +337,57 @@ def module_plans(
         options: Scheme, range rule and precision of what is kept.
         smoothed: `channel_scales` of the transform, by which the statistics' ranges still have to be divided; None
             where the statistics are of the transformed model.
+        per_token: Representatives whose tokens have each a scale of their own; all, where the options say so.
     """
     plans: dict[str, ModulePlan] = {}
+    noise = transform.noise_with(per_token)
     for name, spikes in statistics.modules.items():
         clip = transform.clips.get(name, 1.0)
         if is_router(name):
             plan = ModulePlan(precision="float32", ratio=spikes.ratio, reason="router")
         elif name in kept:
-            dtype, guard = module_dtype(options.dtype, spikes.peak)
-            reason = "score > alpha" if guard is None else f"score > alpha; {guard}"
-            weights = "int8" if options.excluded_weights == "int8" else None
-            plan = ModulePlan(precision=dtype, weights=weights, ratio=spikes.ratio, reason=reason)
-        elif options.activations == "int8-per-token-dynamic":
-            plan = ModulePlan(precision="int8", ratio=spikes.ratio)
-        elif not spikes.reached:
-            # Neither its scale nor its peak is known: only float32 holds whatever may come.
-            weights = "int8" if options.excluded_weights == "int8" else None
-            plan = ModulePlan(precision="float32", weights=weights, reason=UNREACHED)
+            plan = _kept_plan(spikes, options)
         else:
-            scales = (smoothed or {}).get(name)
-            rule = options.activation_range
-            covered = spikes.range(rule) if scales is None else spikes.smoothed_range(scales, rule)
-            scale = activation_scale(clip * covered)
-            # The search compares many plans and has no use for it.
-            amax = max(spikes.range("max"), SMALLEST_AMAX) if scales is None else None
-            plan = ModulePlan(precision="int8", activation_scale=scale, activation_amax=amax, ratio=spikes.ratio)
-        seen = {"noise": transform.noise.get(name), "clip": clip if clip != 1 and plan.activation_scale else None}
+            kind: ActivationKind = "per-token" if name in per_token else options.searched_activations
+            plan = _int8_plan(spikes, kind, clip, options, (smoothed or {}).get(name))
+        seen = {"noise": noise.get(name), "clip": clip if clip != 1 and plan.activation_scale else None}
         plans.update(dict.fromkeys(siblings(name), plan.model_copy(update=seen)))
     return plans
+
+
+def _kept_plan(spikes: ModuleSpikes, options: CalibrationOptions) -> ModulePlan:
+    dtype, guard = module_dtype(options.dtype, spikes.peak)
+    reason = "score > alpha" if guard is None else f"score > alpha; {guard}"
+    return ModulePlan(precision=dtype, weights=_kept_weights(options), ratio=spikes.ratio, reason=reason)
+
+
+def _kept_weights(options: CalibrationOptions) -> Literal["int8"] | None:
+    return "int8" if options.excluded_weights == "int8" else None
+
+
+def _int8_plan(
+    spikes: ModuleSpikes,
+    kind: ActivationKind,
+    clip: float,
+    options: CalibrationOptions,
+    factors: NDArray[np.float32] | None,
+) -> ModulePlan:
+    """Return the plan of a quantized input; `factors` divide its channels, where the statistics do not know of them."""
+    if not spikes.reached:
+        if options.activations != "static":
+            return ModulePlan(precision="int8", activations="per-token")  # needs nothing that calibration sees
+        # Neither its scale nor its peak is known: only float32 holds whatever may come.
+        return ModulePlan(precision="float32", weights=_kept_weights(options), reason=UNREACHED)
+    rule = options.activation_range
+    covered = spikes.range(rule) if factors is None else spikes.smoothed_range(factors, rule)
+    return ModulePlan(
+        precision="int8",
+        activations=kind,
+        activation_scale=activation_scale(clip * covered),
+        # The search compares many plans and has no use for it.
+        activation_amax=max(spikes.range("max"), SMALLEST_AMAX) if factors is None else None,
+        ratio=spikes.ratio,
+    )
 
 
 def attention_plans(statistics: SpikeStatistics, options: CalibrationOptions) -> dict[str, AttentionPlan]:

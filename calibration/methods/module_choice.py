@@ -1,5 +1,6 @@
 """Which modules stay in 16 bit: by what the user fixed, or by the perplexity of growing sets."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from spike_export.artifacts.progress import Progress, silent
@@ -12,7 +13,12 @@ NOTHING_KEPT = ModuleChoice(alpha=float("inf"), kept=())
 
 
 def choose_kept(
-    calibration: Calibration, statistics: SpikeStatistics, transform: Transform, progress: Progress = silent
+    calibration: Calibration,
+    statistics: SpikeStatistics,
+    transform: Transform,
+    progress: Progress = silent,
+    *,
+    per_token: tuple[str, ...] = (),
 ) -> ModuleChoice:
     """Choose the modules that stay in 16 bit, as the options say; evaluate a curve unless they fix the answer.
 
@@ -24,6 +30,7 @@ def choose_kept(
         statistics: Of the transformed model behind the prefix.
         transform: What was done to the weights.
         progress: Told after each evaluated set.
+        per_token: Representatives whose tokens have each a scale of their own, where they are quantized.
     """
     options, config = calibration.options, calibration.checkpoint.config
     by_ratio = Scores.sorted("ratio", statistics.ratios(), config)
@@ -33,17 +40,20 @@ def choose_kept(
         return by_ratio.keep_above(options.alpha)
     orders = [by_ratio]
     if transform.noise:
-        orders.append(Scores.sorted("noise", transform.noise, config))
-    if options.max_fp16_modules is not None:
-        return _better(calibration, statistics, transform, [s.keep_highest(options.max_fp16_modules) for s in orders])
+        orders.append(Scores.sorted("noise", transform.noise_with(per_token), config))
     evaluated: dict[tuple[str, ...], float] = {}
 
     def evaluate(kept: tuple[str, ...]) -> float:
         key = tuple(sorted(kept))
         if key not in evaluated:
-            evaluated[key] = _predicted(calibration, statistics, transform, kept)
+            evaluated[key] = calibration.predicted(
+                statistics, kept, transform, per_token=per_token, measured=True, compare=False
+            ).perplexity
             progress("module sets", len(evaluated), 0)
         return evaluated[key]
+
+    if options.max_fp16_modules is not None:
+        return _better([scores.keep_highest(options.max_fp16_modules) for scores in orders], evaluate)
 
     reference = calibration.reference(statistics.prefix_ids).perplexity
     largest = [(scores, scores.keep_share(options.max_fp16_share)) for scores in orders]
@@ -55,18 +65,10 @@ def choose_kept(
     return replace(choice, curve=with_pareto((*choice.curve, *others)))
 
 
-def _better(
-    calibration: Calibration, statistics: SpikeStatistics, transform: Transform, choices: list[ModuleChoice]
-) -> ModuleChoice:
+def _better(choices: list[ModuleChoice], evaluate: Callable[[tuple[str, ...]], float]) -> ModuleChoice:
     if len({frozenset(choice.kept) for choice in choices}) == 1:
         return choices[0]
-    return min(choices, key=lambda choice: _predicted(calibration, statistics, transform, choice.kept))
-
-
-def _predicted(
-    calibration: Calibration, statistics: SpikeStatistics, transform: Transform, kept: tuple[str, ...]
-) -> float:
-    return calibration.predicted(statistics, kept, transform, measured=True, compare=False).perplexity
+    return min(choices, key=lambda choice: evaluate(choice.kept))
 
 
 def _point(scores: Scores, choice: ModuleChoice, perplexity: float) -> CurvePoint:

@@ -6,8 +6,8 @@ from typing import Literal
 
 from spike_export.artifacts.errors import RecipeError
 from spike_export.artifacts.recipe import (
+    ActivationKind,
     ActivationRange,
-    ActivationScheme,
     AttentionProducts,
     Dtype,
     ExcludedWeights,
@@ -21,6 +21,9 @@ MOST_SAMPLES = 100_000
 
 RotationChoice = Literal["auto", "always", "never"]
 
+ActivationOption = Literal["auto"] | ActivationKind
+"""How INT8 activations are scaled: all alike, or each input's as held-out text tells (`activation_choice`)."""
+
 
 @dataclass(frozen=True)
 class CalibrationOptions:
@@ -32,7 +35,7 @@ class CalibrationOptions:
         seed: Places the windows.
         windows: From where they are cut.
         weights: Scales of INT8 weights.
-        activations: Scales of INT8 activations.
+        activations: How INT8 activations are scaled: all alike, or each input's as is chosen.
         activation_range: What the static activation scales cover.
         excluded_weights: How excluded modules hold their weights.
         attention: Operands of attention's products.
@@ -46,6 +49,8 @@ class CalibrationOptions:
         alpha: Threshold given by the user; None to choose.
         max_fp16_modules: Number of linears to keep at most, and exactly as many as fit; None to choose.
         max_fp16_share: Largest share of the linears' multiply-accumulates that the automatic choice keeps.
+        max_per_token_share: Largest share of the linears' multiply-accumulates whose inputs the automatic choice
+            scales per token.
         tolerance: Relative perplexity increase that the automatic choice accepts over its goal.
     """
 
@@ -54,7 +59,7 @@ class CalibrationOptions:
     seed: int = 0
     windows: WindowKind = "packed"
     weights: WeightScheme = "int8-per-channel"
-    activations: ActivationScheme = "int8-per-tensor-static"
+    activations: ActivationOption = "auto"
     activation_range: ActivationRange = "sample-mean"
     excluded_weights: ExcludedWeights = "unquantized"
     attention: AttentionProducts = "unquantized"
@@ -68,6 +73,7 @@ class CalibrationOptions:
     alpha: float | None = None
     max_fp16_modules: int | None = None
     max_fp16_share: float = 0.05
+    max_per_token_share: float = 0.3
     tolerance: float = 0.005
 
     def __post_init__(self) -> None:
@@ -88,10 +94,17 @@ class CalibrationOptions:
             raise RecipeError(f"--max-fp16-modules is {self.max_fp16_modules}; expected 0 or more")
         if not 0 <= self.max_fp16_share <= 1:
             raise RecipeError(f"--max-fp16-share is {self.max_fp16_share}; expected a share such as 0.05")
+        if not 0 <= self.max_per_token_share <= 1:
+            raise RecipeError(f"--max-per-token-share is {self.max_per_token_share}; expected a share such as 0.3")
         if not 1 <= self.prefix_length <= 5:
             raise RecipeError(f"--prefix-length is {self.prefix_length}; expected 1 to 5 tokens")
         if not 0 <= self.tolerance < 1:
             raise RecipeError(f"--tolerance is {self.tolerance}; expected a fraction such as 0.005")
+
+    @property
+    def searched_activations(self) -> ActivationKind:
+        """How prefix and smoothing are searched: with constants where each input's kind is chosen behind them."""
+        return "static" if self.activations == "auto" else self.activations
 
     @property
     def searches_smoothing(self) -> bool:

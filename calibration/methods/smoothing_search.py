@@ -8,13 +8,13 @@ more than any other.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from spike_export.artifacts.recipe import QMAX, ActivationRange, ActivationScheme, SmoothingPlan, WeightScheme
+from spike_export.artifacts.recipe import QMAX, ActivationKind, ActivationRange, SmoothingPlan, WeightScheme
 from spike_export.calibration.decoder.routing import routed_positions
 from spike_export.calibration.decoder.simulate import fake_quantize, fake_quantize_tokens
 from spike_export.calibration.decoder.smoothing import (
@@ -69,12 +69,14 @@ class SiteChoice:
         clip: Share of the calibrated range that the static scale covers.
         noise: Mean over tokens of the squared error that INT8 adds here to the residual stream, relative to the
             stream; estimated to first order.
+        token_noise: The same where each token has a scale of its own.
     """
 
     smoothing: SmoothingPlan | None
     final: SmoothingPlan | None
     clip: float
     noise: float
+    token_noise: float = 0.0
 
 
 def default_smoothing(
@@ -148,7 +150,7 @@ class SmoothingSearch:
     statistics: SpikeStatistics
     compared: SpikeStatistics
     weights: WeightScheme
-    activations: ActivationScheme
+    activations: ActivationKind
     activation_range: ActivationRange
     smoothing: bool
     rotated: bool
@@ -193,8 +195,10 @@ class SmoothingSearch:
             found = {site.site.representative: site.best(plans, self, branch_share) for site in sites}
             if not best or _total(found) < _total(best):
                 best = found
-        for representative, choice in best.items():
-            self.choices[names[representative]] = choice
+        for each in sites:
+            choice = best[each.site.representative]
+            token_noise = each.token_noise(choice.smoothing, self, branch_share)
+            self.choices[names[each.site.representative]] = replace(choice, token_noise=token_noise)
 
     def _plans(self, group: Sequence[InputSite], layer: "nn.Module", names: Mapping[str, str]) -> "Iterator[_Plans]":
         yield _Plans(None, None)
@@ -312,15 +316,9 @@ class _Site:
 
     def best(self, plans: _Plans, search: SmoothingSearch, branch_share: float) -> SiteChoice:
         """Return the best clip under a plan, and its noise."""
-        import torch
-
-        scales = input_scales(plans.compared, self.site, search.config, self._weight.shape[1])
-        factors = torch.from_numpy(scales).to(self._rows.device)
-        quantized, step = quantize_weight((self._weight * factors).cpu().numpy(), search.weights)
-        weight = (torch.from_numpy(quantized).float() * torch.from_numpy(np.asarray(step))).to(self._rows.device)
-        rows = self._rows / factors
-        share = 1.0 if self.site.behind_linear else branch_share
-        if search.activations == "int8-per-token-dynamic":
+        rows, weight, scales = self._smoothed(plans.compared, search)
+        share = self._share(branch_share)
+        if search.activations == "per-token":
             return SiteChoice(*plans, 1.0, share * self._noise(fake_quantize_tokens(rows) @ weight))
         covered = self._spikes.smoothed_range(scales, search.activation_range)
         best: SiteChoice | None = None
@@ -332,6 +330,26 @@ class _Site:
                 break  # narrower scales only saturate more
         assert best is not None
         return best
+
+    def token_noise(self, plan: SmoothingPlan | None, search: SmoothingSearch, branch_share: float) -> float:
+        """Return the noise under a plan with a scale per token."""
+        rows, weight, _ = self._smoothed(plan, search)
+        return self._share(branch_share) * self._noise(fake_quantize_tokens(rows) @ weight)
+
+    def _smoothed(
+        self, plan: SmoothingPlan | None, search: SmoothingSearch
+    ) -> "tuple[torch.Tensor, torch.Tensor, Floats]":
+        """Return the smoothed rows, the weights' round trip [in_features, outputs], and the scales."""
+        import torch
+
+        scales = input_scales(plan, self.site, search.config, self._weight.shape[1])
+        factors = torch.from_numpy(scales).to(self._rows.device)
+        quantized, step = quantize_weight((self._weight * factors).cpu().numpy(), search.weights)
+        weight = (torch.from_numpy(quantized).float() * torch.from_numpy(np.asarray(step))).to(self._rows.device)
+        return self._rows / factors, weight, scales
+
+    def _share(self, branch_share: float) -> float:
+        return 1.0 if self.site.behind_linear else branch_share
 
     def _noise(self, product: "torch.Tensor") -> float:
         error = (product - self._expected).pow(2).sum(-1) / self._scale

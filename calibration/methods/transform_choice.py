@@ -121,7 +121,7 @@ def _searched(
         statistics=statistics,
         compared=compared,
         weights=options.weights,
-        activations=options.activations,
+        activations=options.searched_activations,
         activation_range=options.activation_range,
         smoothing=options.smoothing,
         rotated=rotation is not None,
@@ -134,9 +134,10 @@ def _searched(
     choices = search.choices
     clips = {name: choice.clip for name, choice in choices.items()}
     noise = {name: choice.noise for name, choice in choices.items()}
+    token_noise = {name: choice.token_noise for name, choice in choices.items()}
     _require_finite(noise)
     first, second = (
-        Transform(rotation, _once_per_norm(plans), clips, noise)
+        Transform(rotation, _once_per_norm(plans), clips, noise, token_noise)
         for plans in (
             {name: choice.smoothing for name, choice in choices.items()},
             {name: choice.final for name, choice in choices.items()},

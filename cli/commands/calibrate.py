@@ -73,7 +73,8 @@ def calibrate(
         counts.update(recipe.modules[name].precision for name in recipe.kept_linears())
         total = len(recipe.modules)
         kept = ", ".join(f"{count} of {total} linears in {precision}" for precision, count in counts.items())
-        console.print(Text(f"{kept}, {prefix}\nrecipe: {work_dir / 'recipe.json'}"), soft_wrap=True)
+        chosen = f"{kept}, {prefix}, activations {recipe.activations()}"
+        console.print(Text(f"{chosen}\nrecipe: {work_dir / 'recipe.json'}"), soft_wrap=True)
         print_notes(recipe, console)
     return DONE
 

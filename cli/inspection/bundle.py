@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from rich.console import Console
 
-from spike_export.artifacts.manifest import Manifest
+from spike_export.artifacts.manifest import LinearShare, Manifest
 from spike_export.cli.inspection.module_rows import rows_over_layers
 from spike_export.cli.terminal.text_table import counts_in_words, print_facts, print_table, size_in_words
 from spike_export.inspection.bundle import BundleInspection
@@ -46,12 +46,15 @@ def _facts(inspection: BundleInspection) -> Iterator[tuple[str, str]]:
 
 
 def _format_rows(manifest: Manifest) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = [
-        (name, str(share.modules), f"{share.mac_share:.1%}") for name, share in manifest.linears.items()
-    ]
+    rows: list[tuple[str, ...]] = [(name, str(share.modules), _macs(share)) for name, share in manifest.linears.items()]
     if manifest.head:
         rows.append((f"{manifest.head.format} (head)", "1", f"{manifest.head.mac_share:.1%} of all with the head"))
     return rows
+
+
+def _macs(share: LinearShare) -> str:
+    own = f"; inputs scaled per token: {share.per_token_share:.1%}" if share.per_token_share else ""
+    return f"{share.mac_share:.1%}{own}"
 
 
 def _linear_rows(inspection: BundleInspection) -> list[tuple[str, ...]]:

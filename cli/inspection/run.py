@@ -46,6 +46,16 @@ def _tables(inspection: RunInspection) -> list[_Table]:
         (each.name, decimals(each.perplexity), f"{each.divergence:.4f}", each.verdict) for each in search.transforms
     ]
     heads = [(each.name, f"{each.divergence:.4f}", each.verdict) for each in search.head]
+    inputs = [
+        (
+            str(each.per_token_linears),
+            f"{each.per_token_share:.1%}",
+            decimals(each.perplexity),
+            f"{each.divergence:.4f}",
+            each.verdict,
+        )
+        for each in search.activations
+    ]
     curve = [
         (
             point.criterion,
@@ -65,6 +75,25 @@ def _tables(inspection: RunInspection) -> list[_Table]:
             transforms,
         ),
         ("smoothing candidates of the head's input", ("smoothing", "divergence", "verdict"), heads),
+        ("sets of inputs with a scale per token", ("linears", "MACs", "ppl", "divergence", "verdict"), inputs),
         ("sets of modules in 16 bit", ("by", "linears", "MACs", "ppl", "Pareto"), curve),
+        (
+            "estimated noise of INT8",
+            ("input of", "share", "inputs", "the noisiest", "its share"),
+            _noise_rows(inspection.noise_shares),
+        ),
         ("not quantized", ("module", "precision", "reason"), kept),
+    ]
+
+
+def _noise_rows(shares: Mapping[str, float]) -> list[tuple[str, ...]]:
+    """Return one row for the inputs of one name, whatever their layers and experts; the largest share first."""
+    kinds: dict[str, dict[str, float]] = {}
+    for name, share in shares.items():
+        kinds.setdefault(name.rpartition(".")[2], {})[name] = share
+    sums = sorted(kinds.items(), key=lambda kind: -sum(kind[1].values()))
+    return [
+        (kind, f"{sum(each.values()):.1%}", str(len(each)), worst, f"{each[worst]:.1%}")
+        for kind, each in sums
+        for worst in (max(each, key=each.__getitem__),)
     ]

@@ -248,6 +248,23 @@ def _different_scales(model: GraphModel) -> Iterator[Hit]:
     return _sibling_scales(model, near=False)
 
 
+def _different_kinds(model: GraphModel) -> Iterator[Hit]:
+    """Yield quantizers of tokens that were divided by their own step, where others read the undivided tensor."""
+    feeding = [node for node in model.of(QUANTIZE) if any(_product_readers(restored) for restored in _pair_of(node))]
+    static = {(id(node.scope), node.input(0)): node for node in feeding}
+    for node in feeding:
+        divided = node.producer(0)
+        if divided is None or divided.op != "Div" or divided.scope.is_constant(divided.input(1)):
+            continue
+        sibling = static.get((id(node.scope), divided.input(0)))
+        if sibling is not None:
+            yield Hit(
+                f"it divides each token of {divided.input(0)!r} by a step of its own, and {sibling.label!r} has one "
+                "scale for all; TensorRT merges only products with one and the same input",
+                node,
+            )
+
+
 def _residual(model: GraphModel) -> Iterator[Hit]:
     for node in model.of(QUANTIZE):
         added = node.producer(0)
@@ -397,6 +414,13 @@ QUANTIZER_RULES: tuple[Rule, ...] = (
         "Quantizers of one tensor have different scales",
         "give them the largest of their scales, if they need not differ",
         _different_scales,
+    ),
+    Rule(
+        "sibling-kinds",
+        "note",
+        "Some quantizers of a tensor have a constant scale, others one per token",
+        "give all linears that read the tensor the same kind of scale, if they need not differ",
+        _different_kinds,
     ),
     Rule(
         "residual-quantized",

@@ -58,7 +58,7 @@ def test_the_file_round_trips_and_is_readable(tmp_path: Path) -> None:
     assert load_recipe(tmp_path / "recipe.json") == recipe()
     assert text == recipe_text(recipe())
     assert "<s>é" in text  # letters, not escapes
-    assert max(len(line) for line in text.splitlines()) < 120
+    assert max(len(line) for line in text.splitlines()) < 125
     document = json.loads(text)
     assert list(document)[:7] == ["format", "model", "corpus", "scheme", "alpha", "criterion", "prefix"]
     assert document["modules"][UP]["activation_scale"] == 0.03125
@@ -84,9 +84,9 @@ ATTENTION = "model.layers.0.self_attn"
 def full_recipe() -> Recipe:
     """Every optional part in use."""
     changes = {
-        "scheme": Scheme(activations="int8-per-token-dynamic", excluded_weights="int8", unquantized="bfloat16"),
+        "scheme": Scheme(excluded_weights="int8", unquantized="bfloat16"),
         "modules": {
-            UP: ModulePlan(precision="int8", ratio=3.1),
+            UP: ModulePlan(precision="int8", activations="per-token", ratio=3.1),
             DOWN: ModulePlan(precision="bfloat16", weights="int8", ratio=2134.1, reason="ratio > alpha"),
         },
         "attention": {ATTENTION: AttentionPlan(query=0.25, key=1 / 3, value=0.5)},
@@ -100,18 +100,58 @@ def test_every_part_round_trips_a_line_per_entry(tmp_path: Path) -> None:
     save_recipe(full_recipe(), tmp_path / "recipe.json")
     assert load_recipe(tmp_path / "recipe.json") == full_recipe()
     lines = (tmp_path / "recipe.json").read_text(encoding="utf-8").splitlines()
-    assert f'  "{UP}": {{"precision": "int8", "ratio": 3.1}},' in lines
+    assert f'  "{UP}": {{"precision": "int8", "activations": "per-token", "ratio": 3.1}},' in lines
     assert f'  "{UP}": {{"form": "smoothquant", "parameter": 0.5, "exponents": "AAj4"}}' in lines
     assert any(line.startswith(f'  "{ATTENTION}": {{"query": 0.25, "key": 0.333') for line in lines)
 
 
 def test_only_static_int8_needs_scales() -> None:
     document = full_recipe().model_dump()
-    document["scheme"]["activations"] = "int8-per-tensor-static"
-    with pytest.raises(ValidationError, match=f"{UP}: precision int8 needs an activation_scale"):
+    document["modules"][UP]["activations"] = "static"
+    with pytest.raises(ValidationError, match="precision int8 with static activations needs an activation_scale"):
         Recipe.model_validate(document)
     document["modules"][UP]["activation_scale"] = 0.5
     Recipe.model_validate(document)
+
+
+def test_the_kind_alone_decides_whether_a_scale_is_used() -> None:
+    both = ModulePlan(precision="int8", activations="per-token", activation_scale=0.5)
+    assert (both.per_token, both.static_scale) == (True, None)
+    static = both.model_copy(update={"activations": "static"})
+    assert (static.per_token, static.static_scale) == (False, 0.5)
+    kept = both.model_copy(update={"precision": "float16"})
+    assert (kept.per_token, kept.static_scale) == (False, None)
+    assert ModulePlan(precision="fp8", activation_scale=0.5).activations == "static"
+    mixed = recipe().model_copy(update={"modules": {UP: both, DOWN: static, "x": kept}})
+    assert mixed.activations() == "1 static, 1 per-token"
+    assert mixed.model_copy(update={"modules": {UP: both}}).activations() == "per-token"
+    assert mixed.model_copy(update={"modules": {UP: kept}}).activations() == "unquantized"
+
+
+def first_format(activations: str | None, modules: dict[str, Any]) -> str:
+    """A document as the first format wrote it."""
+    document = recipe().model_dump(mode="json") | {"format": 1, "modules": modules}
+    if activations is not None:
+        document["scheme"]["activations"] = activations
+    return json.dumps(document)
+
+
+def test_a_recipe_of_the_first_format_keeps_its_meaning(tmp_path: Path) -> None:
+    """There the scheme said it of all modules; without a scale, a module of a dynamic scheme had one per token."""
+    path = tmp_path / "recipe.json"
+    scaled, unscaled = {"precision": "int8", "activation_scale": 0.5}, {"precision": "int8"}
+    path.write_text(first_format("int8-per-token-dynamic", {UP: scaled, DOWN: unscaled, "x": {"precision": "float16"}}))
+    read = load_recipe(path)
+    assert [plan.activations for plan in read.modules.values()] == ["static", "per-token", None]
+    save_recipe(read, path)
+    assert load_recipe(path) == read
+    assert json.loads(path.read_text())["format"] == 2
+    for scheme in ("int8-per-tensor-static", None):
+        path.write_text(first_format(scheme, {UP: scaled}))
+        assert load_recipe(path).modules[UP].static_scale == 0.5
+    path.write_text(first_format("int8-per-tensor-static", {UP: unscaled}))
+    with pytest.raises(RecipeError, match=f"modules.{UP}: .* needs an activation_scale"):
+        load_recipe(path)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +163,8 @@ def test_only_static_int8_needs_scales() -> None:
         (lambda d: d["smoothing"][UP].update(form="x"), f"smoothing.{UP}.form: Input should be 'smoothquant' or"),
         (lambda d: d["smoothing"][UP].update(scales=[1]), f"smoothing.{UP}.scales: Extra inputs"),
         (lambda d: d["modules"][DOWN].update(weights="int4"), f"modules.{DOWN}.weights: Input should be 'int8'"),
-        (lambda d: d["scheme"].update(activations="int8"), "scheme.activations: Input should be 'int8-per-tensor-"),
+        (lambda d: d["scheme"].update(activations="static"), "scheme.activations: Extra inputs"),
+        (lambda d: d["modules"][UP].update(activations="int8"), f"modules.{UP}.activations: Input should be 'static'"),
     ],
 )
 def test_a_slip_in_an_optional_part_is_named(
@@ -173,14 +214,16 @@ def test_a_hand_edit_is_obeyed(tmp_path: Path) -> None:
         (lambda d: d["scheme"].update(weight="x"), "scheme.weight: Extra inputs"),
         (lambda d: d["prefix"].update(tokens=[1]), "prefix.tokens: Extra inputs"),
         (lambda d: d["modules"][UP].update(precision="int4"), f"modules.{UP}.precision: Input should be 'int8'"),
-        (lambda d: d["modules"][UP].pop("activation_scale"), f"the document: Value error, {UP}: precision int8"),
+        (lambda d: d["modules"][UP].pop("activation_scale"), f"modules.{UP}: Value error, precision int8"),
         (lambda d: d["modules"][UP].update(activation_scale=0), f"modules.{UP}.activation_scale: "),
         (lambda d: d["modules"][UP].update(activation_scale=-1.0), f"modules.{UP}.activation_scale: "),
         (lambda d: d["modules"][UP].update(activation_scale=math.nan), f"modules.{UP}.activation_scale: "),
         (lambda d: d["modules"][UP].update(activation_scale=math.inf), f"modules.{UP}.activation_scale: "),
         (lambda d: d["prefix"].update(token_ids=[]), "prefix.token_ids: "),
         (lambda d: d["prefix"].update(token_ids=["a"]), "prefix.token_ids.0: "),
-        (lambda d: d.update(format=2), "format: Input should be 1"),
+        (lambda d: d.update(format=3), "format: Input should be 2"),
+        (lambda d: d.update(format=1, scheme={"activations": "int4"}), "scheme.activations: Extra inputs"),
+        (lambda d: d.update(format=1, scheme=[], modules=3), "scheme: "),
         (lambda d: d.pop("model"), "model: Field required"),
         (lambda d: d.update(modules=[]), "modules: "),
     ],

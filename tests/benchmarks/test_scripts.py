@@ -363,9 +363,10 @@ def test_the_accuracy_table_has_every_method(table: accuracy.Table) -> None:
     rows = {row.name: row for row in accuracy.evaluate(table)}
     assert list(rows)[:3] == ["FP32", "W8 only", "W8A8"]
     assert [name for name in rows if name.startswith("automatic")] == [
-        "automatic, static",
-        "automatic, --max-fp16-modules 6, the same prefix",
-        "automatic, dynamic per token, the same prefix",
+        "automatic",
+        "automatic, static, the same prefix",
+        "automatic, static, --max-fp16-modules 6, the same prefix",
+        "automatic, per token, the same prefix",
         "automatic, --rotation always",
     ]
     assert (rows["FP32"].kept_linears, rows["FP32"].mac_share) == (14, 0.0)
@@ -405,7 +406,7 @@ def test_the_quick_recipe_of_the_speed_table(monkeypatch: pytest.MonkeyPatch) ->
     recipe = speed.quick_recipe(tiny_bos_llama(), arguments)
     assert recipe.prefix_ids == (1,)
     assert len(recipe.kept()) <= 3
-    assert recipe.scheme.activations == "int8-per-tensor-static"
+    assert recipe.activations() == "static"
 
 
 def test_every_head_is_evaluated_and_predicted() -> None:

@@ -133,7 +133,7 @@ def test_a_directory_is_exported_without_a_recipe(tmp_path: Path, name: str) -> 
 def test_calibrate_says_that_an_expert_saw_no_token(tmp_path: Path) -> None:
     checkpoint = tiny_family("mixtral", vocab_size=VOCAB, num_hidden_layers=2, num_experts_per_tok=1).checkpoint
     corpus = ("--corpus", write_corpus(tmp_path / "corpus.txt"), *SMALL)
-    method = ("--no-qfep", "--no-smoothing", "--no-qfem")
+    method = ("--no-qfep", "--no-smoothing", "--no-qfem", "--activations", "static")
     notes, counts = {}, {}
     for name, model in {"all": checkpoint, "one less": with_unreached_expert(checkpoint, 1)}.items():
         folder = write_mixture(tmp_path / f"{name} model", model)
@@ -145,6 +145,6 @@ def test_calibrate_says_that_an_expert_saw_no_token(tmp_path: Path) -> None:
     note = "note: 3 linears of experts stay in float32: calibration routed no token to them; give more samples"
     assert notes == {"all": [], "one less": [note]}
     assert counts == {
-        "all": "0 of 34 linears in float16, no prefix",
-        "one less": "0 of 34 linears in float16, 3 of 34 linears in float32, no prefix",
+        "all": "0 of 34 linears in float16, no prefix, activations static",
+        "one less": "0 of 34 linears in float16, 3 of 34 linears in float32, no prefix, activations static",
     }

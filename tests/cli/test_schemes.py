@@ -36,12 +36,10 @@ def exported(folder: Path, place: Path, *options: str) -> Recipe:
 
 
 def test_scales_per_token(folder: Path, tmp_path: Path) -> None:
-    recipe = exported(folder, tmp_path, "--activations", "int8-per-token-dynamic")
-    assert recipe.scheme.activations == "int8-per-token-dynamic"
+    recipe = exported(folder, tmp_path, "--activations", "per-token")
+    assert recipe.activations() == "per-token"
     assert {plan.precision for plan in recipe.modules.values()} == {"int8"}
-    # No scale, and no share of a range either.
-    assert {(plan.activation_scale, plan.clip) for plan in recipe.modules.values()} == {(None, None)}
-    assert "activation_scale" not in (tmp_path / "run" / "recipe.json").read_text()
+    assert {(plan.static_scale, plan.clip) for plan in recipe.modules.values()} == {(None, None)}
     assert load_manifest(tmp_path / "bundle").linears["int8"].modules == len(recipe.modules)
 
 
@@ -67,7 +65,7 @@ def test_all_at_once_behind_a_rotation(folder: Path, tmp_path: Path) -> None:
     recipe = exported(
         folder,
         tmp_path,
-        *("--activations", "int8-per-token-dynamic", "--excluded-weights", "int8"),
+        *("--activations", "per-token", "--excluded-weights", "int8"),
         *("--attention", "int8-per-tensor-static", "--rotation", "always", "--max-fp16-modules", "2"),
     )
     assert recipe.rotation is not None

@@ -207,7 +207,7 @@ def test_a_scale_covers_what_calibration_saw() -> None:
         "clipped": ModulePlan(precision="int8", activation_scale=2.0, clip=0.5),
         "rare spike": ModulePlan(precision="int8", activation_scale=2.0, activation_amax=1000.0, clip=0.5),
         "mean above": ModulePlan(precision="int8", activation_scale=2.0, activation_amax=100.0),
-        "per token": ModulePlan(precision="int8"),
+        "per token": ModulePlan(precision="int8", activations="per-token"),
         "kept": ModulePlan(precision="float16", ratio=7.0, reason="score > alpha"),
         "weights": ModulePlan(precision="float16", weights="int8"),
     }
@@ -286,9 +286,9 @@ def test_a_recipe_may_hold_fp8_modules_beside_int8_ones(tmp_path: Path) -> None:
     assert {kind: share.modules for kind, share in manifest.linears.items()} == {"fp8": 1, "int8": 13}
     assert np.isfinite(open_bundle(tmp_path / "b").prefill(tokens())).all()
 
-    unscaled = {**mixed, DOWN: ModulePlan(precision="fp8")}
+    unscaled = {**mixed, DOWN: mixed[DOWN].model_copy(update={"activation_scale": None})}
     save_recipe(read.model_copy(update={"modules": unscaled}), tmp_path / "unscaled.json")
-    with pytest.raises(RecipeError, match="precision fp8 needs an activation_scale"):
+    with pytest.raises(RecipeError, match="precision fp8 with static activations needs an activation_scale"):
         load_recipe(tmp_path / "unscaled.json")
     attention = {"model.layers.0.self_attn": AttentionPlan(query=1.0, key=1.0, value=1.0)}
     save_recipe(read.model_copy(update={"attention": attention}), tmp_path / "both.json")

@@ -57,7 +57,7 @@ def export(
         scales = input_scales(model, np.random.default_rng(0).integers(3, 99, (2, 24)))
         recipe = tiny_recipe(model.checkpoint, scales, prefix=prefix, scheme=Scheme(head=head, unquantized=dtype))
     if recipe is not None and kind == "P2":
-        modules = dict.fromkeys(recipe.modules, ModulePlan(precision="int8"))
+        modules = dict.fromkeys(recipe.modules, ModulePlan(precision="int8", activations="per-token"))
         recipe = recipe.model_copy(update={"modules": modules})
     export_bundle(model.checkpoint, recipe, ExportOptions(dtype, logits=logits), folder)
     graph: onnx.GraphProto = onnx.load(folder / "model.onnx", load_external_data=False).graph

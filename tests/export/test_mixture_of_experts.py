@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from spike_export.artifacts.errors import RecipeError
 from spike_export.artifacts.manifest import load_manifest
 from spike_export.artifacts.recipe import (
+    ActivationKind,
     Dtype,
     ModulePlan,
     NumberFormat,
@@ -175,10 +176,9 @@ def recipe_of(name: str, case: Case, checkpoint: Checkpoint, dtype: Dtype = "flo
         elif case.expert is not None and f"{block(name, 1)}.experts.2." in module:
             plans[module] = case.expert
         else:
-            plans[module] = ModulePlan(precision="int8", activation_scale=None if case.per_token else step)
-    scheme = Scheme(
-        weights=case.weights, activations="int8-per-token-dynamic" if case.per_token else "int8-per-tensor-static"
-    )
+            kind: ActivationKind = "per-token" if case.per_token else "static"
+            plans[module] = ModulePlan(precision="int8", activations=kind, activation_scale=step)
+    scheme = Scheme(weights=case.weights)
     base = tiny_recipe(checkpoint, steps)
     prefix = Prefix(token_ids=case.prefix, text="?", ratio=1.0) if case.prefix else None
     return base.model_copy(update={"scheme": scheme, "prefix": prefix, "modules": plans, "smoothing": smoothing})

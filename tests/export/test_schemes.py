@@ -58,9 +58,9 @@ def tokens(batch: int = 2, length: int = 12) -> NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class Case:
-    """A scheme: `per_token` has no static scales; `weight_only` modules are W8A16, all of them or the named."""
+    """A scheme: `per_token` modules have no static scale, `weight_only` ones are W8A16; all, or those named."""
 
-    per_token: bool = False
+    per_token: tuple[str, ...] | None = ()
     weight_only: tuple[str, ...] | None = ()
     attention: bool = False
     equivalent: bool = False
@@ -72,8 +72,9 @@ class Case:
 CASES: Mapping[str, Case] = {
     "static": Case(),
     "static-tensor": Case(weights="int8-per-tensor"),
-    "token": Case(per_token=True),
-    "token-tensor-biases": Case(per_token=True, weights="int8-per-tensor", model={"biases": True}),
+    "token": Case(per_token=None),
+    "token-tensor-biases": Case(per_token=None, weights="int8-per-tensor", model={"biases": True}),
+    "mixed": Case(per_token=(DOWN, *(f"model.layers.0.self_attn.{part}_proj" for part in "qkv"))),
     "weights": Case(weight_only=None),
     "weights-tensor-biases": Case(weight_only=None, weights="int8-per-tensor", model={"biases": True}),
     "excluded": Case(weight_only=(DOWN, "model.layers.0.self_attn.o_proj")),
@@ -81,7 +82,7 @@ CASES: Mapping[str, Case] = {
     "equivalent-tied": Case(equivalent=True, model={"tie": True}),
     "prefix": Case(prefix=PREFIX),
     "all-window": Case(
-        per_token=True,
+        per_token=None,
         weight_only=(DOWN,),
         attention=True,
         equivalent=True,
@@ -142,18 +143,16 @@ def recipe_of(case: Case, checkpoint: Checkpoint, dtype: Dtype = "float32") -> R
         for block in blocks
     }
     base = tiny_recipe(checkpoint, steps)
-    quantized = {name: ModulePlan(precision="int8") if case.per_token else plan for name, plan in base.modules.items()}
+    named = base.modules if case.per_token is None else case.per_token
+    own = {name: base.modules[name].model_copy(update={"activations": "per-token"}) for name in named}
     kept = base.modules if case.weight_only is None else case.weight_only
-    scheme = Scheme(
-        weights=case.weights, activations="int8-per-token-dynamic" if case.per_token else "int8-per-tensor-static"
-    )
     return Recipe(
         model=base.model,
         corpus=base.corpus,
-        scheme=scheme,
+        scheme=Scheme(weights=case.weights),
         alpha=None,
         prefix=Prefix(token_ids=case.prefix, text="?", ratio=1.0) if case.prefix else None,
-        modules=quantized | dict.fromkeys(kept, ModulePlan(precision=dtype, weights="int8")),
+        modules={**base.modules, **own, **dict.fromkeys(kept, ModulePlan(precision=dtype, weights="int8"))},
         attention=attention if case.attention else {},
         rotation=rotation,
         smoothing=smoothing,
@@ -200,6 +199,7 @@ PLANTED: Mapping[str, tuple[str, float]] = {
     "static-tensor": (f"{UP}.weight_scale", 1.01),
     "token": ("float32.127.0", 126 / 127),
     "token-tensor-biases": (f"{UP}.bias", 1.05),
+    "mixed": ("float32.127.0", 126 / 127),
     "weights": (f"{UP}.weight_scale", 1.01),
     "weights-tensor-biases": (f"{UP}.weight_scale", 1.01),
     "excluded": (f"{DOWN}.weight_scale", 1.01),
@@ -246,7 +246,7 @@ def operators(bundle: Path, optimized: Path | None = None) -> Counter[str]:
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_onnx_runtime_fuses_every_per_token_product(tmp_path: Path, dtype: Dtype, weights: WeightScheme) -> None:
     model = tiny_llama(biases=True)
-    recipe = recipe_of(Case(per_token=True, weights=weights, prefix=PREFIX), model.checkpoint)
+    recipe = recipe_of(Case(per_token=None, weights=weights, prefix=PREFIX), model.checkpoint)
     export_bundle(model.checkpoint, recipe, ExportOptions(dtype), tmp_path / "bundle")
     kinds = operators(tmp_path / "bundle", tmp_path / "optimized.onnx")
     assert kinds["MatMulIntegerToFloat"] == INT8_EVERYWHERE
@@ -281,7 +281,7 @@ def test_int8_attention_leaves_linears_and_attention_fused(tmp_path: Path) -> No
 
 def test_every_per_token_consumer_has_its_own_quantizer_over_a_shared_step(tmp_path: Path) -> None:
     model = tiny_llama()
-    recipe = recipe_of(Case(per_token=True), model.checkpoint)
+    recipe = recipe_of(Case(per_token=None), model.checkpoint)
     export_bundle(model.checkpoint, recipe, ExportOptions("float16"), tmp_path / "b")
     graph = onnx.load(tmp_path / "b" / "model.onnx").graph
     values = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
@@ -301,7 +301,7 @@ def test_one_per_token_linear_equals_the_definition(tmp_path: Path, weights: Wei
     """Tokens of zeros, of almost nothing and of thousands: each has a step of its own."""
     model = tiny_llama()
     builder = GraphBuilder()
-    plans = {DOWN: ModulePlan(precision="int8")}
+    plans = {DOWN: ModulePlan(precision="int8", activations="per-token")}
     emitter = LinearEmitter(builder, model.checkpoint, plans, weights, tensor_shapes(model.checkpoint.config))
     x = builder.input("x", ir.DataType.FLOAT, ["rows", 80])
     builder.output(emitter.emit(DOWN, x), ["rows", 48])

@@ -210,7 +210,7 @@ def test_force_runs_all_again_to_the_same_bytes(copied: Path) -> None:
         ({"smoothing": False}, {PREFIX, RECIPE, BUNDLE, CHECK}),  # nothing is searched
         ({"smoothing": False, "activation_range": "mse"}, {PREFIX, SMOOTHING, RECIPE, BUNDLE, CHECK}),
         ({"rotation": "always"}, {SMOOTHING, AFTER, RECIPE, BUNDLE, CHECK}),
-        ({"activations": "int8-per-token-dynamic"}, {PREFIX, SMOOTHING, AFTER, RECIPE, BUNDLE, CHECK}),
+        ({"activations": "per-token"}, {PREFIX, SMOOTHING, AFTER, RECIPE, BUNDLE, CHECK}),
     ],
 )
 def test_a_changed_option_runs_what_depends_on_it(copied: Path, changes: dict[str, Any], expected: set[str]) -> None:

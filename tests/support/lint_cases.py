@@ -301,6 +301,7 @@ CASES: Mapping[str, Case] = {
     "scales apart": Case(
         "sibling-scales-apart", siblings((0.02, 0.03, 0.02)), "q_a.QuantizeLinear", siblings((0.02, 0.0201, 0.02))
     ),
+    "kinds apart": Case("sibling-kinds", siblings(per_token="c"), "q_c.QuantizeLinear", siblings(per_token="abc")),
     "scales of other channels": Case(
         "scale-count",
         SOUND.but(weight=ints(64, 48), weight_scale=np.full(64, 0.01)).model(),

@@ -117,16 +117,25 @@ def siblings(
     zero_points: Sequence[str] = ("za", "zb", "zc"),
     *,
     shared: bool = False,
+    per_token: str = "",
     size: int = 64,
 ) -> onnx.ModelProto:
-    """Three products of one tensor, as q, k and v are; by default each with a quantizer of its own."""
+    """Three products of one tensor, as q, k and v are; by default each with a quantizer of its own.
+
+    Those named in `per_token` read tokens that were divided by their own largest magnitude.
+    """
     nodes, tensors = [], [stored(name, np.int8(0)) for name in dict.fromkeys(zero_points)]
+    if per_token:
+        tensors.append(stored("last", [-1], np.int64))
+        nodes = [node("Abs", ["x"], ["magnitude"]), node("ReduceMax", ["magnitude", "last"], ["step"])]
+        nodes.append(node("Div", ["x", "step"], ["divided"]))
     for place, (name, scale, zero) in enumerate(zip("abc", scales, zero_points, strict=True)):
         tensors += [stored(f"scale_{name}", scale, np.float32), stored(f"weight_{name}", ints(size, size, seed=place))]
         tensors.append(stored(f"weight_scale_{name}", np.full(size, 0.01), np.float32))
+        source = "divided" if name in per_token else "x"
         restored = "d_a" if shared else f"d_{name}"
         if not shared or name == "a":
-            nodes.append(node("QuantizeLinear", ["x", f"scale_{name}", zero], [f"q_{name}"]))
+            nodes.append(node("QuantizeLinear", [source, f"scale_{name}", zero], [f"q_{name}"]))
             nodes.append(node("DequantizeLinear", [f"q_{name}", f"scale_{name}", zero], [f"d_{name}"]))
         weight = [f"weight_{name}", f"weight_scale_{name}"]
         nodes.append(node("DequantizeLinear", weight, [f"w_{name}"], axis=1))

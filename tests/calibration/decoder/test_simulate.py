@@ -30,7 +30,7 @@ Doubles = NDArray[np.float64]
 
 PER_CHANNEL: WeightScheme = "int8-per-channel"
 STATIC = ModulePlan(precision="int8", activation_scale=float(np.float32(0.0173)))
-PER_TOKEN = ModulePlan(precision="int8")
+PER_TOKEN = ModulePlan(precision="int8", activations="per-token")
 WEIGHT_ONLY = ModulePlan(precision="float16", weights="int8")
 KEPT = ModulePlan(precision="float16")
 PREFIX = (1, 7, 42)

@@ -17,11 +17,13 @@ from spike_export.artifacts.errors import RecipeError
 from spike_export.artifacts.recipe import ActivationRange, Recipe, Search, activation_scale, load_recipe, save_recipe
 from spike_export.calibration.corpus.corpus import Corpus
 from spike_export.calibration.corpus.token_windows import TokenWindows
+from spike_export.calibration.methods.activation_choice import ActivationChoice, choose_activations
 from spike_export.calibration.methods.context import NO_TRANSFORM, Calibration
 from spike_export.calibration.methods.module_choice import NOTHING_KEPT, choose_kept
 from spike_export.calibration.methods.options import CalibrationOptions
 from spike_export.calibration.methods.prefix_choice import NEUTRALITY, PrefixChoice, choose_prefix
 from spike_export.calibration.methods.qfep import propose_prefixes, spiking_tokens, worst_ratio
+from spike_export.calibration.methods.transform_choice import choose_transform
 from spike_export.calibration.recipe_writer import build_recipe
 from spike_export.calibration.statistics.measure import measure_spikes
 from spike_export.calibration.statistics.spikes import SpikeStatistics
@@ -130,6 +132,38 @@ def test_a_budget_of_one_keeps_the_planted_module(calibration: Calibration, plai
     by_hand = with_options(calibration, qfem=True, alpha=ORDINARY)
     assert choose_kept(by_hand, plain, NO_TRANSFORM).kept == (PLANTED_MODULE,)
     assert choose_kept(calibration, plain, NO_TRANSFORM).kept == ()  # QFeM is off there
+
+
+@pytest.mark.parametrize("searched", [False, True], ids=["by ratio", "by noise"])
+def test_the_planted_module_alone_gets_a_scale_per_token(
+    calibration: Calibration, plain: SpikeStatistics, searched: bool
+) -> None:
+    ranges: ActivationRange = "mse" if searched else "max"
+    automatic = with_options(calibration, activations="auto", activation_range=ranges, max_per_token_share=0.15)
+    transform = choose_transform(automatic, plain).transform
+    assert bool(transform.noise) == searched
+    seen: list[tuple[str, int, int]] = []
+    found = choose_activations(automatic, plain, transform, lambda *event: seen.append(event))
+    assert found.per_token == (PLANTED_MODULE,)
+    assert [event[:2] for event in seen] == [("sets of inputs", 1 + index) for index in range(len(found.candidates))]
+    assert [each.verdict for each in found.candidates][:2] == ["saves too little", "chosen"]
+    static, chosen = found.candidates[:2]
+    assert (static.per_token_linears, static.per_token_share, chosen.per_token_linears) == (0, 0, 1)
+    assert chosen.divergence < 0.1 * static.divergence
+    recipe = build_recipe(
+        automatic, corpus(automatic.windows), plain, NOTHING_KEPT, transform, per_token=found.per_token
+    )
+    assert [name for name, plan in recipe.modules.items() if plan.per_token] == [PLANTED_MODULE]
+
+
+def test_constants_stay_where_nothing_is_gained_or_nothing_fits(
+    calibration: Calibration, plain: SpikeStatistics
+) -> None:
+    nothing_fits = with_options(calibration, activations="auto", max_per_token_share=0.0)
+    assert choose_activations(nothing_fits, plain, NO_TRANSFORM) == ActivationChoice()
+    for kind in ("static", "per-token"):
+        fixed = with_options(calibration, activations=kind)
+        assert choose_activations(fixed, plain, NO_TRANSFORM) == ActivationChoice()
 
 
 def test_the_automatic_choice_keeps_the_planted_module_alone(calibration: Calibration, plain: SpikeStatistics) -> None:

@@ -1,6 +1,7 @@
 """What the search predicts is what the exported graph computes, whatever the options."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,7 +22,7 @@ from spike_export.calibration.methods.options import CalibrationOptions
 from spike_export.calibration.methods.qfem import ModuleChoice
 from spike_export.calibration.recipe_writer import build_recipe
 from spike_export.checkpoint.checkpoint import Checkpoint
-from spike_export.checkpoint.modules import representatives
+from spike_export.checkpoint.modules import representatives, siblings
 from spike_export.engines.accuracy.comparison import likelihood
 from spike_export.engines.onnx_runtime.session import open_bundle
 from spike_export.export.bundle import ExportOptions, export_bundle
@@ -41,6 +42,7 @@ class Case:
     options: CalibrationOptions
     prefix: tuple[int, ...]
     kept: tuple[str, ...]
+    per_token: tuple[str, ...]
     rotation: RotationPlan | None
     smoothed: tuple[str, ...]
     spread: float
@@ -54,7 +56,7 @@ def _cases(checkpoint: Checkpoint) -> st.SearchStrategy[Case]:
         length=st.just(25),
         dtype=st.just("float32"),
         weights=st.sampled_from(["int8-per-channel", "int8-per-tensor"]),
-        activations=st.sampled_from(["int8-per-tensor-static", "int8-per-token-dynamic"]),
+        activations=st.sampled_from(["static", "per-token"]),
         activation_range=st.sampled_from(["max", "sample-mean"]),
         attention=st.sampled_from(["unquantized", "int8-per-tensor-static"]),
         excluded_weights=st.sampled_from(["unquantized", "int8"]),
@@ -65,6 +67,7 @@ def _cases(checkpoint: Checkpoint) -> st.SearchStrategy[Case]:
         options=options,
         prefix=st.sampled_from([(), (0, 7)]),
         kept=st.lists(st.sampled_from(list(representatives(checkpoint.config))), max_size=4, unique=True).map(tuple),
+        per_token=st.lists(st.sampled_from(list(representatives(checkpoint.config))), unique=True).map(tuple),
         rotation=st.sampled_from([None, rotation_plan(checkpoint.config.hidden_size, 0)]),
         smoothed=st.lists(st.sampled_from(list(WIDTHS)), unique=True).map(tuple),
         spread=st.sampled_from([1.0, 30.0]),
@@ -122,11 +125,14 @@ def test_a_prediction_is_what_the_graph_computes(case: Case) -> None:
     calibration = Calibration(checkpoint, TokenWindows(content[:12], content[12:]), case.options)
     transform = transform_of(case)
     after = calibration.measure(case.prefix, transform)
-    recipe = build_recipe(calibration, Corpus("test", ("text",)), after, ModuleChoice(1.0, case.kept), transform)
-    predicted = calibration.predicted(after, case.kept, transform, measured=True, compare=False).perplexity
+    choice, corpus = ModuleChoice(1.0, case.kept), Corpus("test", ("text",))
+    recipe = build_recipe(calibration, corpus, after, choice, transform, per_token=case.per_token)
+    own = {name for name, plan in recipe.modules.items() if plan.per_token}
+    if case.options.activations == "static":
+        assert own == {each for name in case.per_token if name not in case.kept for each in siblings(name)}
+    predict = partial(calibration.predicted, kept=case.kept, transform=transform, per_token=case.per_token)
+    predicted = predict(after, measured=True, compare=False).perplexity
     assert computed(calibration, recipe) == pytest.approx(predicted, rel=0.005)
     # Before smoothing, the same choice is predicted from the statistics of the model as it was.
     before = calibration.measure(case.prefix, Transform(transform.rotation))
-    assert calibration.predicted(before, case.kept, transform, compare=False).perplexity == pytest.approx(
-        predicted, rel=0.005
-    )
+    assert predict(before, compare=False).perplexity == pytest.approx(predicted, rel=0.005)

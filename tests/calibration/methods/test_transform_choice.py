@@ -72,7 +72,7 @@ def searched(calibration: Calibration, smoothing: bool, statistics: SpikeStatist
         statistics=statistics,
         compared=calibration.held_out(statistics),
         weights=calibration.options.weights,
-        activations=calibration.options.activations,
+        activations=calibration.options.searched_activations,
         activation_range=calibration.options.activation_range,
         smoothing=smoothing,
         rotated=False,
@@ -83,7 +83,7 @@ def searched(calibration: Calibration, smoothing: bool, statistics: SpikeStatist
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("activations", ["int8-per-tensor-static", "int8-per-token-dynamic"])
+@pytest.mark.parametrize("activations", ["static", "per-token"])
 def test_a_search_never_adds_noise(name: str, activations: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     calibration = calibration_of(name, activations=activations, activation_range="mse")
     statistics = calibration.measure(())
@@ -103,9 +103,7 @@ def test_a_search_never_adds_noise(name: str, activations: Any, monkeypatch: pyt
             assert len({id(chosen[each].smoothing) for each in names}) == 1
     assert {choice.smoothing for choice in (*clipped.values(), *plain.values())} == {None}
     assert {choice.clip for choice in plain.values()} == {1.0}
-    assert {choice.clip for choice in chosen.values()} <= (
-        set(CLIPS) if activations == "int8-per-tensor-static" else {1.0}
-    )
+    assert {choice.clip for choice in chosen.values()} <= (set(CLIPS) if activations == "static" else {1.0})
     assert any(choice.smoothing for choice in chosen.values())
 
 
@@ -322,7 +320,7 @@ def test_only_float16_overflows(dtype: Dtype) -> None:
 SCHEMES: Mapping[str, Mapping[str, Any]] = {
     "static": {"smoothing": False, "activation_range": "max"},
     "static, clipped": {"smoothing": False, "activation_range": "mse"},
-    "dynamic": {"activations": "int8-per-token-dynamic", "smoothing": False},
+    "dynamic": {"activations": "per-token", "smoothing": False},
     "W8A16": {"excluded_weights": "int8", "smoothing": False, "activation_range": "max"},
     "attention": {"attention": "int8-per-tensor-static", "smoothing": False, "activation_range": "max"},
     "smoothing": {},

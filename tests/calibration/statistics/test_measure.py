@@ -396,7 +396,7 @@ def test_an_expert_that_no_token_reaches_is_kept_in_float32() -> None:
         f"{expert}.w3",
         f"{expert}.w2",
     ]
-    static = CalibrationOptions()
+    static = CalibrationOptions(activations="static")
     plans = module_plans(found, (), NO_TRANSFORM, static)
     unreached = {f"{expert}.{linear}" for linear in ("w1", "w2", "w3")}
     assert {module for module, plan in plans.items() if plan.reason == UNREACHED} == unreached
@@ -408,8 +408,9 @@ def test_an_expert_that_no_token_reaches_is_kept_in_float32() -> None:
     stored = module_plans(found, (), NO_TRANSFORM, replace(static, excluded_weights="int8"))
     assert {(stored[module].precision, stored[module].weights) for module in unreached} == {("float32", "int8")}
     # A token's own scale is made at run time: nothing has to be known beforehand.
-    dynamic = module_plans(found, (), NO_TRANSFORM, replace(static, activations="int8-per-token-dynamic"))
-    assert {dynamic[module].precision for module in unreached} == {"int8"}
+    for kind in ("per-token", "auto"):
+        dynamic = module_plans(found, (), NO_TRANSFORM, replace(static, activations=kind))
+        assert {(dynamic[module].precision, dynamic[module].per_token) for module in unreached} == {("int8", True)}
 
 
 def test_a_spike_in_one_expert_is_found_with_its_token() -> None:

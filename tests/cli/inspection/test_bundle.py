@@ -1,6 +1,7 @@
 """`inspect BUNDLE`: manifest, linears, nodes and files."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = tiny_recipe(source, scales, kept={KEPT: "float16"}, prefix=(1, 5, 7), scheme=Scheme())
     modules = {
         **recipe.modules,
-        DYNAMIC: ModulePlan(precision="int8"),
+        DYNAMIC: ModulePlan(precision="int8", activations="per-token"),
         WEIGHTS: ModulePlan(precision="float16", weights="int8"),
     }
     recipe = Recipe.model_construct(**{**dict(recipe), "modules": modules})
@@ -73,11 +74,15 @@ def test_the_tables_say_the_same(bundle: Path) -> None:
     assert "cache: static of 48 tokens (51 slots)" in lines
     assert any(line.startswith("prefix: [1, 5, 7] ") for line in lines)
     assert "mlp.down_proj int8 weights per channel, inputs per token 0" in lines
+    shares = load_manifest(bundle).linears["int8"]
+    sizes = tiny_llama().checkpoint.stored_shape
+    macs = {name: math.prod(sizes(f"{name}.weight")) for name in linears(tiny_llama().checkpoint.config)}
+    assert shares.per_token_share == pytest.approx(macs[DYNAMIC] / sum(macs.values()))
+    share = f"{shares.mac_share:.1%}; inputs scaled per token: {shares.per_token_share:.1%}"
+    assert f"int8 {shares.modules} {share}" in lines
     assert "mlp.down_proj float16 1" in lines
     assert "self_attn.q_proj int8 weights per channel, inputs per tensor, static 0-1" in lines
     assert "self_attn.o_proj float16+int8-weights weights per channel 1" in lines
-    share = load_manifest(bundle).linears["int8"]
-    assert f"int8 {share.modules} {share.mac_share:.1%}" in lines
     assert "RotaryEmbedding 2" in lines
 
 

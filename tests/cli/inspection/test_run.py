@@ -47,7 +47,7 @@ def test_the_summary_says_what_was_decided(run: Path) -> None:
     text = lines(run)
     assert text[:2] == [
         "model: model (llama)",
-        "scheme: weights int8-per-channel, activations int8-per-tensor-static, range max",
+        "scheme: weights int8-per-channel, activations static, range max",
     ]
     assert "linears: 1 float16, 20 int8" in text
     assert "prefix: none" in text
@@ -63,10 +63,17 @@ def test_the_summary_shows_what_competed(automatic: Path) -> None:
     for title in (
         "prefix candidates",
         "rotation and smoothing candidates, all linears in INT8",
+        "sets of inputs with a scale per token",
         "sets of modules in 16 bit",
     ):
         assert title in text
-    assert text.count("chosen") == 2  # a prefix and a transform
+    shares = json.loads("\n".join(lines(automatic, "--json")))["noise shares"]
+    assert sum(shares.values()) == pytest.approx(1)
+    assert len(shares) == 12  # inputs of three layers, none of which is kept
+    noisiest = max(shares, key=shares.__getitem__)
+    row = next(line for line in text.splitlines() if noisiest in line and line.strip().endswith("%"))
+    assert row.split()[-1] == f"{shares[noisiest]:.1%}"
+    assert text.count("chosen") == 3  # a prefix, a transform and a set of inputs
     assert f"smoothing: {len(recipe.smoothing)} inputs" in text
     assert f"prefix: {list(recipe.prefix_ids)}" in text
     assert "unquantized perplexity on the search windows: " in text

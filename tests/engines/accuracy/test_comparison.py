@@ -343,7 +343,7 @@ def test_scales_per_token_have_no_range(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    options = replace(calibration.options, activations="int8-per-token-dynamic", activation_range="mse")
+    options = replace(calibration.options, activations="per-token", activation_range="mse")
     work = replace(calibration, options=options)
     recipe = build_recipe(work, CORPUS, statistics[0], NOTHING_KEPT)
     variants = pipeline_with(work, *statistics, tmp_path, monkeypatch)._variants(recipe, tmp_path / "bundle")

@@ -70,7 +70,12 @@ def build(folder: Path, dtype: Dtype, change: Callable[[Recipe], dict[str, Any]]
 
 
 def per_token(recipe: Recipe) -> dict[str, Any]:
-    return {"modules": dict.fromkeys(recipe.modules, ModulePlan(precision="int8"))}
+    return {"modules": dict.fromkeys(recipe.modules, ModulePlan(precision="int8", activations="per-token"))}
+
+
+def mixed(recipe: Recipe) -> dict[str, Any]:
+    own = per_token(recipe)["modules"]
+    return {"modules": {name: own[name] if "down" in name else plan for name, plan in recipe.modules.items()}}
 
 
 def int8_attention(_: Recipe) -> dict[str, Any]:
@@ -79,7 +84,7 @@ def int8_attention(_: Recipe) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-@pytest.mark.parametrize("change", [per_token, int8_attention])
+@pytest.mark.parametrize("change", [per_token, mixed, int8_attention])
 def test_per_token_scales_and_int8_attention_leave_every_linear_in_int8(
     tmp_path: Path, change: Callable[[Recipe], dict[str, Any]], dtype: Dtype
 ) -> None:

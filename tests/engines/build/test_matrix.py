@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from spike_export.artifacts.manifest import CacheKind
-from spike_export.artifacts.recipe import ModulePlan, Recipe, Scheme
+from spike_export.artifacts.recipe import ModulePlan, Recipe
 from spike_export.checkpoint.checkpoint import Checkpoint
 from spike_export.checkpoint.families import FAMILIES
 from spike_export.checkpoint.modules import (
@@ -46,7 +46,7 @@ CACHES: Mapping[CacheKind, CacheOptions] = {"dynamic": CacheOptions(), "static":
 SCHEMES: Mapping[str, ModulePlan] = {
     "per-tensor": ModulePlan(precision="int8", activation_scale=0.02),
     "float16": ModulePlan(precision="float16", ratio=900.5, reason="test"),
-    "per-token": ModulePlan(precision="int8"),
+    "per-token": ModulePlan(precision="int8", activations="per-token"),
     "weights": ModulePlan(precision="float16", weights="int8"),
 }
 """W8A8 with static scales (made unequal later on) and with scales per token, W8A16, and what is kept."""
@@ -113,9 +113,7 @@ def layered_recipe(checkpoint: Checkpoint, schemes: Sequence[str], prefix: Seque
         elif plan.activation_scale is not None:
             plan = plan.model_copy(update={"activation_scale": scales[representative_of(module)]})
         plans[module] = plan
-    # A static scheme promises a scale for every INT8 module.
-    scheme = Scheme(activations="int8-per-token-dynamic" if "per-token" in schemes else "int8-per-tensor-static")
-    recipe = tiny_recipe(checkpoint, dict.fromkeys(plans, 1.0), prefix=prefix, scheme=scheme)
+    recipe = tiny_recipe(checkpoint, dict.fromkeys(plans, 1.0), prefix=prefix)
     return Recipe.model_validate({**recipe.model_dump(), "modules": plans})
 
 
@@ -127,7 +125,7 @@ def merged_products(recipe: Recipe) -> int:
     inputs: set[object] = set()
     for module, plan in recipe.modules.items():
         if plan.precision == "int8":
-            gathered = plan.activation_scale is None and expert_of(module) is not None
+            gathered = plan.per_token and expert_of(module) is not None
             in_common = gathered and not is_down_projection(module)
             inputs.add(split_name(module)[0] if in_common else representative_of(module))
     return len(inputs)

@@ -45,7 +45,7 @@ EXPORTS: Mapping[str, Export] = {
     "static": Export({}),
     "without prefix": Export({}, prefix=()),
     "per tensor": Export({}, scheme=Scheme(weights="int8-per-tensor")),
-    "per token": Export({}, scheme=Scheme(activations="int8-per-token-dynamic"), per_token=True),
+    "per token": Export({}, per_token=True),
     "weights only": Export({"weights-only": 14}, weights_only=True),
     "attention": Export({"attention-operands-quantized": 2}, attention=True),
     "kept": Export({}, kept=True),
@@ -62,7 +62,7 @@ def recipe_of(case: Export, model: TinyModel, dtype: Dtype) -> Recipe | None:
     base = tiny_recipe(model.checkpoint, dict.fromkeys(names, 0.02), prefix=case.prefix, scheme=case.scheme)
     modules = dict(base.modules)
     if case.per_token:
-        modules = dict.fromkeys(names, ModulePlan(precision="int8"))
+        modules = dict.fromkeys(names, ModulePlan(precision="int8", activations="per-token"))
     if case.weights_only:
         modules = dict.fromkeys(names, ModulePlan(precision=dtype, weights="int8"))
     if case.kept:
