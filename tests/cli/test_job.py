@@ -109,7 +109,8 @@ def test_the_check_shows_what_each_method_brings(folder: Path) -> None:
     check, recipe = load_check(run / "check.json"), load_recipe(run / "recipe.json")
     names = [variant.name for variant in check.variants]
     assert names[:2] == ["unquantized", "w8a8"]
-    assert names[-1].endswith("+smoothing+sample-mean")
+    own = any(plan.per_token for plan in recipe.modules.values())
+    assert names[-1].endswith("+smoothing+sample-mean" + "+per-token inputs" * own)
     assert [variant.name for variant in check.variants if variant.shipped] == names[-1:]
     assert check.corpus.name == "corpus.txt"
     assert check.gates == ()

@@ -153,7 +153,7 @@ def test_a_decode_layer_of_every_family(tmp_path: Path, family: str) -> None:
 
 
 VARIANTS: Mapping[str, tuple[Mapping[str, Any], ExportOptions, BuildOptions]] = {
-    "per-token": ({"activation_scale": None}, ExportOptions("float16"), BuildOptions(profiles=("decode",))),
+    "per-token": ({"activations": "per-token"}, ExportOptions("float16"), BuildOptions(profiles=("decode",))),
     "bfloat16": ({}, ExportOptions("bfloat16"), BuildOptions(profiles=("decode",))),
     "last": ({}, ExportOptions("float16", logits="last"), BuildOptions(profiles=("decode",))),
     "batch": ({}, ExportOptions("float16"), BuildOptions(profiles=("decode",), batch=BatchRange(1, 4, 8))),
