@@ -20,6 +20,7 @@ _CHECK = Group("Check", sort_key=3)
 _BUILD = Group("Engine", sort_key=4)
 _GENERATION = Group("Generation", sort_key=4)
 _PLAN = Group("Running a plan", sort_key=4)
+_LOAD = Group("Load", sort_key=4)
 _SERVER = Group("Server", sort_key=4)
 _RUN = Group("Run", sort_key=5)
 
@@ -343,6 +344,27 @@ class ServerArguments:
 
     allow_origin: Annotated[tuple[str, ...], Parameter(negative="")] = ()
     "Web origin whose pages may ask, such as https://example.com; repeat the option for several (default: none)."
+
+
+@Parameter(name="*", group=_LOAD)
+@dataclass(frozen=True, kw_only=True)
+class LoadArguments:
+    """What the clients of a load ask for."""
+
+    requests: int = 32
+    "Requests of all clients together, for each --concurrency."
+
+    prompt_words: int = 128
+    "Words of a prompt, about as many tokens; all prompts differ."
+
+    shared_words: int = 0
+    "Words that all prompts begin with, besides."
+
+    new_tokens: int = 64
+    "Tokens of every answer."
+
+    seed: int = 0
+    "Seed of the prompts."
 
 
 @Parameter(name="*", group=_RUN)

@@ -15,6 +15,7 @@ from cyclopts import App
 
 from spike_export.artifacts.errors import ArtifactError, SpikeExportError
 from spike_export.artifacts.visible_text import visible
+from spike_export.cli.commands.bench import bench
 from spike_export.cli.commands.build import build
 from spike_export.cli.commands.calibrate import calibrate
 from spike_export.cli.commands.check import check
@@ -38,7 +39,7 @@ app = App(
     suppress_keyboard_interrupt=False,  # `run` says what is kept
 )
 app.default(job)
-for command in (calibrate, merge, inspect, export, check, build, generate, serve, report):
+for command in (calibrate, merge, inspect, export, check, build, generate, serve, bench, report):
     app.command(command)
 
 

@@ -59,6 +59,8 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         "/ready": state.ready,
         "/v1/health/ready": state.ready,
         "/metrics": state.metrics,
+        "/model-card": state.card,
+        "/": state.page,
     }
     refusals: dict[int | str, dict[str, Any]] = {"4XX": {"description": "Refused, in OpenAI's shape"}}
     for method, routes in (("POST", posts), ("GET", gets)):

@@ -65,7 +65,6 @@ class Server(uvicorn.Server):
 
 def make_server(service: Service) -> Server:
     """Return a server over a service; `run(sockets=[...])` serves until a signal or `should_exit`."""
-    logging.getLogger("uvicorn.error").addHandler(_JsonHandler(service))
     config = uvicorn.Config(
         create_app(service),
         log_config=None,
@@ -90,7 +89,33 @@ def serve(service: Service, on_start: Callable[[str], None]) -> None:
     with listen(service.settings) as place:
         host = f"[{service.settings.host}]" if ":" in service.settings.host else service.settings.host
         on_start(f"http://{host}:{place.getsockname()[1]}")
-        make_server(service).run(sockets=[place])
+        with _errors_logged(service):
+            make_server(service).run(sockets=[place])
+
+
+@contextmanager
+def served_meanwhile(service: Service) -> Iterator[str]:
+    """Serve on a thread until the block ends; give the server's address."""
+    server = make_server(service)
+    with listen(service.settings) as place, _errors_logged(service):
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [place]}, daemon=True)
+        thread.start()
+        try:
+            yield f"http://{service.settings.host}:{place.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@contextmanager
+def _errors_logged(service: Service) -> Iterator[None]:
+    """Let uvicorn's errors go into the service's log until the block ends."""
+    logger, handler = logging.getLogger("uvicorn.error"), _JsonHandler(service)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 class _JsonHandler(logging.Handler):

@@ -1,7 +1,7 @@
 """What the endpoints share: the engine's text, its worker, and the settings."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 from spike_export.engines.engine import Engine
 from spike_export.engines.generation.slots import Slots
+from spike_export.serving.grammars import Grammars
 from spike_export.serving.metrics import Metrics
+from spike_export.serving.model_card import model_card
 from spike_export.serving.scheduling.batch import Batch
 from spike_export.serving.scheduling.limits import Limits
 from spike_export.serving.scheduling.worker import Worker
@@ -33,6 +35,8 @@ class Service:
     limits: Limits
     worker: Worker
     metrics: Metrics
+    grammars: Grammars
+    card: Mapping[str, object]
     log: Log
     _tokenizing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tokenizer"))
 
@@ -69,4 +73,7 @@ def open_service(
         log("engine failed", {"reason": reason})
 
     worker = Worker(open_batch, settings.rows + settings.queue, on_failure)
-    return Service(settings, engine, limits, worker, Metrics(settings.model, worker, limits), log)
+    metrics = Metrics(settings.model, worker, limits)
+    grammars = Grammars(engine.tokenizer, engine.manifest.vocab_size, engine.defaults.eos_token_ids)
+    card = model_card(bundle, engine.manifest, settings.model, limits.context, limits.rows, provider or "cpu")
+    return Service(settings, engine, limits, worker, metrics, grammars, card, log)

@@ -38,7 +38,7 @@ def folders_with_code() -> set[str]:
 
 def package_files() -> set[str]:
     """Path in the wheel of every file that the package is made of."""
-    suffixes = {".py", ".j2", ".css", ".typed"}
+    suffixes = {".py", ".j2", ".css", ".html", ".typed"}
     files = [path for folder in FOLDERS.values() for path in (ROOT / folder).iterdir()]
     kept = [path for path in files if path.suffix in suffixes or path.name == "py.typed"]
     return {f"spike_export/{path.relative_to(ROOT).as_posix().removeprefix(f'{ROOT_FOLDER}/')}" for path in kept}

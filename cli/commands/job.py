@@ -1,5 +1,6 @@
 """`spike-export MODEL`: the main job, all stages over a work directory."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -103,5 +104,7 @@ def _print_result(result: "JobResult", console: Console) -> None:
     if result.engine is not None:
         print_build(result.engine, console)
     plans = result.engine.plans if result.engine else ("not built: the accuracy limit was missed",)
-    for name, place in (*(("plan", plan) for plan in plans), ("bundle", result.bundle), ("report", result.report)):
+    places: list[tuple[str, object]] = [*(("plan", plan) for plan in plans), ("bundle", result.bundle)]
+    serve = f"spike-export serve {shlex.quote(str(result.bundle))}"
+    for name, place in (*places, ("report", result.report), ("serve it", serve)):
         console.print(Text(f"{name}: {place}"), soft_wrap=True)

@@ -11,7 +11,7 @@ from spike_export.cli.exit_codes import DONE
 from spike_export.cli.options import use_threads
 from spike_export.cli.terminal.messages import say
 
-_EXTRA = ("fastapi", "uvicorn", "prometheus_client")
+_EXTRA = ("fastapi", "uvicorn", "prometheus_client", "llguidance")
 
 
 def serve(

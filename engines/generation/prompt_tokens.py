@@ -26,10 +26,14 @@ class PromptEncoder:
 
     BOS is put before a text that does not begin with it; a chat has what its template says. Where the prefix holds BOS,
     neither begins with it.
+
+    Attributes:
+        tools: Functions that a chat's model may call, as its template takes them.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
     manifest: Manifest
+    tools: Sequence[Mapping[str, Any]] = ()
 
     def encode(self, prompts: Prompt | Sequence[Prompt]) -> list[NDArray[np.int64]]:
         """Return each prompt's tokens [tokens], at least one.
@@ -97,7 +101,9 @@ class PromptEncoder:
                 "model"
             )
         try:
-            text = self.tokenizer.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=True)
+            text = self.tokenizer.apply_chat_template(
+                list(chat), tools=list(self.tools) or None, tokenize=False, add_generation_prompt=True
+            )
         except Exception as error:  # templates raise jinja's errors, and whatever their expressions run into
             raise EngineError(f"prompt {row}: the chat template refuses it ({one_line(error)}); correct it") from error
         return self._without_second_bos(self._tokenized(text, row, add_special_tokens=False))

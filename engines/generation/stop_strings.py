@@ -29,7 +29,7 @@ class StopStrings:
         if ends:
             self.found, self._held = True, ""
             return text[: min(ends)[1]]
-        kept = max((_overlap(text, string) for string in self.strings), default=0)
+        kept = max((unfinished(text, string) for string in self.strings), default=0)
         self._held = text[len(text) - kept :]
         return text[: len(text) - kept]
 
@@ -39,7 +39,7 @@ class StopStrings:
         return held
 
 
-def _overlap(text: str, string: str) -> int:
-    """Return the length of the longest beginning of `string`, not all of it, that `text` ends with."""
+def unfinished(text: str, string: str) -> int:
+    """Return the length of the longest beginning of a string, not all of it, that a text ends with."""
     longest = min(len(string) - 1, len(text))
     return next((length for length in range(longest, 0, -1) if text.endswith(string[:length])), 0)

@@ -7,7 +7,7 @@ from fastapi import Request
 from pydantic import Field
 from starlette.responses import Response
 
-from spike_export.engines.generation.generated_text import Piece
+from spike_export.engines.generation.generated_text import Generation, Piece, TokenLogprob
 from spike_export.serving.openai.errors import RequestError
 from spike_export.serving.openai.exchange import (
     EventStream,
@@ -69,57 +69,67 @@ class Completions:
         require_model(self._service, form.model)
         if form.best_of not in (None, form.choices):
             raise RequestError(f"best_of is {form.best_of}; expected n, all answers are returned", param="best_of")
-        if form.echo and form.logprobs is not None:
-            raise RequestError("echo does not go with logprobs here; leave one of them out", param="echo")
         prompts = await encoded(self._service, form.prompts, "prompt")
         sizes = [
             new_tokens(self._service, len(prompt), form.max_tokens, _DEFAULT_TOKENS, "max_tokens") for prompt in prompts
         ]
-        works = works_of(self._service, form, prompts, sizes, form.logprobs)
+        scored = form.echo and form.logprobs is not None
+        works = await works_of(self._service, form, prompts, sizes, form.logprobs, scored=scored)
+        echoes = [self._echo(form, prompt) for prompt in form.prompts for _ in range(form.choices)]
         identity = Identity("text_completion", self._service.settings.model, "cmpl")
-        echoes = [echo for prompt in form.prompts for echo in [self._echo(form, prompt)] * form.choices]
         if form.stream:
             answer = submitted(self._service, works)
             events = self._events(form, identity, answer, works, echoes)
             return EventStream(guarded(self._service, answer, events))
-        found, reused = await results(self._service, request, works)
+        found, answer = await results(self._service, request, works)
         choices = [
-            _choice(number, echo + each.text, each.finish_reason, self._logprobs().spell(each.logprobs, each.token_ids))
-            if each.logprobs
-            else _choice(number, echo + each.text, each.finish_reason, None)
+            _choice(number, echo + each.text, each.finish_reason, self._spelled(works[number], answer, number, each))
             for number, (each, echo) in enumerate(zip(found, echoes, strict=False))
         ]
-        counts = usage(works, sum(len(each.token_ids) for each in found), reused, form.choices)
+        counts = usage(works, sum(len(each.token_ids) for each in found), answer.reused, form.choices)
         return JsonAnswer(identity.head() | {"choices": choices, "usage": counts})
 
     def _echo(self, form: CompletionForm, prompt: Any) -> str:
         if not form.echo:
             return ""
-        return prompt if isinstance(prompt, str) else self._service.engine.tokenizer.decode(prompt)
+        return prompt if isinstance(prompt, str) else str(self._service.engine.tokenizer.decode(prompt))
+
+    def _spelled(self, work: Work, answer: Answer, number: int, found: Generation) -> dict[str, Any] | None:
+        if not found.logprobs:
+            return None
+        scores = [*_scores(work, answer.scored[number]), *found.logprobs]
+        return self._logprobs().spell(scores, [*_scored_tokens(work), *found.token_ids])
 
     def _logprobs(self) -> CompletionLogprobs:
         return CompletionLogprobs(self._service.engine.tokenizer.backend_tokenizer)
 
     async def _events(
-        self,
-        form: CompletionForm,
-        identity: Identity,
-        answer: Answer,
-        works: Sequence[Work],
-        echoes: Sequence[str],
+        self, form: CompletionForm, identity: Identity, answer: Answer, works: Sequence[Work], echoes: Sequence[str]
     ) -> AsyncIterator[bytes]:
-        logprobs, generated = [self._logprobs() for _ in works], 0
-        for number, echo in enumerate(echoes):
-            if echo:
-                yield event_bytes(identity.head() | {"choices": [_choice(number, echo, None, None)]})
+        logprobs, generated, begun = [self._logprobs() for _ in works], 0, set[int]()
         async for number, piece in observed(self._service, answer, works):
             generated += 1
+            if form.echo and number not in begun:
+                begun.add(number)
+                scores, tokens = _scores(works[number], answer.scored[number]), _scored_tokens(works[number])
+                spelled = logprobs[number].spell(scores, tokens) if tokens else None
+                yield event_bytes(identity.head() | {"choices": [_choice(number, echoes[number], None, spelled)]})
             if piece.text or piece.finish_reason or piece.logprob:
                 yield event_bytes(identity.head() | {"choices": [_piece(number, piece, logprobs[number])]})
         if form.usage_in_stream:
             counts = usage(works, generated, answer.reused, form.choices)
             yield event_bytes(identity.head() | {"choices": [], "usage": counts})
         yield DONE
+
+
+def _scores(work: Work, found: Sequence[TokenLogprob]) -> list[TokenLogprob | None]:
+    """Return what is known of each token of a scored prompt: nothing of the first one."""
+    return [None, *found] if work.scored else []
+
+
+def _scored_tokens(work: Work) -> list[int]:
+    tokens: list[int] = work.prompt.tolist() if work.scored else []
+    return tokens
 
 
 def _piece(number: int, piece: Piece, logprobs: CompletionLogprobs) -> dict[str, Any]:

@@ -97,8 +97,8 @@ def submitted(service: Service, works: Sequence[Work]) -> Answer:
         raise failed(error) from error
 
 
-async def results(service: Service, request: Request, works: Sequence[Work]) -> tuple[list[Generation], Sequence[int]]:
-    """Return what followed each prompt, and how many tokens of each prompt were reused.
+async def results(service: Service, request: Request, works: Sequence[Work]) -> tuple[list[Generation], Answer]:
+    """Return what followed each prompt, and the answer it came with.
 
     The list is empty where the client has left before.
 
@@ -107,7 +107,7 @@ async def results(service: Service, request: Request, works: Sequence[Work]) -> 
     """
     with submitted(service, works) as answer:
         found = await first_of(_collected(service, answer, works), gone(request.receive))
-    return found or [], answer.reused
+    return found or [], answer
 
 
 async def _collected(service: Service, answer: Answer, works: Sequence[Work]) -> list[Generation]:

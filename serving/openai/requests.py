@@ -1,6 +1,8 @@
 """From a form to the sequences that the engine is to generate."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,7 +10,9 @@ from numpy.typing import NDArray
 from spike_export.artifacts.errors import EngineError
 from spike_export.engines.generation.options import require_vocabulary
 from spike_export.engines.generation.prompt_tokens import Prompt
+from spike_export.serving.grammars import Grammar
 from spike_export.serving.openai.errors import RequestError, refused
+from spike_export.serving.openai.format_form import Source
 from spike_export.serving.openai.sampling_form import SamplingForm, choices_of
 from spike_export.serving.scheduling.batch import Work
 from spike_export.serving.service import Service
@@ -27,14 +31,16 @@ def require_model(service: Service, name: str | None) -> None:
         )
 
 
-async def encoded(service: Service, prompts: Prompt | Sequence[Prompt], param: str) -> list[NDArray[np.int64]]:
-    """Return the tokens of prompts.
+async def encoded(
+    service: Service, prompts: Prompt | Sequence[Prompt], param: str, tools: Sequence[Mapping[str, Any]] = ()
+) -> list[NDArray[np.int64]]:
+    """Return the tokens of prompts; tools are for the chat template.
 
     Raises:
         RequestError: A prompt cannot be used; names the field.
     """
     try:
-        return await service.off_loop(lambda: service.engine.prompts.encode(prompts))
+        return await service.off_loop(lambda: replace(service.engine.prompts, tools=tools).encode(prompts))
     except EngineError as error:
         raise refused(error, param) from error
 
@@ -63,12 +69,15 @@ def new_tokens(service: Service, prompt_tokens: int, asked: int | None, default:
     return wanted
 
 
-def works_of(
+async def works_of(
     service: Service,
     form: SamplingForm,
     prompts: Sequence[NDArray[np.int64]],
     sizes: Sequence[int],
     logprobs: int | None,
+    grammar: Source | None = None,
+    *,
+    scored: bool = False,
 ) -> list[Work]:
     """Return the sequences of a request: all answers to the first prompt, then those to the next one.
 
@@ -78,6 +87,8 @@ def works_of(
         prompts: Tokens of each prompt.
         sizes: Most new tokens behind each prompt.
         logprobs: See `GenerationOptions`.
+        grammar: What the texts have to be like; what the form says when omitted.
+        scored: See `Work`.
 
     Raises:
         RequestError: A value cannot be used, or there are more sequences than this server ever takes.
@@ -88,6 +99,7 @@ def works_of(
             f"({service.settings.rows + service.settings.queue}); ask for fewer",
             param="n",
         )
+    begin = await _grammar(service, grammar or form.grammar)
     works = []
     for prompt, size in zip(prompts, sizes, strict=True):
         options = form.options(service.engine.defaults, size, logprobs)
@@ -95,5 +107,15 @@ def works_of(
             require_vocabulary(options, service.engine.manifest.vocab_size)
         except EngineError as error:
             raise refused(error, "logit_bias") from error
-        works += [Work(prompt, each) for each in choices_of(options, form.choices)]
+        for each in choices_of(options, form.choices):
+            works.append(Work(prompt, each, None if begin is None else begin.copy(), scored))
     return works
+
+
+async def _grammar(service: Service, source: Source | None) -> Grammar | None:
+    if source is None:
+        return None
+    try:
+        return await service.off_loop(lambda: service.grammars.compile(*source))
+    except EngineError as error:
+        raise refused(error, "response_format") from error

@@ -74,15 +74,15 @@ class Responses:
             raise RequestError("n is not a field of responses; leave it out", param="n")
         prompts = await encoded(self._service, [form.chat], "input")
         size = new_tokens(self._service, len(prompts[0]), form.max_output_tokens, None, "max_output_tokens")
-        works = works_of(self._service, form, prompts, [size], None)
+        works = await works_of(self._service, form, prompts, [size], None)
         told = _Told(form, Identity("response", self._service.settings.model, "resp"), works[0])
         if form.stream:
             answer = submitted(self._service, works)
             return EventStream(guarded(self._service, answer, self._events(told, answer, works)))
-        found, reused = await results(self._service, request, works)
+        found, answer = await results(self._service, request, works)
         if not found:
             return JsonAnswer({})  # nobody reads it
-        return JsonAnswer(told.whole(found[0].text, len(found[0].token_ids), found[0].finish_reason, reused[0]))
+        return JsonAnswer(told.whole(found[0].text, len(found[0].token_ids), found[0].finish_reason, answer.reused[0]))
 
     async def _events(self, told: "_Told", answer: Answer, works: list[Work]) -> AsyncIterator[bytes]:
         numbers = count()

@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from spike_export.artifacts.errors import EngineError
 from spike_export.engines.generation.options import LOWEST_TEMPERATURE, GenerationOptions
-from spike_export.serving.openai.errors import refused
+from spike_export.serving.openai.errors import RequestError, refused
+from spike_export.serving.openai.form import Form
+from spike_export.serving.openai.format_form import ResponseFormat, Source, StructuredOutputs
 
 MOST_CHOICES = 16
 """Most answers to one prompt: each takes a row."""
@@ -16,22 +18,21 @@ MOST_CHOICES = 16
 _LOWEST_TOP_P = 1e-6
 """Stands for a top p of 0, which OpenAI allows: the most probable token alone."""
 
-Number = Annotated[float, Field(allow_inf_nan=False)]
+TokenName = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+"""A token's number as a key of JSON."""
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Form):
     """OpenAI's `stream_options`."""
 
     include_usage: bool = False
 
 
-class SamplingForm(BaseModel):
+class SamplingForm(Form):
     """Fields that every endpoint which generates has. What is absent is the bundle's default.
 
     A temperature of 0 takes the most probable token; any other one, and top p, top k, min p or a seed, draw.
     """
-
-    model_config = ConfigDict(extra="ignore")
 
     model: str | None = None
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
@@ -41,11 +42,13 @@ class SamplingForm(BaseModel):
     repetition_penalty: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] | None = None
-    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]] | None = None
+    logit_bias: dict[TokenName, Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]] | None = None
     seed: int | None = None
     stop: Annotated[str, Field(max_length=1000)] | Annotated[list[str], Field(max_length=16)] | None = None
     stop_token_ids: Annotated[list[int], Field(max_length=128)] | None = None
     ignore_eos: bool = False
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -55,6 +58,22 @@ class SamplingForm(BaseModel):
     def choices(self) -> int:
         """Answers to each prompt."""
         return self.n or 1
+
+    @property
+    def grammar(self) -> Source | None:
+        """What the text has to be like; None for any text.
+
+        Raises:
+            RequestError: Two fields say so, or the end of the text is to be ignored.
+        """
+        format_ = None if self.response_format is None else self.response_format.source
+        structured = None if self.structured_outputs is None else self.structured_outputs.source
+        if format_ is not None and structured is not None:
+            raise RequestError("give one of response_format and structured_outputs", param="structured_outputs")
+        source = format_ or structured
+        if source is not None and self.ignore_eos:
+            raise RequestError("a text of a form ends where the form ends; leave ignore_eos out", param="ignore_eos")
+        return source
 
     @property
     def usage_in_stream(self) -> bool:
@@ -80,7 +99,7 @@ class SamplingForm(BaseModel):
             "repetition_penalty": self.repetition_penalty,
             "presence_penalty": self.presence_penalty,
             "frequency_penalty": self.frequency_penalty,
-            "logit_bias": None if self.logit_bias is None else tuple(sorted(self.logit_bias.items())),
+            "logit_bias": tuple((int(token), bias) for token, bias in (self.logit_bias or {}).items()),
             **self._drawing(),
         }
         optional = {"logprobs", "seed"}

@@ -1,6 +1,7 @@
 """`/v1/models`, and what load balancers and Prometheus ask."""
 
 import time
+from pathlib import Path
 from typing import Any
 
 from starlette.responses import Response
@@ -9,6 +10,16 @@ from spike_export.serving.metrics import CONTENT_TYPE
 from spike_export.serving.openai.exchange import JsonAnswer
 from spike_export.serving.openai.requests import require_model
 from spike_export.serving.service import Service
+
+_PAGE = Path(__file__).parents[1] / "page.html"
+
+_PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; connect-src 'self'; script-src 'unsafe-inline'; "
+    "style-src 'unsafe-inline'; img-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
 
 
 class State:
@@ -34,6 +45,14 @@ class State:
         """Say whether requests are taken: status 503 while the engine does not compute."""
         worker = self._service.worker
         return JsonAnswer({"status": worker.state}, 200 if worker.state == "ready" else 503)
+
+    async def card(self) -> Response:
+        """Return what is known of the model: formats, prefix, accuracy."""
+        return JsonAnswer(self._service.card)
+
+    async def page(self) -> Response:
+        """Return the chat page; it loads nothing from elsewhere, and its browser is told to see to that."""
+        return Response(_PAGE.read_bytes(), media_type="text/html; charset=utf-8", headers=_PAGE_HEADERS)
 
     async def metrics(self) -> Response:
         """Return the figures in Prometheus' text format."""

@@ -2,17 +2,18 @@
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, Field
+from pydantic import Field
 from starlette.responses import Response
 
 from spike_export.serving.openai.chat import Message
 from spike_export.serving.openai.errors import RequestError
 from spike_export.serving.openai.exchange import JsonAnswer
+from spike_export.serving.openai.form import Form
 from spike_export.serving.openai.requests import encoded, require_model
 from spike_export.serving.service import Service
 
 
-class TokenizeForm(BaseModel):
+class TokenizeForm(Form):
     """A text, as completions read it, or messages, as chats do."""
 
     model: str | None = None
@@ -20,7 +21,7 @@ class TokenizeForm(BaseModel):
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096)] | None = None
 
 
-class DetokenizeForm(BaseModel):
+class DetokenizeForm(Form):
     """Tokens."""
 
     model: str | None = None

@@ -6,8 +6,8 @@ from types import TracebackType
 from typing import Self
 
 from spike_export.artifacts.errors import EngineError
-from spike_export.engines.generation.generated_text import Piece
-from spike_export.serving.scheduling.batch import Event, Reused, Work
+from spike_export.engines.generation.generated_text import Piece, TokenLogprob
+from spike_export.serving.scheduling.batch import Event, Reused, Scored, Work
 from spike_export.serving.scheduling.worker import Worker
 
 
@@ -18,6 +18,8 @@ class Answer:
 
     Attributes:
         reused: Tokens of each sequence's prompt that were at hand and not computed; known with its first piece.
+        scored: Of each sequence whose prompt is scored, the prompt's tokens from the second on; known with its first
+            piece.
     """
 
     def __init__(self, worker: Worker, works: Sequence[Work], timeout: float) -> None:
@@ -30,6 +32,7 @@ class Answer:
         """
         self._worker, self._left = worker, len(works)
         self.reused = [0] * len(works)
+        self.scored: list[list[TokenLogprob]] = [[] for _ in works]
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self._deadline = self._loop.time() + timeout
@@ -58,6 +61,9 @@ class Answer:
                 raise event
             if isinstance(event, Reused):
                 self.reused[number] = event.tokens
+                continue
+            if isinstance(event, Scored):
+                self.scored[number].append(event.logprob)
                 continue
             self._left -= event.finish_reason is not None
             yield number, event

@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from spike_export.artifacts.errors import EngineError
-from spike_export.engines.generation.generated_text import Piece, Row
+from spike_export.engines.generation.generated_text import Piece, Row, TokenLogprob
 from spike_export.engines.generation.options import GenerationOptions
 from spike_export.engines.generation.sampling import Sampler, seen_tokens
 from spike_export.engines.generation.slots import KeyValues, SavingSlots, Slots
@@ -20,16 +20,47 @@ from spike_export.serving.scheduling.scheduler import Part, Scheduler
 _CPU = torch.device("cpu")
 
 
+class Constraint(Protocol):
+    """What a text has to be like: knows which token may come next."""
+
+    def allowed(self) -> torch.Tensor:
+        """Return [1, vocab] bool, the tokens that may come next.
+
+        Raises:
+            EngineError: The text cannot go on.
+        """
+
+    def take(self, token: int) -> None:
+        """Go on behind a token."""
+
+
 @dataclass(frozen=True, eq=False)
 class Work:
     """A sequence to be generated.
 
     Attributes:
         prompt: [tokens] int64, at least one.
+        constraint: What its text has to be like, for this sequence alone; None for any text.
+        scored: Whether log-probabilities of the prompt's tokens are told too. Logits are of the last token fed only,
+            so that such a prompt is read token by token, together with the steps of other sequences.
     """
 
     prompt: NDArray[np.int64]
     options: GenerationOptions
+    constraint: Constraint | None = None
+    scored: bool = False
+
+    @property
+    def read_tokens(self) -> int:
+        """Tokens of the prompt that are read at once or in parts; the others are fed one by one."""
+        return 1 if self.scored else len(self.prompt)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The log-probability of a token of the prompt; the first token has none."""
+
+    logprob: TokenLogprob
 
 
 @dataclass(frozen=True)
@@ -39,7 +70,7 @@ class Reused:
     tokens: int
 
 
-Event = Reused | Piece | EngineError
+Event = Reused | Scored | Piece | EngineError
 """What a turn adds to a sequence: a piece, the last of which says why it ended; or why it cannot go on."""
 
 
@@ -54,6 +85,8 @@ class _Sequence:
     def __init__(self, work: Work, tokenizer: Any, vocab: int) -> None:
         self.work = work
         self.begun = False
+        self.fed = work.read_tokens
+        self.next = -1
         self.drawn: list[int] = []
         self.found: Sequence[KeyValues] = ()
         self._text = Row(tokenizer, 0, work.prompt, work.options)
@@ -64,9 +97,28 @@ class _Sequence:
         """Draw the next token from logits [vocab]."""
         if not np.isfinite(logits).all():
             return EngineError("the logits are not finite, an activation overflowed; export with --dtype float32")
-        step = self._sampler.draw(torch.from_numpy(logits[None]), self._seen).on_host()
-        self.drawn.append(int(step.tokens[0]))
+        if self.fed < len(self.work.prompt):
+            return self._score(logits)
+        constraint = self.work.constraint
+        try:
+            allowed = None if constraint is None else constraint.allowed()
+        except EngineError as error:
+            return error
+        step = self._sampler.draw(torch.from_numpy(logits[None]), self._seen, allowed).on_host()
+        self.next = int(step.tokens[0])
+        self.drawn.append(self.next)
+        if constraint is not None:
+            constraint.take(self.next)
         return self._text.take(step)
+
+    def _score(self, logits: NDArray[np.float32]) -> Scored:
+        """Take the prompt's next token in place of one that is drawn."""
+        self.next = int(self.work.prompt[self.fed])
+        self.fed += 1
+        logprobs = torch.from_numpy(logits).log_softmax(dim=-1)
+        best = logprobs.topk(min(self.work.options.logprobs or 0, len(logits)))
+        top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+        return Scored(TokenLogprob(self.next, float(logprobs[self.next]), top))
 
     def held(self) -> NDArray[np.int64]:
         """Return the tokens in the row, once the prompt has been read: the last one drawn has not been fed."""
@@ -109,7 +161,8 @@ class Batch:
         Raises:
             EngineError: The sequence does not fit into a row.
         """
-        self._scheduler.submit(key, len(work.prompt), work.options.max_new_tokens)
+        fed_later = len(work.prompt) - work.read_tokens
+        self._scheduler.submit(key, work.read_tokens, fed_later + work.options.max_new_tokens)
         self._sequences[key] = _Sequence(work, self._tokenizer, self._vocab)
 
     def cancel(self, key: int) -> None:
@@ -134,14 +187,14 @@ class Batch:
         decoding = self._scheduler.decoding()
         if decoding:
             keys = [key for key, _ in decoding]
-            tokens = np.array([self._sequences[key].drawn[-1] for key in keys])
+            tokens = np.array([self._sequences[key].next for key in keys])
             events += self._draw(keys, self._slots.step([row for _, row in decoding], tokens))
         return events
 
     def _reusable(self, key: int) -> int:
-        if self._saved is None:
-            return 0
         sequence = self._sequences[key]
+        if self._saved is None or sequence.work.scored:
+            return 0
         sequence.found = self._saved.store.find(sequence.work.prompt[:-1])
         return len(sequence.found) * self._saved.store.block
 

@@ -193,7 +193,7 @@ def test_a_fault_in_the_build_process_is_one_too(tmp_path: Path, monkeypatch: py
     assert not list(tmp_path.glob("*engine*"))
 
 
-COMMANDS = ("calibrate", "merge", "inspect", "export", "check", "build", "generate", "serve", "report")
+COMMANDS = ("calibrate", "merge", "inspect", "export", "check", "build", "generate", "serve", "bench", "report")
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])

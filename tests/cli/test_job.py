@@ -76,10 +76,11 @@ def test_it_ends_well_and_says_so_in_plain_lines(folder: Path, finished: subproc
     run = folder / "engine.plan.run"
     notes = [line.removeprefix("note: ") for line in lines if line.startswith("note: ")]
     assert notes == list(load_recipe(run / "recipe.json").notes())
-    assert lines[-3:] == [
+    assert lines[-4:] == [
         f"plan: {folder / 'engine.plan'}",
         f"bundle: {run / 'bundle'}",
         f"report: {run / 'report.html'}",
+        f"serve it: spike-export serve {run / 'bundle'}",
     ]
 
 

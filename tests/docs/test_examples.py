@@ -181,6 +181,7 @@ BARE_CALLS = (
     ("build", "B", "--out", "PLAN"),
     ("generate", "B"),
     ("serve", "B"),
+    ("bench", "B"),
 )
 """Calls with nothing but what each command requires."""
 

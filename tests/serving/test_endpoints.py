@@ -6,10 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import openai
 import pytest
+import torch
 
 from spike_export.engines.engine import Engine
+from spike_export.engines.onnx_runtime.session import open_bundle
 from tests.support.tiny_service import CAPACITY, Running, running, write_served_bundle
 
 CHAT: Sequence[Any] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
@@ -196,3 +199,31 @@ def test_a_common_beginning_is_read_once_and_changes_no_text(server: Running, al
     assert again.choices[0].text == expected(alone, text, max_new_tokens=5)
     lines = server.get("/metrics").text.splitlines()
     assert any(line.startswith("spike_export:prefix_cache_hits_total{") for line in lines)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_is_scored(server: Running, bundle: Path, stream: bool) -> None:
+    """Log-probabilities of a given text, as evaluation harnesses ask for: those of the bundle's own logits."""
+    tokens = [70, 71, 72, 80, 95, 100]
+    logits = open_bundle(bundle, threads=1).begin(1).step(np.array([tokens]))[0]
+    logprobs = torch.from_numpy(logits).log_softmax(-1)
+    asked: Any = {"model": "tiny", "prompt": [tokens, tokens[:3]], "max_tokens": 1, "logprobs": 1, "echo": True}
+    client = server.client().completions
+    if stream:
+        chunks = [chunk.choices[0] for chunk in client.create(**asked, stream=True)]
+        first = [chunk for chunk in chunks if chunk.index == 0]
+        told = [value for chunk in first if chunk.logprobs for value in chunk.logprobs.token_logprobs or ()]
+    else:
+        choice = client.create(**asked).choices[0]
+        assert choice.logprobs is not None
+        told = list(choice.logprobs.token_logprobs or ())
+        best = choice.logprobs.top_logprobs or []
+        assert [max(each.values()) for each in best[1:-1]] == pytest.approx(
+            logprobs[:5].max(dim=-1).values.tolist(), abs=1e-4
+        )
+        assert choice.text.startswith("DEFN]b")
+    assert told[0] is None
+    assert told[1:6] == pytest.approx(
+        [float(logprobs[place, token]) for place, token in enumerate(tokens[1:])], abs=1e-4
+    )
+    assert len(told) == 7

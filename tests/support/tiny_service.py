@@ -1,6 +1,5 @@
 """A real server in this process: a small random bundle with a tokenizer of bytes, uvicorn on a thread."""
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from spike_export.checkpoint.hf_directory import open_hf_directory
 from spike_export.checkpoint.modules import linears
 from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.cache_options import CacheOptions
-from spike_export.serving.server import listen, make_server
+from spike_export.serving.server import served_meanwhile
 from spike_export.serving.service import Service, open_service
 from spike_export.serving.settings import Settings
 from tests.support.tiny_checkpoints import random_llama, write_hf
@@ -69,11 +68,5 @@ def running(bundle: Path, **changes: Any) -> Iterator[Running]:
     log: list[tuple[str, dict[str, Any]]] = []
     settings = Settings(model="tiny", port=0, **{"rows": 4, "queue": 16, "drain": 1, **changes})
     service = open_service(bundle, settings, lambda event, fields: log.append((event, fields)), threads=1)
-    server = make_server(service)
-    with listen(settings) as place:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [place]}, daemon=True)
-        thread.start()
-        yield Running(service, f"http://127.0.0.1:{place.getsockname()[1]}", log)
-        server.should_exit = True
-        thread.join(30)
-        assert not thread.is_alive(), "the server does not stop"
+    with served_meanwhile(service) as url:
+        yield Running(service, url, log)

@@ -1,0 +1,92 @@
+"""Texts that follow a grammar: which tokens may come next, by llguidance."""
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+
+from spike_export.artifacts.errors import EngineError, one_line
+
+GrammarKind = Literal["json_object", "json_schema", "regex", "choice", "lark"]
+
+_ANY_OBJECT = {"type": "object"}
+
+_BLANKS: Any = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,16}"}
+"""Between two parts of a JSON text: an indented line has them, and a model that writes only blanks comes to an end."""
+
+AS_DUMPED = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""JSON with the blanks that Python's `json.dumps` and Jinja's `tojson` write: what models of calls were trained on."""
+
+
+class Grammars:
+    """Grammars over one tokenizer, which is prepared when the first one is asked for."""
+
+    def __init__(self, tokenizer: Any, vocab: int, eos_token_ids: Sequence[int]) -> None:
+        self._tokenizer, self._vocab, self._eos = tokenizer, vocab, list(eos_token_ids)
+
+    def compile(self, kind: GrammarKind, source: Any) -> "Grammar":
+        """Return the beginning of a text of a grammar.
+
+        Args:
+            kind: What `source` is: a JSON schema, a regular expression, a list of texts, or a grammar in Lark's
+                notation; nothing for any JSON object.
+            source: The schema as a mapping, the texts, else one text.
+
+        Raises:
+            EngineError: It is no such grammar, or too large a one; or the model has no token that ends a text.
+        """
+        from llguidance import LLMatcher
+
+        if not self._eos:
+            raise EngineError("the model has no token that ends a text, which a grammar needs")
+        try:
+            matcher = LLMatcher(self._words, _spelled(kind, source))
+        except (ValueError, TypeError) as error:
+            raise EngineError(f"the {kind} cannot be used: {one_line(error)}") from error
+        if matcher.is_error():
+            raise EngineError(f"the {kind} cannot be used: {one_line(ValueError(matcher.get_error()))}")
+        return Grammar(matcher, self._vocab)
+
+    @cached_property
+    def _words(self) -> Any:
+        from llguidance.hf import from_tokenizer
+
+        return from_tokenizer(self._tokenizer, n_vocab=self._vocab, eos_token=self._eos)
+
+
+def _spelled(kind: GrammarKind, source: Any) -> str:
+    from llguidance import LLMatcher
+
+    if kind == "regex":
+        return LLMatcher.grammar_from_regex(source)
+    if kind == "choice":
+        return LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(text) for text in source))
+    if kind == "lark":
+        return LLMatcher.grammar_from_lark(source)
+    schema: Mapping[str, Any] = _ANY_OBJECT if kind == "json_object" else source
+    return LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=_BLANKS)
+
+
+class Grammar:
+    """A text of a grammar in progress (see `Constraint`)."""
+
+    def __init__(self, matcher: Any, vocab: int) -> None:
+        self._matcher, self._vocab = matcher, vocab
+
+    def copy(self) -> "Grammar":
+        """Return the same place in another text."""
+        return Grammar(self._matcher.deep_copy(), self._vocab)
+
+    def allowed(self) -> torch.Tensor:
+        """See `Constraint`."""
+        packed = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.uint8)
+        if self._matcher.is_error():
+            raise EngineError(f"the grammar cannot go on: {one_line(ValueError(self._matcher.get_error()))}")
+        bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
+        return bits.reshape(1, -1)[:, : self._vocab].to(torch.bool)
+
+    def take(self, token: int) -> None:
+        """See `Constraint`."""
+        self._matcher.consume_token(token)  # an error shows in `allowed`

@@ -1,0 +1,62 @@
+"""The chat page in a headless browser: type, stream, stop, new chat, a key; nothing is asked of other servers."""
+
+import json
+import re
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spike_export.engines.onnx_runtime.slots import StaticSlots
+from tests.support.browser import CHROMIUM, browser
+from tests.support.tiny_service import Running
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
+
+ANSWER = "document.querySelector('.message.assistant:last-of-type .text').textContent"
+
+
+def test_a_chat_in_the_browser(server: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go, step = threading.Event(), StaticSlots.step
+
+    def slow_step(slots: StaticSlots, *arguments: Any) -> Any:
+        go.wait(0.2)
+        return step(slots, *arguments)
+
+    with browser(tmp_path / "profile") as page:
+        page.open(server.url)
+        page.wait("document.querySelectorAll('#card dt').length > 5")
+        assert page.run("document.getElementById('model').textContent") == "tiny"
+        page.run("document.getElementById('max_completion_tokens').value = 20")
+        page.press("Hello")  # the message has the focus
+        page.enter()
+        page.wait("document.querySelector('.message.assistant .figures')?.textContent.includes('tokens/s')")
+        asked = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 20}
+        expected = server.post("/v1/chat/completions", json=asked).json()["choices"][0]["message"]["content"]
+        assert page.run(ANSWER).strip() == expected.strip()
+        assert page.run("document.activeElement.id") == "text"
+
+        monkeypatch.setattr(StaticSlots, "step", slow_step)
+        page.run("document.getElementById('max_completion_tokens').value = 100")
+        page.press("More")
+        page.enter()
+        page.wait("!document.getElementById('stop').disabled")
+        page.run("document.getElementById('stop').click()")
+        page.wait("document.getElementById('state').textContent === 'Stopped.'")
+        go.set()
+        page.run("document.getElementById('new').click()")
+        assert page.run("document.querySelectorAll('.message').length") == 0
+        assert page.run("[...document.querySelectorAll('input, textarea')].every(each => each.labels.length > 0)")
+        assert [url for url in page.requested if not url.startswith((server.url, "about:", "blob:"))] == []
+
+
+def test_the_page_names_no_other_server(server: Running) -> None:
+    answer = server.get("/")
+    assert answer.headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    assert re.findall(r"(?:src|href)=|https?://|@import", answer.text) == []
+    card = server.get("/model-card").json()
+    assert card["model"] == "tiny"
+    assert card["linears"] == {"int8": 1.0}
+    assert json.dumps(card)
