@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO := .demo
+FUZZ_SECONDS ?= 600
 
 # Both ends of the ranges in pyproject.toml. torch keeps the version of constraints.txt unless TORCH names another:
 # a newer build brings several GB of CUDA libraries on Linux.
@@ -21,11 +22,12 @@ ENDS := tests/cli/test_job.py tests/artifacts tests/checkpoint tests/calibration
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-newest test-lowest docs clean
+.PHONY: help demo test fuzz test-newest test-lowest docs clean
 
 help:
 	@echo "make demo   fetch a small model, export and build it, say where plan, bundle and report lie"
 	@echo "make test   lint, format check, types, import contracts, tests"
+	@echo "make fuzz   give damaged files of every format to their readers, for FUZZ_SECONDS (now: $(FUZZ_SECONDS))"
 	@echo "make test-newest, make test-lowest"
 	@echo "            tests and main job with the newest and the lowest versions that pyproject.toml allows"
 	@echo "make docs   build the documentation site into build/docs"
@@ -54,6 +56,10 @@ test: $(INSTALLED)
 	$(BIN)/mypy benchmarks
 	PYTHONPATH=.links $(BIN)/lint-imports --no-logo
 	$(BIN)/python -m pytest $(PARALLEL)
+
+# What failed is kept in .fuzz and tried first the next time.
+fuzz: $(INSTALLED)
+	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest tests/fuzz -q -p no:cacheprovider
 
 test-newest:
 	$(PYTHON) -m venv $(NEWEST)

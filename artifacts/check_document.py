@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from spike_export.artifacts.atomic_write import write_text
+from spike_export.artifacts.documents import read_document
 from spike_export.artifacts.errors import ArtifactError
 from spike_export.artifacts.ownership import is_document
 
@@ -127,7 +128,7 @@ def load_check(path: Path) -> Check:
         ArtifactError: The file is missing, not JSON, or not a check.
     """
     try:
-        return Check.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        return Check.model_validate(json.loads(read_document(path)))
     except ValidationError as error:
         fault = error.errors()[0]
         where = ".".join(str(part) for part in fault["loc"]) or "the document"

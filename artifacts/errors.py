@@ -3,11 +3,19 @@
 A message names the thing, the place and the remedy.
 """
 
+from spike_export.artifacts.visible_text import visible
+
 _LONGEST_QUOTE = 400
 
 
 class SpikeExportError(Exception):
-    """Base of every error that bad input or a bad environment can cause."""
+    """Base of every error that bad input or a bad environment can cause; its message is one visible line.
+
+    Names from files stand in messages, and may hold line ends or sequences that a terminal obeys.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(visible(" ".join(message.split())))
 
 
 class CheckpointError(SpikeExportError):

@@ -8,6 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from spike_export.artifacts.atomic_write import write_text
+from spike_export.artifacts.documents import read_document, require_files
 from spike_export.artifacts.errors import ArtifactError
 from spike_export.artifacts.recipe import Dtype
 from spike_export.artifacts.sole_writer import finish_dead_replacement
@@ -170,6 +171,19 @@ class Manifest(_Document):
             )
         return self
 
+    @model_validator(mode="after")
+    def _require_known_tokens(self) -> Self:
+        fed = (
+            *(self.prefix.token_ids if self.prefix else ()),
+            *(() if self.bos_token_id is None else (self.bos_token_id,)),
+        )
+        unknown = next((token for token in fed if not 0 <= token < self.vocab_size), None)
+        if unknown is not None:
+            raise ValueError(f"token {unknown} is fed, and the model knows 0 to {self.vocab_size - 1}")
+        if self.prefix and self.prefix.length != len(self.prefix.token_ids):
+            raise ValueError(f"a prefix of {len(self.prefix.token_ids)} tokens has length {self.prefix.length}")
+        return self
+
     @property
     def prefix_length(self) -> int:
         """Number of prefix tokens; 0 when there is no prefix."""
@@ -199,8 +213,10 @@ def load_manifest(bundle: Path) -> Manifest:
     """
     finish_dead_replacement(bundle)
     path = bundle / MANIFEST_FILE
+    if bundle.is_dir():
+        require_files(bundle.iterdir(), ArtifactError)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_document(path)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ArtifactError(f"{path}: cannot read the manifest ({reason}); is {bundle} a bundle?") from error

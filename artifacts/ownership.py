@@ -8,11 +8,9 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from spike_export.artifacts.documents import read_document
 from spike_export.artifacts.errors import ArtifactError
 from spike_export.artifacts.manifest import MANIFEST_FILE
-
-_LARGEST_DOCUMENT = 1 << 28
-"""Bytes of a JSON document that is read for its mark."""
 
 _MANIFEST_KEYS = ("format", "model", "kv_cache", "linears")
 
@@ -39,9 +37,7 @@ def require_replaceable(path: Path, kind: str, is_ours: Callable[[Path], bool], 
 def is_document(path: Path, *keys: str) -> bool:
     """Return whether a file is a JSON object with these keys at its top."""
     try:
-        if not path.is_file() or path.stat().st_size > _LARGEST_DOCUMENT:
-            return False
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(read_document(path))
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(document, dict) and all(key in document for key in keys)
@@ -57,7 +53,7 @@ def is_bundle(folder: Path) -> bool:
 
 def _foreign(folder: Path, found: set[str]) -> set[str]:
     """Return the files of a bundle that its manifest does not list; none where an older manifest lists nothing."""
-    listed = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8")).get("files")
+    listed = json.loads(read_document(folder / MANIFEST_FILE)).get("files")
     if not isinstance(listed, list) or not listed:
         return set()
     return found - {MANIFEST_FILE, *(name for name in listed if isinstance(name, str))}

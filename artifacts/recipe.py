@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from spike_export.artifacts.atomic_write import write_text
+from spike_export.artifacts.documents import read_document
 from spike_export.artifacts.errors import RecipeError
 
 Dtype = Literal["float32", "float16", "bfloat16"]
@@ -53,6 +54,9 @@ def _held_by_float32(value: float) -> float:
 
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False), AfterValidator(_held_by_float32)]
 """A scale or a magnitude that float32, in which the graph holds scales, has as a normal number."""
+
+ModuleName = Annotated[str, Field(pattern=r"^model\.layers\.[0-9]{1,6}\.[A-Za-z0-9_.]+$")]
+"""HF's name of a part of a decoder layer, such as `model.layers.11.mlp.down_proj`."""
 
 Criterion = Literal["ratio", "noise"]
 """What decides which modules stay in 16 bit: the max-median ratio, as in the paper, or the estimated noise."""
@@ -347,10 +351,10 @@ class Recipe(_Document):
     alpha: float | None
     criterion: Criterion = "ratio"
     prefix: Prefix | None
-    modules: Mapping[str, ModulePlan]
-    attention: Mapping[str, AttentionPlan] = Field(default_factory=dict)
+    modules: Mapping[ModuleName, ModulePlan]
+    attention: Mapping[ModuleName, AttentionPlan] = Field(default_factory=dict)
     rotation: RotationPlan | None = None
-    smoothing: Mapping[str, SmoothingPlan] = Field(default_factory=dict)
+    smoothing: Mapping[ModuleName, SmoothingPlan] = Field(default_factory=dict)
     head_smoothing: SmoothingPlan | None = None
     search: Search = Search()
 
@@ -468,7 +472,7 @@ def load_recipe(path: Path | str) -> Recipe:
         RecipeError: The file is missing, not JSON, or not a recipe; the first fault is named.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_document(Path(path))
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot read the recipe: {getattr(error, 'strerror', None) or error}") from error
     try:

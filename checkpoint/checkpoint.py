@@ -78,6 +78,19 @@ class Checkpoint:
     tokenizer: "PreTrainedTokenizerBase | None"
     generation_config: Mapping[str, Any]
 
+    def __post_init__(self) -> None:
+        """Refuse a beginning-of-sequence id that the embedding has no row for.
+
+        Raises:
+            CheckpointError: Names the id.
+        """
+        bos = self.bos_token_id
+        if bos is not None and not 0 <= bos < self.config.vocab_size:
+            raise CheckpointError(
+                f"{self.name}: sequences begin with token {bos}, and the model knows 0 to "
+                f"{self.config.vocab_size - 1}; correct bos_token_id, or the tokenizer"
+            )
+
     def tensor(self, name: str) -> NDArray[np.float32]:
         """Read one tensor by HF name; the tied head and embedding stand in for each other."""
         return self.tensors.read(self._stored_name(name))

@@ -6,7 +6,7 @@ from typing import Any
 
 from spike_export.artifacts.errors import CheckpointError, one_line
 from spike_export.artifacts.manifest import MOST_LAYERS
-from spike_export.checkpoint.factors import Factors
+from spike_export.checkpoint.factors import Factors, positive
 from spike_export.checkpoint.families import FAMILIES, Experts, Family
 from spike_export.checkpoint.rope_frequencies import ROPE_TYPES, RopeScaling, frequencies
 
@@ -29,6 +29,8 @@ _LARGEST: Mapping[str, int] = {
     **dict.fromkeys(_EXPERT_COUNTS, 1 << 14),
 }
 """Counts beyond those of any model: tables and lists of names are made by them. Other sizes end at 2^31 - 1."""
+
+_LARGEST_SIZE = (1 << 31) - 1
 
 _REQUIRED = (
     "vocab_size",
@@ -140,7 +142,11 @@ def decoder_config(raw: Mapping[str, Any], place: str) -> DecoderConfig:
         raise CheckpointError(
             f"{place}: its attention is bidirectional (an embedding model); only text generators are supported"
         )
-    eos = hf.eos_token_id
+    ends = hf.eos_token_id if isinstance(hf.eos_token_id, list) else [hf.eos_token_id]
+    try:
+        factors, epsilon = family.factors(hf.to_dict()), positive(hf.to_dict(), "rms_norm_eps")
+    except ValueError as error:
+        raise CheckpointError(f"{place}: {error}: the file is damaged") from error
     config = DecoderConfig(
         family=family,
         hf=hf.to_dict(),
@@ -151,19 +157,51 @@ def decoder_config(raw: Mapping[str, Any], place: str) -> DecoderConfig:
         num_attention_heads=hf.num_attention_heads,
         num_key_value_heads=hf.num_key_value_heads,
         head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
-        rms_norm_eps=hf.rms_norm_eps,
+        rms_norm_eps=epsilon,
         max_position_embeddings=hf.max_position_embeddings,
-        sliding_window=hf.sliding_window if family.sliding_window else None,
+        sliding_window=_window(hf.sliding_window, place) if family.sliding_window else None,
         tie_word_embeddings=hf.tie_word_embeddings,
         **_mixture(family.experts, hf, place),
-        factors=family.factors(hf.to_dict()),
+        factors=factors,
         biased=_biased(family, hf),
-        bos_token_id=hf.bos_token_id,
-        eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+        bos_token_id=_token_id(hf.bos_token_id, place),
+        eos_token_ids=tuple(end for each in ends if (end := _token_id(each, place)) is not None),
     )
+    _check_layered_ropes(config, place)
     for kind in config.ropes:
         _check_rope(config, kind, place)
     return config
+
+
+def _token_id(value: Any, place: str) -> int | None:
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+        raise CheckpointError(f"{place}: a special token's id is {value!r}; expected a whole number or null")
+    return value
+
+
+def _window(positions: Any, place: str) -> int | None:
+    if positions is None:
+        return None
+    if not isinstance(positions, int) or isinstance(positions, bool) or not 1 <= positions <= _LARGEST_SIZE:
+        raise CheckpointError(
+            f"{place}: sliding_window is {positions!r}; expected a whole number from 1 to {_LARGEST_SIZE:,}, or null"
+        )
+    return positions
+
+
+def _check_layered_ropes(config: DecoderConfig, place: str) -> None:
+    """Refuse ropes for kinds of layers in a family that has one rope, and a kind of layer without a rope."""
+    ropes = {kind for kind, value in config.hf["rope_parameters"].items() if isinstance(value, Mapping)}
+    if not ropes:
+        return
+    if not config.family.layered_ropes:
+        raise CheckpointError(
+            f"{place}: rope_parameters hold a rope for {min(ropes)!r}, and all layers of {config.family.model_type} "
+            "models share one; the file is damaged"
+        )
+    without = sorted(set(config.hf["layer_types"]) - ropes)
+    if without:
+        raise CheckpointError(f"{place}: rope_parameters lack a rope for {without[0]!r}; the file is damaged")
 
 
 def _mixture(experts: Experts | None, hf: Any, place: str) -> dict[str, Any]:
@@ -216,6 +254,7 @@ def _check_rope(config: DecoderConfig, kind: str | None, place: str) -> None:
         supported = ", ".join(ROPE_TYPES)
         raise CheckpointError(f"{place}: rope type {rope.kind!r} is not supported (supported: {supported})")
     try:
+        positive(rope.parameters, "rope_theta")
         # Within the original length and beyond it, where kinds that look at the length read other parameters.
         for length in (1, max(rope.positions, rope.original_positions) + 1):
             frequencies(rope, length)
@@ -239,7 +278,7 @@ def _biased(family: Family, hf: Any) -> frozenset[str]:
 def _check_sizes(raw: Mapping[str, Any], place: str) -> None:
     """Refuse sizes that are none, or that contradict each other."""
     for key in (*_SIZES, *_EXPERT_COUNTS):
-        value, largest = raw.get(key), _LARGEST.get(key, (1 << 31) - 1)
+        value, largest = raw.get(key), _LARGEST.get(key, _LARGEST_SIZE)
         least = 0 if key in _EXPERT_COUNTS else 1  # how many experts a token needs is checked with its other sizes
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
             raise CheckpointError(f"{place}: {key} is {value!r}; expected a whole number above 0: the file is damaged")

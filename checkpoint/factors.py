@@ -1,5 +1,6 @@
 """The numbers by which a family scales what flows through its decoder, read from HF's configuration."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,22 @@ class Factors:
     final_softcap: float | None = None
 
 
+def positive(hf: Mapping[str, Any], key: str) -> float:
+    """Return a number of a configuration that something is multiplied by, divided by, or rooted.
+
+    Raises:
+        ValueError: It is not a finite number above 0.
+    """
+    value = hf[key]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{key} is {value!r}; expected a finite number above 0")
+    return value
+
+
+def _bound(hf: Mapping[str, Any], key: str) -> float | None:
+    return None if hf[key] is None else positive(hf, key)
+
+
 def no_factors(_: Mapping[str, Any]) -> Factors:
     """Return the factors of a family that has none."""
     return Factors()
@@ -43,9 +60,9 @@ def gemma2_factors(hf: Mapping[str, Any]) -> Factors:
     return Factors(
         embedding=hf["hidden_size"] ** 0.5,
         rounds_embedding=True,
-        attention=hf["query_pre_attn_scalar"] ** -0.5,
-        attention_softcap=hf["attn_logit_softcapping"],
-        final_softcap=hf["final_logit_softcapping"],
+        attention=positive(hf, "query_pre_attn_scalar") ** -0.5,
+        attention_softcap=_bound(hf, "attn_logit_softcapping"),
+        final_softcap=_bound(hf, "final_logit_softcapping"),
     )
 
 
@@ -54,16 +71,16 @@ def gemma3_factors(hf: Mapping[str, Any]) -> Factors:
     return Factors(
         embedding=hf["hidden_size"] ** 0.5,
         rounds_embedding=True,
-        attention=hf["query_pre_attn_scalar"] ** -0.5,
-        final_softcap=hf["final_logit_softcapping"],
+        attention=positive(hf, "query_pre_attn_scalar") ** -0.5,
+        final_softcap=_bound(hf, "final_logit_softcapping"),
     )
 
 
 def granite_factors(hf: Mapping[str, Any]) -> Factors:
     """Return Granite's: all are named in the configuration."""
     return Factors(
-        embedding=hf["embedding_multiplier"],
-        attention=hf["attention_multiplier"],
-        residual=hf["residual_multiplier"],
-        logits=hf["logits_scaling"],
+        embedding=positive(hf, "embedding_multiplier"),
+        attention=positive(hf, "attention_multiplier"),
+        residual=positive(hf, "residual_multiplier"),
+        logits=positive(hf, "logits_scaling"),
     )

@@ -55,6 +55,7 @@ class Family:
         float32_gain: Whether an RMSNorm rounds to the decoder's dtype after it has multiplied by its weight, instead
             of before.
         float32_rotation: Whether rope's cosines and sines stay float32 where the decoder's dtype is another.
+        layered_ropes: Whether each kind of layer has a rope of its own.
         partial_rotation: Whether `partial_rotary_factor` tells how many of a head's channels are rotated.
         attention_norm: The norm in front of attention; None where attention reads the residual stream itself.
         mlp_norm: The norm in front of the feed-forward block; None likewise.
@@ -74,6 +75,7 @@ class Family:
     norm_offset: float = 0.0
     float32_gain: bool = False
     float32_rotation: bool = False
+    layered_ropes: bool = False
     partial_rotation: bool = False
     attention_norm: str | None = "input_layernorm"
     mlp_norm: str | None = "post_attention_layernorm"
@@ -126,6 +128,7 @@ _ROWS = (
         "gemma3_text",
         "Gemma3ForCausalLM",
         sliding_window=True,
+        layered_ropes=True,
         activation="gelu_pytorch_tanh",
         norm_offset=1.0,
         float32_gain=True,

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from spike_export.checkpoint.decoder_config import DecoderConfig, decoder_config
 from spike_export.checkpoint.families import FAMILIES
 from spike_export.checkpoint.file_hash import HashedFiles
 from spike_export.checkpoint.rope_frequencies import RopeScaling, frequencies
+from spike_export.checkpoint.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -79,6 +80,33 @@ class _File:
     def get(self, key: str, default: Any = None) -> Any:
         """Return one of the model's own values."""
         return self.fields.get(f"{self.architecture}.{key}", default)
+
+    def number(self, key: str, default: float) -> float:
+        """Return one of the model's own values that is a number.
+
+        Raises:
+            CheckpointError: It is of another type.
+        """
+        value = self.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self._damaged(key, value, "a number")
+        return float(value)
+
+    def size(self, key: str, default: int | None = None) -> int:
+        """Return one of the model's own values that counts something.
+
+        Raises:
+            CheckpointError: It is no whole number above 0.
+        """
+        value = self.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise self._damaged(key, value, "a whole number above 0")
+        return value
+
+    def _damaged(self, key: str, value: Any, expected: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path}: {self.architecture}.{key} is {value!r}; expected {expected}: the file is damaged"
+        )
 
 
 Settings = dict[str, Any]
@@ -205,7 +233,8 @@ def _rows_in_pairs(rows: NDArray[np.int64], head_dim: int) -> NDArray[np.int64]:
     return np.asarray(head * head_dim + 2 * pair + half, np.int64)
 
 
-def _read_file(path: Path) -> Any:
+def _read_file(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Return metadata without the vocabulary, and gguf's records by name."""
     import gguf
 
     # gguf warns about byte orders and unknown keys on its own logger; a damaged file raises anyway.
@@ -235,6 +264,7 @@ def _read_file(path: Path) -> Any:
 
     try:
         reader = Reader(path)
+        fields = {name: field.contents() for name, field in reader.fields.items() if name not in _VOCABULARY}
         # The reader maps the file without looking at the end: touching each record finds a truncated one.
         size = path.stat().st_size
         for tensor in reader.tensors:
@@ -246,11 +276,11 @@ def _read_file(path: Path) -> Any:
         raise CheckpointError(
             f"{path}: damaged or truncated GGUF file ({one_line(error)}); download it again"
         ) from error
-    return reader
+    return fields, {tensor.name: tensor for tensor in reader.tensors}
 
 
-def _contents(reader: Any, path: Path) -> tuple[_Architecture, _File]:
-    fields = {name: field.contents() for name, field in reader.fields.items() if name not in _VOCABULARY}
+def _contents(path: Path) -> tuple[_Architecture, _File]:
+    fields, records = _read_file(path)
     name = str(fields.get("general.architecture"))
     if name not in ARCHITECTURES:
         supported = ", ".join(ARCHITECTURES)
@@ -262,7 +292,7 @@ def _contents(reader: Any, path: Path) -> tuple[_Architecture, _File]:
         raise CheckpointError(f"{path}: split.count is {parts!r}; expected a whole number: the file is damaged")
     if parts > 1:
         raise CheckpointError(f"{path}: one of {parts} parts of a model; join them with llama-gguf-split --merge")
-    file = _File(path, name, fields, {tensor.name: tensor for tensor in reader.tensors})
+    file = _File(path, name, fields, records)
     layers = file.get("block_count", 1)
     if not isinstance(layers, int) or not 1 <= layers <= MOST_LAYERS:
         raise CheckpointError(f"{path}: {name}.block_count is {layers!r}; expected 1 to {MOST_LAYERS:,} layers")
@@ -271,6 +301,8 @@ def _contents(reader: Any, path: Path) -> tuple[_Architecture, _File]:
         missing.append(f"tensor {_EMBEDDING}")
     if missing:
         raise CheckpointError(f"{path}: missing {', '.join(missing)}; the file is not a whole model")
+    if len(records[_EMBEDDING].shape) != 2:
+        raise CheckpointError(f"{path}: tensor {_EMBEDDING} is no matrix; the file is damaged")
     return ARCHITECTURES[name], file
 
 
@@ -303,10 +335,10 @@ def _require_whole_rope(file: _File, head_dim: int) -> None:
 
 def _rope(file: _File) -> Settings:
     """Return HF's rope parameters of the layers that see everything."""
-    rope: Settings = {"rope_type": "default", "rope_theta": float(file.get("rope.freq_base", _THETA))}
+    rope: Settings = {"rope_type": "default", "rope_theta": file.number("rope.freq_base", _THETA)}
     kind = file.get("rope.scaling.type", "none")
     if kind == "linear":
-        return rope | {"rope_type": "linear", "factor": float(file.get("rope.scaling.factor", 1.0))}
+        return rope | {"rope_type": "linear", "factor": file.number("rope.scaling.factor", 1.0)}
     if kind != "none":
         raise CheckpointError(
             f"{file.path}: rope type {kind!r} is not read from GGUF files (linear and llama3 are); take the "
@@ -345,25 +377,23 @@ def _query_scale(file: _File, layers_of_27b: int) -> Settings:
 
     No key holds it. As llama.cpp, tell the one size (27B) that does not use the head's width by its layers.
     """
-    heads, hidden = int(file.get("attention.head_count")), int(file.get("embedding_length"))
-    width = hidden // heads
-    if file.get("block_count") != layers_of_27b:
-        width = int(file.get("attention.key_length", width))
-    return {"query_pre_attn_scalar": width}
+    width = file.size("embedding_length") // file.size("attention.head_count")
+    own = file.get("block_count") == layers_of_27b
+    return {"query_pre_attn_scalar": width if own else file.size("attention.key_length", width)}
 
 
 def _gemma2(file: _File) -> Settings:
     caps = ("attn_logit_softcapping", "final_logit_softcapping")
-    stated = {key: float(file.get(key)) for key in caps if file.get(key) is not None}
+    stated = {key: file.number(key, 0.0) for key in caps if file.get(key) is not None}
     return _plain(file) | _sliding(file, 2) | _query_scale(file, 46) | stated
 
 
 def _gemma3(file: _File) -> Settings:
     # Scaling, which stretches the context, is for the layers that see all of it.
-    local = {"rope_type": "default", "rope_theta": float(file.get("rope.freq_base_swa", _THETA))}
+    local = {"rope_type": "default", "rope_theta": file.number("rope.freq_base_swa", _THETA)}
     rope = {"rope_parameters": {"full_attention": _rope(file), "sliding_attention": local}}
-    cap = file.get("final_logit_softcapping")
-    return rope | _sliding(file, 6) | _query_scale(file, 62) | ({"final_logit_softcapping": float(cap)} if cap else {})
+    cap = file.number("final_logit_softcapping", 0.0)
+    return rope | _sliding(file, 6) | _query_scale(file, 62) | ({"final_logit_softcapping": cap} if cap else {})
 
 
 # AutoTokenizer has the class reread the whole file for a configuration first, which it cannot for the first Gemma.
@@ -386,6 +416,8 @@ def _llama3_scaling(divisors: NDArray[np.float64], theta: float, path: Path) -> 
     The divisors follow from (theta, factor) and the published constants; the factor is the largest of them. The
     formula is evaluated and compared, so that any other scaling is refused rather than approximated.
     """
+    if divisors.ndim != 1 or not (np.isfinite(divisors) & (divisors > 0)).all():
+        raise CheckpointError(f"{path}: {_LLAMA3_DIVISORS} holds no divisors of frequencies; the file is damaged")
     settings = {"rope_type": "llama3", "rope_theta": theta, "factor": float(divisors.max()), **_LLAMA3}
     plain = theta ** (-np.arange(len(divisors)) / len(divisors))
     try:
@@ -431,13 +463,14 @@ def _tokenizer(architecture: _Architecture, path: Path) -> "PreTrainedTokenizerB
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
-    try:
-        tokenizer: PreTrainedTokenizerBase = getattr(transformers, architecture.tokenizer).from_pretrained(
-            path.parent, gguf_file=path.name, local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:  # whatever a damaged vocabulary makes transformers raise
-        raise CheckpointError(f"{path}: cannot load the tokenizer: {one_line(error)}") from error
-    return tokenizer
+    load = partial(
+        getattr(transformers, architecture.tokenizer).from_pretrained,
+        path.parent,
+        gguf_file=path.name,
+        local_files_only=True,
+        trust_remote_code=False,
+    )
+    return load_tokenizer(load, path, CheckpointError)
 
 
 def open_gguf(path: Path) -> Checkpoint:
@@ -447,7 +480,7 @@ def open_gguf(path: Path) -> Checkpoint:
         CheckpointError: The file is damaged, one part of several, of another architecture, lacks a tensor, or holds
             one that cannot be read.
     """
-    architecture, file = _contents(_read_file(path), path)
+    architecture, file = _contents(path)
     config = _hf_config(architecture, file)
     tensors = _hf_tensors(config, file)
     heads = {}

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +14,14 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from spike_export.artifacts.documents import read_document, require_file, require_files
 from spike_export.artifacts.errors import CheckpointError, one_line
 from spike_export.artifacts.inner_paths import leads_outside
 from spike_export.checkpoint.checkpoint import Checkpoint, validate_shapes
 from spike_export.checkpoint.decoder_config import decoder_config
 from spike_export.checkpoint.file_hash import HashedFiles
 from spike_export.checkpoint.row_blocks import BlockReader, row_blocks
+from spike_export.checkpoint.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -185,6 +187,7 @@ def _open_safetensors(file: Path) -> Any:
     from safetensors import safe_open
 
     try:
+        require_file(file)
         return safe_open(file, framework="pt")
     except FileNotFoundError as error:
         raise CheckpointError(f"{file}: this shard is missing; download it again") from error
@@ -227,7 +230,7 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: The file is missing, not JSON, or not an object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_document(path))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: this file is missing; is {path.parent} a model directory?") from error
     except (OSError, ValueError, RecursionError) as error:
@@ -242,13 +245,8 @@ def _tokenizer(directory: Path) -> "PreTrainedTokenizerBase | None":
         return None
     from transformers import AutoTokenizer
 
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            directory, local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:  # whatever a damaged file makes the tokenizer raise
-        raise CheckpointError(f"{directory}: cannot load the tokenizer: {one_line(error)}") from error
-    return tokenizer
+    load = partial(AutoTokenizer.from_pretrained, directory, local_files_only=True, trust_remote_code=False)
+    return load_tokenizer(load, directory, CheckpointError)
 
 
 def open_hf_directory(directory: Path, name: str) -> Checkpoint:
@@ -258,6 +256,7 @@ def open_hf_directory(directory: Path, name: str) -> Checkpoint:
         CheckpointError: A file is missing or damaged, a tensor is missing or of a wrong shape, or the architecture
             is not supported.
     """
+    require_files(directory.iterdir(), CheckpointError)
     config_file = directory / "config.json"
     config = decoder_config(read_json(config_file), str(config_file))
     source = SafetensorsSource(_weight_files(directory))

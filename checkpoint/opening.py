@@ -1,8 +1,7 @@
 """Opens a model by what the user names it with: a folder, a file, or a hub id."""
 
-from pathlib import Path
-
 from spike_export.artifacts.errors import CheckpointError
+from spike_export.artifacts.user_paths import user_path
 from spike_export.checkpoint.checkpoint import Checkpoint
 from spike_export.checkpoint.gguf_file import open_gguf
 from spike_export.checkpoint.hf_directory import download_snapshot, looks_like_hub_id, open_hf_directory
@@ -16,7 +15,7 @@ def open_checkpoint(source: str) -> Checkpoint:
     Raises:
         CheckpointError: The source does not exist, is damaged, or is not a supported architecture.
     """
-    path = Path(source).expanduser()
+    path = user_path(source, CheckpointError)
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise CheckpointError(f"{source}: not a .gguf file; give an HF directory, a .gguf file or a hub id")

@@ -7,13 +7,12 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import cyclopts
 from cyclopts import App
 
-from spike_export.artifacts.errors import ArtifactError, SpikeExportError
+from spike_export.artifacts.errors import SpikeExportError
 from spike_export.artifacts.visible_text import visible
 from spike_export.cli.commands.bench import bench
 from spike_export.cli.commands.build import build
@@ -26,6 +25,7 @@ from spike_export.cli.commands.job import job
 from spike_export.cli.commands.merge import merge
 from spike_export.cli.commands.report import report
 from spike_export.cli.commands.serve import serve
+from spike_export.cli.config_file import config_path, require_config, require_text
 from spike_export.cli.crash import report_crash
 from spike_export.cli.exit_codes import BAD_INPUT, DONE, INTERRUPTED, PROGRAM_FAULT
 from spike_export.cli.terminal.messages import say
@@ -56,9 +56,10 @@ def run(arguments: Sequence[str]) -> int:
     interrupted.
     """
     try:
-        path = _config_path(arguments)
+        require_text(arguments, "the command line")
+        path = config_path(arguments)
         if path:
-            _require_toml(path)
+            require_config(path, app)
         app.config = [cyclopts.config.Toml(path, must_exist=True)] if path else []
         code = app(arguments, exit_on_error=False, print_error=False)
     except cyclopts.CycloptsError as error:
@@ -90,28 +91,6 @@ def _given(arguments: Sequence[str]) -> Mapping[str, Any]:
         return work_dir | bound.arguments
     except Exception:
         return {}
-
-
-def _config_path(arguments: Sequence[str]) -> Path | None:
-    """Return the value of `--config`, which must be known before the options are read."""
-    for index, argument in enumerate(arguments):
-        if argument == "--config" and index + 1 < len(arguments):
-            return Path(arguments[index + 1])
-        if argument.startswith("--config="):
-            return Path(argument.removeprefix("--config="))
-    return None
-
-
-def _require_toml(path: Path) -> None:
-    """Refuse a configuration file that cannot be read, by its name, which the parser's own message lacks."""
-    import tomllib
-
-    try:
-        tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ArtifactError(f"{path}: cannot read the configuration file: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:  # not UTF-8, or not TOML
-        raise ArtifactError(f"{path}: not a TOML file ({error}); correct it, or leave --config out") from error
 
 
 def _fail(message: str) -> int:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import InitVar, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from spike_export.artifacts.documents import read_document
 from spike_export.artifacts.errors import EngineError, one_line
 from spike_export.artifacts.manifest import Manifest, load_manifest
 from spike_export.artifacts.progress import Progress, silent
 from spike_export.artifacts.threads import require_threads
+from spike_export.checkpoint.tokenizer import load_tokenizer
 from spike_export.engines.generation.decoding import Decoding
 from spike_export.engines.generation.generated_text import Generation, Piece, Row, joined, streamed
 from spike_export.engines.generation.options import GenerationOptions
@@ -37,12 +39,19 @@ class Engine:
 
     Attributes:
         defaults: Options of the bundle's `generation_config.json`, with the tokens that end a sequence.
+        prompts: Turns prompts into tokens.
     """
 
     decoding: Decoding
     tokenizer: "PreTrainedTokenizerBase"
     manifest: Manifest
     defaults: GenerationOptions
+    encoder: InitVar[PromptEncoder | None] = None
+    prompts: PromptEncoder = field(init=False, repr=False)
+
+    def __post_init__(self, encoder: PromptEncoder | None) -> None:
+        """Take the encoder that was started before the runtime, or one that starts with the first prompt."""
+        object.__setattr__(self, "prompts", encoder or PromptEncoder(self.tokenizer, self.manifest))
 
     @classmethod
     def open(
@@ -98,11 +107,13 @@ class Engine:
         manifest = load_manifest(folder)
         tokenizer = _tokenizer(folder)
         defaults = default_options(folder, manifest, tokenizer)
-        return cls(open_runtime(), tokenizer, manifest, defaults)
+        prompts = PromptEncoder(tokenizer, manifest).started()
+        return cls(open_runtime(), tokenizer, manifest, defaults, prompts)
 
     def close(self) -> None:
         """Release the runtime's memory."""
         self.decoding.close()
+        self.prompts.close()
 
     def __enter__(self) -> Self:
         return self
@@ -152,11 +163,6 @@ class Engine:
             )
         return self.decoding.open_slots(rows)
 
-    @property
-    def prompts(self) -> PromptEncoder:
-        """The encoder of prompts to tokens."""
-        return PromptEncoder(self.tokenizer, self.manifest)
-
     def _options(self, options: GenerationOptions | None, changes: Mapping[str, Any]) -> GenerationOptions:
         base = options or self.defaults
         options = replace(base, **changes)
@@ -197,9 +203,9 @@ def default_options(bundle: Path, manifest: Manifest, tokenizer: Any) -> Generat
     """
     path = bundle / _GENERATION_FILE
     try:
-        given = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        given = json.loads(read_document(path)) if path.exists() else {}
         eos = given.get("eos_token_id")
-    except (ValueError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise EngineError(f"{path}: not a JSON object ({one_line(error)}); export the bundle again") from error
     known = {field.name for field in fields(GenerationOptions)} - {"eos_token_ids", "stop_strings", "logprobs"}
     # What transformers' generate() takes where neither file nor caller gives a top k.
@@ -221,10 +227,5 @@ def _tokenizer(bundle: Path) -> "PreTrainedTokenizerBase":
         )
     from transformers import AutoTokenizer
 
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            bundle, local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:  # whatever a damaged file makes the tokenizer raise
-        raise EngineError(f"{bundle}: cannot load the tokenizer: {one_line(error)}") from error
-    return tokenizer
+    load = partial(AutoTokenizer.from_pretrained, bundle, local_files_only=True, trust_remote_code=False)
+    return load_tokenizer(load, bundle, EngineError)

@@ -12,12 +12,17 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from spike_export.artifacts.errors import CheckpointError
+from spike_export.artifacts.host_memory import require_available
 from spike_export.checkpoint.rope_frequencies import RopeScaling, frequencies
 from spike_export.export.emission import Emission
 
 FLOAT, BOOL = ir.DataType.FLOAT, ir.DataType.BOOL
 
 Table = NDArray[np.float32]
+
+_TABLE_BYTES = 8
+"""For each position and channel: angle, cosine, sine and one of them rounded, in float32, of half of the channels."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +50,19 @@ class Rope:
 
 
 def rotary_tables(scaling: RopeScaling, positions: int) -> tuple[Table, Table]:
-    """Return cos and sin of positions 0.., each [positions, rotated channels / 2] float32."""
+    """Return cos and sin of positions 0.., each [positions, rotated channels / 2] float32.
+
+    Raises:
+        CheckpointError: There is no memory for tables of so many positions.
+    """
     from spike_export.calibration.decoder.rotary import rotary_at
 
+    require_available(
+        _TABLE_BYTES * positions * scaling.channels,
+        f"max_position_embeddings {positions:,}: rotary tables of so many positions",
+        "correct the configuration, or export on a larger machine",
+        CheckpointError,
+    )
     found = rotary_at(scaling, 0, positions)
     return found.cos.numpy(), found.sin.numpy()
 

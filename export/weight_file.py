@@ -2,15 +2,17 @@
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from spike_export.artifacts.errors import ArtifactError
 from spike_export.export.graph_builder import StreamedTensor
 
 _ALIGNMENT = 4096
@@ -25,6 +27,16 @@ _FLUSHED_BYTES = 512 << 20
 _SMALL_BYTES = 1 << 20
 """Tensors below are written after all others."""
 
+
+_EXPONENTS: Mapping[ir.DataType, tuple[type[np.unsignedinteger[Any]], int]] = {
+    ir.DataType.FLOAT: (np.uint32, 0x7F800000),
+    ir.DataType.FLOAT16: (np.uint16, 0x7C00),
+    ir.DataType.BFLOAT16: (np.uint16, 0x7F80),
+}
+"""Number format → integers of its width, and the bits that are all set in NaN and infinity, and in nothing else."""
+
+_BLOCK_BYTES = 1 << 18
+"""Looked at together: a part of a core's cache."""
 
 _Place = tuple[ir.Value, ir.TensorProtocol, int]
 """An initializer, its tensor, and the byte of the file at which it begins."""
@@ -43,6 +55,15 @@ def _places(model: ir.Model) -> list[_Place]:
             if tensor is not None and tensor.nbytes > _INLINE_BYTES:
                 places.append((value, tensor, -(-_end(places) // _ALIGNMENT) * _ALIGNMENT))
     return places
+
+
+def _inline(model: ir.Model) -> Iterator[ir.TensorProtocol]:
+    """Yield the weights that are small enough for the graph's own file: those of small models' norms."""
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if isinstance(tensor, ir.LazyTensor) and tensor.nbytes <= _INLINE_BYTES:
+                yield tensor
 
 
 def _end(places: list[_Place]) -> int:
@@ -67,6 +88,7 @@ def write_weights(model: ir.Model, path: Path, threads: int, written: Callable[[
 
     Raises:
         OSError: The file cannot be written.
+        ArtifactError: A weight is not finite.
     """
     placed = _places(model)
     with path.open("wb", buffering=0) as file, _threads(threads) as pool:
@@ -86,6 +108,10 @@ def write_weights(model: ir.Model, path: Path, threads: int, written: Callable[[
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+    for tensor in _inline(model):
+        with np.errstate(over="ignore"):
+            made = np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8)
+        _require_finite(tensor, made)
     for value, tensor, offset in placed:
         value.const_value = ir.ExternalTensor(
             path.name,
@@ -113,13 +139,34 @@ def _threads(count: int) -> Iterator[ThreadPoolExecutor]:
 
 def _write(descriptor: int, tensor: ir.TensorProtocol, offset: int, memory: threading.local) -> int:
     """Write a tensor to its place; return its size in bytes."""
-    content = memoryview(_bytes(tensor, memory))  # type: ignore[arg-type]  # mypy does not know that arrays are buffers
+    with np.errstate(over="ignore"):  # what overflows is refused
+        made = _bytes(tensor, memory)
+    _require_finite(tensor, made)
+    content = memoryview(made)  # type: ignore[arg-type]  # mypy does not know that arrays are buffers
     if content.nbytes != tensor.nbytes:
         raise ValueError(f"tensor {tensor.name!r} has {content.nbytes} bytes, declared are {tensor.nbytes}")
     while content:
         count = os.pwrite(descriptor, content, offset)
         content, offset = content[count:], offset + count
     return tensor.nbytes
+
+
+def _require_finite(tensor: ir.TensorProtocol, content: NDArray[np.uint8]) -> None:
+    """Refuse a weight with a value that is not finite, or that overflows the precision it is written in.
+
+    Raises:
+        ArtifactError: Names the weight and the precision.
+    """
+    if tensor.dtype not in _EXPONENTS:
+        return
+    integer, bits = _EXPONENTS[tensor.dtype]
+    for start in range(0, content.size, _BLOCK_BYTES):
+        if (content[start : start + _BLOCK_BYTES].view(integer) & integer(bits)).max() == bits:
+            precision = str(tensor.dtype.numpy())
+            raise ArtifactError(
+                f"{tensor.name}: holds NaN or infinity in {precision}; download the model again if it is damaged, or "
+                "export with another --dtype if its weights are too large for this one"
+            )
 
 
 def _bytes(tensor: ir.TensorProtocol, memory: threading.local) -> NDArray[np.uint8]:

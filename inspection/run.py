@@ -10,7 +10,7 @@ from typing import Any
 from spike_export.artifacts.errors import ArtifactError, RecipeError
 from spike_export.artifacts.recipe import SMOOTHED_HEAD, ModulePlan, Recipe, load_recipe
 from spike_export.artifacts.visible_text import visible
-from spike_export.calibration.statistics.spikes import load_description
+from spike_export.calibration.statistics.description import LargeToken, SpikesDescription, load_description
 from spike_export.checkpoint.checkpoint import LM_HEAD
 from spike_export.checkpoint.modules import representative_of
 
@@ -194,26 +194,25 @@ def _rank(recipe: Recipe, field: str, value: float) -> int:
 def _seen(stem: Path, module: str, recipe: Recipe, *, behind: bool) -> str:
     """Return the largest tokens of a module's statistics; empty where the recipe was not made of them."""
     try:
-        document = load_description(stem)
-        if not _made_of(recipe, document, behind):
-            return ""
-        return ", ".join(map(_token, document["modules"][module]["top_tokens"][:3]))
-    except (ArtifactError, KeyError, TypeError, ValueError):
+        description = load_description(stem)
+    except ArtifactError:
         return ""
+    seen = description.modules.get(module)
+    if seen is None or not _made_of(recipe, description, behind):
+        return ""
+    return ", ".join(map(_token, seen.top_tokens[:3]))
 
 
-def _made_of(recipe: Recipe, document: Mapping[str, Any], behind: bool) -> bool:
+def _made_of(recipe: Recipe, description: SpikesDescription, behind: bool) -> bool:
     """Whether statistics are of the recipe's model, corpus and windows, and behind its prefix where any is meant."""
-    prefix = list(recipe.prefix_ids) if behind else []
-    return bool(
-        document["prefix_ids"] == prefix
-        and not (behind and not prefix)
-        and document["model"]["sha256"] == recipe.model.sha256
-        and document["corpus"]["sha256"] == recipe.corpus.sha256
-        and document["samples"] == recipe.corpus.samples
-    )
+    prefix = recipe.prefix_ids if behind else ()
+    model, corpus = description.model, description.corpus
+    if model is None or corpus is None or (behind and not prefix):
+        return False
+    measured = (description.prefix_ids, model.sha256, corpus.sha256, description.samples)
+    return measured == (prefix, recipe.model.sha256, recipe.corpus.sha256, recipe.corpus.samples)
 
 
-def _token(token: Mapping[str, Any]) -> str:
-    text = visible(repr(str(token["text"])))
-    return f"{token['amax']:.4g} at {text} (window {token['sample']}, token {token['position']})"
+def _token(token: LargeToken) -> str:
+    text = visible(repr(token.text))
+    return f"{token.amax:.4g} at {text} (window {token.sample}, token {token.position})"

@@ -9,7 +9,7 @@ from spike_export.artifacts.ownership import require_replaceable
 from spike_export.artifacts.progress import Progress, silent
 from spike_export.calibration.corpus.chat import rendered
 from spike_export.calibration.corpus.files import load_corpus
-from spike_export.calibration.corpus.token_windows import token_windows
+from spike_export.calibration.corpus.model_windows import model_windows
 from spike_export.calibration.decoder.layerwise import Decoder
 from spike_export.checkpoint.opening import open_checkpoint
 from spike_export.engines.accuracy.variants import Variant, check_variants
@@ -66,15 +66,7 @@ def _compared(bundle: Path, reference: str, text: EvaluationText, progress: Prog
     require_length(text.length, checkpoint)
     require_room(text.length, manifest.capacity)
     corpus = rendered(load_corpus(text.corpus), checkpoint.tokenizer)
-    windows = token_windows(
-        corpus,
-        checkpoint.tokenizer,
-        text.samples,
-        text.length - 1,
-        text.seed,
-        text.windows,
-        checkpoint.bos_token_id,
-    )
+    windows = model_windows(checkpoint, corpus, text.samples, text.length - 1, text.seed, text.windows)
     name = "shipped" if manifest.model.recipe_sha256 else "unquantized"
     result = check_variants(
         checkpoint,

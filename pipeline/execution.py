@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from spike_export.artifacts.errors import CheckpointError
+from spike_export.artifacts.host_memory import available_memory
 from spike_export.artifacts.recipe import Dtype
-from spike_export.engines.build.host_memory import available_memory
 
 if TYPE_CHECKING:
     from spike_export.calibration.decoder.layerwise import Execution
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 Residency = Literal["auto", "resident", "streamed"]
 """Whether a model's layers stay in memory: where they fit, always, or never."""
+
+_DEVICES = ("cpu", "cuda")
 
 _COPIES = 2.5
 """Copies of the weights that a search holds: the model, the transformed one, INT8 weights, and what is being read."""
@@ -72,5 +74,7 @@ def _require_device(device: str) -> None:
         known = torch.device(device)
     except RuntimeError as error:
         raise CheckpointError(f"--device {device}: torch knows no such device; give cpu, cuda or cuda:1") from error
+    if known.type not in _DEVICES or (known.type == "cpu" and known.index):
+        raise CheckpointError(f"--device {device}: calibration computes on a CPU or CUDA; give cpu, cuda or cuda:1")
     if known.type == "cuda" and (known.index or 0) >= torch.cuda.device_count():
         raise CheckpointError(f"--device {device}: torch sees {torch.cuda.device_count()} CUDA devices here; give cpu")

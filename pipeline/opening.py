@@ -8,6 +8,7 @@ from spike_export.artifacts.sole_writer import sole_writer
 from spike_export.calibration.corpus.chat import rendered
 from spike_export.calibration.corpus.files import load_corpus
 from spike_export.calibration.methods.transform_choice import require_rotation
+from spike_export.calibration.statistics.room import require_statistics_room
 from spike_export.checkpoint.checkpoint import Checkpoint
 from spike_export.checkpoint.opening import open_checkpoint
 from spike_export.engines.build.reuse import require_own_place
@@ -72,4 +73,5 @@ def _require_options(job: Job, checkpoint: Checkpoint) -> None:
     if job.plan:
         resolve_limits(job.build, 0, checkpoint.config.max_position_embeddings, job.cache.capacity)
     if job.quantize:
+        require_statistics_room(checkpoint.config, job.calibration.samples, job.calibration.length)
         require_rotation(job.calibration, checkpoint.config)

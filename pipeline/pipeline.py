@@ -7,10 +7,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from spike_export.artifacts.atomic_write import write_text
 from spike_export.artifacts.check_document import Check, load_check, save_check
+from spike_export.artifacts.documents import read_document
 from spike_export.artifacts.errors import ArtifactError
 from spike_export.artifacts.manifest import DATA_FILE, GRAPH_FILE, MANIFEST_FILE, load_manifest
 from spike_export.artifacts.progress import Progress
@@ -20,7 +21,8 @@ from spike_export.calibration.ablation import ablations
 from spike_export.calibration.corpus.chat import rendered
 from spike_export.calibration.corpus.corpus import Corpus
 from spike_export.calibration.corpus.files import load_corpus
-from spike_export.calibration.corpus.token_windows import TokenWindows, token_windows
+from spike_export.calibration.corpus.model_windows import model_windows
+from spike_export.calibration.corpus.token_windows import TokenWindows
 from spike_export.calibration.decoder.heap import collect_and_return_memory
 from spike_export.calibration.decoder.layerwise import Decoder, Execution
 from spike_export.calibration.methods.activation_choice import choose_activations
@@ -125,14 +127,8 @@ class Pipeline:
     def windows(self) -> TokenWindows:
         """Calibration and evaluation windows; one token of the length is BOS."""
         options = self.job.calibration
-        return token_windows(
-            self.corpus,
-            self.checkpoint.tokenizer,
-            options.samples,
-            options.length - 1,
-            options.seed,
-            options.windows,
-            self.checkpoint.bos_token_id,
+        return model_windows(
+            self.checkpoint, self.corpus, options.samples, options.length - 1, options.seed, options.windows
         )
 
     @cached_property
@@ -333,7 +329,7 @@ class Pipeline:
     def check(self, recipe: Recipe | None, bundle: Path) -> Check:
         """Measure the bundle's accuracy, and what each method contributes, and hold it against the limit."""
         path = self.run.path / "check.json"
-        manifest = (bundle / MANIFEST_FILE).read_text(encoding="utf-8")
+        manifest = read_document(bundle / MANIFEST_FILE)
 
         def work(progress: Progress) -> None:
             variants = self._variants(recipe, bundle)
@@ -444,8 +440,8 @@ def _choice(form: TypeAdapter[Choice], path: Path) -> Choice:
         ArtifactError: It cannot be read.
     """
     try:
-        return form.validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
+        return form.validate_json(read_document(path))
+    except (OSError, ValueError) as error:
         raise ArtifactError(f"{path}: cannot read the choice; run again with --force") from error
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from spike_export.artifacts.atomic_write import write_text
+from spike_export.artifacts.documents import read_document, require_file
 from spike_export.artifacts.ownership import require_replaceable
 from spike_export.artifacts.sole_writer import sole_writer
 
@@ -93,6 +94,7 @@ class RunDirectory:
     def is_edited(self, name: str) -> bool:
         """Return whether a document is there that `write_editable` did not write."""
         try:
+            require_file(self.path / name)
             content = (self.path / name).read_bytes()
         except OSError:
             return False
@@ -105,7 +107,7 @@ class RunDirectory:
 
     def _written(self, name: str) -> list[str]:
         try:
-            known = json.loads(self._hashes(name).read_text(encoding="utf-8"))
+            known = json.loads(read_document(self._hashes(name)))
         except (OSError, ValueError, RecursionError):
             return []
         return [each for each in known if isinstance(each, str)] if isinstance(known, list) else []
@@ -120,7 +122,7 @@ class RunDirectory:
     def is_stamped(self, stage: str, key: str) -> bool:
         """Return whether a stage ended well on these inputs, in this run or an earlier one."""
         try:
-            stamp = json.loads(self._stamp(stage).read_text(encoding="utf-8"))
+            stamp = json.loads(read_document(self._stamp(stage)))
         except (OSError, ValueError, RecursionError):
             return False
         return isinstance(stamp, dict) and stamp.get("key") == key

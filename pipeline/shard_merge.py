@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spike_export.artifacts.errors import ArtifactError
+from spike_export.calibration.statistics.description import load_description
 from spike_export.calibration.statistics.partial_statistics import merge_shards as merged_statistics
-from spike_export.calibration.statistics.spikes import load_description, save_spikes
+from spike_export.calibration.statistics.spikes import save_spikes
 from spike_export.pipeline.run_directory import RunDirectory
 
 STEM = "spikes"
@@ -38,8 +39,8 @@ def merge_shards(shards: Sequence[Path | str], work_dir: Path | str) -> int:
 def _token_texts(stems: Sequence[Path]) -> dict[int, str]:
     """Return the texts of the shards' largest tokens, among which those of the whole are: the tokenizer is not here."""
     return {
-        token["token_id"]: token["text"]
+        token.token_id: token.text
         for stem in stems
-        for module in load_description(stem)["modules"].values()
-        for token in module["top_tokens"]
+        for module in load_description(stem).modules.values()
+        for token in module.top_tokens
     }

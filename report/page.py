@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from spike_export.artifacts.atomic_write import write_text
 from spike_export.artifacts.check_document import Check, load_check
+from spike_export.artifacts.documents import read_document
 from spike_export.artifacts.errors import ArtifactError, SpikeExportError
 from spike_export.artifacts.recipe import Recipe, load_recipe
 from spike_export.artifacts.visible_text import visible
@@ -169,7 +170,7 @@ def _engine_facts(sidecars: Mapping[str, Mapping[str, Any]]) -> Iterable[tuple[s
 
 def _load_json(path: Path) -> Mapping[str, Any]:
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(read_document(path))
     except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path.name}: cannot be read ({error})") from error
     if not isinstance(document, dict):

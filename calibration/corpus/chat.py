@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
+from spike_export.artifacts.bounded_process import BoundedProcess, Budget, BudgetError
 from spike_export.artifacts.errors import CorpusError, one_line
 from spike_export.calibration.corpus.corpus import Corpus
 
@@ -14,6 +16,13 @@ MESSAGE_KEYS = ("messages", "conversations")
 """Where records keep their messages, in the usual chat format and in ShareGPT's."""
 
 _SHAREGPT_ROLES: Mapping[object, str] = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
+
+
+BUDGET = Budget(seconds=5)
+"""For the rendering of one conversation."""
+
+LONGEST = 1 << 26
+"""Characters of a rendered conversation."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +91,8 @@ def rendered(corpus: Corpus | Chats, tokenizer: "PreTrainedTokenizerBase | None"
     stands between two documents.
 
     Raises:
-        CorpusError: There is no tokenizer, it has no template, or the template refuses a conversation.
+        CorpusError: There is no tokenizer, it has no template, or the template refuses a conversation or takes too
+            long or too much memory.
     """
     if isinstance(corpus, Corpus):
         return corpus
@@ -93,7 +103,8 @@ def rendered(corpus: Corpus | Chats, tokenizer: "PreTrainedTokenizerBase | None"
             "the tokenizer has no chat template; add chat_template.jinja to the model, or leave --chat-template out"
         )
     bos = tokenizer.bos_token
-    texts = [_rendered(each, tokenizer) for each in corpus.conversations]
+    with BoundedProcess(partial(_rendered, tokenizer), BUDGET) as process:
+        texts = [_within_budget(process, each) for each in corpus.conversations]
     if not bos:
         return Corpus(corpus.name, tuple(texts), "")
     documents = tuple(text.removeprefix(bos) for text in texts)
@@ -101,10 +112,26 @@ def rendered(corpus: Corpus | Chats, tokenizer: "PreTrainedTokenizerBase | None"
     return Corpus(corpus.name, documents, bos if opens_turns else "")
 
 
-def _rendered(chat: Conversation, tokenizer: "PreTrainedTokenizerBase") -> str:
+def _within_budget(process: BoundedProcess[Conversation, str], chat: Conversation) -> str:
+    try:
+        text = process.ask(chat)
+    except BudgetError as error:
+        raise CorpusError(
+            f"{chat.place}: the chat template {error}; correct the template, or shorten the chat"
+        ) from error
+    if len(text) > LONGEST:
+        raise CorpusError(
+            f"{chat.place}: the chat template makes more than {LONGEST:,} characters of this chat; correct the template"
+        )
+    return text
+
+
+def _rendered(tokenizer: "PreTrainedTokenizerBase", chat: Conversation) -> str:
     messages = [{"role": message.role, "content": message.content} for message in chat.messages]
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except MemoryError:
+        raise
     except Exception as error:  # templates raise jinja's errors, and whatever their expressions run into
         raise CorpusError(
             f"{chat.place}: the chat template refuses this conversation ({one_line(error)}); correct or remove it"

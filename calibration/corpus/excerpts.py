@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from spike_export.artifacts.errors import CorpusError
 from spike_export.calibration.corpus.corpus import Corpus
+from spike_export.checkpoint.tokenizer import tokenizer_faults
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -84,8 +85,17 @@ class Excerpts:
         return start + next((place for place, letter in enumerate(ahead) if letter.isspace()), 0)
 
     def _encoded(self, start: int, stop: int) -> Tokens:
-        encoding = self.tokenizer.encode(self.read(start, stop), add_special_tokens=False)
-        return np.asarray(encoding.ids, dtype=np.int64)
+        return encoded(self.tokenizer, self.read(start, stop), self.name)
+
+
+def encoded(tokenizer: "Tokenizer", text: str, name: str) -> Tokens:
+    """Return a text's tokens, without special ones; `name` is the corpus's, for messages.
+
+    Raises:
+        CorpusError: The tokenizer fails.
+    """
+    with tokenizer_faults(CorpusError, f"{name}: the tokenizer cannot encode this text"):
+        return np.asarray(tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
 
 
 @dataclass(frozen=True)

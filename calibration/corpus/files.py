@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spike_export.artifacts.errors import CorpusError, one_line
+from spike_export.artifacts.user_paths import user_path
 from spike_export.calibration.corpus.chat import MESSAGE_KEYS, Chats, conversation
 from spike_export.calibration.corpus.corpus import Corpus, default_corpus
 from spike_export.calibration.corpus.dataset_files import (
@@ -108,7 +109,7 @@ def _lacks(what: str, record: Record, wanted: tuple[str, ...]) -> CorpusError:
 
 
 def _source(source: str, options: CorpusOptions) -> _Source:
-    path = Path(source).expanduser()
+    path = user_path(source, CorpusError)
     if path.suffix in KINDS or path.is_file():
         if options.split is not None:
             raise CorpusError(f"{source}: a file has no splits; leave --corpus-split out")

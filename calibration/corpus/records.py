@@ -3,14 +3,23 @@
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from spike_export.artifacts.documents import require_file
 from spike_export.artifacts.errors import CorpusError, one_line
+from spike_export.artifacts.host_memory import require_available
 from spike_export.calibration.corpus.chat import MESSAGE_KEYS
 
 KINDS = (".txt", ".jsonl", ".parquet")
+
+LARGEST_RECORD = 1 << 26
+"""Bytes of the largest line of a `.jsonl` file, and characters of the largest text under a column: 64 MiB."""
+
+_COPIES = 3
+"""What is held of a file's bytes: they themselves, their text, and the text again where windows are cut."""
 
 _ROWS = 1000
 """Rows of a columnar file that are decoded at once."""
@@ -57,6 +66,9 @@ def file_records(file: DataFile, wanted: tuple[str, ...]) -> Iterator[Record]:
     if reader is None:
         raise CorpusError(f"{file.label}: unknown kind of corpus; give a .txt, .jsonl or .parquet file")
     try:
+        require_file(file.path)
+        needed = _COPIES * file.path.stat().st_size
+        require_available(needed, f"{file.label}: a corpus of this size", "give a part of it", CorpusError)
         yield from reader(file, wanted)
     except UnicodeDecodeError as error:
         raise CorpusError(f"{file.label}: not UTF-8 text (byte {error.start}); convert the file") from error
@@ -74,7 +86,9 @@ def _json_lines(file: DataFile, wanted: tuple[str, ...]) -> Iterator[Record]:
     read = 0
     with file.path.open("rb") as lines:
         # In binary, lines end at \n alone: U+2028 and the like may stand inside a JSON string.
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(iter(partial(lines.readline, LARGEST_RECORD + 1), b""), start=1):
+            if len(line) > LARGEST_RECORD:
+                raise _too_large(f"{file.label}, line {number}")
             try:
                 text = line.decode()
             except UnicodeDecodeError as error:
@@ -83,6 +97,10 @@ def _json_lines(file: DataFile, wanted: tuple[str, ...]) -> Iterator[Record]:
             read += len(line)
             if text.strip():
                 yield _json_record(text, f"{file.label}, line {number}", wanted)
+
+
+def _too_large(place: str) -> CorpusError:
+    return CorpusError(f"{place}: a record of more than {LARGEST_RECORD >> 20} MiB; split it, or give a .txt file")
 
 
 def _json_record(text: str, place: str, wanted: tuple[str, ...]) -> Record:
@@ -117,6 +135,8 @@ def _parquet_rows(file: DataFile, wanted: tuple[str, ...]) -> Iterator[Record]:
             for batch in table.iter_batches(batch_size=_ROWS, columns=[column]):
                 for value in batch.column(0).to_pylist():
                     row += 1
+                    if isinstance(value, str) and len(value) > LARGEST_RECORD:
+                        raise _too_large(f"{file.label}, row {row}")
                     yield Record(f"{file.label}, row {row}", column, value)
         except (arrow.ArrowException, OSError) as error:  # pyarrow takes some damage for an error of the disk
             raise CorpusError(f"{file.label}: damaged parquet file ({one_line(error)}); make it again") from error

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from spike_export.artifacts.errors import CorpusError
 from spike_export.calibration.corpus.corpus import DEFAULT_CORPUS, Corpus
-from spike_export.calibration.corpus.excerpts import Wanted, packed_windows, windows_inside_documents
+from spike_export.calibration.corpus.excerpts import Wanted, encoded, packed_windows, windows_inside_documents
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -82,14 +82,10 @@ def token_windows(
     return windows
 
 
-def _encoded(tokenizer: "Tokenizer", text: str) -> NDArray[np.int64]:
-    return np.asarray(tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
-
-
 def _packed(
     corpus: Corpus, tokenizer: "Tokenizer", samples: int, length: int, seed: int, bos: int | None
 ) -> TokenWindows:
-    tokens = _encoded(tokenizer, corpus.text)
+    tokens = encoded(tokenizer, corpus.text, corpus.name)
     if len(tokens) < 2 * length:
         raise CorpusError(
             f"{corpus.name}: {len(tokens)} tokens; calibration and evaluation need at least {2 * length} "
@@ -117,8 +113,8 @@ def _evaluation_starts(name: str, tokens: int, length: int) -> NDArray[np.int64]
 def _inside_documents(
     corpus: Corpus, tokenizer: "Tokenizer", samples: int, length: int, seed: int, bos: int | None
 ) -> TokenWindows:
-    encoded = (_encoded(tokenizer, document) for document in corpus.documents)
-    long = [tokens for tokens in encoded if len(tokens) >= length]
+    tokens_of = (encoded(tokenizer, document, corpus.name) for document in corpus.documents)
+    long = [tokens for tokens in tokens_of if len(tokens) >= length]
     if len(long) < 2:
         raise CorpusError(
             f"{corpus.name}: {len(long)} of {len(corpus.documents)} documents have {length} tokens or more; "

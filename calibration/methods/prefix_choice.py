@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
+from spike_export.artifacts.bounded_process import BudgetError, within_budget
 from spike_export.artifacts.progress import Progress, silent
 from spike_export.artifacts.recipe import PrefixCandidate
 from spike_export.calibration.methods import qfep
@@ -174,6 +176,13 @@ def prefix_text(checkpoint: Checkpoint, token_ids: tuple[int, ...]) -> str:
 
 def prefix_notes(checkpoint: Checkpoint, token_ids: tuple[int, ...]) -> tuple[str, ...]:
     """Return what a caller of a model with this prefix has to know: where a second BOS would come from."""
+    try:
+        return within_budget(partial(_notes, checkpoint, token_ids))
+    except BudgetError:  # a text of one letter is too much for its template or tokenizer; then nothing can be said
+        return ()
+
+
+def _notes(checkpoint: Checkpoint, token_ids: tuple[int, ...]) -> tuple[str, ...]:
     tokenizer, bos = checkpoint.tokenizer, checkpoint.bos_token_id
     if tokenizer is None or bos not in token_ids:
         return ()

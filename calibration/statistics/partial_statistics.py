@@ -1,5 +1,6 @@
 """A calibration pass in parts, each stored when it is done, so that a killed pass goes on where it was."""
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,15 +10,17 @@ from numpy.typing import NDArray
 
 from spike_export.artifacts.errors import ArtifactError, RecipeError
 from spike_export.artifacts.progress import Progress, silent
+from spike_export.calibration.statistics.description import load_description
 from spike_export.calibration.statistics.spikes import (
     SpikeStatistics,
-    load_description,
     load_spikes,
     merge_statistics,
     save_spikes,
 )
 
 Samples = NDArray[np.int64]
+
+_SHARD = re.compile(r"([0-9]{1,9})/([0-9]{1,9})")
 
 
 def measure_in_parts(
@@ -55,7 +58,7 @@ def measure_in_parts(
 def _stored(stem: Path, key: str, rows: Samples) -> SpikeStatistics | None:
     """Return a part of an earlier pass, or None where there is none that fits."""
     try:
-        if load_description(stem).get("key") != key:
+        if load_description(stem).key != key:
             return None
         part = load_spikes(stem)
     except ArtifactError:
@@ -74,10 +77,11 @@ def parse_shard(text: str) -> tuple[int, int]:
     Raises:
         RecipeError: The text is not of that form.
     """
-    index, _, count = text.partition("/")
-    if not (index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)):
+    found = _SHARD.fullmatch(text)
+    index, count = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not 1 <= index <= count:
         raise RecipeError(f"--shard is {text!r}; expected the form 2/8: the second of eight")
-    return int(index), int(count)
+    return index, count
 
 
 def shard_samples(samples: int, shard: tuple[int, int]) -> Samples:
@@ -101,16 +105,19 @@ def merge_shards(stems: list[Path]) -> tuple[SpikeStatistics, dict[str, object]]
     """
     descriptions = [load_description(stem) for stem in stems]
     for stem, description in zip(stems, descriptions, strict=True):
-        if "key" not in description or description["key"] != descriptions[0].get("key"):
+        if description.key is None or description.key != descriptions[0].key:
             raise ArtifactError(
                 f"{stem.parent}: model, corpus or options differ from those of {stems[0].parent}; calibrate "
                 "all shards alike"
             )
     merged = merge_statistics([load_spikes(stem) for stem in stems])
-    total = int(str(descriptions[0]["samples"]))
+    first = descriptions[0]
+    if first.samples is None or first.model is None or first.corpus is None:
+        raise ArtifactError(f"{stems[0]}.json: does not say of which calibration it is a part; calibrate again")
+    total = first.samples
     missing = np.setdiff1d(np.arange(total), merged.sample_ids)
     if len(missing):
         raise ArtifactError(
             f"{len(missing)} of {total} windows are missing, the first is {missing[0]}; merge all shards"
         )
-    return merged, {name: descriptions[0][name] for name in ("key", "samples", "model", "corpus")}
+    return merged, first.model_dump(include={"key", "samples", "model", "corpus"})

@@ -14,8 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spike_export.artifacts.atomic_write import atomic_path, write_text
-from spike_export.artifacts.errors import ArtifactError
+from spike_export.artifacts.documents import require_file
+from spike_export.artifacts.errors import ArtifactError, one_line
 from spike_export.artifacts.recipe import ActivationRange
+from spike_export.calibration.statistics.description import load_description
 from spike_export.calibration.statistics.quantile_sketch import QuantileSketch
 
 SPIKES_FORMAT = 2
@@ -287,22 +289,6 @@ def _summary(statistics: SpikeStatistics, name: str, decode: Callable[[int], str
     }
 
 
-def load_description(stem: Path) -> dict[str, Any]:
-    """Read the JSON file that `save_spikes` wrote.
-
-    Raises:
-        ArtifactError: The file is missing or damaged.
-    """
-    path = stem.with_name(stem.name + ".json")
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path}: cannot read the spike statistics ({error}); calibrate again") from error
-    if not isinstance(document, dict):
-        raise ArtifactError(f"{path}: holds no spike statistics; calibrate again")
-    return document
-
-
 def load_spikes(stem: Path) -> SpikeStatistics:
     """Read what `save_spikes` wrote.
 
@@ -311,19 +297,54 @@ def load_spikes(stem: Path) -> SpikeStatistics:
     """
     from safetensors.numpy import load_file
 
-    document = load_description(stem)
+    description = load_description(stem)
+    path = stem.with_name(stem.name + ".safetensors")
     try:
-        tensors = load_file(stem.with_name(stem.name + ".safetensors"))
+        require_file(path)
+        tensors = load_file(path)
         modules = {
-            name: ModuleSpikes(*(tensors[f"{name}.{array}"] for array in _ARRAYS)) for name in document["modules"]
+            name: ModuleSpikes(*(tensors[f"{name}.{array}"] for array in _ARRAYS)) for name in description.modules
         }
-        return SpikeStatistics(
+        operands = {name: tensors[f"{name}.operand_amax"] for name in description.attentions}
+        statistics = SpikeStatistics(
             modules,
             tensors["token_ids"],
-            tuple(document["prefix_ids"]),
+            description.prefix_ids,
             tensors["sample_ids"],
             tensors["hidden_amax"],
-            {name: tensors[f"{name}.operand_amax"] for name in document["attentions"]},
+            operands,
         )
+        _require_consistent(statistics)
     except Exception as error:  # damaged in any way: the remedy is the same
-        raise ArtifactError(f"{stem}: cannot read the spike statistics ({error}); calibrate again") from error
+        raise ArtifactError(f"{stem}: cannot read the spike statistics ({one_line(error)}); calibrate again") from error
+    return statistics
+
+
+def _require_consistent(statistics: SpikeStatistics) -> None:
+    """Refuse arrays whose types or shapes contradict each other.
+
+    Raises:
+        ValueError: Names the first of them.
+    """
+    if statistics.token_ids.ndim != 2 or not statistics.token_ids.size:
+        raise ValueError(f"token_ids have shape {list(statistics.token_ids.shape)}")
+    samples, tokens = statistics.token_ids.shape
+    wanted: list[tuple[str, NDArray[Any], str, tuple[int | None, ...]]] = [
+        ("token_ids", statistics.token_ids, "int64", (samples, tokens)),
+        ("sample_ids", statistics.sample_ids, "int64", (samples,)),
+    ]
+    if statistics.hidden_amax.size:
+        wanted.append(("hidden_amax", statistics.hidden_amax, "float32", (samples, None)))
+    wanted += [
+        (f"{name}.operand_amax", amax, "float32", (samples, 3)) for name, amax in statistics.operand_amax.items()
+    ]
+    for name, spikes in statistics.modules.items():
+        shapes: tuple[tuple[int | None, ...], ...] = ((samples, tokens), (samples, None), (samples,))
+        wanted += [
+            (f"{name}.{array}", getattr(spikes, array), "float32", shape)
+            for array, shape in zip(_ARRAYS, shapes, strict=True)
+        ]
+    for name, array, dtype, shape in wanted:
+        fits = len(array.shape) == len(shape) and all(b in (None, a) for a, b in zip(array.shape, shape, strict=True))
+        if not fits or array.dtype != dtype or not array.size:
+            raise ValueError(f"{name} is {array.dtype} {list(array.shape)}")

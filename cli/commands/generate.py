@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 from rich.console import Console
 
+from spike_export.artifacts.documents import read_document
 from spike_export.artifacts.errors import ArtifactError, EngineError
 from spike_export.cli.arguments import ProgramArguments, RuntimeArguments, SamplingArguments, ThreadArguments, values
 from spike_export.cli.exit_codes import DONE, INTERRUPTED
@@ -65,9 +66,10 @@ def generate(
     from spike_export.cli.terminal.generated_text import write_generated
     from spike_export.cli.terminal.progress_display import ProgressDisplay
     from spike_export.engines.engine import Engine
+    from spike_export.engines.plan_runtime import is_plan
 
     # Standard output is the text's.
-    display = ProgressDisplay(Console(stderr=True), ["plan"], quiet=not rebuild)
+    display = ProgressDisplay(Console(stderr=True), ["plan"], quiet=not (rebuild and is_plan(path)))
     try:
         with display, display.stage("plan") as progress:
             engine = Engine.open(
@@ -95,7 +97,7 @@ def read_prompts(prompts: Sequence[str], file: Path | None, chat: bool, system: 
     texts = list(prompts)
     if file is not None:
         try:
-            texts.append(file.read_text(encoding="utf-8"))
+            texts.append(read_document(file))
         except UnicodeDecodeError as error:
             raise EngineError(f"{file}: not UTF-8 text; convert it") from error
     if not texts:

@@ -8,6 +8,7 @@ from typing import Any
 import onnx
 
 from spike_export.artifacts.atomic_write import atomic_path
+from spike_export.artifacts.documents import require_file
 from spike_export.artifacts.errors import EngineError
 from spike_export.engines.build.callbacks import PlanStream, make_monitor, make_writer
 from spike_export.engines.plan.backend import Backend, PlanFeature
@@ -160,6 +161,7 @@ def attach_timing_cache(config: Any, settings: CompileSettings) -> Any:
     if settings.timing_cache is None:
         return None
     try:
+        require_file(settings.timing_cache)
         stored = settings.timing_cache.read_bytes()
     except FileNotFoundError:
         stored = b""

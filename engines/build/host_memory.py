@@ -1,7 +1,5 @@
 """Whether a build fits into this machine's memory, asked before it starts."""
 
-from pathlib import Path
-
 from spike_export.artifacts.errors import EngineError
 
 _GIB = 1 << 30
@@ -14,18 +12,6 @@ def estimate_build_memory(weight_bytes: int, profiles: int) -> int:
     weights with one profile and between 4.7 and 5.9 times with two.
     """
     return _GIB // 2 + weight_bytes * (2 + 2 * profiles)
-
-
-def available_memory(meminfo: Path = Path("/proc/meminfo")) -> int | None:
-    """Return the bytes that can be used without swapping; None where the system does not say."""
-    try:
-        lines = meminfo.read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
 
 
 def require_memory(weight_bytes: int, profiles: int, available: int | None) -> None:

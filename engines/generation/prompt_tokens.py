@@ -2,19 +2,25 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from spike_export.artifacts.bounded_process import BoundedProcess, BudgetError
 from spike_export.artifacts.errors import EngineError, one_line
 from spike_export.artifacts.manifest import Manifest
+from spike_export.checkpoint.tokenizer import tokenizer_faults
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Chat = Sequence[Mapping[str, str]]
 """Messages with `role` and `content`, for the model's chat template."""
+
+Tools = Sequence[Mapping[str, Any]]
+"""Functions that a model may call, as JSON schemas."""
 
 Prompt = str | Chat | Sequence[int] | NDArray[np.int64]
 """Text, a chat, or tokens [tokens] that are fed as they are, in a list or an array."""
@@ -26,20 +32,30 @@ class PromptEncoder:
 
     BOS is put before a text that does not begin with it; a chat has what its template says. Where the prefix holds BOS,
     neither begins with it.
-
-    Attributes:
-        tools: Functions that a chat's model may call, as its template takes them.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
     manifest: Manifest
-    tools: Sequence[Mapping[str, Any]] = ()
 
-    def encode(self, prompts: Prompt | Sequence[Prompt]) -> list[NDArray[np.int64]]:
+    def started(self) -> Self:
+        """Fork the process that renders and encodes now, before this one holds a runtime."""
+        self._process.start()
+        return self
+
+    def close(self) -> None:
+        """End that process; the next prompt starts another."""
+        self._process.close()
+
+    @cached_property
+    def _process(self) -> BoundedProcess[tuple[Any, int, Tools], NDArray[np.int64]]:
+        return BoundedProcess(lambda request: self._encoded(*request))
+
+    def encode(self, prompts: Prompt | Sequence[Prompt], tools: Tools = ()) -> list[NDArray[np.int64]]:
         """Return each prompt's tokens [tokens], at least one.
 
         Args:
             prompts: One, or several.
+            tools: Functions that the model may call, as its chat template takes them.
 
         Raises:
             EngineError: A prompt cannot be used; it is named by its place, counted from 0.
@@ -53,9 +69,18 @@ class PromptEncoder:
             )
         if not len(several):
             raise EngineError("there is no prompt; give at least one")
-        return [self._encoded(prompt, row) for row, prompt in enumerate(several)]
+        return [self._within_budget(prompt, row, tools) for row, prompt in enumerate(several)]
 
-    def _encoded(self, prompt: Any, row: int) -> NDArray[np.int64]:
+    def _within_budget(self, prompt: Any, row: int, tools: Tools) -> NDArray[np.int64]:
+        try:
+            return self._process.ask((prompt, row, tools))
+        except BudgetError as error:
+            raise EngineError(
+                f"prompt {row}: the bundle's chat template or tokenizer {error}; shorten the prompt, or export from a "
+                "model whose tokenizer you trust"
+            ) from error
+
+    def _encoded(self, prompt: Any, row: int, tools: Tools) -> NDArray[np.int64]:
         if isinstance(prompt, Mapping):
             raise EngineError(
                 f"prompt {row} is a single message; a chat is a list of them, and prompts a list of chats"
@@ -65,7 +90,7 @@ class PromptEncoder:
         elif isinstance(prompt, str):
             tokens = self._of_text(prompt, row)
         else:
-            tokens = self._of_chat(prompt, row)
+            tokens = self._of_chat(prompt, row, tools)
         if not len(tokens):
             raise EngineError(f"prompt {row} is empty; give some text")
         if tokens.min() < 0 or tokens.max() >= self.manifest.vocab_size:
@@ -90,7 +115,7 @@ class PromptEncoder:
         repeated = prefix is not None and prefix.holds_bos and tokens[:1].tolist() == [bos]
         return tokens[1:] if repeated else tokens
 
-    def _of_chat(self, chat: Chat, row: int) -> NDArray[np.int64]:
+    def _of_chat(self, chat: Chat, row: int, tools: Tools) -> NDArray[np.int64]:
         if not isinstance(chat, Sequence) or not all(isinstance(message, Mapping) for message in chat):
             raise EngineError(f"prompt {row} is no text, no list of messages and no array of tokens; give one of these")
         if not chat:
@@ -102,8 +127,10 @@ class PromptEncoder:
             )
         try:
             text = self.tokenizer.apply_chat_template(
-                list(chat), tools=list(self.tools) or None, tokenize=False, add_generation_prompt=True
+                list(chat), tools=list(tools) or None, tokenize=False, add_generation_prompt=True
             )
+        except MemoryError:
+            raise
         except Exception as error:  # templates raise jinja's errors, and whatever their expressions run into
             raise EngineError(f"prompt {row}: the chat template refuses it ({one_line(error)}); correct it") from error
         return self._without_second_bos(self._tokenized(text, row, add_special_tokens=False))
@@ -115,7 +142,8 @@ class PromptEncoder:
             raise EngineError(
                 f"prompt {row} is no Unicode text: its character {error.start} cannot be encoded; give it in UTF-8"
             ) from error
-        return np.array(self.tokenizer.encode(text, add_special_tokens=add_special_tokens), np.int64)
+        with tokenizer_faults(EngineError, f"prompt {row}: the tokenizer cannot encode it"):
+            return np.array(self.tokenizer.encode(text, add_special_tokens=add_special_tokens), np.int64)
 
 
 def _is_tokens(value: object) -> bool:

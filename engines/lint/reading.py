@@ -15,6 +15,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto
 
+from spike_export.artifacts.documents import require_file
 from spike_export.artifacts.errors import ArtifactError, one_line
 from spike_export.artifacts.graph_gate import graph_fault
 
@@ -103,6 +104,7 @@ def read_model(path: Path) -> ModelFile:
         ArtifactError: The file is missing, truncated, or not an ONNX model.
     """
     try:
+        require_file(path)
         size = path.stat().st_size
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             stored, inline = _without_weights(data, path)

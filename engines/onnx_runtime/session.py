@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spike_export.artifacts.errors import EngineError
+from spike_export.artifacts.host_memory import require_available
 from spike_export.artifacts.manifest import DATA_FILE, GRAPH_FILE, Manifest, load_manifest
 from spike_export.artifacts.threads import allowed_threads
 from spike_export.calibration.decoder.perplexity import with_bos
@@ -191,6 +192,8 @@ def _session(bundle: Path, graph: Path | bytes, threads: int, provider: Provider
     """Return a session over a graph whose weights are the bundle's."""
     import onnxruntime as ort
 
+    size = (bundle / DATA_FILE).stat().st_size
+    require_available(size, f"{bundle}: its weights", "free memory, or run it on a larger machine", EngineError)
     options = session_options(threads)
     if isinstance(graph, bytes):
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle))

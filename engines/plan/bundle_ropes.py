@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from spike_export.artifacts.documents import read_document
 from spike_export.artifacts.errors import EngineError, one_line
 from spike_export.export.cache_options import LENGTH_DEPENDENT_ROPES
 
@@ -18,14 +19,14 @@ def rope_by_length(bundle: Path) -> str | None:
         EngineError: The bundle's `config.json` is damaged. A bundle made by hand may have none.
     """
     path = bundle / _CONFIG_FILE
-    if not path.is_file():
+    if not path.exists():
         return None
     try:
-        ropes: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))["rope_parameters"]
+        ropes: Mapping[str, Any] = json.loads(read_document(path))["rope_parameters"]
         # One rope, or one per kind of layer.
         kinds = [rope for rope in ropes.values() if isinstance(rope, Mapping)] or [ropes]
         found = sorted({str(rope["rope_type"]) for rope in kinds} & LENGTH_DEPENDENT_ROPES)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise EngineError(
             f"{path}: cannot read the model's rope ({one_line(error)}); export the bundle again"
         ) from error

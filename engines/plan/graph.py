@@ -8,6 +8,7 @@ import onnx
 from onnx import TensorProto, numpy_helper
 
 from spike_export.artifacts.errors import EngineError
+from spike_export.artifacts.inner_paths import leads_outside
 from spike_export.artifacts.manifest import CACHE_SLOTS, INT8_WEIGHTS
 from spike_export.engines.plan.branches import inline_branches
 from spike_export.engines.plan.build_profiles import GraphInput
@@ -78,7 +79,7 @@ def _place(tensor: TensorProto, folder: Path) -> tuple[str, int]:
         raise EngineError(
             f"{folder}: tensor {tensor.name} has no readable place in a data file; export the bundle again"
         )
-    if not (folder / location).resolve().is_relative_to(folder.resolve()):
+    if leads_outside(location) or not (folder / location).resolve().is_relative_to(folder.resolve()):
         raise EngineError(f"{folder}: tensor {tensor.name} lies outside the bundle, in {location}; export it again")
     return location, start + length
 

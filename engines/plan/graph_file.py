@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from spike_export.artifacts.documents import require_file
 from spike_export.artifacts.errors import EngineError, one_line
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ def read_graph(path: Path) -> "onnx.ModelProto":
     from spike_export.artifacts.graph_gate import graph_fault
 
     try:
+        require_file(path)
         model = onnx.load(str(path), load_external_data=False)
     except Exception as error:  # protobuf's decode error has no public name that survives its versions
         raise EngineError(f"{path}: not a readable ONNX model ({one_line(error)}); export the bundle again") from error

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from spike_export.artifacts.documents import require_file
 from spike_export.artifacts.errors import EngineError
 from spike_export.engines.plan.backend import TENSORRT, TENSORRT_RTX, Backend
 
@@ -53,6 +54,7 @@ def read_header(plan: Path) -> PlanHeader:
         EngineError: The file cannot be read, or is no plan of either backend.
     """
     try:
+        require_file(plan)
         with plan.open("rb") as file:
             data = file.read(HEADER_SIZE)
     except OSError as error:

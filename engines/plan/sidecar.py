@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from spike_export.artifacts.atomic_write import temporary_path
+from spike_export.artifacts.documents import read_document
 from spike_export.artifacts.errors import ArtifactError
 from spike_export.artifacts.ownership import is_document
 from spike_export.engines.plan.build_options import HardwareCompatibility, ProfileName
@@ -190,7 +191,7 @@ def finish_interrupted(plan: Path) -> None:
     if not plan.is_file() or not is_sidecar(waiting):
         return
     try:
-        described = PlanSidecar.model_validate_json(waiting.read_text(encoding="utf-8")).plan
+        described = PlanSidecar.model_validate_json(read_document(waiting)).plan
     except (OSError, ValueError):
         return
     if described.size == plan.stat().st_size and described.sha256 == hash_plan(plan):
@@ -211,7 +212,7 @@ def load_sidecar(plan: Path) -> PlanSidecar:
     """
     path = sidecar_path(plan)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_document(path)
         size = plan.stat().st_size
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error

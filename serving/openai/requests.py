@@ -1,7 +1,6 @@
 """From a form to the sequences that the engine is to generate."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -40,7 +39,7 @@ async def encoded(
         RequestError: A prompt cannot be used; names the field.
     """
     try:
-        return await service.off_loop(lambda: replace(service.engine.prompts, tools=tools).encode(prompts))
+        return await service.off_loop(lambda: service.engine.prompts.encode(prompts, tools))
     except EngineError as error:
         raise refused(error, param) from error
 

@@ -27,7 +27,7 @@ def refusal(name: str, **changes: Any) -> str:
         ({**PLAIN, "rope_type": "linear", "factor": 0.0}, "a frequency is not finite"),
         ({**PLAIN, "rope_type": "dynamic", "factor": "two"}, ""),
         ({**PLAIN, "rope_theta": "many"}, ""),
-        ({**PLAIN, "rope_theta": 0.0}, "a frequency is not finite"),
+        ({**PLAIN, "rope_theta": 0.0}, "rope_theta is 0.0; expected a finite number above 0"),
         ({**LONG, "short_factor": [1.1], "long_factor": LONG_FACTORS}, "there are 1 factors for 8 frequencies"),
         ({**LONG, "short_factor": [1.1] * 8, "long_factor": [2.0]}, "there are 1 factors for 8"),
         ({**LONG, "short_factor": [1.1] * 8, "long_factor": [0.0] * 8}, "a frequency is not finite"),

@@ -1,5 +1,6 @@
 """`calibrate --shard` and `merge`: the parts measured apart are the whole, byte for byte; what is missing is named."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -98,6 +99,25 @@ def test_shards_of_different_divisions_overlap(folder: Path, tmp_path: Path) -> 
     assert calibrated(folder, tmp_path / "half", "--shard", "2/2").code == 0
     line = call("merge", *shards(folder, 1), tmp_path / "half", "--work-dir", tmp_path / "m").error
     assert "is in more than one of the spike statistics" in line
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("samples", None, "does not say of which calibration"),
+        ("samples", 10**12, "samples"),
+        ("model", "x", "model"),
+        ("corpus", None, "does not say of which calibration"),
+        ("modules", {"m": {"top_tokens": 3}}, "top_tokens"),
+    ],
+)
+def test_a_description_with_odd_values(folder: Path, tmp_path: Path, key: str, value: object, reason: str) -> None:
+    shutil.copytree(folder / "1", tmp_path / "1")
+    path = tmp_path / "1" / "spikes.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    line = call("merge", tmp_path / "1", *shards(folder, 2, 3), "--work-dir", tmp_path / "m").error
+    assert str(path) in line
+    assert reason in line
 
 
 def test_nothing_to_merge(tmp_path: Path) -> None:

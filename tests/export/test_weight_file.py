@@ -12,6 +12,8 @@ import onnx_ir as ir
 import pytest
 
 from benchmarks.invented_recipe import invented_recipe
+from spike_export.artifacts.errors import ArtifactError
+from spike_export.artifacts.recipe import Dtype
 from spike_export.calibration.decoder import weight_quantization
 from spike_export.checkpoint.checkpoint import Checkpoint
 from spike_export.export import linear
@@ -19,7 +21,8 @@ from spike_export.export.decoder_graph import build_decoder
 from spike_export.export.graph_builder import GraphBuilder
 from spike_export.export.graph_plan import GraphPlan
 from spike_export.export.weight_file import file_bytes, write_weights
-from tests.support.tiny_models import tiny_llama
+from tests.support.tiny_families import replaced
+from tests.support.tiny_models import tiny_llama, unquantized_recipe
 
 DATA = "model.onnx.data"
 
@@ -139,3 +142,25 @@ def test_a_tensor_of_another_size_than_declared_is_not_written(tmp_path: Path) -
     builder.lazy("t", ir.DataType.FLOAT, [1024], lambda: np.zeros(1000, np.float32))
     with pytest.raises(ValueError, match=r"^tensor 't' has 4000 bytes, declared are 4096$"):
         write_weights(builder.model("weights", "test", "0"), tmp_path / DATA, 1, lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "dtype"),
+    [
+        ("model.layers.0.mlp.up_proj.weight", np.nan, "float32"),
+        ("model.layers.1.self_attn.q_proj.weight", np.inf, "bfloat16"),
+        ("lm_head.weight", 1e5, "float16"),  # beyond 65,504
+        ("model.norm.weight", np.nan, "float32"),  # small enough for the graph's own file
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_a_weight_that_is_not_finite_is_refused(tmp_path: Path, name: str, value: float, dtype: Dtype) -> None:
+    checkpoint = tiny_llama().checkpoint
+    weight = checkpoint.tensor(name).copy()
+    weight.flat[3] = value
+    damaged = replaced(checkpoint, {name: weight})
+    model = build_decoder(
+        damaged, GraphPlan(unquantized_recipe(damaged, dtype=dtype).modules, "int8-per-channel", dtype)
+    )
+    with pytest.raises(ArtifactError, match=f"{name}: holds NaN or infinity in {dtype}"):
+        write_weights(model, tmp_path / DATA, 2, lambda *_: None)

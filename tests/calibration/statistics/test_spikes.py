@@ -12,10 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
 
+from spike_export.artifacts import host_memory
 from spike_export.artifacts.errors import ArtifactError, RecipeError
 from spike_export.artifacts.recipe import ActivationRange, activation_scale
+from spike_export.calibration.statistics.room import require_statistics_room
 from spike_export.calibration.statistics.spikes import ModuleSpikes, SpikeStatistics, load_spikes, save_spikes
+from tests.support.tiny_models import tiny_llama
 
 scales = arrays(
     np.float32,
@@ -173,7 +177,7 @@ def test_ratios_are_sorted_and_ties_keep_execution_order() -> None:
 
 def test_files_round_trip(tmp_path: Path) -> None:
     written = statistics()
-    save_spikes(written, tmp_path / "spikes", {"model": "tiny"})
+    save_spikes(written, tmp_path / "spikes", {"key": "k"})
     read = load_spikes(tmp_path / "spikes")
     assert list(read.modules) == list(written.modules)
     for name, module in written.modules.items():
@@ -234,3 +238,36 @@ def test_damaged_files_are_refused_with_the_remedy(tmp_path: Path, file: str, da
     with pytest.raises(ArtifactError, match=r"cannot read the spike statistics .*; calibrate again") as caught:
         load_spikes(tmp_path / "spikes")
     assert str(tmp_path / "spikes") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("array", "changed"),
+    [
+        ("token_ids", np.zeros((3, 4), np.int32)),
+        ("token_ids", np.zeros(12, np.int64)),
+        ("sample_ids", np.arange(2)),
+        ("hidden_amax", np.zeros((2, 2), np.float32)),
+        ("a.operand_amax", np.zeros((3, 2), np.float32)),
+        ("m.token_amax", np.zeros((3, 5), np.float32)),
+        ("m.sample_channel_amax", np.zeros((3, 0), np.float32)),
+        ("m.output_amax", np.zeros(4, np.float32)),
+    ],
+)
+def test_arrays_that_contradict_each_other_are_refused(tmp_path: Path, array: str, changed: np.ndarray) -> None:
+    module = spikes([[1, 2, 3, 4]] * 3)
+    hidden, operands = np.ones((3, 2), np.float32), {"a": np.ones((3, 3), np.float32)}
+    written = SpikeStatistics({"m": module}, np.zeros((3, 4), np.int64), (), np.arange(3), hidden, operands)
+    save_spikes(written, tmp_path / "spikes", {})
+    load_spikes(tmp_path / "spikes")
+    file = tmp_path / "spikes.safetensors"
+    save_file(load_file(file) | {array: changed}, file)
+    with pytest.raises(ArtifactError, match=f"cannot read the spike statistics .*{array.partition('.')[2] or array}"):
+        load_spikes(tmp_path / "spikes")
+
+
+def test_samples_whose_statistics_exceed_the_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_llama().checkpoint.config
+    monkeypatch.setattr(host_memory, "available_memory", lambda: 1 << 30)
+    require_statistics_room(config, 1000, 512)
+    with pytest.raises(RecipeError, match=r"--samples 100000 --length 512: .* about 5\.\d GiB of memory, 1\.0 GiB are"):
+        require_statistics_room(config, 100_000, 512)
