@@ -9,7 +9,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import Response
+from starlette.responses import HTMLResponse, PlainTextResponse, Response
 
 from spike_export.serving.middleware import BodyLimit, KeyCheck, RequestRecord
 from spike_export.serving.openai.chat import ChatCompletions
@@ -20,6 +20,14 @@ from spike_export.serving.openai.responses import Responses
 from spike_export.serving.openai.state import State
 from spike_export.serving.openai.tokens import Tokens
 from spike_export.serving.service import Service
+
+_STREAMED = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses"})
+_CLASSES: dict[str, type[Response]] = {"/": HTMLResponse, "/metrics": PlainTextResponse}
+_STREAMING: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
+_REFUSALS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"description": "Refused, in OpenAI's shape"},
+    "5XX": {"description": "The engine does not compute now, or took too long"},
+}
 
 
 def create_app(service: Service) -> FastAPI:
@@ -62,10 +70,16 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         "/model-card": state.card,
         "/": state.page,
     }
-    refusals: dict[int | str, dict[str, Any]] = {"4XX": {"description": "Refused, in OpenAI's shape"}}
     for method, routes in (("POST", posts), ("GET", gets)):
         for path, endpoint in routes.items():
-            app.add_api_route(path, endpoint, methods=[method], response_model=None, responses=refusals)
+            app.add_api_route(
+                path,
+                endpoint,
+                methods=[method],
+                response_model=None,
+                response_class=_CLASSES.get(path, JsonAnswer),
+                responses=_STREAMING | _REFUSALS if path in _STREAMED else _REFUSALS,
+            )
 
 
 def _add_middleware(app: FastAPI, service: Service) -> None:

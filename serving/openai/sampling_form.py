@@ -18,6 +18,7 @@ MOST_CHOICES = 16
 _LOWEST_TOP_P = 1e-6
 """Stands for a top p of 0, which OpenAI allows: the most probable token alone."""
 
+StopText = Annotated[str, Field(min_length=1, max_length=1000)]
 TokenName = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 """A token's number as a key of JSON."""
 
@@ -44,7 +45,7 @@ class SamplingForm(Form):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] | None = None
     logit_bias: dict[TokenName, Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]] | None = None
     seed: int | None = None
-    stop: Annotated[str, Field(max_length=1000)] | Annotated[list[str], Field(max_length=16)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
     stop_token_ids: Annotated[list[int], Field(max_length=128)] | None = None
     ignore_eos: bool = False
     response_format: ResponseFormat | None = None

@@ -227,3 +227,14 @@ def test_a_prompt_is_scored(server: Running, bundle: Path, stream: bool) -> None
         [float(logprobs[place, token]) for place, token in enumerate(tokens[1:])], abs=1e-4
     )
     assert len(told) == 7
+
+
+def test_the_description_tells_what_is_sent(server: Running) -> None:
+    """For clients that are generated from it: every content type that a path answers with is documented."""
+    paths = server.get("/openapi.json").json()["paths"]
+    for path in ("/", "/metrics", "/health", "/ready", "/v1/models", "/model-card"):
+        sent = server.get(path).headers["content-type"].partition(";")[0]
+        assert list(paths[path]["get"]["responses"]["200"]["content"]) == [sent]
+    for path in ("/v1/chat/completions", "/v1/completions", "/v1/responses"):
+        content = paths[path]["post"]["responses"]["200"]["content"]
+        assert set(content) == {"application/json", "text/event-stream"}
