@@ -116,7 +116,7 @@ def computed(calibration: Calibration, recipe: Any) -> float:
 CHECKPOINT = tiny_family("llama").checkpoint
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(_cases(CHECKPOINT))
 def test_a_prediction_is_what_the_graph_computes(case: Case) -> None:
     """Half a percent is what steps may do that rounding flips: see docs/decisions/head.md."""
