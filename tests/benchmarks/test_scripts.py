@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks import (
     accuracy,
+    activation_kinds,
     fetch_models,
     head_accuracy,
     job_resources,
@@ -44,10 +45,11 @@ from spike_export.calibration.corpus.token_windows import TokenWindows
 from spike_export.calibration.methods.context import Calibration
 from spike_export.checkpoint.checkpoint import Checkpoint
 from spike_export.checkpoint.decoder_config import tensor_shapes
+from spike_export.checkpoint.modules import linears
 from spike_export.checkpoint.opening import open_checkpoint
 from spike_export.export.bundle import ExportOptions, export_bundle
 from tests.support.tiny_checkpoints import random_llama, write_hf
-from tests.support.tiny_models import tiny_llama
+from tests.support.tiny_models import tiny_llama, tiny_recipe
 
 PARTS = {"one": b"a mo", "two": b"del"}
 MODEL = PackagedModel(
@@ -420,6 +422,17 @@ def test_every_head_is_evaluated_and_predicted() -> None:
     # A smoothing that gains nothing here is not chosen.
     smoothed = [recipe.head_smoothing for recipe in found.values()]
     assert len({row.split("simulated")[1] for row in rows}) == 9 + 3 * any(smoothed)
+
+
+def test_kinds_of_activation_scales_are_compared() -> None:
+    checkpoint = tiny_bos_llama()
+    content = np.random.default_rng(0).integers(3, 99, (2, 20))
+    recipe = tiny_recipe(checkpoint, dict.fromkeys(linears(checkpoint.config), 0.2))  # coarse
+    found = {name: each for name, _, each, _ in activation_kinds.evaluate(checkpoint, recipe, {"text": content})}
+    assert list(found) == list(activation_kinds.variants(recipe))
+    assert found["as the recipe says"] == found["static"]
+    assert found["per token"].divergence < found["static"].divergence / 2
+    assert found["INT8 weights alone"].divergence < found["static"].divergence / 2
 
 
 def test_nudged_models_differ_in_their_last_bits() -> None:

@@ -74,8 +74,7 @@ def per_token(recipe: Recipe) -> dict[str, Any]:
 
 
 def mixed(recipe: Recipe) -> dict[str, Any]:
-    own = per_token(recipe)["modules"]
-    return {"modules": {name: own[name] if "down" in name else plan for name, plan in recipe.modules.items()}}
+    return {"modules": {**recipe.modules, KEPT: ModulePlan(precision="int8", activations="per-token")}}
 
 
 def int8_attention(_: Recipe) -> dict[str, Any]:
@@ -95,6 +94,9 @@ def test_per_token_scales_and_int8_attention_leave_every_linear_in_int8(
     assert set(found.values()) == {("int8",)}
     # q+k+v, o, gate+up, down of two layers in two profiles: the siblings are still merged.
     assert result.audit.int8_products == 2 * 2 * 4
+    # A token's step is made in the kernel that rounds: the layer whose down_proj has such steps has no kernel more.
+    first, second = result.audit.programs[1].layer_kernels
+    assert first == second
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
