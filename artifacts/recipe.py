@@ -158,8 +158,7 @@ class ModulePlan(_Document):
     @model_validator(mode="before")
     @classmethod
     def _static_by_default(cls, document: Any) -> Any:
-        quantized = isinstance(document, Mapping) and document.get("precision") in LARGEST
-        return {"activations": "static", **document} if quantized else document
+        return {"activations": "static", **document} if _is_quantized(document) else document
 
     @model_validator(mode="after")
     def _static_activations_need_a_scale(self) -> "ModulePlan":
@@ -425,8 +424,13 @@ def _of_format_1(document: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_own_kind(plan: Any) -> Any:
-    unscaled = isinstance(plan, Mapping) and plan.get("activation_scale") is None
-    return {"activations": "per-token", **plan} if unscaled and plan.get("precision") in LARGEST else plan
+    unscaled = _is_quantized(plan) and plan.get("activation_scale") is None
+    return {"activations": "per-token", **plan} if unscaled else plan
+
+
+def _is_quantized(plan: Any) -> bool:
+    """Return whether a module's plan that is not validated yet names a number format."""
+    return isinstance(plan, Mapping) and plan.get("precision") in tuple(LARGEST)  # whatever stands there may be a list
 
 
 def activation_scale(amax: float, number_format: NumberFormat = "int8") -> float:

@@ -50,10 +50,11 @@ class RunInspection:
         noise = {
             name: plan.noise
             for name, plan in self.recipe.modules.items()
-            if plan.noise and plan.number_format and representative_of(name) == name
+            if plan.number_format and plan.noise and 0 < plan.noise < math.inf and representative_of(name) == name
         }
-        total = math.fsum(noise.values())
-        return {name: value / total for name, value in noise.items()}
+        largest = max(noise.values(), default=1.0)
+        total = math.fsum(value / largest for value in noise.values())
+        return {name: value / largest / total for name, value in noise.items()}
 
     def document(self) -> dict[str, Any]:
         """Return the recipe's scheme, its prefix, the candidates, the noise, and what is not quantized, as JSON."""

@@ -29,6 +29,7 @@ from spike_export.artifacts.recipe import (
 )
 
 UP = "model.layers.0.mlp.up_proj"
+GATE = "model.layers.0.mlp.gate_proj"
 DOWN = "model.layers.0.mlp.down_proj"
 
 
@@ -122,7 +123,7 @@ def test_the_kind_alone_decides_whether_a_scale_is_used() -> None:
     kept = both.model_copy(update={"precision": "float16"})
     assert (kept.per_token, kept.static_scale) == (False, None)
     assert ModulePlan(precision="fp8", activation_scale=0.5).activations == "static"
-    mixed = recipe().model_copy(update={"modules": {UP: both, DOWN: static, "x": kept}})
+    mixed = recipe().model_copy(update={"modules": {UP: both, DOWN: static, GATE: kept}})
     assert mixed.activations() == "1 static, 1 per-token"
     assert mixed.model_copy(update={"modules": {UP: both}}).activations() == "per-token"
     assert mixed.model_copy(update={"modules": {UP: kept}}).activations() == "unquantized"
@@ -140,7 +141,8 @@ def test_a_recipe_of_the_first_format_keeps_its_meaning(tmp_path: Path) -> None:
     """There the scheme said it of all modules; without a scale, a module of a dynamic scheme had one per token."""
     path = tmp_path / "recipe.json"
     scaled, unscaled = {"precision": "int8", "activation_scale": 0.5}, {"precision": "int8"}
-    path.write_text(first_format("int8-per-token-dynamic", {UP: scaled, DOWN: unscaled, "x": {"precision": "float16"}}))
+    modules = {UP: scaled, DOWN: unscaled, GATE: {"precision": "float16"}}
+    path.write_text(first_format("int8-per-token-dynamic", modules))
     read = load_recipe(path)
     assert [plan.activations for plan in read.modules.values()] == ["static", "per-token", None]
     save_recipe(read, path)
@@ -214,6 +216,13 @@ def test_a_hand_edit_is_obeyed(tmp_path: Path) -> None:
         (lambda d: d["scheme"].update(weight="x"), "scheme.weight: Extra inputs"),
         (lambda d: d["prefix"].update(tokens=[1]), "prefix.tokens: Extra inputs"),
         (lambda d: d["modules"][UP].update(precision="int4"), f"modules.{UP}.precision: Input should be 'int8'"),
+        (lambda d: d["modules"][UP].update(precision=["int8"]), f"modules.{UP}.precision: Input should be 'int8'"),
+        (
+            lambda d: d.update(
+                format=1, scheme={"activations": "int8-per-token-dynamic"}, modules={UP: {"precision": []}}
+            ),
+            f"modules.{UP}.precision: Input should be 'int8'",
+        ),
         (lambda d: d["modules"][UP].pop("activation_scale"), f"modules.{UP}: Value error, precision int8"),
         (lambda d: d["modules"][UP].update(activation_scale=0), f"modules.{UP}.activation_scale: "),
         (lambda d: d["modules"][UP].update(activation_scale=-1.0), f"modules.{UP}.activation_scale: "),
