@@ -91,8 +91,20 @@ class ModelSource(_Document):
     sha256: str
 
 
+class CorpusPart(_Document):
+    """One of several corpora, and how many of the calibration windows were cut from it."""
+
+    name: str
+    sha256: str
+    samples: int
+
+
 class CorpusSource(_Document):
-    """Which tokens it was measured on."""
+    """Which tokens it was measured on.
+
+    Attributes:
+        parts: The corpora, where they were several; name and hash are then those of all together.
+    """
 
     name: str
     sha256: str
@@ -100,6 +112,7 @@ class CorpusSource(_Document):
     length: int
     seed: int
     windows: WindowKind = "packed"
+    parts: tuple[CorpusPart, ...] = ()
 
 
 class Scheme(_Document):

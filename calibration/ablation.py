@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from spike_export.artifacts.recipe import Recipe
 from spike_export.calibration.corpus.corpus import Corpus
+from spike_export.calibration.corpus.mixture import Mixture
 from spike_export.calibration.methods.context import Calibration
 from spike_export.calibration.methods.module_choice import NOTHING_KEPT
 from spike_export.calibration.methods.qfem import ModuleChoice, Scores
@@ -12,7 +13,7 @@ from spike_export.calibration.statistics.spikes import SpikeStatistics
 
 
 def ablations(
-    calibration: Calibration, corpus: Corpus, plain: SpikeStatistics, behind: SpikeStatistics, recipe: Recipe
+    calibration: Calibration, corpus: Corpus | Mixture, plain: SpikeStatistics, behind: SpikeStatistics, recipe: Recipe
 ) -> dict[str, Recipe]:
     """Return variant name → recipe: nothing but W8A8, with QFeM, with QFeP, and with both.
 

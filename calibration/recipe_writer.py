@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from spike_export.artifacts.recipe import CorpusSource, ModelSource, Prefix, Recipe, Scheme, Search
 from spike_export.calibration.corpus.corpus import Corpus
+from spike_export.calibration.corpus.mixture import Mixture
 from spike_export.calibration.methods import qfep
 from spike_export.calibration.methods.context import Calibration, Transform, attention_plans, module_plans
 from spike_export.calibration.methods.options import CalibrationOptions
@@ -16,7 +17,7 @@ from spike_export.calibration.statistics.spikes import SpikeStatistics
 
 def build_recipe(
     calibration: Calibration,
-    corpus: Corpus,
+    corpus: Corpus | Mixture,
     statistics: SpikeStatistics,
     choice: ModuleChoice,
     transform: Transform = Transform(),
@@ -63,15 +64,9 @@ def build_recipe(
     )
 
 
-def _corpus_source(corpus: Corpus, options: CalibrationOptions) -> CorpusSource:
-    return CorpusSource(
-        name=corpus.name,
-        sha256=corpus.sha256,
-        samples=options.samples,
-        length=options.length,
-        seed=options.seed,
-        windows=options.windows,
-    )
+def _corpus_source(text: Corpus | Mixture, options: CalibrationOptions) -> CorpusSource:
+    mixture = text if isinstance(text, Mixture) else Mixture.of(text)
+    return mixture.source(options.samples, options.length, options.seed, options.windows)
 
 
 def _scheme(options: CalibrationOptions, reason: str | None) -> Scheme:

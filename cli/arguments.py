@@ -30,9 +30,14 @@ _RUN = Group("Run", sort_key=5)
 class CorpusArguments:
     """Text to calibrate and evaluate on."""
 
-    corpus: str | None = None
+    corpus: Annotated[tuple[str, ...], Parameter(negative="")] = ()
     """Text to calibrate on, best of your own domain: a .txt, .jsonl or .parquet file, a data set's folder, or
-    org/name[:config] on the hub (default: help topics of Python's standard library, offline)."""
+    org/name[:config] on the hub. Repeat the option for several kinds of text. Built in, offline:
+    builtin:help-topics (of Python's standard library; the default) and builtin:own-text (the model writes it)."""
+
+    corpus_weight: Annotated[tuple[float, ...], Parameter(negative="")] = ()
+    """Weight of each corpus, one for each --corpus in their order: calibration takes windows in this proportion
+    (default: equal)."""
 
     text_field: str | None = None
     """Key or column of the records that holds the text (default: text) or, with --chat-template, the messages (default:

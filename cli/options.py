@@ -43,7 +43,9 @@ def corpus_options(corpus: CorpusArguments) -> "CorpusOptions":
     """Return where the corpus is, and what of it is text."""
     from spike_export.calibration.corpus.files import CorpusOptions
 
-    return CorpusOptions(corpus.corpus, corpus.text_field, corpus.corpus_split, corpus.chat_template)
+    return CorpusOptions(
+        corpus.corpus, corpus.text_field, corpus.corpus_split, corpus.chat_template, corpus.corpus_weight
+    )
 
 
 def execution_options(execution: ExecutionArguments) -> "ExecutionOptions":

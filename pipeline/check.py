@@ -8,7 +8,8 @@ from spike_export.artifacts.errors import ArtifactError
 from spike_export.artifacts.ownership import require_replaceable
 from spike_export.artifacts.progress import Progress, silent
 from spike_export.calibration.corpus.chat import rendered
-from spike_export.calibration.corpus.files import load_corpus
+from spike_export.calibration.corpus.files import OwnText, load_corpora, require_judge
+from spike_export.calibration.corpus.mixture import Kind, Mixture
 from spike_export.calibration.corpus.model_windows import model_windows
 from spike_export.calibration.decoder.layerwise import Decoder
 from spike_export.checkpoint.opening import open_checkpoint
@@ -65,8 +66,11 @@ def _compared(bundle: Path, reference: str, text: EvaluationText, progress: Prog
         raise ArtifactError(f"{bundle}: was made of {manifest.model.source}, and {reference} has other weights")
     require_length(text.length, checkpoint)
     require_room(text.length, manifest.capacity)
-    corpus = rendered(load_corpus(text.corpus), checkpoint.tokenizer)
-    windows = model_windows(checkpoint, corpus, text.samples, text.length - 1, text.seed, text.windows)
+    read = load_corpora(text.corpus)
+    require_judge(read)
+    judging = [rendered(each, checkpoint.tokenizer) for each in read if not isinstance(each, OwnText)]
+    corpus, samples = Mixture(tuple(Kind(each) for each in judging)), max(text.samples, len(judging))
+    windows = model_windows(checkpoint, corpus, samples, text.length - 1, text.seed, text.windows)
     name = "shipped" if manifest.model.recipe_sha256 else "unquantized"
     result = check_variants(
         checkpoint,

@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 from spike_export.artifacts.atomic_write import require_writable
 from spike_export.artifacts.sole_writer import sole_writer
 from spike_export.calibration.corpus.chat import rendered
-from spike_export.calibration.corpus.files import load_corpus
+from spike_export.calibration.corpus.files import OwnText, load_corpora, require_judge
 from spike_export.calibration.methods.transform_choice import require_rotation
 from spike_export.calibration.statistics.room import require_statistics_room
 from spike_export.checkpoint.checkpoint import Checkpoint
@@ -46,11 +46,12 @@ def open_pipeline(
 
 def _pipeline(job: Job, run: RunDirectory, display: StageDisplay) -> Pipeline:
     _require_places(job, run)
-    read = load_corpus(job.corpus)  # a bad corpus is reported before the model is opened
+    read = load_corpora(job.corpus)  # a bad corpus is reported before the model is opened
+    require_judge(read)
     checkpoint = open_checkpoint(job.model)
     _require_options(job, checkpoint)
-    corpus = rendered(read, checkpoint.tokenizer)
-    return Pipeline(job, checkpoint, run, display, corpus)
+    texts = tuple(each if isinstance(each, OwnText) else rendered(each, checkpoint.tokenizer) for each in read)
+    return Pipeline(job, checkpoint, run, display, texts)
 
 
 def _require_places(job: Job, run: RunDirectory) -> None:

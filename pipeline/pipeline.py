@@ -18,10 +18,13 @@ from spike_export.artifacts.progress import Progress
 from spike_export.artifacts.recipe import Recipe, Search, load_recipe, recipe_text
 from spike_export.artifacts.sole_writer import sole_writer
 from spike_export.calibration.ablation import ablations
-from spike_export.calibration.corpus.chat import rendered
+from spike_export.calibration.corpus.chat import Chats, rendered
 from spike_export.calibration.corpus.corpus import Corpus
-from spike_export.calibration.corpus.files import load_corpus
+from spike_export.calibration.corpus.files import OWN_TEXT as OWN_TEXT_SOURCE
+from spike_export.calibration.corpus.files import CorpusOptions, OwnText, load_corpora
+from spike_export.calibration.corpus.mixture import Kind, Mixture, shares
 from spike_export.calibration.corpus.model_windows import model_windows
+from spike_export.calibration.corpus.stored_text import load_documents, save_documents
 from spike_export.calibration.corpus.token_windows import TokenWindows
 from spike_export.calibration.decoder.heap import collect_and_return_memory
 from spike_export.calibration.decoder.layerwise import Decoder, Execution
@@ -29,6 +32,7 @@ from spike_export.calibration.methods.activation_choice import choose_activation
 from spike_export.calibration.methods.context import Calibration, Transform
 from spike_export.calibration.methods.module_choice import choose_kept
 from spike_export.calibration.methods.options import CalibrationOptions
+from spike_export.calibration.methods.own_text import own_corpus, write_own_text
 from spike_export.calibration.methods.prefix_choice import PrefixChoice, choose_prefix
 from spike_export.calibration.methods.transform_choice import TransformChoice, choose_transform
 from spike_export.calibration.recipe_writer import build_recipe
@@ -51,6 +55,7 @@ from spike_export.pipeline.run_directory import RunDirectory, stage_key
 from spike_export.pipeline.stage_display import StageDisplay
 from spike_export.report.page import write_report
 
+OWN_TEXT = "own text"
 SPIKES = "spikes"
 PREFIX = "prefix"
 BEHIND = "spikes behind the prefix"
@@ -63,6 +68,7 @@ PLAN = "plan"
 REPORT = "report"
 
 RECIPE_FILE = "recipe.json"
+OWN_TEXT_FILE = "own_text.jsonl"
 
 ARTIFACTS = (
     *(
@@ -70,6 +76,7 @@ ARTIFACTS = (
         for stem in ("spikes", "spikes_prefixed", "spikes_smoothed")
         for ending in ("json", "safetensors")
     ),
+    OWN_TEXT_FILE,
     "prefix.json",
     "smoothing.json",
     "bundle",
@@ -90,16 +97,17 @@ _STREAMED_PART_SIZE = 32
 """The same where all weights are read anew for every part."""
 
 
-def calibration_stages(options: CalibrationOptions) -> tuple[str, ...]:
+def calibration_stages(options: CalibrationOptions, corpus: CorpusOptions = CorpusOptions()) -> tuple[str, ...]:
     """Return the names of a calibration's stages, in order."""
+    written = (OWN_TEXT,) if OWN_TEXT_SOURCE in corpus.sources else ()
     prefix = (PREFIX, BEHIND) if options.qfep else ()
     smoothing = (SMOOTHING, AFTER) if options.searches_smoothing else ()
-    return (SPIKES, *prefix, *smoothing, RECIPE)
+    return (*written, SPIKES, *prefix, *smoothing, RECIPE)
 
 
 def stages_of(job: Job) -> tuple[str, ...]:
     """Return the names of the stages a job runs, in order."""
-    calibration = calibration_stages(job.calibration) if job.quantize else ()
+    calibration = calibration_stages(job.calibration, job.corpus) if job.quantize else ()
     plan = (PLAN,) if job.plan else ()
     return (*calibration, BUNDLE, CHECK, *plan, REPORT)
 
@@ -109,19 +117,53 @@ class Pipeline:
     """A job with its checkpoint, its work directory and the display that follows it.
 
     Attributes:
-        read: The job's corpus, where it was read before; None to read it when it is needed.
+        read: The job's corpora, where they were read before; None to read them when they are needed.
     """
 
     job: Job
     checkpoint: Checkpoint
     run: RunDirectory
     display: StageDisplay
-    read: Corpus | None = None
+    read: tuple[Corpus | Chats | OwnText, ...] | None = None
 
     @cached_property
-    def corpus(self) -> Corpus:
-        """The text of calibration and check."""
-        return self.read or rendered(load_corpus(self.job.corpus), self.checkpoint.tokenizer)
+    def corpus(self) -> Mixture:
+        """The text of calibration and check; text by the model itself is written here, unless it was before."""
+        read = self.read or load_corpora(self.job.corpus)
+        weights = self.job.corpus.weights or (1.0,) * len(read)
+        found = []
+        for each, weight, count in zip(read, weights, shares(weights, self.job.calibration.samples), strict=True):
+            if not isinstance(each, OwnText):
+                found.append(Kind(rendered(each, self.checkpoint.tokenizer), weight))
+            elif documents := self._own_text(count):
+                found.append(Kind(own_corpus(documents), weight, judges=False))
+        return Mixture(tuple(found))
+
+    def _own_text(self, windows: int) -> tuple[str, ...]:
+        """Return what the model wrote for so many windows; nothing where it cannot write, or not soon enough."""
+        if not windows or not self.job.quantize:
+            return ()  # nothing is calibrated on it
+        if not self.execution.resident:
+            self.display.skip(
+                OWN_TEXT, "the layers are streamed, so that each token would read them all; the other corpora are used"
+            )
+            return ()
+        options, path = self.job.calibration, self.run.path / OWN_TEXT_FILE
+        key = stage_key(
+            model=self._model_key,
+            template=getattr(self.checkpoint.tokenizer, "chat_template", None),
+            compute=self._compute,
+            shape=[windows, options.length],
+            seed=options.seed,
+        )
+
+        def work(progress: Progress) -> None:
+            written = write_own_text(self.decoder, windows, options.length, options.seed, progress)
+            save_documents(written, path)
+
+        read = partial(load_documents, path)
+        self._stage(OWN_TEXT, key, [path], work, read)
+        return read()
 
     @cached_property
     def windows(self) -> TokenWindows:
@@ -132,9 +174,19 @@ class Pipeline:
         )
 
     @cached_property
+    def decoder(self) -> Decoder:
+        """The model; the weights are read when a stage first needs them."""
+        return Decoder(self.checkpoint, self.execution)
+
+    @cached_property
     def calibration(self) -> Calibration:
-        """Model and windows; the weights are read when a stage first needs them."""
-        return Calibration(self.checkpoint, self.windows, self.job.calibration, self.execution)
+        """Model and windows."""
+        return Calibration(self.checkpoint, self.windows, self.job.calibration, self.execution, self.decoder)
+
+    @property
+    def _compute(self) -> list[str]:
+        """Stands for what rounds the forward passes: precision and kind of device."""
+        return [self.execution.dtype, self.execution.devices[0].partition(":")[0]]
 
     @cached_property
     def execution(self) -> Execution:
@@ -161,10 +213,11 @@ class Pipeline:
             corpus=self.corpus.sha256,
             samples=options.samples,
             length=options.length,
-            compute=[self.execution.dtype, self.execution.devices[0].partition(":")[0]],
+            compute=self._compute,
             seed=options.seed,
             windows=options.windows,
             attention=options.attention,
+            shares=self.corpus.shares(options.samples),
             # Packed windows come from the text, wherever its documents end. How a chat was rendered is in the text.
             documents=self.corpus.boundaries_sha256 if options.windows == "documents" else None,
         )
@@ -337,7 +390,14 @@ class Pipeline:
             options = self._export_options(recipe)
             with self.run.scratch() as scratch:
                 checked = check_variants(
-                    self.checkpoint, self._take_model, self.corpus, content, variants, options, progress, scratch
+                    self.checkpoint,
+                    self._take_model,
+                    self.corpus.judging,
+                    content,
+                    variants,
+                    options,
+                    progress,
+                    scratch,
                 )
             save_check(checked, path)
 
@@ -350,8 +410,13 @@ class Pipeline:
 
     def _take_model(self) -> Decoder:
         """Return the model that calibration read, or a new one; the pipeline forgets it, so that it can be freed."""
-        calibration: Calibration | None = self.__dict__.pop("calibration", None)
-        return calibration.model.decoder if calibration else Decoder(self.checkpoint, self.execution)
+        decoder = self.decoder
+        self._forget_model()
+        return decoder
+
+    def _forget_model(self) -> None:
+        self.__dict__.pop("calibration", None)
+        self.__dict__.pop("decoder", None)
 
     def _variants(self, recipe: Recipe | None, bundle: Path) -> list[Variant]:
         if recipe is None:
@@ -393,7 +458,7 @@ class Pipeline:
         engine = self.job.plan
         assert engine is not None, "a job without a plan has no build stage"
         # The weights are no longer needed here, and the build process wants the memory.
-        self.__dict__.pop("calibration", None)
+        self._forget_model()
         collect_and_return_memory()
         with self.display.stage(PLAN) as progress:
             run = self.run

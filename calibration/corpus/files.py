@@ -4,8 +4,9 @@ A source is read whole, whatever part of it the windows take, and its texts stay
 one column is read. Nothing is unpickled and no code of a dataset runs.
 """
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from spike_export.artifacts.errors import CorpusError, one_line
@@ -33,21 +34,55 @@ DEFAULT_SPLIT = "train"
 _SAVED_DATASET, _SAVED_SPLITS = "state.json", "dataset_dict.json"
 
 
+HELP_TOPICS, OWN_TEXT = "builtin:help-topics", "builtin:own-text"
+"""Sources that need no file: the help topics of Python's standard library, and text that the model writes itself."""
+
+DEFAULT_SOURCES = (HELP_TOPICS,)
+
+
 @dataclass(frozen=True)
 class CorpusOptions:
-    """Where a corpus is, and what of it is text.
+    """Where the text is, and what of it is text.
 
     Attributes:
-        source: A file, a folder, or `org/name` or `org/name:config` on the hub; None for the default corpus.
+        source: A file, a folder, `org/name` or `org/name:config` on the hub, or one of the built-in sources; several of
+            them are kinds of text of their own. None for the default.
         text_field: Key of each record's text or, with `chat_template`, of its messages; None for the usual keys.
         split: Of a dataset; None for `train`.
         chat_template: Records are conversations, to be rendered with the tokenizer's chat template.
+        weights: In which proportion calibration takes windows of the sources, one weight a source; all alike by
+            default.
     """
 
-    source: str | Path | None = None
+    source: str | Path | Sequence[str | Path] | None = None
     text_field: str | None = None
     split: str | None = None
     chat_template: bool = False
+    weights: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse weights that do not fit the sources."""
+        if self.weights and len(self.weights) != len(self.sources):
+            given = f"{len(self.chosen)} --corpus" if self.chosen else "the default corpus"
+            raise CorpusError(f"{len(self.weights)} --corpus-weight for {given}; give one for each, in their order")
+        for weight in self.weights:
+            if not (math.isfinite(weight) and weight > 0):
+                raise CorpusError(f"--corpus-weight is {weight}; expected a number above 0, such as 2")
+        repeated = [str(each) for index, each in enumerate(self.sources) if each in self.sources[:index]]
+        if repeated:
+            raise CorpusError(f"--corpus {repeated[0]} is given twice; give it once, with a --corpus-weight")
+
+    @property
+    def chosen(self) -> tuple[str | Path, ...]:
+        """The sources that were given; empty for the default."""
+        if self.source is None:
+            return ()
+        return (self.source,) if isinstance(self.source, str | Path) else tuple(self.source)
+
+    @property
+    def sources(self) -> tuple[str | Path, ...]:
+        """The sources, at least one."""
+        return self.chosen or DEFAULT_SOURCES
 
     @property
     def wanted(self) -> tuple[str, ...]:
@@ -63,19 +98,56 @@ class _Source:
     records: Iterable[Record]
 
 
+@dataclass(frozen=True)
+class OwnText:
+    """Stands for text that the model has yet to write."""
+
+
+_BUILT_IN: Mapping[object, Callable[[], Corpus | OwnText]] = {HELP_TOPICS: default_corpus, OWN_TEXT: OwnText}
+
+
+def load_corpora(options: CorpusOptions) -> tuple[Corpus | Chats | OwnText, ...]:
+    """Read every source of the options, in their order; conversations are not rendered yet.
+
+    Raises:
+        CorpusError: As `load_corpus`, for any of the sources.
+    """
+    if all(source in _BUILT_IN for source in options.sources):
+        _require_no_reading(options)
+    return tuple(
+        _BUILT_IN[source]() if source in _BUILT_IN else load_corpus(replace(options, source=source, weights=()))
+        for source in options.sources
+    )
+
+
+def require_judge(read: Sequence[Corpus | Chats | OwnText]) -> None:
+    """Refuse corpora of which none can be evaluated on.
+
+    Raises:
+        CorpusError: All text would be the model's own.
+    """
+    if all(isinstance(each, OwnText) for each in read):
+        raise CorpusError(f"{OWN_TEXT} alone leaves no text to evaluate on; give another --corpus beside it")
+
+
+def _require_no_reading(options: CorpusOptions) -> None:
+    for option, given in (("--corpus-split", options.split), ("--chat-template", options.chat_template)):
+        if given:
+            raise CorpusError(f"{option} says how to read a corpus, and none is given; add --corpus")
+
+
 def load_corpus(options: CorpusOptions) -> Corpus | Chats:
-    """Read the user's corpus, or return the default one without a source; conversations are not rendered yet.
+    """Read the user's only source, or return the help topics without one; conversations are not rendered yet.
 
     Raises:
         CorpusError: The source cannot be read or reached, has no such split or key, holds no text, needs a package that
             is not installed, or an option does not apply to it.
     """
-    if options.source is None:
-        for option, given in (("--corpus-split", options.split), ("--chat-template", options.chat_template)):
-            if given:
-                raise CorpusError(f"{option} says how to read a corpus, and none is given; add --corpus")
+    if not options.chosen:
+        _require_no_reading(options)
         return default_corpus()
-    named = str(options.source)
+    (given,) = options.chosen
+    named = str(given)
     source = _source(named, options)
     if options.chat_template:
         chats = tuple(conversation(_messages(each, options.wanted), each.place) for each in source.records)

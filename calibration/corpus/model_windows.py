@@ -6,7 +6,8 @@ from spike_export.artifacts.bounded_process import Budget, BudgetError, within_b
 from spike_export.artifacts.errors import CorpusError
 from spike_export.artifacts.recipe import WindowKind
 from spike_export.calibration.corpus.corpus import Corpus
-from spike_export.calibration.corpus.token_windows import TokenWindows, token_windows
+from spike_export.calibration.corpus.mixture import Mixture
+from spike_export.calibration.corpus.token_windows import TokenWindows
 from spike_export.checkpoint.checkpoint import Checkpoint
 
 _SECONDS = 10
@@ -23,7 +24,7 @@ _CHARACTERS_PER_TOKEN = 16
 
 
 def model_windows(
-    checkpoint: Checkpoint, corpus: Corpus, samples: int, length: int, seed: int, kind: WindowKind
+    checkpoint: Checkpoint, corpus: Corpus | Mixture, samples: int, length: int, seed: int, kind: WindowKind
 ) -> TokenWindows:
     """Cut windows as `token_windows` does, with the model's tokenizer and BOS.
 
@@ -31,9 +32,10 @@ def model_windows(
         CorpusError: As `token_windows`; or the tokenizer takes too long or too much memory for a text of this size, or
             gives a token that the model has no embedding of.
     """
-    cut = partial(token_windows, corpus, checkpoint.tokenizer, samples, length, seed, kind, checkpoint.bos_token_id)
+    mixture = corpus if isinstance(corpus, Mixture) else Mixture.of(corpus)
+    cut = partial(mixture.windows, checkpoint.tokenizer, samples, length, seed, kind, checkpoint.bos_token_id)
     try:
-        windows = within_budget(cut, _budget(corpus, samples, length, kind))
+        windows = within_budget(cut, _budget(mixture, samples, length, kind))
     except BudgetError as error:
         raise CorpusError(
             f"{corpus.name}: the tokenizer {error} to encode this text; give ordinary text, or check the patterns in "
@@ -48,7 +50,7 @@ def model_windows(
     return windows
 
 
-def _budget(corpus: Corpus, samples: int, length: int, kind: WindowKind) -> Budget:
+def _budget(corpus: Mixture, samples: int, length: int, kind: WindowKind) -> Budget:
     # Windows inside documents may have to look at every document.
     wanted = corpus.characters if kind == "documents" else samples * length * _CHARACTERS_PER_TOKEN
     characters = min(corpus.characters, wanted)

@@ -1,6 +1,6 @@
 """Token windows of a corpus, of which none for calibration shares a token with one for evaluation."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,10 +30,22 @@ _PYDOC_EVALUATION_STEP = 3_000
 
 @dataclass(frozen=True)
 class TokenWindows:
-    """Content windows without BOS, [windows, tokens] int64 each; calibration and evaluation share no token."""
+    """Content windows without BOS, [windows, tokens] int64 each; calibration and evaluation share no token.
+
+    Attributes:
+        calibration: To measure on and to choose by.
+        evaluation: To judge the result on.
+        kinds: [calibration windows] int64; of which kind of text each is, counted from 0. All of one kind by default.
+    """
 
     calibration: NDArray[np.int64]
     evaluation: NDArray[np.int64]
+    kinds: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+
+    def __post_init__(self) -> None:
+        """Count all windows as one kind where nobody said."""
+        if not len(self.kinds):
+            object.__setattr__(self, "kinds", np.zeros(len(self.calibration), np.int64))
 
 
 def token_windows(
@@ -70,16 +82,42 @@ def token_windows(
         CorpusError: There is no tokenizer, there are too few tokens or too few long documents for a window of each
             kind, or no window holds two different tokens.
     """
-    if tokenizer is None:
-        raise CorpusError("the checkpoint has no tokenizer, so that no text can be calibrated on; add tokenizer.json")
+    backend = _backend(tokenizer)
     if corpus.characters > WHOLE_CHARACTERS:
         cut = _excerpts_packed if kind == "packed" else _excerpts_inside_documents
     else:
         cut = _packed if kind == "packed" else _inside_documents
-    windows = cut(corpus, tokenizer.backend_tokenizer, samples, length, seed, bos)
-    _require_variety(corpus.name, windows.calibration, "calibration", tokenizer.backend_tokenizer)
-    _require_variety(corpus.name, windows.evaluation, "evaluation", tokenizer.backend_tokenizer)
+    windows = cut(corpus, backend, samples, length, seed, bos)
+    _require_variety(corpus.name, windows.calibration, "calibration", backend)
+    _require_variety(corpus.name, windows.evaluation, "evaluation", backend)
     return windows
+
+
+def windows_throughout(
+    corpus: Corpus, tokenizer: "PreTrainedTokenizerBase | None", samples: int, length: int, bos: int | None = None
+) -> TokenWindows:
+    """Cut `samples` evenly spaced windows from the whole of a corpus, and none for evaluation.
+
+    Arguments and errors are those of `token_windows`.
+    """
+    backend = _backend(tokenizer)
+    tokens = encoded(backend, corpus.text, corpus.name)
+    if len(tokens) < length:
+        raise CorpusError(
+            f"{corpus.name}: {len(tokens)} tokens; a window has {length}: give a longer corpus or a smaller --length"
+        )
+    starts = np.linspace(0, len(tokens) - length, samples).astype(np.int64)
+    starts = _off_bos(tokens, starts, np.full(samples, len(tokens) - length), bos)
+    windows = windows_at(tokens, starts, length)
+    _require_variety(corpus.name, windows, "calibration", backend)
+    return TokenWindows(windows, np.empty((0, length), np.int64))
+
+
+def _backend(tokenizer: "PreTrainedTokenizerBase | None") -> "Tokenizer":
+    if tokenizer is None:
+        raise CorpusError("the checkpoint has no tokenizer, so that no text can be calibrated on; add tokenizer.json")
+    backend: Tokenizer = tokenizer.backend_tokenizer
+    return backend
 
 
 def _packed(

@@ -179,23 +179,37 @@ class Decoder:
         import torch
 
         count = self.config.num_hidden_layers if layers is None else layers
-        parts = batches(windows, batch_tokens)
-        return_freed_memory()
         self.meter.layers = self.config.num_hidden_layers
         self.meter.token_layers += windows.size * count
         with torch.inference_mode():
-            places = self._contexts(windows.shape[1], len(prefix))
-            shapes = [(*part.shape, self.config.hidden_size) for part in parts]
-            setting = self.execution
-            states = Activations.allocate(shapes, setting.dtype, setting.activation_bytes, setting.scratch)
-            self._embed(parts, states)
-            run_prefix = _PrefixStream(self, prefix)
-            for index in range(count):
-                with self.layer(index) as layer:
-                    past = run_prefix.through(index, layer)
-                    self._apply(index, layer, states, replace(places[index], past=past), visits)
+            states = self.first_states(batches(windows, batch_tokens))
+            for index, layer, context in self.layers_in_turn(windows.shape[1], prefix, count):
+                self._apply(index, layer, states, context, visits)
                 progress("layers", index + 1, count)
         return states
+
+    def first_states(self, parts: Sequence[NDArray[np.int64]]) -> Activations:
+        """Return what the first layer reads of forward batches [samples, length]."""
+        return_freed_memory()
+        setting, shapes = self.execution, [(*part.shape, self.config.hidden_size) for part in parts]
+        states = Activations.allocate(shapes, setting.dtype, setting.activation_bytes, setting.scratch)
+        self._embed(parts, states)
+        return states
+
+    def layers_in_turn(
+        self, tokens: int, prefix: Sequence[int], count: int
+    ) -> "Iterator[tuple[int, DecoderLayer, AttentionContext]]":
+        """Yield the first `count` layers, each with its weights until the next, and what it is told of the sequences.
+
+        Args:
+            tokens: Of a sequence, without the prefix.
+            prefix: Token ids whose keys and values stand before every sequence.
+            count: Layers to pass.
+        """
+        places, run_prefix = self.contexts(tokens, len(prefix)), _PrefixStream(self, prefix)
+        for index in range(count):
+            with self.layer(index) as layer:
+                yield index, layer, replace(places[index], past=run_prefix.through(index, layer))
 
     def prefix_key_values(self, prefix: Sequence[int]) -> KeyValues:
         """Return what the attention of every layer caches of a prefix, in full precision.
@@ -231,7 +245,14 @@ class Decoder:
         if not self.execution.resident:
             _drop(self.skeleton.embed_tokens)
 
-    def _contexts(self, tokens: int, past: int) -> "list[AttentionContext]":
+    def embedded(self, tokens: NDArray[np.int64]) -> "torch.Tensor":
+        """Return what the first layer reads of tokens [samples, length]: [samples, length, hidden]."""
+        import torch
+
+        self._assign(self.skeleton, "embed_tokens.weight", self._kept(EMBEDDING))
+        return self.skeleton.embedded(torch.from_numpy(tokens).to(self.execution.devices[0]))
+
+    def contexts(self, tokens: int, past: int) -> "list[AttentionContext]":
         """Return what each layer is told about sequences of `tokens` tokens behind a prefix of `past`, without it.
 
         Layers of one kind share the tensors.
@@ -299,7 +320,7 @@ class _PrefixStream:
         if prefix:
             tokens = np.array([list(prefix)], np.int64)
             device = decoder.execution.devices[0]
-            self.contexts = [each.to(device) for each in decoder._contexts(len(prefix), 0)]
+            self.contexts = [each.to(device) for each in decoder.contexts(len(prefix), 0)]
             shape = (*tokens.shape, decoder.config.hidden_size)
             held = Activations.allocate([shape], decoder.execution.dtype, decoder.execution.activation_bytes, None)
             decoder._embed([tokens], held)

@@ -96,12 +96,18 @@ class Model:
 
 @dataclass(frozen=True)
 class Calibration:
-    """A checkpoint with the windows it is calibrated on; weights are read into memory on first use."""
+    """A checkpoint with the windows it is calibrated on; weights are read into memory on first use.
+
+    Attributes:
+        decoder: The checkpoint's own weights in torch, where they are there already.
+        meter: Counts the tokens that are forwarded here.
+    """
 
     checkpoint: Checkpoint
     windows: TokenWindows
     options: CalibrationOptions
     execution: Execution = Execution()
+    decoder: Decoder | None = field(default=None, repr=False)
     meter: Meter = field(default_factory=Meter, repr=False)
     _references: dict[tuple[int, ...], ReferenceStates] = field(default_factory=dict, repr=False)
     _head_smoothings: dict[RotationPlan | None, HeadSmoothing] = field(default_factory=dict, repr=False)
@@ -112,11 +118,12 @@ class Calibration:
     @cached_property
     def model(self) -> Model:
         """The checkpoint's own weights."""
-        return self._ready(self.checkpoint)
+        if self.decoder is not None:
+            return self._ready(replace(self.decoder, meter=self.meter))
+        return self._ready(Decoder(self.checkpoint, self.execution, self.meter))
 
-    def _ready(self, checkpoint: Checkpoint) -> Model:
-        quantized = QuantizedWeights(self.options.weights, keep=self.execution.resident)
-        return Model(Decoder(checkpoint, self.execution, self.meter), quantized)
+    def _ready(self, decoder: Decoder) -> Model:
+        return Model(decoder, QuantizedWeights(self.options.weights, keep=self.execution.resident))
 
     def transformed(self, transform: Transform) -> Model:
         """Return a transform's model; the last one is kept."""
@@ -126,7 +133,7 @@ class Calibration:
             self._transformed.clear()
             collect_and_return_memory()
             changed = equivalent_checkpoint(self.checkpoint, transform.rotation, transform.smoothing)
-            self._transformed.append((transform, self._ready(changed)))
+            self._transformed.append((transform, self._ready(Decoder(changed, self.execution, self.meter))))
         return self._transformed[0][1]
 
     def with_options(self, options: CalibrationOptions) -> "Calibration":
@@ -148,12 +155,34 @@ class Calibration:
             self._column_amax[linear] = np.maximum(weight.max(axis=0), -weight.min(axis=0))
         return self._column_amax[linear]
 
+    @cached_property
+    def _several_kinds(self) -> bool:
+        return len(np.unique(self.windows.kinds)) > 1
+
     @property
     def search_rows(self) -> NDArray[np.int64]:
-        """Indices of the calibration windows that candidates are compared on."""
+        """Indices of the calibration windows that candidates are compared on: those of the first kind of text, or some
+        of all where there is one kind only."""
         count = len(self.windows.calibration)
-        rows = np.arange(count)[:: _SEARCH_EVERY if count >= 2 * _SEARCH_EVERY else 1]
-        return rows[np.unique(np.linspace(0, len(rows) - 1, min(SEARCH_WINDOWS, len(rows))).astype(np.int64))]
+        every = _SEARCH_EVERY if count >= 2 * _SEARCH_EVERY else 1
+        rows = np.flatnonzero(self.windows.kinds == 0) if self._several_kinds else np.arange(count)[::every]
+        return _spread(rows, SEARCH_WINDOWS)
+
+    @property
+    def scale_rows(self) -> NDArray[np.int64]:
+        """Indices of the calibration windows that compared candidates take their scales from: those of all other kinds
+        of text, or those that are not compared on; all where there are no others."""
+        others = np.setdiff1d(np.arange(len(self.windows.calibration)), self.search_rows)
+        rows = np.flatnonzero(self.windows.kinds != 0) if self._several_kinds else others
+        return rows if len(rows) else self.search_rows
+
+    @property
+    def prefix_rows(self) -> NDArray[np.int64]:
+        """Indices of the calibration windows that are measured behind each compared prefix.
+
+        They are as many as the prefix is judged on; of another kind of text where there are several.
+        """
+        return _spread(self.scale_rows, len(self.search_rows)) if self._several_kinds else self.search_rows
 
     @property
     def search_windows(self) -> NDArray[np.int64]:
@@ -162,8 +191,9 @@ class Calibration:
 
     def held_out(self, statistics: SpikeStatistics) -> SpikeStatistics:
         """Return the statistics without the search windows, so that no candidate is judged on what it was made of."""
-        rest = np.setdiff1d(np.arange(len(statistics.sample_ids)), self.search_rows)
-        return statistics.select(rest) if len(rest) else statistics
+        if np.array_equal(self.scale_rows, np.arange(len(statistics.sample_ids))):
+            return statistics
+        return statistics.select(self.scale_rows)
 
     def measure(
         self, prefix: tuple[int, ...], transform: Transform = NO_TRANSFORM, progress: Progress = silent
@@ -217,9 +247,8 @@ class Calibration:
         if self.options.head != SMOOTHED_HEAD or not self.options.smoothing:
             return HeadSmoothing()
         if rotation not in self._head_smoothings:
-            content, judging = self.windows.calibration, self.search_rows
-            others = np.setdiff1d(np.arange(len(content)), judging)
-            made_of = others[:: max(1, len(others) // len(judging))][: len(judging)] if len(others) else judging
+            content, judging, others = self.windows.calibration, self.search_rows, self.scale_rows
+            made_of = others[:: max(1, len(others) // len(judging))][: len(judging)]
             decoder, length = self.transformed(Transform(rotation=rotation)).decoder, content.shape[1]
             reference = self.reference(())
             if rotation is not None:
@@ -302,6 +331,11 @@ class Calibration:
         rotated = self.transformed(Transform(rotation=transform.rotation))
         readers = {reader: factors for name, factors in scales.items() for reader in siblings(name)}
         return rotated.decoder, Simulation(plans, self._smoothed[0][1], smoothing=readers)
+
+
+def _spread(rows: NDArray[np.int64], most: int) -> NDArray[np.int64]:
+    """Return at most `most` of the rows, evenly spaced."""
+    return rows[np.unique(np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(np.int64))]
 
 
 def channel_scales(transform: Transform, config: DecoderConfig) -> dict[str, NDArray[np.float32]]:

@@ -78,7 +78,8 @@ class _Competition:
     def enter(self, prefix: tuple[int, ...], without: PrefixCandidate | None) -> PrefixCandidate:
         """Measure one candidate; `without` is the empty prefix, or None while that itself enters."""
         calibration = self._calibration
-        statistics = calibration.measure_windows(calibration.search_windows, calibration.search_rows, prefix)
+        rows = calibration.prefix_rows
+        statistics = calibration.measure_windows(calibration.windows.calibration[rows], rows, prefix)
         self._statistics[prefix] = statistics
         module, ratio = qfep.worst_ratio(statistics)
         verdict, perplexity = "accepted", None

@@ -55,7 +55,7 @@ def calibrate(
     if shard is not None:
         return _measure_shard(model, work_dir, shard, options, text, how, run_options)
     console = Console()
-    display = ProgressDisplay(console, calibration_stages(options), quiet=run_options.quiet)
+    display = ProgressDisplay(console, calibration_stages(options, text), quiet=run_options.quiet)
     recipe = calibrate_model(
         model,
         work_dir,
@@ -91,10 +91,11 @@ def _measure_shard(
     from spike_export.calibration.statistics.partial_statistics import parse_shard
     from spike_export.cli.terminal.progress_display import ProgressDisplay
     from spike_export.pipeline.calibrate import measure_shard
-    from spike_export.pipeline.pipeline import SPIKES
+    from spike_export.pipeline.pipeline import SPIKES, calibration_stages
 
     console = Console()
-    display = ProgressDisplay(console, [SPIKES], quiet=run_options.quiet)
+    stages = calibration_stages(options, corpus)
+    display = ProgressDisplay(console, stages[: stages.index(SPIKES) + 1], quiet=run_options.quiet)
     statistics = measure_shard(
         model,
         work_dir,

@@ -13,6 +13,7 @@ from spike_export.artifacts.manifest import Manifest, load_manifest
 from spike_export.artifacts.progress import Progress, silent
 from spike_export.artifacts.recipe import Recipe
 from spike_export.calibration.corpus.corpus import Corpus
+from spike_export.calibration.corpus.mixture import Mixture
 from spike_export.checkpoint.checkpoint import Checkpoint
 from spike_export.engines.accuracy.comparison import Accuracy, LoadModel, ReferenceLogits, compare, reference_logits
 from spike_export.engines.onnx_runtime.sequences import CACHE_TYPES
@@ -40,7 +41,7 @@ class Variant:
 def check_variants(
     checkpoint: Checkpoint,
     load: LoadModel,
-    corpus: Corpus,
+    corpus: Corpus | Mixture,
     content: NDArray[np.int64],
     variants: Sequence[Variant],
     options: ExportOptions,

@@ -158,8 +158,9 @@ def test_the_configuration_file_is_read_and_the_command_line_overrides_it(folder
     config = tmp_path / "config.toml"
     corpus = json.dumps(str(folder / "corpus.txt"))
     # The keys outside of the table are those of the main job, and no concern of `calibrate`.
-    config.write_text(f"length = 9\n[calibrate]\ncorpus = {corpus}\nsamples = 3\nlength = 24\nqfep = false\n")
-    for position in (("--config", config), (f"--config={config}",)):
+    listed = f"[{corpus}]\ncorpus-weight = [3]"
+    for position, text in ((("--config", config), corpus), ((f"--config={config}",), listed)):
+        config.write_text(f"length = 9\n[calibrate]\ncorpus = {text}\nsamples = 3\nlength = 24\nqfep = false\n")
         done = call("calibrate", folder / "model", "--work-dir", tmp_path / "run", "--samples", "2", *position)
         assert done.code == 0, done.err
         recipe = load_recipe(tmp_path / "run" / "recipe.json")

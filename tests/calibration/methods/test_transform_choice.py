@@ -26,7 +26,9 @@ from spike_export.calibration.methods.overflow_guard import (
     near_limit,
     stream_dtype,
 )
+from spike_export.calibration.methods.prefix_choice import choose_prefix
 from spike_export.calibration.methods.qfem import ModuleChoice
+from spike_export.calibration.methods.qfep import worst_ratio
 from spike_export.calibration.methods.smoothing_search import (
     CLIPS,
     SiteChoice,
@@ -178,6 +180,19 @@ def test_candidates_are_judged_on_windows_that_their_scales_do_not_come_from() -
     assert few.search_rows.tolist() == [0, 1, 2]
     few_statistics = few.measure(())
     assert few.held_out(few_statistics) is few_statistics
+
+
+def test_another_kind_of_text_judges_than_the_scales_come_from() -> None:
+    one = calibration_of()
+    mixed = replace(one, windows=replace(one.windows, kinds=np.array([0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2])))
+    statistics = mixed.measure(())
+    assert mixed.search_rows.tolist() == [0, 1, 2, 3, 4]
+    assert mixed.held_out(statistics).sample_ids.tolist() == [5, 6, 7, 8, 9, 10, 11]
+    assert mixed.prefix_rows.tolist() == [5, 6, 8, 9, 11]
+    assert one.prefix_rows.tolist() == one.search_rows.tolist()
+    entered = choose_prefix(mixed, statistics).candidates[0]
+    expected = mixed.measure_windows(mixed.windows.calibration[[5, 6, 8, 9, 11]], mixed.prefix_rows, ())
+    assert (entered.worst_module, entered.ratio) == worst_ratio(expected)
 
 
 def test_the_winners_scales_are_made_of_all_windows() -> None:
