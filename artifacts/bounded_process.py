@@ -136,7 +136,7 @@ class _Child:
         try:
             self._connection.send(request)
             if not self._connection.poll(_PATIENCE * seconds):
-                raise BudgetError(f"took more than {_PATIENCE * seconds} seconds")
+                raise BudgetError(f"took more than {_PATIENCE * seconds} s")
             answer: tuple[bool, Any] = self._connection.recv()
         except (EOFError, OSError) as error:  # the process has closed its end, which it does when it dies
             raise BudgetError(_cause(_status(self._pid), self._budget)) from error
@@ -163,7 +163,7 @@ def _status(pid: int) -> int:
 def _cause(status: int, budget: Budget) -> str:
     dead = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
     if dead == signal.SIGXCPU:
-        return f"took more than {budget.seconds} seconds"
+        return f"took more than {budget.seconds} s of processor time"
     name = f" ({signal.Signals(dead).name})" if dead else ""
     return f"took more than {budget.memory // _MEBI} MiB of memory, or failed in native code{name}"
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from spike_export.artifacts.documents import require_files
 from spike_export.artifacts.errors import CorpusError, one_line
 from spike_export.artifacts.user_paths import user_path
 from spike_export.calibration.corpus.chat import MESSAGE_KEYS, Chats, conversation
@@ -209,6 +210,7 @@ def _folder_and_config(path: Path) -> tuple[Path | None, str | None]:
 
 
 def _folder(folder: Path, config: str | None, source: str, options: CorpusOptions) -> _Source:
+    require_files(folder.rglob("*"), CorpusError)
     if (folder / _SAVED_DATASET).exists() or (folder / _SAVED_SPLITS).exists():
         return _saved(folder, source, options)
     split = options.split or DEFAULT_SPLIT

@@ -49,7 +49,7 @@ def test_a_process_answers_again_also_after_one_that_was_ended() -> None:
     with BoundedProcess(lambda stop: for_ever() if stop else os.getpid(), SHORT) as process:
         first = process.ask(False)
         assert process.ask(False) == first != os.getpid()
-        with pytest.raises(BudgetError, match="took more than 1 seconds"):
+        with pytest.raises(BudgetError, match=r"took more than \d+ s"):
             process.ask(True)
         assert process.ask(False) not in (first, os.getpid())
 

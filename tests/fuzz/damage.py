@@ -101,6 +101,9 @@ _GRAPH_DAMAGE = (
 )
 
 
+_ATTRIBUTE_TYPES = (onnx.AttributeProto.STRING, onnx.AttributeProto.GRAPH)
+
+
 @st.composite
 def damaged_graph(draw: st.DrawFn, model: onnx.ModelProto) -> onnx.ModelProto:
     """Draw a model with some nodes, tensors or declarations changed."""
@@ -130,7 +133,9 @@ def _damage_node(draw: st.DrawFn, how: str, graph: onnx.GraphProto) -> None:
     elif how == "odd attribute":
         for attribute in node.attribute:
             attribute.i = draw(st.sampled_from((-1, 0, 7, 99, 2**40)))
-            attribute.type = draw(st.sampled_from((attribute.type, onnx.AttributeProto.STRING, 99)))
+            attribute.type = draw(
+                st.sampled_from((attribute.type, onnx.AttributeProto.STRING, onnx.AttributeProto.GRAPH))
+            )
     elif how == "operator":
         node.op_type = draw(
             st.sampled_from(("If", "MatMul", "Cast", "DequantizeLinear", "Transpose", "Slice", "", "X"))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from spike_export.artifacts import host_memory
 from spike_export.artifacts.errors import CorpusError
 from spike_export.calibration.corpus import records as corpus_records
 from spike_export.calibration.corpus.chat import Chats
@@ -367,3 +369,30 @@ def test_a_readme_does_not_lead_out_of_its_folder(tmp_path: Path) -> None:
     write_jsonl(folder / "en.jsonl", [{"text": "english"}])
     (folder / "README.md").write_text("---\nconfigs:\n- config_name: en\n  data_files: ../secret.txt\n---\n")
     assert "secret.txt, outside of the folder; correct data_files there" in refusal(folder)
+
+
+def test_a_pipe_is_refused_before_it_is_opened(tmp_path: Path) -> None:
+    (tmp_path / "prose").mkdir()
+    for name in ("mine.jsonl", "prose/train.jsonl"):
+        os.mkfifo(tmp_path / name)
+    assert refusal(tmp_path / "mine.jsonl").endswith("cannot read the corpus: a pipe, socket or device, not a file")
+    assert "train.jsonl: a pipe, socket or device, not a file; remove it" in refusal(tmp_path / "prose")
+
+
+def test_a_record_has_a_largest_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus_records, "LARGEST_RECORD", 1 << 20)
+    long = "a" * ((1 << 20) + 1)
+    lines = write_jsonl(tmp_path / "mine.jsonl", [{"text": "a"}, {"text": long}])
+    assert f"{lines}, line 2: a record of more than 1 MiB; split it" in refusal(lines)
+    table = write_parquet(tmp_path / "mine.parquet", {"text": ["a", "b", long]})
+    assert f"{table}, row 3: a record of more than 1 MiB; split it" in refusal(table)
+
+
+def test_a_corpus_that_exceeds_the_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.txt").write_text("words " * 1000)
+    monkeypatch.setattr(host_memory, "available_memory", lambda: 17_000)
+    assert "a corpus of this size needs about 0.0 GiB of memory, 0.0 GiB are available" in refusal(
+        tmp_path / "mine.txt"
+    )
+    monkeypatch.setattr(host_memory, "available_memory", lambda: 19_000)
+    assert read(tmp_path / "mine.txt").characters == 6000

@@ -72,7 +72,7 @@ def test_a_tokenizer_that_fails_on_text(parts: dict[str, Any], reason: str, capf
 def test_a_tokenizer_that_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_SECONDS", 1)
     slow: Any = SimpleNamespace(backend_tokenizer=SimpleNamespace(encode=lambda text, add_special_tokens: max(count())))
-    with pytest.raises(CorpusError, match="prose: the tokenizer took more than 1 seconds"):
+    with pytest.raises(CorpusError, match=r"prose: the tokenizer took more than \d+ s"):
         cut(replace(model(), tokenizer=slow))
 
 
@@ -95,7 +95,7 @@ LOOPS = "{% for a in range(9999) %}" * 3 + "{% endfor %}" * 3
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
-        (LOOPS, "took more than 1 seconds"),
+        (LOOPS, r"took more than \d+ s"),
         ("{{ 'a' * 10**10 }}", "took more than 1024 MiB of memory"),
         ("{{ 'a' * 2000 }}", "makes more than 1,000 characters of this chat"),
     ],
