@@ -179,7 +179,7 @@ class ChatCompletions:
         identity = Identity("chat.completion", self._service.settings.model, "chatcmpl")
         if form.stream:
             answer = submitted(self._service, works)
-            return EventStream(guarded(self._service, answer, self._events(form, identity, answer, works, tools)))
+            return EventStream(answer, guarded(self._service, self._events(form, identity, answer, works, tools)))
         found, answer = await results(self._service, request, works)
         choices = [self._choice(number, each, self._reader(form, tools)) for number, each in enumerate(found)]
         counts = usage(works, sum(len(each.token_ids) for each in found), answer.reused, form.choices)

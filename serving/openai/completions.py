@@ -80,7 +80,7 @@ class Completions:
         if form.stream:
             answer = submitted(self._service, works)
             events = self._events(form, identity, answer, works, echoes)
-            return EventStream(guarded(self._service, answer, events))
+            return EventStream(answer, guarded(self._service, events))
         found, answer = await results(self._service, request, works)
         choices = [
             _choice(number, echo + each.text, each.finish_reason, self._spelled(works[number], answer, number, each))

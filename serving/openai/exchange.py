@@ -9,7 +9,7 @@ from typing import Any
 from uuid import uuid4
 
 from fastapi import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from spike_export.artifacts.errors import EngineError
@@ -37,10 +37,8 @@ class Identity:
         return {"id": name, "object": kind or self.kind, "created": self.created, "model": self.model}
 
 
-class JsonAnswer(Response):
+class JsonAnswer(JSONResponse):
     """A response of JSON."""
-
-    media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
         """See `Response`."""
@@ -48,17 +46,18 @@ class JsonAnswer(Response):
 
 
 class EventStream(Response):
-    """A response of server-sent events; what makes them is closed at once when the client leaves."""
+    """A response of server-sent events; the answer that they tell of is cancelled at once when the client leaves."""
 
-    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+    def __init__(self, answer: Answer, events: AsyncGenerator[bytes, None]) -> None:
         super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-store"})
         del self.headers["content-length"]
-        self._events = events
+        self._answer, self._events = answer, events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See `Response`."""
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        await first_of(self._send_all(send), gone(receive))
+        with self._answer:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            await first_of(self._send_all(send), gone(receive))
 
     async def _send_all(self, send: Send) -> None:
         async with aclosing(self._events) as events:
@@ -122,16 +121,15 @@ async def _collected(service: Service, answer: Answer, works: Sequence[Work]) ->
     return [joined(own, len(work.prompt)) for own, work in zip(pieces, works, strict=True)]
 
 
-async def guarded(service: Service, answer: Answer, events: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
-    """Pass events on; end them with an error's event where the engine fails, and the request where nobody reads on."""
-    with answer:
-        try:
-            async for event in events:
-                yield event
-        except TimeoutError:
-            yield event_bytes(timed_out(service.settings.timeout).body)
-        except EngineError as error:
-            yield event_bytes(failed(error).body)
+async def guarded(service: Service, events: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
+    """Pass events on; end them with an error's event where the engine fails."""
+    try:
+        async for event in events:
+            yield event
+    except TimeoutError:
+        yield event_bytes(timed_out(service.settings.timeout).body)
+    except EngineError as error:
+        yield event_bytes(failed(error).body)
 
 
 def observed(service: Service, answer: Answer, works: Sequence[Work]) -> AsyncIterator[tuple[int, Piece]]:

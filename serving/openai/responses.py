@@ -45,7 +45,7 @@ class ResponseForm(SamplingForm):
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     previous_response_id: None = None
     conversation: None = None
-    background: Literal[False] | None = None
+    background: bool | None = None
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
 
     @property
@@ -72,13 +72,15 @@ class Responses:
         require_model(self._service, form.model)
         if form.choices != 1:
             raise RequestError("n is not a field of responses; leave it out", param="n")
+        if form.background:
+            raise RequestError("nothing is kept here for later; leave background out", param="background")
         prompts = await encoded(self._service, [form.chat], "input")
         size = new_tokens(self._service, len(prompts[0]), form.max_output_tokens, None, "max_output_tokens")
         works = await works_of(self._service, form, prompts, [size], None)
         told = _Told(form, Identity("response", self._service.settings.model, "resp"), works[0])
         if form.stream:
             answer = submitted(self._service, works)
-            return EventStream(guarded(self._service, answer, self._events(told, answer, works)))
+            return EventStream(answer, guarded(self._service, self._events(told, answer, works)))
         found, answer = await results(self._service, request, works)
         if not found:
             return JsonAnswer({})  # nobody reads it

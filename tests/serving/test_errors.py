@@ -89,6 +89,22 @@ def test_a_chat_that_cannot_be_used(server: Running, changes: dict[str, Any]) ->
     require_error(server.post("/v1/chat/completions", json=SAY | changes))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"previous_response_id": "resp_1"},
+        {"background": True},
+        {"background": 0},
+        {"n": 2},
+        {"tools": [{}]},
+        {"input": []},
+    ],
+    ids=str,
+)
+def test_a_response_that_nothing_is_kept_for(server: Running, changes: dict[str, Any]) -> None:
+    require_error(server.post("/v1/responses", json={"input": "a", "max_output_tokens": 1} | changes))
+
+
 def test_an_unknown_path_and_a_wrong_method(server: Running) -> None:
     assert require_error(server.get("/v1/nothing"), 404)["type"] == "not_found_error"
     require_error(server.get("/v1/completions"), 405)
