@@ -11,6 +11,7 @@ FUZZ_SECONDS ?= 600
 # a newer build brings several GB of CUDA libraries on Linux.
 NEWEST := .venv-newest
 LOWEST := .venv-lowest
+SBOM := .venv-sbom
 TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
 
 # What dependencies compute, read and write; the job first, which fails on a single warning. Tests of the compiler, of
@@ -22,7 +23,7 @@ ENDS := tests/cli/test_job.py tests/artifacts tests/checkpoint tests/calibration
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz test-newest test-lowest docs clean
+.PHONY: help demo test fuzz test-newest test-lowest chaos sbom licences docs clean
 
 help:
 	@echo "make demo   fetch a small model, export and build it, say where plan, bundle and report lie"
@@ -30,6 +31,10 @@ help:
 	@echo "make fuzz   give damaged files of every format to their readers, for FUZZ_SECONDS (now: $(FUZZ_SECONDS))"
 	@echo "make test-newest, make test-lowest"
 	@echo "            tests and main job with the newest and the lowest versions that pyproject.toml allows"
+	@echo "make chaos  kill, interrupt and starve the whole job at random moments, and resume it (a quarter of an hour)"
+	@echo "make sbom   write the bill of materials of the virtual environment to build/sbom.json (CycloneDX)"
+	@echo "make licences"
+	@echo "            list the licences of all dependencies in docs/licences.md; an unknown one fails"
 	@echo "make docs   build the documentation site into build/docs"
 	@echo "make clean  remove the virtual environment, the demo and all caches"
 	@echo "PYTHON=...  the interpreter to set up with (now: $(PYTHON))"
@@ -81,10 +86,25 @@ test-lowest:
 	$(LOWEST)/bin/python -m pip freeze --disable-pip-version-check --exclude-editable
 	$(LOWEST)/bin/python -m pytest -m 'not model' $(ENDS)
 
+# Options, such as CHAOS='--kills 200 --seed 7', are those of the program.
+chaos: $(INSTALLED)
+	$(BIN)/python -m tests.support.chaos $(CHAOS)
+
+# In an environment of its own, so that the bill does not list the program that writes it.
+sbom: $(INSTALLED)
+	$(PYTHON) -m venv $(SBOM)
+	$(SBOM)/bin/python -m pip install -qq --disable-pip-version-check cyclonedx-bom==7.5.0
+	@mkdir -p build
+	$(SBOM)/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --of JSON \
+		-o build/sbom.json $(BIN)/python
+
+licences: $(INSTALLED)
+	$(BIN)/python -m benchmarks.licences docs/licences.md
+
 # A broken link, a broken anchor or a reference to a missing name fails it.
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 	@echo "build/docs/index.html"
 
 clean:
-	rm -rf $(VENV) $(NEWEST) $(LOWEST) $(DEMO) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) $(NEWEST) $(LOWEST) $(SBOM) $(DEMO) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info

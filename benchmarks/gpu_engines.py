@@ -107,7 +107,7 @@ class Harness:
                     yield name, bundle, batch
 
     def _build(self, name: BackendName, bundle: Bundle, batch: int, calls: Sequence[Call]) -> CheckedPlan:
-        from spike_export.engines.build.builder import build_plan
+        from spike_export.engines.build.reuse import provide_engine
 
         assert self.machine.gpu is not None
         prompt = max(call.tokens for call in calls)
@@ -119,8 +119,8 @@ class Harness:
             max_prompt=prompt,
         )
         path = self.scratch / f"{name}-{bundle.variant.name.lower()}-{batch}.plan"
-        result = build_plan(bundle.folder, path, options)
-        return CheckedPlan(result.plan, result.sidecar)
+        engine = provide_engine(bundle.folder, path, options)
+        return CheckedPlan(engine.plans[0], engine.sidecars[0])
 
     def _add(self, engine: str, variant: Variant, call: Call, seconds: Sequence[float]) -> None:
         needed = work(self.model, variant, call)

@@ -3,8 +3,17 @@
 import sys
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
+from spike_export.artifacts.atomic_write import atomic_path
 from spike_export.calibration.statistics.spikes import load_spikes
-from spike_export.report.figures import save_png, spike_picture
+from spike_export.report.figures import spike_picture
+
+
+def save_png(figure: Figure, path: Path, dpi: int = 150) -> None:
+    """Write a figure as PNG, whole or not at all and without metadata."""
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=dpi, metadata={"Software": None})
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
 """Hooks of the documentation site: pages from the project's root, and links that lead out of `docs/`.
 
-README, CONTRIBUTING and CHANGELOG lie at the root, where code hosts and PyPI look for them. The site shows the same
-files. A link to a file of the project that is no page leads to a copy of that file; MkDocs reports a link to nothing.
+README, CONTRIBUTING, CHANGELOG and SECURITY lie at the root, where code hosts and PyPI look for them. The site shows
+the same files. A link to a file of the project that is no page leads to a copy of that file; MkDocs reports a link to
+nothing.
 """
 
 import posixpath
@@ -15,7 +16,12 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = "docs"
 
-ROOT_PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+ROOT_PAGES = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "SECURITY.md": "security.md",
+}
 """File at the root → its page."""
 
 _LINK = re.compile(r"(?<=\]\()(?P<target>[^)#\s:]+)(?P<anchor>#[^)\s]*)?(?=\))")

@@ -9,7 +9,6 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import matplotlib
@@ -21,7 +20,6 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 from numpy.typing import NDArray
 
-from spike_export.artifacts.atomic_write import atomic_path
 from spike_export.artifacts.recipe import CurvePoint, Recipe
 from spike_export.calibration.statistics.spikes import SpikeStatistics
 from spike_export.checkpoint.modules import is_down_projection, split_name
@@ -327,12 +325,6 @@ def svg_text(figure: Figure, name: str) -> str:
     text = re.sub(r'(\bid="|xlink:href="#|url\(#)', rf"\g<1>{name}-", text)
     # The page sets the width; without these two the picture keeps its shape through the viewBox.
     return re.sub(r'^(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'^(<svg[^>]*?) height="[^"]*"', r"\1", text))
-
-
-def save_png(figure: Figure, path: Path, dpi: int = 150) -> None:
-    """Write the figure as PNG, atomically and without metadata."""
-    with matplotlib.rc_context(_STYLE), atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=dpi, metadata={"Software": None})
 
 
 def _drawable(value: float) -> bool:

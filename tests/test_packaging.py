@@ -18,6 +18,8 @@ from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from benchmarks.licences import LicenceError, licence_of, licences, table
+
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT: Mapping[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 FOLDERS: Mapping[str, str] = PYPROJECT["tool"]["setuptools"]["package-dir"]
@@ -156,6 +158,35 @@ def required_by(name: str, extras: frozenset[str]) -> Iterator[Requirement]:
         environments = [dict(default_environment()) | {"extra": extra} for extra in extras or {""}]
         if requirement.marker is None or any(map(requirement.marker.evaluate, environments)):
             yield requirement
+
+
+def test_every_dependency_has_an_accepted_licence_and_the_page_lists_it() -> None:
+    try:
+        found = licences()
+    except importlib.metadata.PackageNotFoundError as error:
+        pytest.skip(f"{error.name} is not installed, so that its licence is unknown")
+    page = (ROOT / "docs" / "licences.md").read_text(encoding="utf-8")
+    assert page.endswith(table(found)), "run make licences"
+
+
+@pytest.mark.parametrize(
+    ("package", "metadata", "expression"),
+    [
+        ("a", {"License-Expression": ["MIT AND BSD-3-Clause"]}, "MIT AND BSD-3-Clause"),
+        ("a", {"License": ["Copyright ..."], "Classifier": ["License :: OSI Approved :: MIT License"]}, "MIT"),
+        ("tensorrt-rtx-cu13", {"License": ["Proprietary"]}, "LicenseRef-NVIDIA-Proprietary"),
+        ("a", {"License": ["Proprietary"]}, None),
+        ("a", {"License-Expression": ["MIT AND AGPL-3.0"]}, None),
+        ("a", {"Classifier": ["Programming Language :: Python"]}, None),
+        ("a", {}, None),
+    ],
+)
+def test_an_unknown_licence_is_refused(package: str, metadata: dict[str, list[str]], expression: str | None) -> None:
+    if expression is not None:
+        assert licence_of(package, metadata) == expression
+        return
+    with pytest.raises(LicenceError, match="a: its metadata say"):
+        licence_of(package, metadata)
 
 
 def check_imports(links: Path) -> subprocess.CompletedProcess[str]:

@@ -8,11 +8,9 @@ tests hold sabotaged graphs that must be found out, so that a change of format c
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from spike_export.artifacts.manifest import INT8_WEIGHTS
 from spike_export.engines.audit.kernel_count import attention_kernels, layer_kernels, unfused_attention
-from spike_export.engines.audit.program_products import read_program_text
 from spike_export.engines.audit.reading import (
     EIGHT_BITS,
     FLOAT8_WEIGHT_ONLY,
@@ -89,19 +87,6 @@ class PlanAudit:
         return tuple(module for module in self.modules if not module.as_planned)
 
 
-def audit_plan(plan_path: Path, planned: Mapping[str, str]) -> PlanAudit:
-    """Compare a plan of TensorRT-RTX with what was asked for; nothing of the plan is executed.
-
-    Args:
-        planned: HF module name → `int8`, `fp8`, `float16`, `bfloat16` or `float32`, or one of the last three with
-            `+int8-weights`. The module's product is the ONNX node `<module>.MatMul`.
-
-    Raises:
-        EngineError: The plan cannot be read.
-    """
-    return judge(read_program_text(plan_path), planned)
-
-
 def covering(reading: PlanReading, profiles: int) -> PlanReading:
     """Return the reading of a plan where it has a program of every profile, else one that proves nothing.
 
@@ -119,7 +104,12 @@ def covering(reading: PlanReading, profiles: int) -> PlanReading:
 
 
 def judge(reading: PlanReading, planned: Mapping[str, str]) -> PlanAudit:
-    """Compare a reading with what was asked for, as `audit_plan` does."""
+    """Compare the reading of a plan with what was asked for.
+
+    Args:
+        planned: HF module name → `int8`, `fp8`, `float16`, `bfloat16` or `float32`, or one of the last three with
+            `+int8-weights`. The module's product is the ONNX node `<module>.MatMul`.
+    """
     programs = reading.programs
     products = Counter(
         product.precision for program in programs for product in program.products if _counts(product, planned)

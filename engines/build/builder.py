@@ -10,7 +10,7 @@ from spike_export.artifacts.atomic_write import atomic_path, describe_os_error, 
 from spike_export.artifacts.errors import ArtifactError, EngineError
 from spike_export.artifacts.host_memory import available_memory
 from spike_export.artifacts.manifest import DATA_FILE, GRAPH_FILE, load_manifest
-from spike_export.artifacts.progress import Progress, silent
+from spike_export.artifacts.progress import Progress
 from spike_export.engines.audit.verdict import ModuleAudit, PlanAudit
 from spike_export.engines.build.child_process import BUILD_COMMAND, run_build
 from spike_export.engines.build.host_memory import require_memory
@@ -170,34 +170,6 @@ def plan_build(bundle: Path, engine: Path, options: BuildOptions, environment: B
         weight_bytes=file_size(bundle / DATA_FILE),
         rope=rope_by_length(bundle),
     )
-
-
-def build_plan(
-    bundle: Path,
-    plan: Path,
-    options: BuildOptions,
-    progress: Progress = silent,
-    environment: BuildEnvironment | None = None,
-) -> BuildResult:
-    """Build a plan and write the sidecar beside it; both appear whole or not at all.
-
-    Args:
-        bundle: Folder with model.onnx, model.onnx.data and manifest.json.
-        plan: File to write, not ending in .json; one that is there is replaced.
-        progress: Told of the hashing of the bundle (bytes) and of the build (percent).
-        environment: This machine when omitted.
-
-    Raises:
-        EngineError: The backend, a target, a size, the memory or the graph stands in the way; or a split engine is
-            asked for, which `provide_engine` builds.
-        ArtifactError: The bundle's manifest cannot be read, or the plan cannot be written.
-        KeyboardInterrupt: As raised during the build; the build process is gone and nothing was written.
-    """
-    if options.split:
-        raise EngineError(f"{plan} is one file, and a split engine is two; build it as an engine")
-    environment = environment or detect_environment()
-    build = plan_build(bundle, plan, options, environment)
-    return build_engine(build, None, progress, environment)[0]
 
 
 def build_engine(

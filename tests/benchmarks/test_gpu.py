@@ -30,7 +30,8 @@ from benchmarks.large_model import Shape
 from spike_export.artifacts.errors import EngineError
 from spike_export.artifacts.manifest import load_manifest
 from spike_export.checkpoint.decoder_config import decoder_config
-from spike_export.engines.build import builder as plan_builder
+from spike_export.engines.build import reuse as plan_reuse
+from spike_export.engines.build.reuse import ProvidedEngine
 from spike_export.engines.plan.backend import TENSORRT_RTX, Gpu, Machine
 from spike_export.engines.tensorrt import decoding as trt_decoding
 from tests.support.tiny_models import TinyModel, input_scales, tiny_llama, tiny_recipe
@@ -258,15 +259,15 @@ def test_the_harness_runs_over_a_pretended_gpu(monkeypatch: pytest.MonkeyPatch, 
     )
     machine = Machine(frozenset({"tensorrt"}), HOPPER.gpu)
 
-    def build(bundle: Path, plan: Path, options: Any) -> Any:
+    def build(bundle: Path, plan: Path, options: Any) -> ProvidedEngine:
         if "fp8" in plan.name:
             raise EngineError("TensorRT cannot build the plan: no kernel")
         assert (options.targets, options.max_prompt) == (("SM90",), 16)
         batch = options.batch.largest
         checked = simulation.plan(bundle, "prefill", "decode", batch=batch, context=64, prompt=32)
-        return plan_builder.BuildResult(checked.path, checked.sidecar, Any, ())  # type: ignore[arg-type]
+        return ProvidedEngine((checked.path,), (checked.sidecar,), "built", reused=False)
 
-    monkeypatch.setattr(plan_builder, "build_plan", build)
+    monkeypatch.setattr(plan_reuse, "provide_engine", build)
     monkeypatch.setattr(trt_decoding, "CudaDevice", lambda _: simulation.device)
     monkeypatch.setattr(gpu_engines, "gpu_seconds", host_seconds)
     capacity = 64

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("mkdocs") is None, reason="MkDocs is not installed: pip install '.[docs]'"
 )
 
-WRITTEN = ("docs", "mkdocs.yml", "README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+WRITTEN = ("docs", "mkdocs.yml", "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
 """What the site is made of; everything else is only linked to."""
 
 

@@ -26,8 +26,8 @@ from spike_export.calibration.decoder.layerwise import Decoder
 from spike_export.calibration.decoder.simulate import QuantizedWeights, Simulation, fake_quantize, fake_quantize_tokens
 from spike_export.calibration.decoder.weight_quantization import quantize_weight
 from spike_export.calibration.float8 import float8_modules
-from spike_export.engines.audit.verdict import FLOAT8_WEIGHT_ONLY, NOT_FOUND, WEIGHT_ONLY, ModuleAudit, audit_plan
-from spike_export.engines.build.builder import BuildEnvironment, build_plan
+from spike_export.engines.audit.verdict import FLOAT8_WEIGHT_ONLY, NOT_FOUND, WEIGHT_ONLY, ModuleAudit
+from spike_export.engines.build.builder import BuildEnvironment
 from spike_export.engines.onnx_runtime.session import open_bundle
 from spike_export.engines.plan import backend as plan_backend
 from spike_export.engines.plan.backend import TENSORRT, TENSORRT_RTX, Gpu, Machine, omission, resolve_targets
@@ -36,6 +36,7 @@ from spike_export.engines.plan.graph import load_graph, planned_precisions
 from spike_export.export.bundle import ExportOptions, export_bundle, recipe_sha256
 from spike_export.export.graph_builder import GraphBuilder
 from spike_export.export.linear import quantize_dequantize
+from tests.support.built_plans import audit_plan, build_plan
 from tests.support.cached_forward import cached_forward
 from tests.support.graph_parity import token_errors
 from tests.support.tiny_cli_models import call, write_model

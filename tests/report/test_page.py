@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from benchmarks.spike_picture import save_png
 from spike_export.artifacts.check_document import load_check
 from spike_export.artifacts.errors import ArtifactError
 from spike_export.artifacts.recipe import (
@@ -33,7 +34,6 @@ from spike_export.report.figures import (
     position_edges,
     qfem_curve,
     ratio_chart,
-    save_png,
     spike_map,
     spike_picture,
     svg_text,

@@ -12,12 +12,13 @@ import pytest
 from spike_export.artifacts.recipe import Dtype
 from spike_export.checkpoint.modules import linears
 from spike_export.cli.terminal.text_table import counts_in_words, ranges, size_in_words
-from spike_export.engines.build.builder import BuildEnvironment, build_plan
+from spike_export.engines.build.builder import BuildEnvironment
 from spike_export.engines.plan.backend import TENSORRT_RTX, Machine, find_gpu
 from spike_export.engines.plan.build_options import BuildOptions
 from spike_export.engines.plan.sidecar import load_sidecar
 from spike_export.export.bundle import ExportOptions, export_bundle
 from tests.engines.audit.test_kernel_count import LAYERS, MOST, checkpoint
+from tests.support.built_plans import build_plan
 from tests.support.tiny_cli_models import call
 from tests.support.tiny_models import tiny_recipe
 

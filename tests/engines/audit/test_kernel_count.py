@@ -19,12 +19,13 @@ from spike_export.checkpoint.modules import linears
 from spike_export.engines.audit.kernel_count import attention_kernels, layer_kernels, unfused_attention
 from spike_export.engines.audit.program_products import read_program_text
 from spike_export.engines.audit.reading import Kernel
-from spike_export.engines.build.builder import BuildEnvironment, BuildResult, build_plan
+from spike_export.engines.build.builder import BuildEnvironment, BuildResult
 from spike_export.engines.plan.backend import TENSORRT_RTX, Machine
 from spike_export.engines.plan.build_options import BatchRange, BuildOptions
 from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.cache_options import CacheOptions
 from tests.engines.build.test_matrix import MODELS
+from tests.support.built_plans import build_plan
 from tests.support.tiny_families import tiny_family
 from tests.support.tiny_models import MemoryTensors, tiny_recipe
 

@@ -14,12 +14,13 @@ from spike_export.engines.audit.program_products import read_program_text
 from spike_export.engines.audit.program_text import CHECKED_VERSION, read_plan_text
 from spike_export.engines.audit.reader import read_plan
 from spike_export.engines.audit.reading import NARROW_SUMS, WEIGHT_ONLY, Evidence, PlanReading
-from spike_export.engines.audit.verdict import NOT_FOUND, PlanAudit, audit_plan, covering, judge
-from spike_export.engines.build.builder import BuildEnvironment, build_plan
+from spike_export.engines.audit.verdict import NOT_FOUND, PlanAudit, covering, judge
+from spike_export.engines.build.builder import BuildEnvironment
 from spike_export.engines.plan.backend import TENSORRT_RTX, Gpu, Machine
 from spike_export.engines.plan.build_options import BuildOptions
 from spike_export.engines.plan.bundle_identity import hash_plan
 from spike_export.engines.plan.sidecar import Audit, BackendVersion, PlanFile, PlanSidecar, sidecar_path, sidecar_text
+from tests.support.built_plans import audit_plan, build_plan
 from tests.support.tiny_bundles import TinyModel, write_bundle
 
 Q, K = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"

@@ -12,13 +12,14 @@ from spike_export.artifacts.errors import EngineError
 from spike_export.artifacts.recipe import Dtype
 from spike_export.checkpoint.modules import linears
 from spike_export.engines.audit.reading import NARROW_SUMS
-from spike_export.engines.audit.verdict import NOT_FOUND, WEIGHT_ONLY, ModuleAudit, PlanAudit, audit_plan
-from spike_export.engines.build.builder import BuildEnvironment, build_plan
+from spike_export.engines.audit.verdict import NOT_FOUND, WEIGHT_ONLY, ModuleAudit, PlanAudit
+from spike_export.engines.build.builder import BuildEnvironment
 from spike_export.engines.plan.backend import TENSORRT_RTX, Machine
 from spike_export.engines.plan.build_options import BuildOptions, ProfileName
 from spike_export.engines.plan.graph import planned_precisions
 from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.cache_options import CacheOptions
+from tests.support.built_plans import audit_plan, build_plan
 from tests.support.tiny_bundles import TinyModel, tiny_graph, write_bundle
 from tests.support.tiny_cli_models import call
 from tests.support.tiny_families import tiny_family

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spike_export.engines.build.builder import BuildEnvironment, build_plan
+from spike_export.engines.build.builder import BuildEnvironment
 from spike_export.engines.plan.backend import TENSORRT_RTX, Machine
 from spike_export.engines.plan.build_options import BuildOptions
 from spike_export.export.bundle import ExportOptions, export_bundle
+from tests.support.built_plans import build_plan
 from tests.support.tiny_families import tiny_family
 
 pytestmark = pytest.mark.skipif(

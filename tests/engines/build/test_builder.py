@@ -10,7 +10,7 @@ import onnx
 import pytest
 
 from spike_export.artifacts.errors import ArtifactError, EngineError
-from spike_export.engines.build.builder import BuildEnvironment, BuildResult, build_plan, plan_build
+from spike_export.engines.build.builder import BuildEnvironment, BuildResult, plan_build
 from spike_export.engines.build.child_process import run_build
 from spike_export.engines.build.process import peak_memory
 from spike_export.engines.build.request import BuildRequest
@@ -18,6 +18,7 @@ from spike_export.engines.plan.backend import TENSORRT_RTX, Machine
 from spike_export.engines.plan.build_options import BuildOptions
 from spike_export.engines.plan.bundle_identity import HASHED_FILES, hash_bundle
 from spike_export.engines.plan.sidecar import load_sidecar, sidecar_path
+from tests.support.built_plans import build_plan
 from tests.support.tiny_bundles import MAX_POSITIONS, TinyModel, tiny_graph, write_bundle
 
 pytestmark = pytest.mark.skipif(

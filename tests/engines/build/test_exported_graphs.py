@@ -15,11 +15,12 @@ from spike_export.artifacts.recipe import AttentionPlan, Dtype, HeadScheme, Modu
 from spike_export.checkpoint.checkpoint import Checkpoint
 from spike_export.checkpoint.decoder_config import decoder_config
 from spike_export.checkpoint.modules import linears
-from spike_export.engines.audit.verdict import WEIGHT_ONLY, audit_plan
-from spike_export.engines.build.builder import BuildEnvironment, BuildResult, build_plan
+from spike_export.engines.audit.verdict import WEIGHT_ONLY
+from spike_export.engines.build.builder import BuildEnvironment, BuildResult
 from spike_export.engines.plan.backend import TENSORRT_RTX, Machine
 from spike_export.engines.plan.build_options import BatchRange, BuildOptions
 from spike_export.export.bundle import ExportOptions, export_bundle
+from tests.support.built_plans import audit_plan, build_plan
 from tests.support.tiny_models import LLAMA3_ROPE, MemoryTensors, input_scales, tiny_llama, tiny_recipe
 
 pytestmark = pytest.mark.skipif(

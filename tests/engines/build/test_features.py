@@ -13,7 +13,7 @@ from spike_export.artifacts.errors import EngineError
 from spike_export.artifacts.progress import silent
 from spike_export.artifacts.recipe import Scheme
 from spike_export.checkpoint.modules import linears
-from spike_export.engines.build.builder import BuildEnvironment, build_plan
+from spike_export.engines.build.builder import BuildEnvironment
 from spike_export.engines.build.child_process import run_build
 from spike_export.engines.build.request import BuildRequest, CompletionEvent
 from spike_export.engines.plan.backend import TENSORRT_RTX, Machine, PlanFeature, find_gpu
@@ -22,6 +22,7 @@ from spike_export.engines.plan.graph import load_graph, resize_cache
 from spike_export.engines.plan.header import HEADER_SIZE, read_header
 from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.cache_options import CacheOptions
+from tests.support.built_plans import build_plan
 from tests.support.tiny_bundles import write_bundle
 from tests.support.tiny_models import tiny_llama, tiny_recipe
 

@@ -24,13 +24,14 @@ from spike_export.checkpoint.modules import (
     representatives,
     split_name,
 )
-from spike_export.engines.audit.verdict import WEIGHT_ONLY, audit_plan
-from spike_export.engines.build.builder import BuildEnvironment, BuildResult, build_plan
+from spike_export.engines.audit.verdict import WEIGHT_ONLY
+from spike_export.engines.build.builder import BuildEnvironment, BuildResult
 from spike_export.engines.plan.backend import TENSORRT_RTX, Machine
 from spike_export.engines.plan.build_options import BatchRange, BuildOptions
 from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.cache_options import CacheOptions
 from tests.engines.build.test_static_cache import program_buffers
+from tests.support.built_plans import audit_plan, build_plan
 from tests.support.tiny_families import tiny_family
 from tests.support.tiny_models import tiny_recipe
 

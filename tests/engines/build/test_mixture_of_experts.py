@@ -9,12 +9,13 @@ import pytest
 
 from spike_export.artifacts.recipe import ModulePlan
 from spike_export.checkpoint.modules import expert_of, is_down_projection, is_router, split_name
-from spike_export.engines.audit.verdict import WEIGHT_ONLY, audit_plan
-from spike_export.engines.build.builder import BuildEnvironment, build_plan
+from spike_export.engines.audit.verdict import WEIGHT_ONLY
+from spike_export.engines.build.builder import BuildEnvironment
 from spike_export.engines.plan.backend import TENSORRT_RTX, Machine
 from spike_export.engines.plan.build_options import BuildOptions
 from spike_export.export.bundle import ExportOptions, export_bundle
 from tests.export.test_mixture_of_experts import PREFIX, Case, block, expert, mixture, recipe_of
+from tests.support.built_plans import audit_plan, build_plan
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec(TENSORRT_RTX.module) is None,

@@ -15,7 +15,7 @@ import pytest
 from spike_export.artifacts.atomic_write import temporary_path
 from spike_export.artifacts.errors import ArtifactError, EngineError
 from spike_export.engines.build import builder as plan_builder
-from spike_export.engines.build.builder import BuildEnvironment, BuildResult, build_engine, build_plan, plan_build
+from spike_export.engines.build.builder import BuildEnvironment, BuildResult, build_engine, plan_build
 from spike_export.engines.build.request import CompletionEvent
 from spike_export.engines.build.reuse import ProvidedEngine, provide_engine
 from spike_export.engines.plan.backend import TENSORRT_RTX, Gpu, Machine
@@ -30,6 +30,7 @@ from spike_export.engines.plan.sidecar import (
     sidecar_path,
     sidecar_text,
 )
+from tests.support.built_plans import build_plan
 from tests.support.tiny_bundles import TinyModel, write_bundle
 
 needs_rtx = pytest.mark.skipif(
@@ -389,11 +390,6 @@ def test_a_foreign_file_in_the_place_of_a_split_engine_is_refused(tmp_path: Path
     with pytest.raises(EngineError, match=r"was not built here; a split engine is engine\.prefill\.plan and"):
         provide_engine(bundle, engine, SPLIT, environment=NO_BUILD)
     assert engine.read_bytes() == b"mine"
-
-
-def test_one_plan_cannot_be_split(tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match="is one file, and a split engine is two"):
-        build_plan(write_bundle(tmp_path / "bundle"), tmp_path / "e.plan", SPLIT, environment=NO_BUILD)
 
 
 @needs_rtx

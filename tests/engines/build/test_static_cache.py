@@ -9,11 +9,12 @@ import pytest
 
 from spike_export.artifacts.errors import EngineError
 from spike_export.artifacts.recipe import Scheme
-from spike_export.engines.build.builder import BuildEnvironment, BuildResult, build_plan
+from spike_export.engines.build.builder import BuildEnvironment, BuildResult
 from spike_export.engines.plan.backend import TENSORRT_RTX, Machine
 from spike_export.engines.plan.build_options import BatchRange, BuildOptions, ProfileName
 from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.cache_options import CacheOptions
+from tests.support.built_plans import build_plan
 from tests.support.tiny_models import input_scales, tiny_llama, tiny_recipe
 
 CPU = BuildEnvironment(Machine(frozenset({"tensorrt-rtx"}), gpu=None), available=None)

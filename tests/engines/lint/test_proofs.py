@@ -13,11 +13,11 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from spike_export.engines.audit.verdict import audit_plan
 from spike_export.engines.lint.operators import MISSING
 from spike_export.engines.lint.view import TAKEN_AS_STANDARD
 from spike_export.engines.onnx_runtime.exact_products import request_exact_products
 from spike_export.engines.plan.backend import TENSORRT_RTX
+from tests.support.built_plans import audit_plan
 from tests.support.lint_cases import CASES, SOUND, WEIGHTS_ONLY, versioned
 from tests.support.lint_graphs import FLOAT, HALF, Linear, attention, ints, siblings
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from spike_export.artifacts.errors import EngineError
 from spike_export.artifacts.progress import Progress, silent
-from spike_export.engines.build.builder import BuildEnvironment, build_plan
+from spike_export.engines.build.builder import BuildEnvironment
 from spike_export.engines.build.rebuild import usable_or_rebuilt_engine
 from spike_export.engines.build.reuse import provide_engine
 from spike_export.engines.plan.backend import TENSORRT, TENSORRT_RTX, Gpu, Machine
@@ -25,6 +25,7 @@ from spike_export.engines.plan.header import HEADER_SIZE, read_header
 from spike_export.engines.plan.safety import StalePlanError, usable_engine
 from spike_export.engines.plan.sidecar import PlanSidecar, load_sidecar, sidecar_path, sidecar_text
 from spike_export.engines.plan.validity import require_valid_header
+from tests.support.built_plans import build_plan
 from tests.support.tiny_bundles import TinyModel, write_bundle
 
 pytestmark = pytest.mark.skipif(

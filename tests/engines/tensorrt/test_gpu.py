@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from spike_export.artifacts.errors import EngineError
-from spike_export.engines.build.builder import build_plan
 from spike_export.engines.generation.options import GenerationOptions
 from spike_export.engines.plan.backend import choose_backend, detect_machine
 from spike_export.engines.plan.build_options import BatchRange, BuildOptions
@@ -19,6 +18,7 @@ from spike_export.engines.tensorrt.runtime_cache import runtime_cache_path
 from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.cache_options import CacheOptions
 from tests.support import graph_parity
+from tests.support.built_plans import build_plan
 from tests.support.tiny_models import TinyModel, tiny_llama, unquantized_recipe
 from tests.support.trt_simulation import PROMPTS, Greedy, decoded
 
