@@ -305,8 +305,6 @@ def test_llama3_rope_is_recovered(tmp_path: Path) -> None:
         llama3_divisors(original_max_position_embeddings=4096.0),
         np.linspace(1, 32, 8),
         np.ones(8) * 2,
-        np.zeros(8),
-        np.full(8, np.nan),
     ],
 )
 def test_another_scaling_is_refused_rather_than_approximated(tmp_path: Path, divisors: np.ndarray) -> None:
@@ -314,6 +312,13 @@ def test_another_scaling_is_refused_rather_than_approximated(tmp_path: Path, div
     tensors: dict[str, Any] = {"rope_freqs.weight": divisors.astype(np.float32)}
     written = write_gguf(tmp_path / "odd.gguf", model, tensors=tensors)
     assert "rope_freqs.weight is not LLaMA 3's scaling; this rope is not supported" in refusal(written.path)
+
+
+@pytest.mark.parametrize("divisors", [np.zeros(8), np.full(8, np.nan)], ids=["zeros", "NaN"])
+def test_divisors_that_no_frequency_can_have_are_damage(tmp_path: Path, divisors: np.ndarray) -> None:
+    tensors: dict[str, Any] = {"rope_freqs.weight": divisors.astype(np.float32)}
+    written = write_gguf(tmp_path / "odd.gguf", random_llama(rope_parameters=LLAMA3), tensors=tensors)
+    assert "rope_freqs.weight holds no divisors of frequencies; the file is damaged" in refusal(written.path)
 
 
 def test_linear_scaling_is_read_and_other_kinds_are_refused(tmp_path: Path) -> None:
