@@ -95,11 +95,12 @@ def test_the_main_job_ends_with_a_split_engine(finished: tuple[Path, Outcome]) -
     folder, done = finished
     run = folder / "e.plan.run"
     places = [f"plan: {folder / name}" for name in ("e.prefill.plan", "e.decode.plan")]
-    assert done.out.splitlines()[-5:] == [
+    assert done.out.splitlines()[-6:] == [
         "plan built",
         *places,
         f"bundle: {run / 'bundle'}",
         f"report: {run / 'report.html'}",
+        f"serve it: spike-export serve {run / 'bundle'}",
     ]
     page = (run / "report.html").read_text(encoding="utf-8")
     assert "e.prefill.profiles" in page
