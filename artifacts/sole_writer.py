@@ -45,7 +45,7 @@ def sole_writer(place: Path, file: Path | None = None) -> Iterator[None]:
         ArtifactError: Another process writes there, and is named; or the lock file cannot be written.
     """
     if not place.name and file is None:  # `.` and `/`: nothing can stand beside them
-        raise ArtifactError(f"{place}: this folder cannot be replaced; give a name in it")
+        raise ArtifactError(f"{place}: is a folder that cannot be replaced; give a name in it")
     file = file or lock_beside(place)
     try:
         created = _missing_folders(file.parent)

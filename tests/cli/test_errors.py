@@ -337,7 +337,7 @@ def test_a_recipe_of_another_model(folder: Path, tmp_path: Path) -> None:
         ('"precision"', '"percision"', ("q_proj.precision", "required")),
         ('"alpha"', '"alhpa": 1, "alpha"', ("alhpa", "not permitted")),
         ('"activation_scale": ', '"activation_scale": -', ("activation_scale", "greater than 0")),
-        ('"format": 1', '"format": 2', ("format",)),
+        ('"format": 2', '"format": 3', ("format",)),
         ("mlp.up_proj", "mlp.upp_proj", ("mlp.up_proj",)),
         ("{", "", ("recipe.json",)),
     ],
