@@ -57,13 +57,20 @@ def _places(model: ir.Model) -> list[_Place]:
     return places
 
 
-def _inline(model: ir.Model) -> Iterator[ir.TensorProtocol]:
-    """Yield the weights that are small enough for the graph's own file: those of small models' norms."""
+def _make_inline(model: ir.Model) -> None:
+    """Make the weights that are small enough for the graph's own file, those of small models' norms, once for all.
+
+    Raises:
+        ArtifactError: A weight is not finite.
+    """
     for graph in model.graphs():
         for value in graph.initializers.values():
             tensor = value.const_value
             if isinstance(tensor, ir.LazyTensor) and tensor.nbytes <= _INLINE_BYTES:
-                yield tensor
+                with np.errstate(over="ignore"):
+                    made = np.ascontiguousarray(tensor.numpy())
+                _require_finite(tensor, made.reshape(-1).view(np.uint8))
+                value.const_value = ir.Tensor(made, dtype=tensor.dtype, name=tensor.name)
 
 
 def _end(places: list[_Place]) -> int:
@@ -108,10 +115,7 @@ def write_weights(model: ir.Model, path: Path, threads: int, written: Callable[[
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    for tensor in _inline(model):
-        with np.errstate(over="ignore"):
-            made = np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8)
-        _require_finite(tensor, made)
+    _make_inline(model)
     for value, tensor, offset in placed:
         value.const_value = ir.ExternalTensor(
             path.name,

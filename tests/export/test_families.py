@@ -174,7 +174,7 @@ def test_a_rope_is_none_in_name_only(kind: str) -> None:
 
 SCHEMES: Mapping[str, Case] = {
     "static": Case(prefix=PREFIX),
-    "per token": Case(per_token=True),
+    "per token": Case(per_token=None),
     "weights": Case(weight_only=None),
 }
 
