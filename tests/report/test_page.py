@@ -129,7 +129,7 @@ def write_tokenizer(path: Path) -> None:
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A complete work directory."""
-    description = {"corpus": {"name": "topics"}}
+    description = {"corpus": {"name": "topics", "sha256": "1" * 64}}
     save_spikes(statistics(), tmp_path / "spikes", description)
     save_spikes(statistics(spike=2.0, prefix=(HOSTILE_ID,)), tmp_path / "spikes_prefixed", description)
     save_recipe(recipe(), tmp_path / "recipe.json")
