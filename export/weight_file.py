@@ -68,8 +68,8 @@ def _make_inline(model: ir.Model) -> None:
             tensor = value.const_value
             if isinstance(tensor, ir.LazyTensor) and tensor.nbytes <= _INLINE_BYTES:
                 with np.errstate(over="ignore"):
-                    made = np.ascontiguousarray(tensor.numpy())
-                _require_finite(tensor, made.reshape(-1).view(np.uint8))
+                    made = tensor.numpy()
+                _require_finite(tensor, np.ascontiguousarray(made).reshape(-1).view(np.uint8))
                 value.const_value = ir.Tensor(made, dtype=tensor.dtype, name=tensor.name)
 
 
