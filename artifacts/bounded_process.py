@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 from weakref import finalize
+
+from spike_export.artifacts.closing import Closing
 
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")
@@ -46,7 +47,7 @@ class BudgetError(Exception):
     """The work exceeded its budget, or its process died of a fault in native code; the message says which."""
 
 
-class BoundedProcess(Generic[Request, Answer]):
+class BoundedProcess(Closing, Generic[Request, Answer]):
     """A function in a forked process.
 
     What the function raises is raised here. After a `BudgetError` the next request starts a new process. Where the
@@ -67,9 +68,8 @@ class BoundedProcess(Generic[Request, Answer]):
         if not hasattr(os, "fork"):
             return self._work(request)
         with self._asking:
-            self._child = self._child or _Child.start(self._work, self._budget)
             try:
-                answered, value = self._child.answer(request)
+                answered, value = self._started().answer(request)
             except BaseException:  # an interrupt, too, leaves an answer behind that nobody has read
                 self.close()
                 raise
@@ -83,22 +83,18 @@ class BoundedProcess(Generic[Request, Answer]):
     def start(self) -> Self:
         """Fork now, while this process has few threads and little memory, and not at the first request."""
         if hasattr(os, "fork"):
-            self._child = self._child or _Child.start(self._work, self._budget)
+            self._started()
         return self
+
+    def _started(self) -> "_Child":
+        self._child = self._child or _Child.start(self._work, self._budget)
+        return self._child
 
     def close(self) -> None:
         """End the process."""
         if self._child is not None:
             self._child.end()
         self._child = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def within_budget(work: Callable[[], Answer], budget: Budget = Budget()) -> Answer:

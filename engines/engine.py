@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from spike_export.artifacts.closing import Closing
 from spike_export.artifacts.documents import read_document
 from spike_export.artifacts.errors import EngineError, one_line
 from spike_export.artifacts.manifest import Manifest, load_manifest
@@ -34,7 +34,7 @@ _TOKENIZER_FILE, _GENERATION_FILE = "tokenizer.json", "generation_config.json"
 
 
 @dataclass(frozen=True)
-class Engine:
+class Engine(Closing):
     """A runtime with the tokenizer and the manifest of the bundle it runs.
 
     Attributes:
@@ -114,14 +114,6 @@ class Engine:
         """Release the runtime's memory."""
         self.decoding.close()
         self.prompts.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], options: GenerationOptions | None = None, **changes: Any

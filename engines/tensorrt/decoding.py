@@ -4,13 +4,13 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from spike_export.artifacts.closing import Closing
 from spike_export.artifacts.errors import EngineError, one_line
 from spike_export.engines.generation.decoding import DecodedStep, require_finite
 from spike_export.engines.generation.options import GenerationOptions
@@ -38,7 +38,7 @@ MakeSampler = Callable[[GenerationOptions, int, torch.device], Drawing]
 """Makes what draws for one batch of so many rows."""
 
 
-class TensorRtDecoding:
+class TensorRtDecoding(Closing):
     """A plan as a runtime (see `decoding.Decoding`): one batch at a time.
 
     Attributes:
@@ -80,14 +80,6 @@ class TensorRtDecoding:
         self.vocab = loaded.io.vocab
         self._busy = False
         self._kept_rows: set[int] = set()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Wait for what is queued, keep what was compiled while running, and give the GPU's memory back."""
