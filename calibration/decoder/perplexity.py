@@ -111,7 +111,7 @@ def reference_states(
     """Run the unquantized model and keep what `score` compares with; arguments as in `model_perplexity`."""
     total, kept, head = Likelihood(0.0, 0), [], decoder.head()
     for tokens, states in content_states(decoder, windows, content_length, prefix):
-        total += _likelihood(head, states, tokens)
+        total += likelihood(head, states, tokens)
         kept.append(states[::_DIVERGENCE_EVERY].clone())
     return ReferenceStates(total.perplexity, kept, head)
 
@@ -133,7 +133,7 @@ def score(
     total, divergence, compared = Likelihood(0.0, 0), 0.0, 0
     content = content_states(decoder, windows, content_length, prefix, visits, progress)
     for index, (tokens, states) in enumerate(content):
-        total += _likelihood(to_logits, states, tokens)
+        total += likelihood(to_logits, states, tokens)
         if reference is not None:
             expected = reference.states[index]
             divergence += divergence_sum(reference.head, expected, to_logits, states[::_DIVERGENCE_EVERY])
@@ -156,7 +156,8 @@ def content_states(
             yield tokens[-length:], row[-length:]
 
 
-def _likelihood(head: Head, states: "torch.Tensor", tokens: NDArray[np.int64]) -> Likelihood:
+def likelihood(head: Head, states: "torch.Tensor", tokens: NDArray[np.int64]) -> Likelihood:
+    """Return how a window's tokens [tokens] are predicted from the last layer's output [tokens, hidden] at them."""
     import torch
 
     targets = torch.from_numpy(tokens[1:])

@@ -23,7 +23,6 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks import (
     accuracy,
-    activation_kinds,
     fetch_models,
     head_accuracy,
     job_resources,
@@ -32,6 +31,7 @@ from benchmarks import (
     speed,
     speed_peers,
     statistics_overhead,
+    unseen_text,
 )
 from benchmarks.fetch_models import Download, FetchError, PackagedModel, fetch
 from benchmarks.invented_recipe import invented_recipe
@@ -424,15 +424,32 @@ def test_every_head_is_evaluated_and_predicted() -> None:
     assert len({row.split("simulated")[1] for row in rows}) == 9 + 3 * any(smoothed)
 
 
-def test_kinds_of_activation_scales_are_compared() -> None:
+def test_variants_of_recipes_are_judged_window_by_window() -> None:
     checkpoint = tiny_bos_llama()
     content = np.random.default_rng(0).integers(3, 99, (2, 20))
-    recipe = tiny_recipe(checkpoint, dict.fromkeys(linears(checkpoint.config), 0.2))  # coarse
-    found = {name: each for name, _, each, _ in activation_kinds.evaluate(checkpoint, recipe, {"text": content})}
-    assert list(found) == list(activation_kinds.variants(recipe))
-    assert found["as the recipe says"] == found["static"]
-    assert found["per token"].divergence < found["static"].divergence / 2
-    assert found["INT8 weights alone"].divergence < found["static"].divergence / 2
+    coarse = tiny_recipe(checkpoint, dict.fromkeys(linears(checkpoint.config), 0.2))
+    plan = coarse.modules["model.layers.0.mlp.down_proj"].model_copy(update={"activations": "per-token"})
+    mixed = coarse.model_copy(update={"modules": {**coarse.modules, "model.layers.0.mlp.down_proj": plan}})
+    rows = list(unseen_text.evaluate(checkpoint, {"coarse": coarse, "mixed": mixed}, {"text": content}))
+    found = {(recipe, variant): each for _, recipe, variant, each in rows}
+    assert list(unseen_text.variants(coarse)) == ["INT8 weights alone", "per token", "static"]
+    divergence = {name: each.divergence.mean() for name, each in found.items()}
+    assert divergence["mixed", "static"] == divergence["coarse", "static"]
+    assert divergence["mixed", "as the recipe says"] != divergence["mixed", "static"]
+    assert max(divergence["mixed", "INT8 weights alone"], divergence["mixed", "per token"]) < (
+        divergence["mixed", "static"] / 2
+    )
+    assert unseen_text.static_share(coarse, checkpoint) == 1
+    assert 0.5 < unseen_text.static_share(mixed, checkpoint) < 1
+
+
+def test_the_interval_of_a_mean_is_students() -> None:
+    # Quantiles of tables; the smallest sample is the worst case of the expansion.
+    for freedom, quantile in ((5, 2.571), (15, 2.131), (31, 2.040), (10**6, 1.960)):
+        assert abs(unseen_text.students_t(freedom) - quantile) < 0.01, freedom
+    found = unseen_text.Interval.of(np.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]))
+    assert found.mean == 3.5
+    assert found.margin == pytest.approx(2.571 * 1.8708 / 6**0.5, rel=0.005)
 
 
 def test_nudged_models_differ_in_their_last_bits() -> None:
