@@ -317,6 +317,9 @@ class ServerArguments:
     model: Annotated[str | None, Parameter(name="--model-name")] = None
     "Name of the model in requests (default: name of the bundle's folder)."
 
+    alias: Annotated[tuple[str, ...], Parameter(negative="")] = ()
+    "Further name that requests may give the model; repeat the option for several (default: none)."
+
     api_key: Annotated[tuple[str, ...], Parameter(negative="")] = ()
     "Key that requests have to show; repeat the option for several. Other users of the machine can read it here."
 

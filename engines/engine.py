@@ -27,6 +27,7 @@ from spike_export.engines.plan_runtime import bundle_of, is_plan, open_plans
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from spike_export.engines.onnx_runtime.decoding import OnnxDecoding
     from spike_export.engines.onnx_runtime.sequences import Provider
     from spike_export.engines.tensorrt.engines import RuntimeOptions
 
@@ -172,7 +173,7 @@ def _refuse(given: Mapping[str, bool], reason: str) -> None:
             raise EngineError(f"{name} was given, but {reason}; leave it out")
 
 
-def open_onnx(path: Path, threads: int, provider: "Provider") -> Decoding:
+def open_onnx(path: Path, threads: int, provider: "Provider") -> "OnnxDecoding":
     """Open a bundle in ONNX Runtime.
 
     Raises:

@@ -11,6 +11,8 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
 
+from spike_export.serving.llama_cpp.completion import Completion
+from spike_export.serving.llama_cpp.state import ServerState
 from spike_export.serving.middleware import BodyLimit, KeyCheck, RequestRecord
 from spike_export.serving.openai.chat import ChatCompletions
 from spike_export.serving.openai.completions import Completions
@@ -21,7 +23,12 @@ from spike_export.serving.openai.state import State
 from spike_export.serving.openai.tokens import Tokens
 from spike_export.serving.service import Service
 
-_STREAMED = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses"})
+_STREAMED = frozenset(
+    {
+        *("/v1/chat/completions", "/v1/completions", "/v1/responses"),
+        *("/chat/completions", "/completions", "/responses", "/completion"),
+    }
+)
 _CLASSES: dict[str, type[Response]] = {"/": HTMLResponse, "/metrics": PlainTextResponse}
 _STREAMING: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 _REFUSALS: dict[int | str, dict[str, Any]] = {
@@ -51,16 +58,24 @@ def create_app(service: Service) -> FastAPI:
 
 
 def _add_routes(app: FastAPI, service: Service) -> None:
-    chat, completions, tokens, state = ChatCompletions(service), Completions(service), Tokens(service), State(service)
+    tokens, state, server_state = Tokens(service), State(service), ServerState(service)
+    chat, completion, responses = ChatCompletions(service), Completion(service), Responses(service)
     posts: dict[str, Callable[..., Any]] = {
         "/v1/chat/completions": chat.create,
-        "/v1/completions": completions.create,
-        "/v1/responses": Responses(service).create,
+        "/chat/completions": chat.create,
+        "/v1/completions": Completions(service).create,
+        "/completion": completion.create,
+        "/completions": completion.create,  # llama.cpp's, not OpenAI's
+        "/v1/responses": responses.create,
+        "/responses": responses.create,
         "/tokenize": tokens.tokenize,
         "/detokenize": tokens.detokenize,
     }
     gets: dict[str, Callable[..., Any]] = {
         "/v1/models": state.models,
+        "/models": state.models,
+        "/props": server_state.props,
+        "/slots": server_state.slots,
         "/v1/models/{name:path}": state.model,
         "/health": state.live,
         "/v1/health/live": state.live,

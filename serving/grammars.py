@@ -9,7 +9,7 @@ import torch
 
 from spike_export.artifacts.errors import EngineError, one_line
 
-GrammarKind = Literal["json_object", "json_schema", "regex", "choice", "lark"]
+GrammarKind = Literal["json_object", "json_schema", "regex", "choice", "lark", "gbnf"]
 
 _ANY_OBJECT = {"type": "object"}
 
@@ -30,8 +30,8 @@ class Grammars:
         """Return the beginning of a text of a grammar.
 
         Args:
-            kind: What `source` is: a JSON schema, a regular expression, a list of texts, or a grammar in Lark's
-                notation; nothing for any JSON object.
+            kind: What `source` is: a JSON schema, a regular expression, a list of texts, or a grammar in Lark's or in
+                llama.cpp's notation (GBNF); nothing for any JSON object.
             source: The schema as a mapping, the texts, else one text.
 
         Raises:
@@ -43,7 +43,7 @@ class Grammars:
             raise EngineError("the model has no token that ends a text, which a grammar needs")
         try:
             matcher = LLMatcher(self._words, _spelled(kind, source))
-        except (ValueError, TypeError) as error:
+        except Exception as error:  # what the parsers of grammars raise has no common type
             raise EngineError(f"the {kind} cannot be used: {one_line(error)}") from error
         if matcher.is_error():
             raise EngineError(f"the {kind} cannot be used: {one_line(ValueError(matcher.get_error()))}")
@@ -65,6 +65,10 @@ def _spelled(kind: GrammarKind, source: Any) -> str:
         return LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(text) for text in source))
     if kind == "lark":
         return LLMatcher.grammar_from_lark(source)
+    if kind == "gbnf":
+        from llguidance.gbnf_to_lark import gbnf_to_lark
+
+        return LLMatcher.grammar_from_lark(gbnf_to_lark(source))
     schema: Mapping[str, Any] = _ANY_OBJECT if kind == "json_object" else source
     return LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=_BLANKS)
 

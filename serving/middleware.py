@@ -17,8 +17,8 @@ from spike_export.serving.service import Log
 OPEN_PATHS = frozenset({"/", "/health", "/ready", "/v1/health/live", "/v1/health/ready"})
 """Answered without a key: what a load balancer asks, and the page, which asks its reader for a key."""
 
-_BODY_SECONDS = 60.0
-"""Longest time between two parts of a body."""
+BODY_SECONDS = 60.0
+"""Longest time for a body to arrive."""
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
@@ -69,9 +69,11 @@ class KeyCheck:
         await JsonAnswer(error.body, error.status, headers)(scope, receive, send)
 
     def _shows_key(self, scope: Scope) -> bool:
-        scheme, _, shown = Headers(scope=scope).get("authorization", "").partition(" ")
+        """Return whether a key stands in `Authorization: Bearer`, or in `X-Api-Key` as some clients send it."""
+        headers = Headers(scope=scope)
+        scheme, _, shown = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer":
-            return False
+            shown = headers.get("x-api-key", "")
         matches = [hmac.compare_digest(shown.strip().encode(), key) for key in self._keys]
         return any(matches)
 
@@ -91,31 +93,41 @@ class BodyLimit:
         if told.isdecimal() and int(told) > self._most:
             await self._refuse(scope, receive, send)
             return
-        body, complete = await self._read(receive)
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                body = await self._read(receive)
+        except TimeoutError:
+            error = RequestError(f"the body was not complete after {BODY_SECONDS:g} s", 408, code="body_timeout")
+            await _answer_and_close(error, scope, receive, send)
+            return
+        if body is None:
+            return
         if len(body) > self._most:
             await self._refuse(scope, receive, send)
-        elif complete:
+        else:
             await self._app(scope, _replayed(body, receive), send)
 
-    async def _read(self, receive: Receive) -> tuple[bytes, bool]:
-        """Return the body, or as much as is too much, and whether the client has sent all of it."""
+    async def _read(self, receive: Receive) -> bytes | None:
+        """Return the body, or as much as is too much; None where the client has left before."""
         parts, size = [], 0
         while size <= self._most:
-            try:
-                message = await asyncio.wait_for(receive(), _BODY_SECONDS)
-            except TimeoutError:
-                return b"", False
+            message = await receive()
             if message["type"] != "http.request":
-                return b"", False
+                return None
             parts.append(message.get("body", b""))
             size += len(parts[-1])
             if not message.get("more_body", False):
                 break
-        return b"".join(parts), True
+        return b"".join(parts)
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
         error = RequestError(f"the body has more than {self._most} bytes", 413, code="body_too_large")
-        await JsonAnswer(error.body, error.status, {"Connection": "close"})(scope, receive, send)
+        await _answer_and_close(error, scope, receive, send)
+
+
+async def _answer_and_close(error: RequestError, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer a request whose body has not been read to its end."""
+    await JsonAnswer(error.body, error.status, {"Connection": "close"})(scope, receive, send)
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:

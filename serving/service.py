@@ -1,13 +1,17 @@
-"""What the endpoints share: the engine's text, its worker, and the settings."""
+"""What the endpoints share: the model's text, the worker that computes, and the settings."""
 
 import asyncio
+import hashlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from spike_export.engines.engine import Engine
+from spike_export.artifacts.manifest import MANIFEST_FILE, Manifest
+from spike_export.engines.engine import Engine, open_onnx
+from spike_export.engines.generation.options import GenerationOptions
+from spike_export.engines.generation.prompt_tokens import PromptEncoder
 from spike_export.engines.generation.slots import Slots
 from spike_export.serving.grammars import Grammars
 from spike_export.serving.metrics import Metrics
@@ -18,6 +22,8 @@ from spike_export.serving.scheduling.worker import Worker
 from spike_export.serving.settings import Settings
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from spike_export.engines.onnx_runtime.sequences import Provider
 
 Log = Callable[[str, dict[str, object]], None]
@@ -27,11 +33,28 @@ _Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
+class Model:
+    """What the endpoints know of the model. The worker alone holds the runtime, so that a failed one can be let go.
+
+    Attributes:
+        defaults: How to generate where a request says nothing.
+        prompts: Turns prompts into tokens.
+        fingerprint: Differs between bundles; OpenAI's `system_fingerprint`.
+    """
+
+    tokenizer: "PreTrainedTokenizerBase"
+    manifest: Manifest
+    defaults: GenerationOptions
+    prompts: PromptEncoder
+    fingerprint: str
+
+
+@dataclass(frozen=True)
 class Service:
     """A model that is being served."""
 
     settings: Settings
-    engine: Engine
+    model: Model
     limits: Limits
     worker: Worker
     metrics: Metrics
@@ -48,7 +71,7 @@ class Service:
         """Stop the threads and release the runtime."""
         self.worker.close()
         self._tokenizing.shutdown(cancel_futures=True)
-        self.engine.close()
+        self.model.prompts.close()
 
 
 def open_service(
@@ -61,19 +84,21 @@ def open_service(
         EngineError: The bundle cannot be run here, or the settings do not fit it.
     """
     engine = Engine.open(bundle, threads=threads, provider=provider)
-    slots = engine.open_slots(settings.rows)
-    limits = Limits(slots.rows, slots.context, slots.chunk, settings.prefill_budget)
-    first: list[Slots] = [slots]
+    first: list[Slots] = [engine.open_slots(settings.rows)]
+    limits = Limits(first[0].rows, first[0].context, first[0].chunk, settings.prefill_budget)
+    digest = hashlib.sha256((bundle / MANIFEST_FILE).read_bytes()).hexdigest()
+    model = Model(engine.tokenizer, engine.manifest, engine.defaults, engine.prompts, f"bundle-{digest[:12]}")
+    del engine  # its runtime belongs to the slots alone
 
     def open_batch() -> Batch:
-        fresh = first.pop() if first else Engine.open(bundle, threads=threads, provider=provider).open_slots(slots.rows)
-        return Batch(engine.tokenizer, engine.manifest.vocab_size, fresh, limits, settings.prefix_cache)
+        slots = first.pop() if first else open_onnx(bundle, threads or 0, provider or "cpu").open_slots(limits.rows)
+        return Batch(model.tokenizer, model.manifest.vocab_size, slots, limits, settings.prefix_cache)
 
     def on_failure(reason: str) -> None:
         log("engine failed", {"reason": reason})
 
     worker = Worker(open_batch, settings.rows + settings.queue, on_failure)
     metrics = Metrics(settings.model, worker, limits)
-    grammars = Grammars(engine.tokenizer, engine.manifest.vocab_size, engine.defaults.eos_token_ids)
-    card = model_card(bundle, engine.manifest, settings.model, limits.context, limits.rows, provider or "cpu")
-    return Service(settings, engine, limits, worker, metrics, grammars, card, log)
+    grammars = Grammars(model.tokenizer, model.manifest.vocab_size, model.defaults.eos_token_ids)
+    card = model_card(bundle, model.manifest, settings.model, limits.context, limits.rows, provider or "cpu")
+    return Service(settings, model, limits, worker, metrics, grammars, card, log)

@@ -15,6 +15,7 @@ class Settings:
 
     Attributes:
         model: Name that requests give the model.
+        aliases: Further names, for clients whose name of a model cannot be changed; answers give the first.
         api_keys: Keys of which a request has to show one; none for a server that asks for no key.
         rows: Most sequences that are computed together.
         queue: Most sequences that wait for a row.
@@ -29,6 +30,7 @@ class Settings:
     """
 
     model: str
+    aliases: tuple[str, ...] = ()
     host: str = "127.0.0.1"
     port: int = 8000
     api_keys: tuple[str, ...] = ()

@@ -36,7 +36,8 @@ def serve(
     given = {name: value for name, value in values(server).items() if value is not None}
     keys = read_keys(given.pop("api_key"), given.pop("api_key_file", None))
     given.setdefault("model", path.resolve().name)
-    settings = Settings(api_keys=keys, allowed_origins=given.pop("allow_origin"), **given)
+    lists = {"aliases": given.pop("alias"), "allowed_origins": given.pop("allow_origin")}
+    settings = Settings(api_keys=keys, **lists, **given)
     service = open_service(path, settings, log_line, threads=threads.threads, provider=provider)
     if service.limits.chunk is None:
         say("note: a bundle with a growing cache computes one sequence at a time; export it with --kv-cache static")

@@ -1,7 +1,7 @@
 """`/v1/chat/completions`: the next message of a chat."""
 
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Annotated, Any, Literal
 from uuid import uuid4
 
@@ -11,16 +11,7 @@ from starlette.responses import Response
 
 from spike_export.engines.generation.generated_text import Generation, Piece
 from spike_export.serving.openai.errors import RequestError
-from spike_export.serving.openai.exchange import (
-    EventStream,
-    Identity,
-    JsonAnswer,
-    guarded,
-    observed,
-    results,
-    submitted,
-    usage,
-)
+from spike_export.serving.openai.exchange import Identity, answered, counts, observed
 from spike_export.serving.openai.form import Form
 from spike_export.serving.openai.json_text import DONE, event_bytes
 from spike_export.serving.openai.logprobs import chat_logprob
@@ -75,6 +66,17 @@ class Message(Form):
         if not isinstance(calls, list):
             return {}
         return {"tool_calls": [_with_arguments(call) for call in calls]}
+
+
+def plain_chat(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Return messages as chat templates take them.
+
+    Raises:
+        RequestError: A part is no text, or the chat ends with two answers in a row: templates and models know no such.
+    """
+    if [message.role for message in messages[-2:]] == ["assistant", "assistant"]:
+        raise RequestError("the chat ends with two messages of the assistant; join them", param="messages")
+    return [message.plain() for message in messages]
 
 
 def _with_arguments(call: Any) -> Any:
@@ -169,21 +171,24 @@ class ChatCompletions:
         if form.top_logprobs is not None and not form.logprobs:
             raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")
         required, tools = form.required, self._tool_format(form)
-        chat = [message.plain() for message in form.messages]
+        chat = plain_chat(form.messages)
         prompts = await encoded(self._service, [chat], "messages", form.functions)
         asked, param = form.size
         size = new_tokens(self._service, len(prompts[0]), asked, None, param)
         logprobs = (form.top_logprobs or 0) if form.logprobs else None
         grammar = required_call(tools, required) if tools is not None and required else None
         works = await works_of(self._service, form, prompts, [size], logprobs, grammar)
-        identity = Identity("chat.completion", self._service.settings.model, "chatcmpl")
-        if form.stream:
-            answer = submitted(self._service, works)
-            return EventStream(answer, guarded(self._service, self._events(form, identity, answer, works, tools)))
-        found, answer = await results(self._service, request, works)
-        choices = [self._choice(number, each, self._reader(form, tools)) for number, each in enumerate(found)]
-        counts = usage(works, sum(len(each.token_ids) for each in found), answer.reused, form.choices)
-        return JsonAnswer(identity.head() | {"choices": choices, "usage": counts})
+        identity = Identity("chat.completion", self._service, "chatcmpl")
+
+        def whole(found: Sequence[Generation], answer: Answer) -> dict[str, Any]:
+            choices = [self._choice(number, each, self._reader(form, tools)) for number, each in enumerate(found)]
+            generated = sum(len(each.token_ids) for each in found)
+            return identity.head() | {"choices": choices} | counts(works, generated, answer, form)
+
+        def events(answer: Answer) -> AsyncIterator[bytes]:
+            return self._events(form, identity, answer, works, tools)
+
+        return await answered(self._service, request, works, whole, events if form.stream else None)
 
     def _tool_format(self, form: ChatForm) -> ToolFormat | None:
         """Return how the model writes calls; None where the request allows none.
@@ -193,7 +198,7 @@ class ChatCompletions:
         """
         if not form.functions:
             return None
-        found = tool_format(str(self._service.engine.tokenizer.chat_template))
+        found = tool_format(str(self._service.model.tokenizer.chat_template))
         if found is None:
             raise RequestError("the model's chat template has no tools of a known form; leave tools out", param="tools")
         return found
@@ -219,22 +224,20 @@ class ChatCompletions:
         head, generated = identity.head("chat.completion.chunk"), 0
         spellings = [_Spelling(number, self._reader(form, tools)) for number in range(len(works))]
         for number in range(len(works)):
-            yield event_bytes(head | {"choices": [_delta(number, {"role": "assistant", "content": ""})]})
+            yield event_bytes(head | {"choices": [_delta(number, {"role": "assistant", "content": None})]})
         async for number, piece in observed(self._service, answer, works):
             generated += 1
             logprobs = self._logprobs(None if piece.logprob is None else (piece.logprob,))
-            choice = spellings[number].choice(piece, logprobs)
-            if choice is not None:
+            for choice in spellings[number].choices(piece, logprobs):
                 yield event_bytes(head | {"choices": [choice]})
         if form.usage_in_stream:
-            counts = usage(works, generated, answer.reused, form.choices)
-            yield event_bytes(head | {"choices": [], "usage": counts})
+            yield event_bytes(head | {"choices": []} | counts(works, generated, answer, form))
         yield DONE
 
     def _logprobs(self, found: Sequence[Any] | None) -> dict[str, Any] | None:
         if not found:
             return None
-        text = self._service.engine.tokenizer.backend_tokenizer
+        text = self._service.model.tokenizer.backend_tokenizer
         return {"content": [chat_logprob(each, text) for each in found], "refusal": None}
 
 
@@ -244,16 +247,17 @@ class _Spelling:
     def __init__(self, number: int, reader: CallReader | None) -> None:
         self._number, self._reader, self._called = number, reader, 0
 
-    def choice(self, piece: Piece, logprobs: dict[str, Any] | None) -> dict[str, Any] | None:
-        """Return what a piece adds; None where that is nothing yet."""
+    def choices(self, piece: Piece, logprobs: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+        """Yield what a piece adds, and then, with nothing beside it, why the answer has ended."""
         text, calls = self._split(piece)
         spelled = [{"index": self._called + place, **_call(call)} for place, call in enumerate(calls)]
         self._called += len(calls)
         delta: dict[str, Any] = {"content": text} if text else {}
         delta |= {"tool_calls": spelled} if spelled else {}
-        if not delta and piece.finish_reason is None and logprobs is None:
-            return None
-        return _delta(self._number, delta, _reason(piece.finish_reason, self._called > 0), logprobs)
+        if delta or logprobs is not None:
+            yield _delta(self._number, delta, None, logprobs)
+        if piece.finish_reason is not None:
+            yield _delta(self._number, {}, _reason(piece.finish_reason, self._called > 0))
 
     def _split(self, piece: Piece) -> Split:
         if self._reader is None:

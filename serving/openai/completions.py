@@ -1,6 +1,7 @@
 """`/v1/completions`: text that follows a text."""
 
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from fastapi import Request
@@ -9,16 +10,7 @@ from starlette.responses import Response
 
 from spike_export.engines.generation.generated_text import Generation, Piece, TokenLogprob
 from spike_export.serving.openai.errors import RequestError
-from spike_export.serving.openai.exchange import (
-    EventStream,
-    Identity,
-    JsonAnswer,
-    guarded,
-    observed,
-    results,
-    submitted,
-    usage,
-)
+from spike_export.serving.openai.exchange import Identity, answered, counts, observed
 from spike_export.serving.openai.json_text import DONE, event_bytes
 from spike_export.serving.openai.logprobs import CompletionLogprobs
 from spike_export.serving.openai.requests import encoded, new_tokens, require_model, works_of
@@ -44,7 +36,7 @@ class CompletionForm(SamplingForm):
         | Annotated[list[str], Field(min_length=1, max_length=_MOST_PROMPTS)]
         | Annotated[list[TokenIds], Field(min_length=1, max_length=_MOST_PROMPTS)]
     )
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool = False
     suffix: Literal[""] | None = None
@@ -70,56 +62,71 @@ class Completions:
         if form.best_of not in (None, form.choices):
             raise RequestError(f"best_of is {form.best_of}; expected n, all answers are returned", param="best_of")
         prompts = await encoded(self._service, form.prompts, "prompt")
-        sizes = [
-            new_tokens(self._service, len(prompt), form.max_tokens, _DEFAULT_TOKENS, "max_tokens") for prompt in prompts
-        ]
+        asked = None if form.max_tokens is None else max(form.max_tokens, 1)
+        sizes = [new_tokens(self._service, len(prompt), asked, _DEFAULT_TOKENS, "max_tokens") for prompt in prompts]
         scored = form.echo and form.logprobs is not None
         works = await works_of(self._service, form, prompts, sizes, form.logprobs, scored=scored)
         echoes = [self._echo(form, prompt) for prompt in form.prompts for _ in range(form.choices)]
-        identity = Identity("text_completion", self._service.settings.model, "cmpl")
-        if form.stream:
-            answer = submitted(self._service, works)
-            events = self._events(form, identity, answer, works, echoes)
-            return EventStream(answer, guarded(self._service, events))
-        found, answer = await results(self._service, request, works)
-        choices = [
-            _choice(number, echo + each.text, each.finish_reason, self._spelled(works[number], answer, number, each))
-            for number, (each, echo) in enumerate(zip(found, echoes, strict=False))
-        ]
-        counts = usage(works, sum(len(each.token_ids) for each in found), answer.reused, form.choices)
-        return JsonAnswer(identity.head() | {"choices": choices, "usage": counts})
+        identity = Identity("text_completion", self._service, "cmpl")
+
+        def whole(found: Sequence[Generation], answer: Answer) -> dict[str, Any]:
+            kept = [_nothing(each) for each in found] if form.max_tokens == 0 else found
+            choices = [
+                _choice(
+                    number,
+                    echo + each.text,
+                    each.finish_reason,
+                    self._spelled(form, works[number], answer, number, each),
+                )
+                for number, (each, echo) in enumerate(zip(kept, echoes, strict=True))
+            ]
+            generated = sum(len(each.token_ids) for each in kept)
+            return identity.head() | {"choices": choices} | counts(works, generated, answer, form)
+
+        def events(answer: Answer) -> AsyncIterator[bytes]:
+            return self._events(form, identity, answer, works, echoes)
+
+        return await answered(self._service, request, works, whole, events if form.stream else None)
 
     def _echo(self, form: CompletionForm, prompt: Any) -> str:
         if not form.echo:
             return ""
-        return prompt if isinstance(prompt, str) else str(self._service.engine.tokenizer.decode(prompt))
+        return prompt if isinstance(prompt, str) else str(self._service.model.tokenizer.decode(prompt))
 
-    def _spelled(self, work: Work, answer: Answer, number: int, found: Generation) -> dict[str, Any] | None:
-        if not found.logprobs:
+    def _spelled(
+        self, form: CompletionForm, work: Work, answer: Answer, number: int, found: Generation
+    ) -> dict[str, Any] | None:
+        if form.logprobs is None:
             return None
-        scores = [*_scores(work, answer.scored[number]), *found.logprobs]
+        scores = [*_scores(work, answer.scored[number]), *(found.logprobs or ())]
         return self._logprobs().spell(scores, [*_scored_tokens(work), *found.token_ids])
 
     def _logprobs(self) -> CompletionLogprobs:
-        return CompletionLogprobs(self._service.engine.tokenizer.backend_tokenizer)
+        return CompletionLogprobs(self._service.model.tokenizer.backend_tokenizer)
 
     async def _events(
         self, form: CompletionForm, identity: Identity, answer: Answer, works: Sequence[Work], echoes: Sequence[str]
     ) -> AsyncIterator[bytes]:
         logprobs, generated, begun = [self._logprobs() for _ in works], 0, set[int]()
         async for number, piece in observed(self._service, answer, works):
-            generated += 1
+            generated += form.max_tokens != 0
             if form.echo and number not in begun:
                 begun.add(number)
                 scores, tokens = _scores(works[number], answer.scored[number]), _scored_tokens(works[number])
                 spelled = logprobs[number].spell(scores, tokens) if tokens else None
                 yield event_bytes(identity.head() | {"choices": [_choice(number, echoes[number], None, spelled)]})
-            if piece.text or piece.finish_reason or piece.logprob:
+            if form.max_tokens != 0 and (piece.text or piece.logprob):
                 yield event_bytes(identity.head() | {"choices": [_piece(number, piece, logprobs[number])]})
+            if piece.finish_reason is not None:
+                yield event_bytes(identity.head() | {"choices": [_choice(number, "", piece.finish_reason, None)]})
         if form.usage_in_stream:
-            counts = usage(works, generated, answer.reused, form.choices)
-            yield event_bytes(identity.head() | {"choices": [], "usage": counts})
+            yield event_bytes(identity.head() | {"choices": []} | counts(works, generated, answer, form))
         yield DONE
+
+
+def _nothing(found: Generation) -> Generation:
+    """Return an answer without tokens: behind a prompt that is only scored, one is drawn all the same."""
+    return replace(found, text="", token_ids=(), finish_reason="length", logprobs=())
 
 
 def _scores(work: Work, found: Sequence[TokenLogprob]) -> list[TokenLogprob | None]:
@@ -134,7 +141,7 @@ def _scored_tokens(work: Work) -> list[int]:
 
 def _piece(number: int, piece: Piece, logprobs: CompletionLogprobs) -> dict[str, Any]:
     spelled = None if piece.logprob is None else logprobs.spell([piece.logprob], [piece.token_id])
-    return _choice(number, piece.text, piece.finish_reason, spelled)
+    return _choice(number, piece.text, None, spelled)
 
 
 def _choice(number: int, text: str, reason: str | None, logprobs: dict[str, Any] | None) -> dict[str, Any]:

@@ -19,6 +19,7 @@ class RequestError(Exception):
         kind: OpenAI's `type`.
         param: Field of the request that is at fault.
         code: OpenAI's `code`.
+        figures: Further fields, for programs.
     """
 
     message: str
@@ -27,16 +28,25 @@ class RequestError(Exception):
     param: str | None = None
     code: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
+    figures: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def body(self) -> dict[str, Any]:
         """What the client reads."""
-        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+        fields = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
+        return {"error": {**fields, **self.figures}}
 
 
 def refused(error: EngineError, param: str | None = None) -> RequestError:
     """Return a request that cannot be used as an error of the client."""
     return RequestError(str(error), param=param)
+
+
+def exceeded(error: EngineError, param: str, prompt_tokens: int, context: int) -> RequestError:
+    """Return the error of a request that does not fit: OpenAI's code, llama.cpp's type and figures."""
+    figures = {"n_prompt_tokens": prompt_tokens, "n_ctx": context}
+    kind, code = "exceed_context_size_error", "context_length_exceeded"
+    return RequestError(str(error), kind=kind, param=param, code=code, figures=figures)
 
 
 def failed(error: EngineError) -> RequestError:

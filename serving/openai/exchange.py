@@ -2,8 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
@@ -16,9 +16,13 @@ from spike_export.artifacts.errors import EngineError
 from spike_export.engines.generation.generated_text import Generation, Piece, joined
 from spike_export.serving.openai.errors import failed, timed_out
 from spike_export.serving.openai.json_text import event_bytes, json_bytes
+from spike_export.serving.openai.sampling_form import SamplingForm
 from spike_export.serving.scheduling.answer import Answer
 from spike_export.serving.scheduling.batch import Work
 from spike_export.serving.service import Service
+
+_LAST_EVENT_SECONDS = 1.0
+"""How long a client may take to read that the time for its answer is up."""
 
 
 @dataclass(frozen=True)
@@ -26,15 +30,20 @@ class Identity:
     """What every part of an answer says of it."""
 
     kind: str
-    model: str
+    service: Service
     prefix: str
     id: str = field(default_factory=lambda: uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
     def head(self, kind: str | None = None) -> dict[str, Any]:
         """Return the fields in front of an answer, or of a chunk of it."""
-        name = f"{self.prefix}-{self.id}"
-        return {"id": name, "object": kind or self.kind, "created": self.created, "model": self.model}
+        return {
+            "id": f"{self.prefix}-{self.id}",
+            "object": kind or self.kind,
+            "created": self.created,
+            "model": self.service.settings.model,
+            "system_fingerprint": self.service.model.fingerprint,
+        }
 
 
 class JsonAnswer(JSONResponse):
@@ -46,7 +55,10 @@ class JsonAnswer(JSONResponse):
 
 
 class EventStream(Response):
-    """A response of server-sent events; the answer that they tell of is cancelled at once when the client leaves."""
+    """A response of server-sent events; the answer that they tell of is cancelled at once when the client leaves.
+
+    A client that does not read is left when the time for the answer is up.
+    """
 
     def __init__(self, answer: Answer, events: AsyncGenerator[bytes, None]) -> None:
         super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-store"})
@@ -55,9 +67,10 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See `Response`."""
-        with self._answer:
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            await first_of(self._send_all(send), gone(receive))
+        with self._answer, suppress(TimeoutError):
+            async with asyncio.timeout_at(self._answer.deadline + _LAST_EVENT_SECONDS):
+                await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+                await first_of(self._send_all(send), gone(receive))
 
     async def _send_all(self, send: Send) -> None:
         async with aclosing(self._events) as events:
@@ -82,6 +95,32 @@ async def first_of(work: Any, end: Any) -> Any:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def answered(
+    service: Service,
+    request: Request,
+    works: Sequence[Work],
+    whole: Callable[[Sequence[Generation], Answer], Any],
+    events: Callable[[Answer], AsyncIterator[bytes]] | None,
+) -> Response:
+    """Answer a request with what follows its prompts.
+
+    Args:
+        service: What serves.
+        request: Whose client may leave.
+        works: The sequences.
+        whole: Makes the body of JSON from all results, in the order of `works`.
+        events: Makes the events of a stream; None where the client wants one body.
+
+    Raises:
+        RequestError: The engine does not take the request, fails, or needs too long.
+    """
+    if events is not None:
+        answer = submitted(service, works)
+        return EventStream(answer, guarded(service, events(answer)))
+    found, answer = await results(service, request, works)
+    return JsonAnswer(whole(found, answer) if found else {})  # without a client nobody reads it
 
 
 def submitted(service: Service, works: Sequence[Work]) -> Answer:
@@ -137,19 +176,42 @@ def observed(service: Service, answer: Answer, works: Sequence[Work]) -> AsyncIt
     return service.metrics.observed(answer, [len(work.prompt) for work in works])
 
 
-def usage(works: Sequence[Work], generated: int, reused: Sequence[int], choices: int) -> dict[str, Any]:
-    """Return OpenAI's token counts: each prompt counts once, however many answers it gets.
+def counts(works: Sequence[Work], generated: int, answer: Answer, form: SamplingForm) -> dict[str, Any]:
+    """Return the fields of an answer that count: `usage`, and `timings` where the request asks for them.
 
     Args:
         works: The sequences of a request, all answers to a prompt behind each other.
         generated: Tokens of all answers.
-        reused: Tokens of each sequence's prompt that were not computed.
-        choices: Answers to each prompt.
+        answer: What the sequences have come to.
+        form: Says how many answers each prompt gets; each prompt counts once.
     """
-    prompt_tokens = sum(len(work.prompt) for work in works[::choices])
-    return {
+    prompt_tokens = sum(len(work.prompt) for work in works[:: form.choices])
+    usage = {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": generated,
         "total_tokens": prompt_tokens + generated,
-        "prompt_tokens_details": {"cached_tokens": sum(reused[::choices])},
+        "prompt_tokens_details": {"cached_tokens": sum(answer.reused[:: form.choices])},
+    }
+    if not form.timings_per_token:
+        return {"usage": usage}
+    return {"usage": usage, "timings": timings(prompt_tokens, generated, answer)}
+
+
+def timings(prompt_tokens: int, generated: int, answer: Answer) -> dict[str, Any]:
+    """Return llama.cpp's `timings`; a prompt's time is that to the first token, waiting included."""
+    first = answer.last if answer.first is None else answer.first
+    cached = sum(answer.reused)
+    return {
+        "cache_n": cached,
+        **_speed("prompt", max(0, prompt_tokens - cached), first - answer.begun),
+        **_speed("predicted", generated, answer.last - first),
+    }
+
+
+def _speed(name: str, tokens: int, seconds: float) -> dict[str, float]:
+    return {
+        f"{name}_n": tokens,
+        f"{name}_ms": seconds * 1e3,
+        f"{name}_per_token_ms": seconds * 1e3 / max(1, tokens),
+        f"{name}_per_second": tokens / seconds if seconds else 0.0,
     }

@@ -7,7 +7,8 @@ from pydantic import ConfigDict, Field, model_validator
 from spike_export.serving.grammars import GrammarKind
 from spike_export.serving.openai.form import Form
 
-_MOST_TEXT = 1 << 16
+MOST_GRAMMAR = 1 << 16
+"""Most characters of a grammar."""
 
 Source = tuple[GrammarKind, Any]
 """A kind of grammar, and what it is made of."""
@@ -25,6 +26,8 @@ class ResponseFormat(Form):
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: SchemaFormat | None = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    """llama.cpp's: the schema beside the type `json_object`."""
 
     @model_validator(mode="after")
     def _require_schema(self) -> "ResponseFormat":
@@ -37,7 +40,7 @@ class ResponseFormat(Form):
         """The grammar; None for any text."""
         if self.type == "text":
             return None
-        schema = self.json_schema.schema_ if self.json_schema is not None else None
+        schema = self.schema_ if self.json_schema is None else self.json_schema.schema_
         return ("json_object", None) if schema is None else ("json_schema", schema)
 
 
@@ -47,8 +50,8 @@ class StructuredOutputs(Form):
     model_config = ConfigDict(extra="forbid")
 
     json_: Annotated[dict[str, Any] | None, Field(alias="json")] = None
-    regex: Annotated[str, Field(max_length=_MOST_TEXT)] | None = None
-    grammar: Annotated[str, Field(max_length=_MOST_TEXT)] | None = None
+    regex: Annotated[str, Field(max_length=MOST_GRAMMAR)] | None = None
+    grammar: Annotated[str, Field(max_length=MOST_GRAMMAR)] | None = None
     choice: Annotated[list[str], Field(min_length=1, max_length=1000)] | None = None
 
     @model_validator(mode="after")

@@ -10,7 +10,7 @@ from spike_export.artifacts.errors import EngineError
 from spike_export.engines.generation.options import require_vocabulary
 from spike_export.engines.generation.prompt_tokens import Prompt
 from spike_export.serving.grammars import Grammar
-from spike_export.serving.openai.errors import RequestError, refused
+from spike_export.serving.openai.errors import RequestError, exceeded, refused
 from spike_export.serving.openai.format_form import Source
 from spike_export.serving.openai.sampling_form import SamplingForm, choices_of
 from spike_export.serving.scheduling.batch import Work
@@ -23,10 +23,13 @@ def require_model(service: Service, name: str | None) -> None:
     Raises:
         RequestError: Names the model.
     """
-    served = service.settings.model
-    if name and name != served:
+    served = (service.settings.model, *service.settings.aliases)
+    if name and name not in served:
         raise RequestError(
-            f"the model {name!r} does not exist; this server has {served!r}", 404, param="model", code="model_not_found"
+            f"the model {name!r} does not exist; this server has {', '.join(map(repr, served))}",
+            404,
+            param="model",
+            code="model_not_found",
         )
 
 
@@ -39,9 +42,21 @@ async def encoded(
         RequestError: A prompt cannot be used; names the field.
     """
     try:
-        return await service.off_loop(lambda: service.engine.prompts.encode(prompts, tools))
+        return await service.off_loop(lambda: service.model.prompts.encode(prompts, tools))
     except EngineError as error:
         raise refused(error, param) from error
+
+
+async def plain_tokens(service: Service, text: str) -> list[int]:
+    """Return the tokens of a text by itself, without the one that begins a text.
+
+    Raises:
+        RequestError: The text cannot be used.
+    """
+    (tokens,) = await encoded(service, [text], "content")
+    begins = tokens[0] == service.model.manifest.bos_token_id
+    plain: list[int] = tokens[int(begins) :].tolist()
+    return plain
 
 
 def new_tokens(service: Service, prompt_tokens: int, asked: int | None, default: int | None, param: str) -> int:
@@ -64,7 +79,7 @@ def new_tokens(service: Service, prompt_tokens: int, asked: int | None, default:
     try:
         service.limits.require_room(prompt_tokens, wanted)
     except EngineError as error:
-        raise RequestError(str(error), param=param, code="context_length_exceeded") from error
+        raise exceeded(error, param, prompt_tokens, service.limits.context) from error
     return wanted
 
 
@@ -101,9 +116,9 @@ async def works_of(
     begin = await _grammar(service, grammar or form.grammar)
     works = []
     for prompt, size in zip(prompts, sizes, strict=True):
-        options = form.options(service.engine.defaults, size, logprobs)
+        options = form.options(service.model.defaults, size, logprobs)
         try:
-            require_vocabulary(options, service.engine.manifest.vocab_size)
+            require_vocabulary(options, service.model.manifest.vocab_size)
         except EngineError as error:
             raise refused(error, "logit_bias") from error
         for each in choices_of(options, form.choices):

@@ -3,26 +3,20 @@
 A form of its own, because its fields have names of their own; what it asks for is a chat.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from itertools import count
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from fastapi import Request
-from pydantic import Field
+from pydantic import Field, model_validator
 from starlette.responses import Response
 
-from spike_export.engines.generation.generated_text import FinishReason
+from spike_export.engines.generation.generated_text import FinishReason, Generation
 from spike_export.serving.openai.chat import Message
 from spike_export.serving.openai.errors import RequestError
-from spike_export.serving.openai.exchange import (
-    EventStream,
-    Identity,
-    JsonAnswer,
-    guarded,
-    observed,
-    results,
-    submitted,
-)
+from spike_export.serving.openai.exchange import Identity, answered, observed
+from spike_export.serving.openai.form import Form
+from spike_export.serving.openai.format_form import Source
 from spike_export.serving.openai.json_text import event_bytes
 from spike_export.serving.openai.requests import encoded, new_tokens, require_model, works_of
 from spike_export.serving.openai.sampling_form import SamplingForm
@@ -37,6 +31,33 @@ class InputMessage(Message):
     type: Literal["message"] = "message"
 
 
+class TextFormat(Form):
+    """A form of the text; its schema has no envelope of its own here."""
+
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    name: str | None = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+
+    @model_validator(mode="after")
+    def _require_schema(self) -> Self:
+        if (self.type == "json_schema") != (self.schema_ is not None):
+            raise ValueError("type json_schema, and no other, has a schema")
+        return self
+
+
+class TextForm(Form):
+    """OpenAI's `text`: what the text has to be like."""
+
+    format: TextFormat = TextFormat()
+
+    @property
+    def source(self) -> Source | None:
+        """The grammar; None for any text."""
+        if self.format.type == "text":
+            return None
+        return ("json_object", None) if self.format.schema_ is None else ("json_schema", self.format.schema_)
+
+
 class ResponseForm(SamplingForm):
     """The body of a request."""
 
@@ -46,6 +67,7 @@ class ResponseForm(SamplingForm):
     previous_response_id: None = None
     conversation: None = None
     background: bool | None = None
+    text: TextForm = TextForm()
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
 
     @property
@@ -76,15 +98,17 @@ class Responses:
             raise RequestError("nothing is kept here for later; leave background out", param="background")
         prompts = await encoded(self._service, [form.chat], "input")
         size = new_tokens(self._service, len(prompts[0]), form.max_output_tokens, None, "max_output_tokens")
-        works = await works_of(self._service, form, prompts, [size], None)
-        told = _Told(form, Identity("response", self._service.settings.model, "resp"), works[0])
-        if form.stream:
-            answer = submitted(self._service, works)
-            return EventStream(answer, guarded(self._service, self._events(told, answer, works)))
-        found, answer = await results(self._service, request, works)
-        if not found:
-            return JsonAnswer({})  # nobody reads it
-        return JsonAnswer(told.whole(found[0].text, len(found[0].token_ids), found[0].finish_reason, answer.reused[0]))
+        works = await works_of(self._service, form, prompts, [size], None, form.text.source)
+        told = _Told(form, Identity("response", self._service, "resp"), works[0])
+
+        def whole(found: Sequence[Generation], answer: Answer) -> dict[str, Any]:
+            (only,) = found
+            return told.whole(only.text, len(only.token_ids), only.finish_reason, answer.reused[0])
+
+        def events(answer: Answer) -> AsyncIterator[bytes]:
+            return self._events(told, answer, works)
+
+        return await answered(self._service, request, works, whole, events if form.stream else None)
 
     async def _events(self, told: "_Told", answer: Answer, works: list[Work]) -> AsyncIterator[bytes]:
         numbers = count()
@@ -150,12 +174,12 @@ class _Told:
             "incomplete_details": None,
             "instructions": self._form.instructions,
             "max_output_tokens": self._form.max_output_tokens,
-            "model": self._identity.model,
+            "model": self._identity.service.settings.model,
             "parallel_tool_calls": False,
             "previous_response_id": None,
             "store": False,
             "temperature": options.temperature if options.do_sample else 0.0,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": self._form.text.format.model_dump(by_alias=True, exclude_none=True)},
             "tool_choice": "none",
             "tools": [],
             "top_p": options.top_p,

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AliasChoices, BeforeValidator, Field
 
 from spike_export.artifacts.errors import EngineError
 from spike_export.engines.generation.options import LOWEST_TEMPERATURE, GenerationOptions
 from spike_export.serving.openai.errors import RequestError, refused
 from spike_export.serving.openai.form import Form
-from spike_export.serving.openai.format_form import ResponseFormat, Source, StructuredOutputs
+from spike_export.serving.openai.format_form import MOST_GRAMMAR, ResponseFormat, Source, StructuredOutputs
 
 MOST_CHOICES = 16
 """Most answers to one prompt: each takes a row."""
@@ -18,9 +18,18 @@ MOST_CHOICES = 16
 _LOWEST_TOP_P = 1e-6
 """Stands for a top p of 0, which OpenAI allows: the most probable token alone."""
 
+_ANY_SEED = (None, -1)
+"""Another seed each time; vLLM and llama.cpp write -1."""
+
 StopText = Annotated[str, Field(min_length=1, max_length=1000)]
 TokenName = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 """A token's number as a key of JSON."""
+
+
+def _by_name(biases: Any) -> Any:
+    """Return biases by the names of tokens where they are given as llama.cpp's pairs of a token and a bias."""
+    pairs = isinstance(biases, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in biases)
+    return {str(token): bias for token, bias in biases} if pairs else biases
 
 
 class StreamOptions(Form):
@@ -40,19 +49,27 @@ class SamplingForm(Form):
     top_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
     top_k: Annotated[int, Field(ge=-1)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] | None = None
+    repetition_penalty: Annotated[
+        Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] | None,
+        Field(validation_alias=AliasChoices("repetition_penalty", "repeat_penalty")),  # vLLM's name, llama.cpp's name
+    ] = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] | None = None
-    logit_bias: dict[TokenName, Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]] | None = None
+    logit_bias: Annotated[
+        dict[TokenName, Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]] | None, BeforeValidator(_by_name)
+    ] = None
     seed: int | None = None
     stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
     stop_token_ids: Annotated[list[int], Field(max_length=128)] | None = None
     ignore_eos: bool = False
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
+    json_schema: dict[str, Any] | None = None
+    grammar_text: Annotated[Annotated[str, Field(max_length=MOST_GRAMMAR)] | None, Field(alias="grammar")] = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    timings_per_token: bool = False
     user: str | None = None
 
     @property
@@ -67,11 +84,18 @@ class SamplingForm(Form):
         Raises:
             RequestError: Two fields say so, or the end of the text is to be ignored.
         """
-        format_ = None if self.response_format is None else self.response_format.source
-        structured = None if self.structured_outputs is None else self.structured_outputs.source
-        if format_ is not None and structured is not None:
-            raise RequestError("give one of response_format and structured_outputs", param="structured_outputs")
-        source = format_ or structured
+        said = [
+            None if self.response_format is None else self.response_format.source,
+            None if self.structured_outputs is None else self.structured_outputs.source,
+            None if self.json_schema is None else ("json_schema", self.json_schema),
+            None if not self.grammar_text else ("gbnf", self.grammar_text),
+        ]
+        sources: list[Source] = [each for each in said if each is not None]
+        if len(sources) > 1:
+            raise RequestError(
+                "give one of response_format, structured_outputs, json_schema, grammar", param="structured_outputs"
+            )
+        source = sources[0] if sources else None
         if source is not None and self.ignore_eos:
             raise RequestError("a text of a form ends where the form ends; leave ignore_eos out", param="ignore_eos")
         return source
@@ -93,7 +117,7 @@ class SamplingForm(Form):
             "ignore_eos": self.ignore_eos,
             "stop_strings": tuple([self.stop] if isinstance(self.stop, str) else self.stop or ()),
             "eos_token_ids": (*defaults.eos_token_ids, *(self.stop_token_ids or ())),
-            "seed": None if self.seed is None else self.seed % 2**62,
+            "seed": None if self.seed in _ANY_SEED else self.seed % 2**62,
             "top_p": None if self.top_p is None else max(self.top_p, _LOWEST_TOP_P),
             "top_k": None if self.top_k is None else max(self.top_k, 0),  # vLLM writes -1 for all
             "min_p": self.min_p,

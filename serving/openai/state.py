@@ -66,4 +66,5 @@ class State:
             "created": self._since,
             "owned_by": "spike-export",
             "max_model_len": limits.context,
+            "aliases": list(self._service.settings.aliases),
         }

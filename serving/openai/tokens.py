@@ -1,4 +1,4 @@
-"""`/tokenize` and `/detokenize`, as vLLM's server has them."""
+"""`/tokenize` and `/detokenize`, with the fields of vLLM's server and of llama.cpp's."""
 
 from typing import Annotated, Any
 
@@ -9,16 +9,24 @@ from spike_export.serving.openai.chat import Message
 from spike_export.serving.openai.errors import RequestError
 from spike_export.serving.openai.exchange import JsonAnswer
 from spike_export.serving.openai.form import Form
-from spike_export.serving.openai.requests import encoded, require_model
+from spike_export.serving.openai.requests import encoded, plain_tokens, require_model
 from spike_export.serving.service import Service
 
 
 class TokenizeForm(Form):
-    """A text, as completions read it, or messages, as chats do."""
+    """A text, as completions read it, or messages, as chats do; or llama.cpp's `content`, a text by itself.
+
+    Attributes:
+        add_special: Whether `content` gets the token that begins a text.
+        with_pieces: Whether each token of `content` is told with its text.
+    """
 
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096)] | None = None
+    content: str | None = None
+    add_special: bool = False
+    with_pieces: bool = False
 
 
 class DetokenizeForm(Form):
@@ -37,8 +45,10 @@ class Tokens:
     async def tokenize(self, form: TokenizeForm) -> Response:
         """Return the tokens that a prompt is fed as; the prefix is not among them."""
         require_model(self._service, form.model)
-        if (form.prompt is None) == (form.messages is None):
-            raise RequestError("give either prompt or messages", param="prompt")
+        if sum(given is not None for given in (form.prompt, form.messages, form.content)) != 1:
+            raise RequestError("give one of prompt, messages, content", param="prompt")
+        if form.content is not None:
+            return JsonAnswer({"tokens": await self._tokens_of(form.content, form)})
         prompt: Any = form.prompt if form.messages is None else [each.plain() for each in form.messages]
         (tokens,) = await encoded(self._service, [prompt], "prompt" if form.messages is None else "messages")
         found: list[int] = tokens.tolist()
@@ -47,9 +57,20 @@ class Tokens:
     async def detokenize(self, form: DetokenizeForm) -> Response:
         """Return the text of tokens, special ones included."""
         require_model(self._service, form.model)
-        vocab = self._service.engine.manifest.vocab_size
+        vocab = self._service.model.manifest.vocab_size
         if any(token >= vocab for token in form.tokens):
             raise RequestError(f"there is a token {max(form.tokens)}; the model knows 0 to {vocab - 1}", param="tokens")
-        text = self._service.engine.tokenizer.backend_tokenizer
+        text = self._service.model.tokenizer.backend_tokenizer
         prompt = await self._service.off_loop(lambda: text.decode(form.tokens, skip_special_tokens=False))
-        return JsonAnswer({"prompt": prompt})
+        return JsonAnswer({"prompt": prompt, "content": prompt})
+
+    async def _tokens_of(self, content: str, form: TokenizeForm) -> list[Any]:
+        """Return the tokens of a text by itself: without what a prompt is fed with, unless it is asked for."""
+        found = await plain_tokens(self._service, content) if content else []
+        bos = self._service.model.manifest.bos_token_id
+        if form.add_special and bos is not None and found[:1] != [bos]:
+            found = [bos, *found]
+        if not form.with_pieces:
+            return list(found)
+        text = self._service.model.tokenizer.backend_tokenizer
+        return [{"id": token, "piece": text.decode([token], skip_special_tokens=False)} for token in found]

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
@@ -20,6 +21,9 @@ class Answer:
         reused: Tokens of each sequence's prompt that were at hand and not computed; known with its first piece.
         scored: Of each sequence whose prompt is scored, the prompt's tokens from the second on; known with its first
             piece.
+        begun: When the sequences were submitted, in seconds of the loop's clock.
+        first: When the first piece arrived; None before.
+        last: When the latest piece arrived.
     """
 
     def __init__(self, worker: Worker, works: Sequence[Work], timeout: float) -> None:
@@ -35,7 +39,9 @@ class Answer:
         self.scored: list[list[TokenLogprob]] = [[] for _ in works]
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
-        self._deadline = self._loop.time() + timeout
+        self.begun = self.last = self._loop.time()
+        self.first: float | None = None
+        self.deadline = self.begun + timeout
         self._ticket = worker.submit(works, self._deliver)
 
     def __enter__(self) -> Self:
@@ -55,7 +61,7 @@ class Answer:
             TimeoutError: The time is up.
         """
         while self._left:
-            async with asyncio.timeout_at(self._deadline):
+            async with asyncio.timeout_at(self.deadline):
                 number, event = await self._events.get()
             if isinstance(event, EngineError):
                 raise event
@@ -66,8 +72,10 @@ class Answer:
                 self.scored[number].append(event.logprob)
                 continue
             self._left -= event.finish_reason is not None
+            self.last = self._loop.time()
+            self.first = self.first or self.last
             yield number, event
 
     def _deliver(self, number: int, event: Event) -> None:
-        if not self._loop.is_closed():
+        with suppress(RuntimeError):  # the loop has closed: nobody waits any more
             self._loop.call_soon_threadsafe(self._events.put_nowait, (number, event))

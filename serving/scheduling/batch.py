@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from spike_export.artifacts.errors import EngineError
+from spike_export.artifacts.errors import EngineError, one_line
 from spike_export.engines.generation.generated_text import Piece, Row, TokenLogprob
 from spike_export.engines.generation.options import GenerationOptions
 from spike_export.engines.generation.sampling import Sampler, seen_tokens
@@ -94,16 +94,22 @@ class _Sequence:
         self._seen = seen_tokens([work.prompt], vocab, work.options, _CPU)
 
     def draw(self, logits: NDArray[np.float32]) -> Event:
-        """Draw the next token from logits [vocab]."""
+        """Draw the next token from logits [vocab].
+
+        Whatever fails here, sampler, grammar or tokenizer, is a fault of this sequence and not of the runtime.
+        """
         if not np.isfinite(logits).all():
             return EngineError("the logits are not finite, an activation overflowed; export with --dtype float32")
-        if self.fed < len(self.work.prompt):
-            return self._score(logits)
-        constraint = self.work.constraint
         try:
-            allowed = None if constraint is None else constraint.allowed()
+            return self._score(logits) if self.fed < len(self.work.prompt) else self._generate(logits)
         except EngineError as error:
             return error
+        except Exception as error:
+            return EngineError(f"the next token cannot be drawn: {one_line(error)}")
+
+    def _generate(self, logits: NDArray[np.float32]) -> Piece:
+        constraint = self.work.constraint
+        allowed = None if constraint is None else constraint.allowed()
         step = self._sampler.draw(torch.from_numpy(logits[None]), self._seen, allowed).on_host()
         self.next = int(step.tokens[0])
         self.drawn.append(self.next)
@@ -162,8 +168,9 @@ class Batch:
             EngineError: The sequence does not fit into a row.
         """
         fed_later = len(work.prompt) - work.read_tokens
+        sequence = _Sequence(work, self._tokenizer, self._vocab)
         self._scheduler.submit(key, work.read_tokens, fed_later + work.options.max_new_tokens)
-        self._sequences[key] = _Sequence(work, self._tokenizer, self._vocab)
+        self._sequences[key] = sequence
 
     def cancel(self, key: int) -> None:
         """Stop a sequence at once; nothing happens where it has ended."""

@@ -42,10 +42,11 @@ class Limits:
             raise EngineError("a sequence needs at least one token in its prompt and one new token")
         if self.room(prompt_tokens) < 1:
             raise EngineError(
-                f"the prompt has {prompt_tokens} tokens, and a sequence has room for {self.context}; shorten it"
+                f"the prompt has {prompt_tokens} tokens and exceeds the available context size of {self.context} "
+                "tokens; shorten it"
             )
         if new_tokens > self.room(prompt_tokens):
             raise EngineError(
-                f"the prompt has {prompt_tokens} tokens and {new_tokens} new ones are asked for, but a sequence has "
-                f"room for {self.context}; ask for at most {self.room(prompt_tokens)} new ones"
+                f"the prompt has {prompt_tokens} tokens and {new_tokens} new ones are asked for, which exceeds the "
+                f"available context size of {self.context} tokens; ask for at most {self.room(prompt_tokens)} new ones"
             )

@@ -1,5 +1,6 @@
 """The thread that computes: takes sequences in, runs turns, hands events out, and begins anew once after a failure."""
 
+import gc
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -100,10 +101,21 @@ class Worker:
 
     def _run(self) -> None:
         while not self._closing:
-            try:
-                self._next_turn()
-            except Exception as error:  # whatever a runtime raises must not end the service silently
-                self._restart(error)
+            reason = self._turn_failure()
+            if reason is not None:
+                self._restart(reason)
+
+    def _turn_failure(self) -> str | None:
+        """Compute a turn; return why it failed.
+
+        The error itself must not live on: its traceback holds the runtime, which is to be let go before the next one.
+        Native code may panic with an error that is no `Exception`; it must not end the service silently either.
+        """
+        try:
+            self._next_turn()
+        except BaseException as error:
+            return one_line(error)
+        return None
 
     def _next_turn(self) -> None:
         self._obey()
@@ -133,6 +145,8 @@ class Worker:
                 self._batch.submit(key, work)
             except EngineError as error:
                 self._hand_out(key, error)
+            except Exception as error:  # a fault of this sequence, not of the runtime
+                self._hand_out(key, EngineError(f"the sequence cannot begin: {one_line(error)}"))
 
     def _drop(self, ticket: Ticket) -> None:
         for key in ticket.keys:
@@ -152,10 +166,11 @@ class Worker:
                 self._taken -= 1
         return receiver
 
-    def _restart(self, error: Exception) -> None:
+    def _restart(self, reason: str) -> None:
         self.state = "restarting" if not self.restarts else "stopped"
-        self._batch = None  # its memory, before that of the next one
-        self._on_failure(one_line(error))
+        self._batch = None
+        gc.collect()  # a batch and its scheduler know each other; the memory goes before the next runtime is loaded
+        self._on_failure(reason)
         for key in list(self._deliver):
             self._hand_out(key, UnavailableError("the engine has failed while it computed this request"))
         if self.state == "stopped":
@@ -163,7 +178,7 @@ class Worker:
         self.restarts += 1
         try:
             self._batch = self._open_batch()
-        except Exception as again:  # see `_run`
+        except BaseException as again:
             self.state = "stopped"
             self._on_failure(one_line(again))
             return

@@ -1,9 +1,11 @@
 """Keys, limits, clients that leave, failures of the engine: the status of each, and nothing is left behind."""
 
 import json
+import shutil
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,10 @@ import openai
 import pytest
 
 from spike_export.artifacts.errors import EngineError
+from spike_export.engines.generation.sampling import Sampler
+from spike_export.engines.onnx_runtime.decoding import OnnxDecoding
 from spike_export.engines.onnx_runtime.slots import StaticSlots
+from spike_export.serving.openai import exchange
 from tests.support.tiny_service import Running, running
 
 LONG = {"prompt": "a", "max_tokens": 150, "ignore_eos": True}
@@ -155,6 +160,81 @@ def test_a_failed_engine_begins_anew_once(bundle: Path, monkeypatch: pytest.Monk
         assert server.get("/health").status_code == 200
         assert server.post("/v1/completions", json=LONG).status_code == 503
         assert [event for event, _ in server.log].count("engine failed") == 2
+
+
+def test_a_failed_runtime_is_let_go_before_the_next_is_loaded(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sessions of one bundle are shared while they live: the failed one would come back."""
+    opened: list[weakref.ref[Any]] = []
+    step, open_slots = StaticSlots.step, OnnxDecoding.open_slots
+
+    def failing(*_: Any) -> Any:
+        raise BaseException("a panic of native code")
+
+    def recorded(decoding: OnnxDecoding, rows: int) -> Any:
+        assert all(each() is None for each in opened), "the failed session is still there"
+        opened.append(weakref.ref(decoding.session.session))
+        return open_slots(decoding, rows)
+
+    monkeypatch.setattr(OnnxDecoding, "open_slots", recorded)
+    own = shutil.copytree(bundle, bundle.parent / "own")  # which no other test's engine holds open
+    with running(own) as server:
+        monkeypatch.setattr(StaticSlots, "step", failing)
+        assert server.post("/v1/completions", json=LONG).status_code == 503
+        monkeypatch.setattr(StaticSlots, "step", step)
+        wait_for(lambda: server.get("/ready").status_code == 200)
+        assert server.post("/v1/completions", json=LONG).status_code == 200
+    assert len(opened) == 2
+
+
+def test_a_fault_of_one_sequence_leaves_the_others_alone(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = Sampler.draw
+
+    def faulty(sampler: Sampler, *arguments: Any) -> Any:
+        if sampler._options.top_k == 7:
+            raise IndexError("planted")
+        return draw(sampler, *arguments)
+
+    monkeypatch.setattr(Sampler, "draw", faulty)
+    with running(bundle) as server:
+        answer = server.post("/v1/completions", json={"prompt": "a", "top_k": 7})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (500, "engine_error")
+        assert server.post("/v1/completions", json={"prompt": "a"}).status_code == 200
+        assert server.service.worker.restarts == 0
+
+
+def test_a_body_that_does_not_arrive(small: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spike_export.serving.middleware.BODY_SECONDS", 0.1)
+    host, port = small.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        head = "POST /tokenize HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer first\r\nContent-Length: 50\r\n\r\n{"
+        connection.sendall(head.encode())
+        assert b" 408 " in connection.recv(4096).splitlines()[0]
+
+
+def test_a_client_that_does_not_read_is_left(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its row is free as soon as the answer is computed, and its connection when the time is up."""
+    monkeypatch.setattr("spike_export.serving.openai.exchange._LAST_EVENT_SECONDS", 0.1)
+    chunk = exchange.event_bytes
+    monkeypatch.setattr(
+        "spike_export.serving.openai.completions.event_bytes", lambda event: chunk(event) + b" " * 200_000
+    )
+    with running(bundle, timeout=0.5, prefix_cache=0) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        body = json.dumps(LONG | {"stream": True})
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(
+                f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                f"Content-Length: {len(body)}\r\n\r\n{body}".encode()
+            )
+            wait_for(lambda: server.service.worker.running + server.service.worker.waiting == 0)
+            assert server.post("/v1/completions", json={"prompt": "a"}).status_code == 200
+            wait_for(
+                lambda: any(
+                    fields.get("path") == "/v1/completions" and fields["milliseconds"] > 500
+                    for event, fields in server.log
+                    if event == "request"
+                )
+            )
 
 
 def test_a_row_whose_logits_are_not_finite_leaves_the_others_alone(

@@ -75,7 +75,7 @@ class Serving(RuleBasedStateMachine):
         key = self.next_key
         self.next_key += 1
         if len(prompt) + new - 1 > CONTEXT:
-            with pytest.raises(EngineError, match="room for"):
+            with pytest.raises(EngineError, match="context size"):
                 self.scheduler.submit(key, len(prompt), new)
             return multiple()
         self.scheduler.submit(key, len(prompt), new)

@@ -1,0 +1,41 @@
+"""The body of `/completion`: llama.cpp's names for what OpenAI's completions are asked for."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from spike_export.serving.openai.sampling_form import SamplingForm
+
+_MOST_PROMPTS = 1024
+
+Part = Annotated[int, Field(ge=0)] | str
+Mixed = Annotated[list[Part], Field(min_length=1)]
+"""A prompt in parts, each of them a token or a text."""
+
+
+class CompletionForm(SamplingForm):
+    """The body of a request. What is absent is the bundle's default, as for OpenAI's endpoints.
+
+    Attributes:
+        prompt: A text, a prompt in parts, or several of these.
+        n_predict: Most new tokens; -1, as well as more than there is room for, stands for all that there is room for.
+        n_probs: As many of the most probable tokens are told for each token.
+        post_sampling_probs: llama.cpp's probabilities behind the filters, which are not told here.
+        response_fields: The fields of the answer that are wanted, inner ones behind a slash; all when empty.
+    """
+
+    prompt: str | Mixed | Annotated[list[str | Mixed], Field(min_length=1, max_length=_MOST_PROMPTS)]
+    n_predict: Annotated[int, Field(ge=-1)] = -1
+    n_probs: Annotated[int, Field(ge=0, le=20)] = 0
+    post_sampling_probs: Literal[False] = False
+    return_tokens: bool = False
+    response_fields: list[str] = Field(default_factory=list)
+    n: Literal[1] | None = None
+
+    @property
+    def prompts(self) -> list[str | list[int | str]]:
+        """All prompts, each a text or a list of parts; a list that holds a token is one prompt."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        parts: list[Any] = self.prompt
+        return [parts] if any(isinstance(part, int) for part in parts) else parts
