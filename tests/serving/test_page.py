@@ -14,6 +14,7 @@ from tests.support.tiny_service import Running
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
 
+FIGURES = "document.querySelector('.message.assistant:last-of-type .figures').textContent"
 ANSWER = "document.querySelector('.message.assistant:last-of-type .text').textContent"
 
 
@@ -35,6 +36,7 @@ def test_a_chat_in_the_browser(server: Running, tmp_path: Path, monkeypatch: pyt
         asked = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 20}
         expected = server.post("/v1/chat/completions", json=asked).json()["choices"][0]["message"]["content"]
         assert page.run(ANSWER).strip() == expected.strip()
+        assert page.run(FIGURES).endswith("20 tokens · cut off")
         assert page.run("document.activeElement.id") == "text"
 
         monkeypatch.setattr(StaticSlots, "step", slow_step)
@@ -45,8 +47,16 @@ def test_a_chat_in_the_browser(server: Running, tmp_path: Path, monkeypatch: pyt
         page.run("document.getElementById('stop').click()")
         page.wait("document.getElementById('state').textContent === 'Stopped.'")
         go.set()
+        page.wait(f"{FIGURES}.endsWith('stopped')")
+        page.run("location.reload()")
+        page.wait("document.querySelectorAll('.message').length === 4")
         page.run("document.getElementById('new').click()")
         assert page.run("document.querySelectorAll('.message').length") == 0
+        page.run("location.reload()")
+        page.wait("document.readyState === 'complete' && document.querySelectorAll('#card dt').length > 5")
+        assert page.run("document.querySelectorAll('.message').length") == 0
+        page.run("show('assistant', 'See:\\n```python\\n1 < 2\\n```\\nDone.')")
+        assert page.run("document.querySelector('.message pre').textContent") == "1 < 2\n"
         assert page.run("[...document.querySelectorAll('input, textarea')].every(each => each.labels.length > 0)")
         assert [url for url in page.requested if not url.startswith((server.url, "about:", "blob:"))] == []
 
