@@ -371,6 +371,12 @@ class LoadArguments:
     new_tokens: int = 64
     "Tokens of every answer."
 
+    spread: float = 0.0
+    "Share by which the lengths of prompts and answers differ, at most: 0.75 for a quarter to seven quarters."
+
+    chat: Annotated[bool, Parameter(negative="")] = False
+    "Ask through /v1/chat/completions, for servers without completions."
+
     seed: int = 0
     "Seed of the prompts."
 

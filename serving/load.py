@@ -31,6 +31,8 @@ class Load:
         prompt_words: Words of a prompt, about as many tokens; all prompts differ.
         shared_words: Words that all prompts begin with, besides.
         new_tokens: Tokens of every answer: clients ask to ignore its end.
+        spread: Share by which words of prompts and tokens of answers differ, at most, up and down.
+        chat: Whether the prompts are messages of chats, for servers without completions.
         seed: Of the prompts.
     """
 
@@ -39,6 +41,8 @@ class Load:
     prompt_words: int = 128
     shared_words: int = 0
     new_tokens: int = 64
+    spread: float = 0.0
+    chat: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -47,13 +51,20 @@ class Load:
                 raise EngineError(f"{name} is {getattr(self, name)}; expected at least 1")
         if self.shared_words < 0:
             raise EngineError(f"shared_words is {self.shared_words}; expected at least 0")
+        if not 0 <= self.spread < 1:
+            raise EngineError(f"spread is {self.spread}; expected at least 0 and less than 1")
 
-    def prompts(self) -> list[str]:
-        """Return a prompt for each request."""
+    def calls(self) -> list[tuple[str, int]]:
+        """Return a prompt and the tokens of its answer for each request."""
         draw, words = random.Random(self.seed), _WORDS.split()
         shared = " ".join(draw.choices(words, k=self.shared_words))
+
+        def about(count: int) -> int:
+            return max(1, round(count * draw.uniform(1 - self.spread, 1 + self.spread)))
+
         return [
-            f"{shared} {number} {' '.join(draw.choices(words, k=self.prompt_words))}" for number in range(self.requests)
+            (f"{shared} {number} {' '.join(draw.choices(words, k=about(self.prompt_words)))}", about(self.new_tokens))
+            for number in range(self.requests)
         ]
 
 
@@ -146,12 +157,12 @@ async def _run(url: str, load: Load, model: str | None, api_key: str | None) -> 
     limits = httpx2.Limits(max_connections=load.concurrency + 1)
     async with httpx2.AsyncClient(base_url=url, headers=headers, timeout=600, limits=limits) as client:
         name = model or await _first_model(client, url)
-        waiting = iter(load.prompts())
+        waiting = iter(load.calls())
         found: list[Request] = []
 
         async def ask_on() -> None:
-            for prompt in waiting:
-                found.append(await _ask(client, name, prompt, load.new_tokens))
+            for prompt, new_tokens in waiting:
+                found.append(await _ask(client, name, prompt, new_tokens, chat=load.chat))
 
         begun = time.perf_counter()
         await asyncio.gather(*(ask_on() for _ in range(load.concurrency)))
@@ -172,15 +183,17 @@ async def _first_model(client: Any, url: str) -> str:
     return name
 
 
-async def _ask(client: Any, model: str, prompt: str, new_tokens: int) -> Request:
+async def _ask(client: Any, model: str, prompt: str, new_tokens: int, *, chat: bool) -> Request:
     import httpx2
 
-    body = {"model": model, "prompt": prompt, "max_tokens": new_tokens, "temperature": 0, "ignore_eos": True}
+    path = "/v1/chat/completions" if chat else "/v1/completions"
+    asked: dict[str, Any] = {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
+    body = {"model": model, **asked, "max_tokens": new_tokens, "temperature": 0, "ignore_eos": True}
     body |= {"stream": True, "stream_options": {"include_usage": True}}
     begun, first, chunks = time.perf_counter(), None, 0
     usage: dict[str, Any] = {}
     try:
-        async with client.stream("POST", "/v1/completions", json=body) as answer:
+        async with client.stream("POST", path, json=body) as answer:
             if answer.status_code != 200:
                 return Request(error=f"status {answer.status_code}")
             async for line in answer.aiter_lines():
@@ -188,7 +201,7 @@ async def _ask(client: Any, model: str, prompt: str, new_tokens: int) -> Request
                 if event.get("error"):
                     return Request(error=str(event["error"]))
                 usage = event.get("usage") or usage
-                if any(choice.get("text") for choice in event.get("choices", ())):
+                if any(_text(choice) for choice in event.get("choices", ())):
                     chunks += 1
                     first = first or time.perf_counter()
     except (httpx2.HTTPError, ValueError) as error:
@@ -196,6 +209,10 @@ async def _ask(client: Any, model: str, prompt: str, new_tokens: int) -> Request
     ended = time.perf_counter()
     tokens = usage.get("completion_tokens", chunks)
     return Request((first or ended) - begun, ended - begun, usage.get("prompt_tokens", 0), tokens)
+
+
+def _text(choice: Mapping[str, Any]) -> Any:
+    return choice.get("text") or (choice.get("delta") or {}).get("content")
 
 
 def _event(line: str) -> dict[str, Any]:

@@ -84,13 +84,13 @@ class SamplingForm(Form):
         Raises:
             RequestError: Two fields say so, or the end of the text is to be ignored.
         """
-        said = [
+        said: list[Source | None] = [
             None if self.response_format is None else self.response_format.source,
             None if self.structured_outputs is None else self.structured_outputs.source,
             None if self.json_schema is None else ("json_schema", self.json_schema),
             None if not self.grammar_text else ("gbnf", self.grammar_text),
         ]
-        sources: list[Source] = [each for each in said if each is not None]
+        sources = [each for each in said if each is not None]
         if len(sources) > 1:
             raise RequestError(
                 "give one of response_format, structured_outputs, json_schema, grammar", param="structured_outputs"

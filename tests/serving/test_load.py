@@ -21,6 +21,18 @@ def test_figures_are_those_of_the_server(server: Running) -> None:
         assert 0 < request.first <= request.whole <= report.seconds
 
 
+def test_lengths_differ_by_the_spread_and_chats_are_asked_too(server: Running) -> None:
+    load = Load(requests=12, concurrency=4, prompt_words=10, new_tokens=8, spread=0.5, chat=True)
+    sizes = [(len(prompt.split()) - 1, new_tokens) for prompt, new_tokens in load.calls()]
+    words, tokens = zip(*sizes, strict=True)
+    assert 5 <= min(words) < max(words) <= 15
+    assert 4 <= min(tokens) < max(tokens) <= 12
+    report = run_load(server.url, load)
+    assert sum(request.tokens for request in report.answered) == sum(new_tokens for _, new_tokens in sizes)
+    with pytest.raises(EngineError, match="spread is 1"):
+        Load(spread=1)
+
+
 def test_refusals_are_counted(server: Running) -> None:
     report = run_load(server.url, Load(requests=2, concurrency=1, prompt_words=400, new_tokens=6))
     assert [request.error for request in report.requests] == ["status 400"] * 2
