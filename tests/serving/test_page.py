@@ -9,13 +9,19 @@ from typing import Any
 import pytest
 
 from spike_export.engines.onnx_runtime.slots import StaticSlots
-from tests.support.browser import CHROMIUM, browser
+from tests.support.browser import CHROMIUM, Browser, browser
 from tests.support.tiny_service import Running
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
 
 FIGURES = "document.querySelector('.message.assistant:last-of-type .figures').textContent"
 ANSWER = "document.querySelector('.message.assistant:last-of-type .text').textContent"
+
+
+def reload(page: Browser) -> None:
+    """Load the page again, and wait for the new one rather than see the old one."""
+    page.run("window.before = true; location.reload()")
+    page.wait("!window.before && document.querySelectorAll('#card dt').length > 5")
 
 
 def test_a_chat_in_the_browser(server: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,12 +54,11 @@ def test_a_chat_in_the_browser(server: Running, tmp_path: Path, monkeypatch: pyt
         page.wait("document.getElementById('state').textContent === 'Stopped.'")
         go.set()
         page.wait(f"{FIGURES}.endsWith('stopped')")
-        page.run("location.reload()")
-        page.wait("document.querySelectorAll('.message').length === 4")
+        reload(page)
+        assert page.run("document.querySelectorAll('.message').length") == 4
         page.run("document.getElementById('new').click()")
         assert page.run("document.querySelectorAll('.message').length") == 0
-        page.run("location.reload()")
-        page.wait("document.readyState === 'complete' && document.querySelectorAll('#card dt').length > 5")
+        reload(page)
         assert page.run("document.querySelectorAll('.message').length") == 0
         page.run("show('assistant', 'See:\\n```python\\n1 < 2\\n```\\nDone.')")
         assert page.run("document.querySelector('.message pre').textContent") == "1 < 2\n"
