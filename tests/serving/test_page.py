@@ -49,7 +49,7 @@ def test_a_chat_in_the_browser(server: Running, tmp_path: Path, monkeypatch: pyt
         page.run("document.getElementById('max_completion_tokens').value = 100")
         page.press("More")
         page.enter()
-        page.wait("!document.getElementById('stop').disabled")
+        page.wait(f"document.querySelectorAll('.message').length === 4 && {ANSWER} !== ''")
         page.run("document.getElementById('stop').click()")
         page.wait("document.getElementById('state').textContent === 'Stopped.'")
         go.set()
