@@ -1,6 +1,5 @@
 """Checkpoints in GGUF files: metadata become an HF configuration, tensors dequantize when they are asked for."""
 
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -10,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spike_export.artifacts.errors import CheckpointError, one_line
+from spike_export.artifacts.errors import CheckpointError
 from spike_export.artifacts.manifest import MOST_LAYERS
 from spike_export.checkpoint.checkpoint import Checkpoint, validate_shapes
 from spike_export.checkpoint.decoder_config import DecoderConfig, decoder_config, tensor_shapes
 from spike_export.checkpoint.families import FAMILIES
 from spike_export.checkpoint.file_hash import HashedFiles
+from spike_export.checkpoint.gguf_records import read_gguf
 from spike_export.checkpoint.rope_frequencies import RopeScaling, frequencies
 from spike_export.checkpoint.tokenizer import load_tokenizer
 
@@ -46,9 +46,6 @@ _TOKEN_KEYS: Mapping[str, str] = {
     "tokenizer.ggml.padding_token_id": "pad_token_id",
 }
 _EMBEDDING = "token_embd.weight"
-_VOCABULARY = tuple(f"tokenizer.ggml.{name}" for name in ("tokens", "merges", "scores", "token_type"))
-"""Metadata that only the tokenizer needs, and that take seconds to decode."""
-
 _THETA = 10000.0
 """Rope base where a file names none; ggml's default, also for the sliding layers of Gemma 3."""
 
@@ -233,54 +230,8 @@ def _rows_in_pairs(rows: NDArray[np.int64], head_dim: int) -> NDArray[np.int64]:
     return np.asarray(head * head_dim + 2 * pair + half, np.int64)
 
 
-def _read_file(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """Return metadata without the vocabulary, and gguf's records by name."""
-    import gguf
-
-    # gguf warns about byte orders and unknown keys on its own logger; a damaged file raises anyway.
-    logging.getLogger("gguf").setLevel(logging.ERROR)
-    known = {kind.value for kind in gguf.GGMLQuantizationType}
-
-    class Reader(gguf.GGUFReader):  # type: ignore[misc]  # gguf has no types
-        """Tells a type newer than this reader from damage, and an array that the file cannot hold from one it can."""
-
-        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
-            if raw_type == gguf.GGUFValueType.ARRAY:
-                # Each value takes a byte at least; gguf itself makes a list of as many entries as are claimed.
-                claimed = int(self._get(orig_offs + 4, np.uint64)[0])
-                if claimed > len(self.data) - orig_offs:
-                    raise ValueError(f"an array of metadata claims {claimed:,} values")
-            return super()._get_field_parts(orig_offs, raw_type)
-
-        def _build_tensors(self, start: int, fields: Any) -> None:
-            for field in fields:
-                kind = int(field.parts[4][0])
-                if kind not in known:
-                    raise CheckpointError(
-                        f"{path}: tensor {field.name}: type {kind} is unknown; take a file of another type, such "
-                        "as Q8_0, or download the file again if it is damaged"
-                    )
-            super()._build_tensors(start, fields)
-
-    try:
-        reader = Reader(path)
-        fields = {name: field.contents() for name, field in reader.fields.items() if name not in _VOCABULARY}
-        # The reader maps the file without looking at the end: touching each record finds a truncated one.
-        size = path.stat().st_size
-        for tensor in reader.tensors:
-            if int(tensor.data_offset) + int(tensor.n_bytes) > size:
-                raise ValueError(f"tensor {tensor.name} ends beyond the end of the file")
-    except CheckpointError:
-        raise
-    except Exception as error:  # ValueError, IndexError, struct and numpy errors: all mean a damaged file
-        raise CheckpointError(
-            f"{path}: damaged or truncated GGUF file ({one_line(error)}); download it again"
-        ) from error
-    return fields, {tensor.name: tensor for tensor in reader.tensors}
-
-
 def _contents(path: Path) -> tuple[_Architecture, _File]:
-    fields, records = _read_file(path)
+    fields, records = read_gguf(path)
     name = str(fields.get("general.architecture"))
     if name not in ARCHITECTURES:
         supported = ", ".join(ARCHITECTURES)

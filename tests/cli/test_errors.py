@@ -125,23 +125,29 @@ def test_a_corpus_that_cannot_be_used(
 PROGRAM = [sys.executable, "-c", "from spike_export.cli.main import main; main()"]
 
 
-@pytest.mark.parametrize(
-    ("corpus", "options", "parts"),
-    [
-        ("same.txt", (), ("same.txt", "one token, repeated", "ordinary text")),
-        ("text.parquet", (), ("text.parquet", "no column 'text' (there: 'body')", "--text-field")),
-        ("prose", ("--corpus-split", "dev"), ("prose", "no split 'dev'", "train")),
-        ("nobody/nothing", (), ("nobody/nothing", "the hub cannot be reached", "give a local file, or download it")),
-        ("chats.jsonl", ("--chat-template",), ("no chat template", "leave --chat-template out")),
-        ("chats.jsonl", (), ("chats.jsonl, line 1", "'text'", "--chat-template")),
-        ("corpus.txt", ("--windows", "documents"), ("corpus.txt", "1 of 1 documents", "--windows packed")),
-        ("corpus.txt", ("--windows", "paragraphs"), ("--windows", "paragraphs", "packed")),
-        (None, ("--chat-template",), ("--chat-template", "add --corpus")),
-    ],
+REFUSED: tuple[tuple[str | None, tuple[str, ...], tuple[str, ...]], ...] = (
+    ("same.txt", (), ("same.txt", "one token, repeated", "ordinary text")),
+    ("text.parquet", (), ("text.parquet", "no column 'text' (there: 'body')", "--text-field")),
+    ("prose", ("--corpus-split", "dev"), ("prose", "no split 'dev'", "train")),
+    ("nobody/nothing", (), ("nobody/nothing", "the hub cannot be reached", "give a local file, or download it")),
+    ("chats.jsonl", ("--chat-template",), ("no chat template", "leave --chat-template out")),
+    ("chats.jsonl", (), ("chats.jsonl, line 1", "'text'", "--chat-template")),
+    ("corpus.txt", ("--windows", "documents"), ("corpus.txt", "1 of 1 documents", "--windows packed")),
+    ("corpus.txt", ("--windows", "paragraphs"), ("--windows", "paragraphs", "packed")),
+    (None, ("--chat-template",), ("--chat-template", "add --corpus")),
 )
-def test_a_process_says_in_one_line_why_a_corpus_cannot_be_used(
-    folder: Path, tmp_path: Path, corpus: str | None, options: tuple[str, ...], parts: tuple[str, ...]
-) -> None:
+"""Corpus, options, parts of the line."""
+
+_EACH_REFUSAL = """
+import json, sys
+from spike_export.cli.main import run
+for command in json.loads(sys.argv[1]):
+    assert run(command) == 2, command
+"""
+
+
+def test_a_process_says_in_one_line_why_a_corpus_cannot_be_used(folder: Path, tmp_path: Path) -> None:
+    """One process for all corpora: each would import for seconds what the first imports."""
     (tmp_path / "same.txt").write_text("a" * 4000)
     write_corpus(tmp_path / "corpus.txt")
     chat = [{"role": "user", "content": "Hello"}]
@@ -149,16 +155,23 @@ def test_a_process_says_in_one_line_why_a_corpus_cannot_be_used(
     (tmp_path / "prose").mkdir()
     (tmp_path / "prose" / "train.jsonl").write_text('{"text": "a"}')
     parquet.write_table(pyarrow.table({"body": ["a"]}), tmp_path / "text.parquet")
-    command = [*PROGRAM, "calibrate", folder / "model", "--work-dir", "w", *SMALL, "--quiet", *options]
-    given = ["--corpus", corpus] if corpus else []
+    always = ["calibrate", str(folder / "model"), "--work-dir", "w", *SMALL, "--quiet"]
+    commands = [[*always, *options, *(["--corpus", corpus] if corpus else [])] for corpus, options, _ in REFUSED]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, *given], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
+    program = [sys.executable, "-c", _EACH_REFUSAL, json.dumps(commands)]
+    done = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    for line, (_, _, parts) in zip(done.stderr.splitlines(), REFUSED, strict=True):
+        assert line.startswith("spike-export: error: ")
+        assert_says(line, *parts)
+
+
+def test_a_process_that_refuses_ends_with_2(folder: Path, tmp_path: Path) -> None:
+    command = [*PROGRAM, "calibrate", folder / "model", "--work-dir", tmp_path / "w", *SMALL, "--corpus", "none.txt"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("spike-export: error: ")
+    assert done.stderr.startswith("spike-export: error: none.txt")
     assert done.stderr.count("\n") == 1
-    assert_says(done.stderr, *parts)
 
 
 @pytest.mark.parametrize(

@@ -413,10 +413,10 @@ def test_without_quantization_nothing_is_calibrated(copied: Path) -> None:
 
 def test_a_stage_key_is_the_same_in_every_process() -> None:
     program = (
-        "from tests.support.tiny_families import tiny_family\n"
-        "from dataclasses import asdict\n"
+        "from spike_export.calibration.methods.options import CalibrationOptions\n"
         "from spike_export.pipeline.run_directory import stage_key\n"
-        "print(stage_key(**{name: asdict(tiny_family(name).checkpoint.config) for name in ('qwen2', 'gemma')}))"
+        "names = frozenset({'input_layernorm', 'q_norm', 'k_norm', 'post_attention_layernorm'})\n"
+        "print(stage_key(options=CalibrationOptions(), norms=names, function=stage_key))"
     )
     keys = {
         subprocess.run(
