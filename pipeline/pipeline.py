@@ -53,7 +53,6 @@ from spike_export.pipeline.execution import execution_of
 from spike_export.pipeline.job import Job
 from spike_export.pipeline.run_directory import RunDirectory, stage_key
 from spike_export.pipeline.stage_display import StageDisplay
-from spike_export.report.page import write_report
 
 OWN_TEXT = "own text"
 SPIKES = "spikes"
@@ -466,6 +465,8 @@ class Pipeline:
 
     def report(self, built: bool) -> Path:
         """Write the HTML page; cheap, and never stale: a plan of an earlier run is left out."""
+        from spike_export.report.page import write_report  # matplotlib takes a while to import
+
         sidecar = sidecar_path(self.job.plan) if self.job.plan and built else None
         with self.display.stage(REPORT):
             return write_report(self.run.path, engine=sidecar)
