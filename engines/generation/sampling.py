@@ -8,6 +8,7 @@ together.
 
 import secrets
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -53,7 +54,7 @@ class Sampler:
     """
 
     def __init__(self, options: GenerationOptions, rows: int, device: torch.device) -> None:
-        self._options = options
+        self._options, self._behind_top_k = options, replace(options, temperature=1.0, top_k=0)
         self._step = 0
         self._draws = _uniform_draws(options, rows).to(device) if options.do_sample else None
         self._counts: torch.Tensor | None = None
@@ -79,10 +80,7 @@ class Sampler:
             scores = torch.where(seen, penalized, scores)
         if allowed is not None:
             scores = scores.masked_fill(~allowed, -torch.inf)
-        if self._draws is None:
-            tokens = scores.argmax(dim=-1)
-        else:
-            tokens = _inverse(filtered(scores, options), self._draws[self._step])
+        tokens = self._chosen(scores)
         self._step += 1
         if seen is not None:
             seen.scatter_(1, tokens[:, None], True)
@@ -96,6 +94,26 @@ class Sampler:
             return Drawn(tokens, own)
         best = logprobs.topk(min(options.logprobs, logits.shape[-1]), dim=-1)
         return Drawn(tokens, own, best.indices, best.values)
+
+    def _chosen(self, scores: torch.Tensor) -> torch.Tensor:
+        """Return [rows] tokens: the best ones, or those that are drawn."""
+        on_cpu = scores.device.type == "cpu"
+        if self._draws is None:
+            # On a CPU numpy finds the best of 49,152 scores in a twentieth of torch's time.
+            return torch.from_numpy(scores.numpy().argmax(axis=-1)) if on_cpu else scores.argmax(dim=-1)
+        draws = self._draws[self._step]
+        if not (on_cpu and self._options.top_k):
+            return _inverse(filtered(scores, self._options), draws)
+        rows = zip(scores.numpy(), draws, strict=True)
+        return torch.cat([self._inverse_of_best(row, draw) for row, draw in rows])
+
+    def _inverse_of_best(self, scores: NDArray[np.float32], draw: torch.Tensor) -> torch.Tensor:
+        """Return [1], what `filtered` and `_inverse` draw from scores [vocab], computed for the top k alone."""
+        scores = scores / np.float32(self._options.temperature)
+        place = max(0, len(scores) - self._options.top_k)
+        best = np.flatnonzero(~(scores < np.partition(scores, place)[place]))  # all, of what is no number
+        kept = filtered(torch.from_numpy(scores[None, best]), self._behind_top_k)
+        return torch.from_numpy(best)[_inverse(kept, draw[None])]
 
     def _adjusted(self, logits: torch.Tensor) -> torch.Tensor:
         """Return logits [rows, vocab] with bias, and with penalties for what has been drawn."""

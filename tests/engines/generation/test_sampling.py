@@ -103,6 +103,33 @@ def test_penalties_and_bias_are_openais(seed: int, presence: float, frequency: f
         counts[[0, 1], drawn] += 1
 
 
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    vocab=st.integers(2, 70),
+    top_k=st.integers(1, 80),
+    top_p=st.sampled_from([0.3, 0.9, 1.0]),
+    min_p=st.sampled_from([0.0, 0.1]),
+    allowed=st.integers(1, 70),
+)
+def test_a_draw_from_the_top_k_is_one_from_all_filtered_scores(
+    seed: int, vocab: int, top_k: int, top_p: float, min_p: float, allowed: int
+) -> None:
+    """A CPU sums the k kept probabilities only; the others are zeros, which change neither sum nor order."""
+    options = GenerationOptions(
+        do_sample=True, temperature=0.7, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed % 2**62, max_new_tokens=4
+    )
+    sampler, mask = Sampler(options, 3, CPU), torch.arange(vocab).expand(3, -1) < allowed
+    draws = sampler._draws
+    assert draws is not None
+    for step in range(4):
+        scores = logits_of(3, vocab, seed + step).round(decimals=1)  # with ties
+        kept = filtered(scores.masked_fill(~mask, -torch.inf), options).to(torch.float64)
+        reached = kept.softmax(dim=-1).cumsum(dim=-1)
+        expected = torch.searchsorted(reached, draws[step] * reached[:, -1:], right=True)[:, 0]
+        assert sampler.draw(scores, None, mask).tokens.tolist() == expected.tolist()
+
+
 def test_only_allowed_tokens_are_drawn() -> None:
     allowed = torch.zeros((1, 20), dtype=torch.bool)
     allowed[0, [4, 7]] = True
