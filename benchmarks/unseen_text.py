@@ -10,7 +10,7 @@ Run: python -m benchmarks.unseen_text --recipe RUN/recipe.json [--model PATH|gem
 
 import argparse
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from benchmarks.fetch_models import MODELS, model_path
 from spike_export.artifacts.recipe import ActivationKind, ModulePlan, Recipe, load_recipe
 from spike_export.calibration.corpus.chat import rendered
-from spike_export.calibration.corpus.files import CorpusOptions, load_corpus
+from spike_export.calibration.corpus.files import CorpusOptions, load_corpora
 from spike_export.calibration.corpus.token_windows import windows_throughout
 from spike_export.calibration.decoder.equivalent_weights import equivalent_checkpoint
 from spike_export.calibration.decoder.layerwise import Decoder, Head, Visit
@@ -128,7 +128,8 @@ def static_share(recipe: Recipe, checkpoint: Checkpoint) -> float:
 def text_windows(checkpoint: Checkpoint, source: str, text_field: str | None, count: int) -> NDArray[np.int64]:
     """Return evenly spaced windows [count, 511] of a text."""
     field = None if source.endswith(".txt") else text_field
-    corpus = rendered(load_corpus(CorpusOptions(source, field)), checkpoint.tokenizer)
+    (text,) = load_corpora(CorpusOptions(source, field))
+    corpus = rendered(text, checkpoint.tokenizer)
     return windows_throughout(corpus, checkpoint.tokenizer, count, CONTENT, checkpoint.bos_token_id).calibration
 
 
@@ -153,30 +154,56 @@ class _States:
         return cls(rows, np.array(negative))
 
 
-def evaluate(
-    checkpoint: Checkpoint, recipes: Mapping[str, Recipe], texts: Mapping[str, NDArray[np.int64]]
-) -> Iterator[tuple[str, str, str, Measured]]:
-    """Yield text, recipe, variant and what was found; a recipe's prefix stands before the unquantized model too."""
-    plain = Decoder(checkpoint)
-    references: dict[tuple[str, tuple[int, ...]], _States] = {}
-    for name, recipe in recipes.items():
-        prefix, weights = recipe.prefix_ids, QuantizedWeights(recipe.scheme.weights)
-        decoder = Decoder(equivalent_checkpoint(checkpoint, recipe.rotation, recipe.smoothing))
+class Judge:
+    """Compares quantized models with the unquantized one, which is run once on each text behind each prefix.
+
+    Args:
+        checkpoint: The unquantized model.
+        texts: Name → windows [windows, tokens].
+    """
+
+    def __init__(self, checkpoint: Checkpoint, texts: Mapping[str, NDArray[np.int64]]) -> None:
+        self._plain, self.texts = Decoder(checkpoint), texts
+        self._references: dict[tuple[str, tuple[int, ...]], _States] = {}
+
+    def decoder(self, recipe: Recipe) -> Decoder:
+        """Return the model whose weights a recipe quantizes."""
+        return Decoder(equivalent_checkpoint(self._plain.checkpoint, recipe.rotation, recipe.smoothing))
+
+    def measured(self, text: str, recipe: Recipe, decoder: Decoder, visits: Sequence[Visit]) -> Measured:
+        """Return what the recipe's model is worth on a text with these visits around its layers."""
+        reference = self._reference(text, recipe.prefix_ids)
         head = decoder.head(recipe.scheme.head, recipe.head_smoothing)
-        for text, content in texts.items():
-            if (text, prefix) not in references:
-                references[text, prefix] = _States.of(plain, plain.head(), content, prefix, ())
-            reference = references[text, prefix]
+        found = _States.of(decoder, head, self.texts[text], recipe.prefix_ids, visits)
+        expected, pairs = self._plain.head(), zip(reference.rows, found.rows, strict=True)
+        divergence = [divergence_sum(expected, one, head, other) / len(one) for one, other in pairs]
+        return Measured(found.negative - reference.negative, np.array(divergence))
+
+    def _reference(self, text: str, prefix: tuple[int, ...]) -> _States:
+        if (text, prefix) not in self._references:
+            found = _States.of(self._plain, self._plain.head(), self.texts[text], prefix, ())
+            self._references[text, prefix] = found
+        return self._references[text, prefix]
+
+
+def evaluate(
+    judge: Judge, recipes: Mapping[str, Recipe], only: Collection[str] = ()
+) -> Iterator[tuple[str, str, str, Measured]]:
+    """Yield text, recipe, variant and what was found; a recipe's prefix stands before the unquantized model too.
+
+    Args:
+        judge: Has the texts.
+        recipes: Name → recipe.
+        only: Variants to evaluate; empty for all.
+    """
+    for name, recipe in recipes.items():
+        decoder, weights = judge.decoder(recipe), QuantizedWeights(recipe.scheme.weights)
+        for text in judge.texts:
             for variant, plans in variants(recipe).items():
-                visits: tuple[Visit, ...] = (Simulation(plans, weights, recipe.attention).visit,)
-                found = _States.of(decoder, head, content, prefix, visits)
-                divergence = _divergence(plain.head(), reference, head, found)
-                yield text, name, variant, Measured(found.negative - reference.negative, divergence)
-
-
-def _divergence(expected: Head, reference: _States, head: Head, found: _States) -> Windows:
-    pairs = zip(reference.rows, found.rows, strict=True)
-    return np.array([divergence_sum(expected, one, head, other) / len(one) for one, other in pairs])
+                if only and variant not in only:
+                    continue
+                visit = Simulation(plans, weights, recipe.attention).visit
+                yield text, name, variant, judge.measured(text, recipe, decoder, (visit,))
 
 
 def line(text: str, recipe: str, variant: str, measured: Measured) -> str:
@@ -195,6 +222,8 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2", help="a checkpoint's path, or smollm2 (default) or gemma3")
     parser.add_argument("--text-field", help="key of the texts in the records of a .jsonl or .parquet file")
     parser.add_argument("--windows", type=int, default=WINDOWS, help="windows of each text")
+    names = [WEIGHTS, PER_TOKEN, AS_CHOSEN, STATIC]
+    parser.add_argument("--only", action="append", default=[], choices=names, help="a variant; all by default")
     arguments = parser.parse_args()
     given = arguments.model
     checkpoint = open_checkpoint(str(model_path(MODELS[given])) if given in MODELS else given)
@@ -205,7 +234,7 @@ def main() -> None:
     for name, recipe in recipes.items():
         print(f"{name}: prefix {list(recipe.prefix_ids)}, {static_share(recipe, checkpoint):.0%} of the MACs static")
     found: dict[tuple[str, str, str], Measured] = {}
-    for text, name, variant, measured in evaluate(checkpoint, recipes, texts):
+    for text, name, variant, measured in evaluate(Judge(checkpoint, texts), recipes, arguments.only):
         found[text, name, variant] = measured
         print(line(text, name, variant, measured), flush=True)
     first = next(iter(recipes))

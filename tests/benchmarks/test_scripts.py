@@ -23,6 +23,8 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks import (
     accuracy,
+    calibration_text,
+    corrections,
     fetch_models,
     head_accuracy,
     job_resources,
@@ -42,7 +44,9 @@ from benchmarks.statistics_overhead import Overhead, in_turns
 from spike_export.artifacts.recipe import ModulePlan, NumberFormat
 from spike_export.calibration.corpus.corpus import Corpus
 from spike_export.calibration.corpus.token_windows import TokenWindows
+from spike_export.calibration.decoder.layerwise import Decoder
 from spike_export.calibration.methods.context import Calibration
+from spike_export.calibration.statistics.measure import measure_spikes
 from spike_export.checkpoint.checkpoint import Checkpoint
 from spike_export.checkpoint.decoder_config import tensor_shapes
 from spike_export.checkpoint.modules import linears
@@ -430,7 +434,8 @@ def test_variants_of_recipes_are_judged_window_by_window() -> None:
     coarse = tiny_recipe(checkpoint, dict.fromkeys(linears(checkpoint.config), 0.2))
     plan = coarse.modules["model.layers.0.mlp.down_proj"].model_copy(update={"activations": "per-token"})
     mixed = coarse.model_copy(update={"modules": {**coarse.modules, "model.layers.0.mlp.down_proj": plan}})
-    rows = list(unseen_text.evaluate(checkpoint, {"coarse": coarse, "mixed": mixed}, {"text": content}))
+    judge = unseen_text.Judge(checkpoint, {"text": content})
+    rows = list(unseen_text.evaluate(judge, {"coarse": coarse, "mixed": mixed}))
     found = {(recipe, variant): each for _, recipe, variant, each in rows}
     assert list(unseen_text.variants(coarse)) == ["INT8 weights alone", "per token", "static"]
     divergence = {name: each.divergence.mean() for name, each in found.items()}
@@ -441,6 +446,46 @@ def test_variants_of_recipes_are_judged_window_by_window() -> None:
     )
     assert unseen_text.static_share(coarse, checkpoint) == 1
     assert 0.5 < unseen_text.static_share(mixed, checkpoint) < 1
+
+
+def test_corrections_are_those_of_their_papers() -> None:
+    checkpoint = tiny_bos_llama()
+    content = np.random.default_rng(0).integers(3, 99, (2, 20))
+    recipe = tiny_recipe(checkpoint, dict.fromkeys(linears(checkpoint.config), 0.2))
+    judge = unseen_text.Judge(checkpoint, {"text": content})
+    found = {variant: each.divergence.mean() for _, variant, each in corrections.evaluate(judge, recipe, content)}
+    assert len(set(found.values())) == len(found) == 5
+    assert max(found["INT8 weights alone"], found["INT8 weights alone, GPTQ"]) < found["as the recipe says"]
+
+
+def test_texts_to_calibrate_on_are_compared_on_other_texts() -> None:
+    checkpoint, draw = tiny_bos_llama(), np.random.default_rng(0)
+    kinds = {name: draw.integers(low, low + 40, (2, 20)) for name, low in {"one": 3, "two": 50}.items()}
+    content, sets = calibration_text.made_windows(kinds)
+    assert {name: rows.tolist() for name, rows in sets.items()} == {"one": [0, 1], "two": [2, 3], "one + two": [0, 3]}
+    assert np.array_equal(content[2:], kinds["two"])
+    rows = list(calibration_text.noises(checkpoint, kinds, draw.integers(3, 43, (2, 20)), kinds, (1,)))
+    noise = {(made_of, text): value for made_of, text, value in rows}
+    assert len(noise) == 6
+    # A search that has one candidate finds what the search among all of them found of it.
+    alone = list(calibration_text.noises(checkpoint, {"one": kinds["one"]}, kinds["two"], kinds, (1,)))
+    decoder = Decoder(checkpoint)
+    search = calibration_text._search(decoder, measure_spikes(decoder, kinds["one"], (1,)))
+    decoder.run(kinds["two"], (1,), visits=(search.visit,))
+    assert alone[1] == ("one", "two", calibration_text.Noise.of(search.choices))
+    assert 0 < alone[1][2].mixed < alone[1][2].static
+
+
+def test_columns_to_come_make_the_error_of_a_rounded_column_good() -> None:
+    draw = np.random.default_rng(0)
+    weight = torch.from_numpy(draw.normal(size=(8, 160)).astype(np.float32))  # wider than a block
+    inputs = torch.from_numpy((draw.normal(size=(400, 20)) @ draw.normal(size=(20, 160))).astype(np.float32))
+    nearest = corrections.rounded_weight(weight, torch.eye(160))
+    step = weight.abs().amax(1, keepdim=True) / 127
+    assert torch.equal(nearest, (weight / step).round() * step)  # independent inputs: nothing to make good
+    corrected = corrections.rounded_weight(weight, inputs.T @ inputs)
+    errors = [float(((each - weight) @ inputs.T).pow(2).sum()) for each in (nearest, corrected)]
+    assert errors[1] < errors[0] / 2
 
 
 def test_the_interval_of_a_mean_is_students() -> None:
