@@ -1,10 +1,10 @@
 """Which inputs get a scale per token: those whose constant scale costs most on held-out text, for their size.
 
 A constant scale is fitted to the calibration's text. Where another text's largest values lie elsewhere, as they do
-between the two products of a feed-forward block, each token's own scale is nearly the whole difference.
+between the two products of a feed-forward block, each token's own scale is nearly the whole difference. The whole
+budget is spent: a constant that suffices for the text of the search need not suffice for others.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from spike_export.artifacts.progress import Progress, silent
@@ -16,12 +16,6 @@ from spike_export.calibration.statistics.spikes import SpikeStatistics
 
 WORTH = 0.1
 """Smallest share of the divergence that scales per token have to save, to be used at all."""
-
-SUFFICIENT = 0.95
-"""Share of what the largest set of inputs saves that a smaller set has to save, to be taken instead."""
-
-_HALVINGS = 2
-"""Smaller sets that are evaluated; each costs a pass over the search windows."""
 
 
 @dataclass(frozen=True)
@@ -43,14 +37,14 @@ def choose_activations(
     """Choose the inputs with a scale per token, where the options leave it open.
 
     Inputs are ordered by the noise that a scale per token saves, for each multiply-accumulate of their readers; where
-    no search estimated the noise, by max-median ratio. The largest set has the first inputs, as many as fit into
-    `max_per_token_share`. The smallest of the evaluated sets that saves nearly as much divergence is taken.
+    no search estimated the noise, by max-median ratio. The first inputs are taken, as many as fit into
+    `max_per_token_share`, unless they save too little divergence together.
 
     Args:
         calibration: The model and its windows.
         statistics: Of the transformed model behind the prefix, of all calibration windows.
         transform: What was done to the weights.
-        progress: Told after each evaluated set.
+        progress: Told after each of the two evaluated sets.
     """
     if calibration.options.activations != "auto":
         return ActivationChoice()
@@ -58,27 +52,27 @@ def choose_activations(
     most = order.keep_share(calibration.options.max_per_token_share).kept
     if not most:
         return ActivationChoice()
-    compared, evaluated = calibration.held_out(statistics), dict[int, Score]()
+    compared = calibration.held_out(statistics)
+    scores: list[Score] = []
+    for per_token in ((), most):
+        scores.append(calibration.predicted(compared, (), transform, per_token=per_token, measured=True))
+        progress("sets of inputs", len(scores), 2)
+    static, mixed = scores
+    pays = static.divergence - mixed.divergence > WORTH * static.divergence
+    candidates = (
+        _candidate(order, (), static, "further from the unquantized model" if pays else "chosen"),
+        _candidate(order, most, mixed, "chosen" if pays else "saves too little"),
+    )
+    return ActivationChoice(most if pays else (), candidates)
 
-    def divergence(count: int) -> float:
-        if count not in evaluated:
-            evaluated[count] = calibration.predicted(compared, (), transform, per_token=most[:count], measured=True)
-            progress("sets of inputs", len(evaluated), 0)
-        return evaluated[count].divergence
 
-    chosen = _smallest(len(most), divergence)
-    candidates = (_candidate(order, most[:count], score, chosen) for count, score in sorted(evaluated.items()))
-    return ActivationChoice(most[:chosen], tuple(candidates))
-
-
-def _candidate(order: Scores, per_token: tuple[str, ...], score: Score, chosen: int) -> ActivationCandidate:
-    other = "saves too little" if len(per_token) < chosen else "saves hardly more"
+def _candidate(order: Scores, per_token: tuple[str, ...], score: Score, verdict: str) -> ActivationCandidate:
     return ActivationCandidate(
         per_token_linears=linear_count(per_token),
         per_token_share=order.share(per_token),
         perplexity=score.perplexity,
         divergence=score.divergence,
-        verdict="chosen" if len(per_token) == chosen else other,
+        verdict=verdict,
     )
 
 
@@ -90,21 +84,3 @@ def _order(calibration: Calibration, statistics: SpikeStatistics, transform: Tra
     saved = {name: noise - transform.token_noise[name] for name, noise in transform.noise.items()}
     rates = {name: saved[name] / by_ratio.macs[name] for name in saved if saved[name] > 0}
     return Scores("noise", dict(sorted(rates.items(), key=lambda rate: -rate[1])), by_ratio.macs)
-
-
-def _smallest(most: int, divergence: Callable[[int], float]) -> int:
-    """Return how many of the first inputs suffice; 0 where even the most save too little."""
-    static = divergence(0)
-    saved = static - divergence(most)
-    if not saved > WORTH * static:
-        return 0
-    low, high = 0, most
-    for _ in range(_HALVINGS):
-        middle = (low + high) // 2
-        if middle in (low, high):
-            break
-        if static - divergence(middle) >= SUFFICIENT * saved:
-            high = middle
-        else:
-            low = middle
-    return high

@@ -22,6 +22,7 @@ from spike_export.calibration.methods.context import NO_TRANSFORM, Calibration
 from spike_export.calibration.methods.module_choice import NOTHING_KEPT, choose_kept
 from spike_export.calibration.methods.options import CalibrationOptions
 from spike_export.calibration.methods.prefix_choice import NEUTRALITY, PrefixChoice, choose_prefix
+from spike_export.calibration.methods.qfem import mac_shares
 from spike_export.calibration.methods.qfep import propose_prefixes, spiking_tokens, worst_ratio
 from spike_export.calibration.methods.transform_choice import choose_transform
 from spike_export.calibration.recipe_writer import build_recipe
@@ -135,21 +136,26 @@ def test_a_budget_of_one_keeps_the_planted_module(calibration: Calibration, plai
 
 
 @pytest.mark.parametrize("searched", [False, True], ids=["by ratio", "by noise"])
-def test_the_planted_module_alone_gets_a_scale_per_token(
+def test_the_planted_module_is_the_first_to_get_a_scale_per_token(
     calibration: Calibration, plain: SpikeStatistics, searched: bool
 ) -> None:
     ranges: ActivationRange = "mse" if searched else "max"
-    automatic = with_options(calibration, activations="auto", activation_range=ranges, max_per_token_share=0.15)
+    share = mac_shares(calibration.checkpoint.config, tuple(plain.modules))[PLANTED_MODULE]
+    automatic = with_options(calibration, activations="auto", activation_range=ranges, max_per_token_share=share)
     transform = choose_transform(automatic, plain).transform
     assert bool(transform.noise) == searched
     seen: list[tuple[str, int, int]] = []
     found = choose_activations(automatic, plain, transform, lambda *event: seen.append(event))
     assert found.per_token == (PLANTED_MODULE,)
-    assert [event[:2] for event in seen] == [("sets of inputs", 1 + index) for index in range(len(found.candidates))]
-    assert [each.verdict for each in found.candidates][:2] == ["saves too little", "chosen"]
-    static, chosen = found.candidates[:2]
+    assert seen == [("sets of inputs", 1, 2), ("sets of inputs", 2, 2)]
+    assert [each.verdict for each in found.candidates] == ["further from the unquantized model", "chosen"]
+    static, chosen = found.candidates
     assert (static.per_token_linears, static.per_token_share, chosen.per_token_linears) == (0, 0, 1)
     assert chosen.divergence < 0.1 * static.divergence
+    # A larger budget is spent, although the other inputs hardly matter for this text.
+    wider = choose_activations(with_options(automatic, max_per_token_share=3 * share), plain, transform)
+    assert wider.per_token[0] == PLANTED_MODULE
+    assert len(wider.per_token) > 1
     recipe = build_recipe(
         automatic, corpus(automatic.windows), plain, NOTHING_KEPT, transform, per_token=found.per_token
     )
