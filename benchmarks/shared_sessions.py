@@ -81,7 +81,7 @@ def _two_given_weights(bundle: Path, threads: int, _: Path) -> list[Any]:
     from spike_export.engines.onnx_runtime.generation_graph import generation_graph
 
     data, given = np.memmap(bundle / DATA_FILE, np.uint8, "r"), {}
-    for tensor in onnx.load_from_string(generation_graph(bundle, load_manifest(bundle))).graph.initializer:
+    for tensor in onnx.load_from_string(generation_graph(bundle, load_manifest(bundle)).serialized).graph.initializer:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             place = ExternalDataInfo(tensor)
             start = place.offset or 0
@@ -132,9 +132,8 @@ def _session(
         options.add_external_initializers(list(given), list(given.values()))
     if saved is not None:
         options.optimized_model_filepath = str(saved)
-    return ort.InferenceSession(
-        generation_graph(bundle, load_manifest(bundle)), options, providers=["CPUExecutionProvider"]
-    )
+    graph = generation_graph(bundle, load_manifest(bundle))
+    return ort.InferenceSession(graph.serialized, options, providers=["CPUExecutionProvider"])
 
 
 WAYS: dict[str, Callable[[Path, int, Path], list[Any]]] = {

@@ -69,7 +69,7 @@ def students_t(freedom: int) -> float:
     """
     z, v = NormalDist().inv_cdf(0.975), max(1, freedom)
     terms = ((z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384)
-    return z + sum(term / v**power for power, term in enumerate(terms, 1))
+    return float(z + sum(term / v**power for power, term in enumerate(terms, 1)))
 
 
 @dataclass(frozen=True)

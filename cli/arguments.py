@@ -392,6 +392,15 @@ class ThreadArguments:
 
 @Parameter(name="*", group=_RUN)
 @dataclass(frozen=True, kw_only=True)
+class LoweringArguments:
+    """With which operators ONNX Runtime computes."""
+
+    lowering: Annotated[bool, Parameter(negative="--no-lowering")] = True
+    "Use ONNX Runtime's own operators where they are faster on a CPU; --no-lowering runs the bundle's standard ones."
+
+
+@Parameter(name="*", group=_RUN)
+@dataclass(frozen=True, kw_only=True)
 class ProgramArguments:
     """How the program itself behaves."""
 

@@ -61,6 +61,7 @@ class Engine(Closing):
         *,
         threads: int | None = None,
         provider: "Provider | None" = None,
+        lowering: bool = True,
         bundle: Path | str | None = None,
         rebuild: bool = False,
         runtime: "RuntimeOptions | None" = None,
@@ -77,6 +78,8 @@ class Engine(Closing):
             threads: Threads of ONNX Runtime per operator, 1 to the number of processors; 0, the default, for as many
                 as `OMP_NUM_THREADS` says, else one per core.
             provider: Device of ONNX Runtime: `cpu`, the default, or `cuda` with the extra `gpu`.
+            lowering: Let ONNX Runtime compute with operators of its own where it is faster on a CPU; the results are
+                the same but for rounding. False runs the bundle's standard operators.
             bundle: Bundle that the plan was built from; by default `PLAN.run/bundle` of the first plan, where the main
                 job writes it.
             rebuild: Build a plan again that was built here and cannot be used any more.
@@ -99,10 +102,13 @@ class Engine(Closing):
             given = {"bundle": bundle is not None, "rebuild": rebuild, "another plan": len(targets) > 1}
             how = "how to run plans (weight budget, GPU, CUDA graphs)"
             _refuse(given | {how: runtime is not None}, f"{target} is no engine plan")
-            open_runtime: Callable[[], Decoding] = partial(open_onnx, target, threads or 0, provider or "cpu")
+            open_runtime: Callable[[], Decoding] = partial(
+                open_onnx, target, threads or 0, provider or "cpu", lowering=lowering
+            )
             folder = target
         else:
-            _refuse({"threads": threads is not None, "provider": provider is not None}, f"{target} runs in TensorRT")
+            given = {"threads": threads is not None, "provider": provider is not None, "lowering": not lowering}
+            _refuse(given, f"{target} runs in TensorRT")
             folder = bundle_of(target, Path(bundle) if bundle is not None else None)
             open_runtime = partial(open_plans, targets, folder, progress, rebuild=rebuild, runtime=runtime)
         manifest = load_manifest(folder)
@@ -173,7 +179,7 @@ def _refuse(given: Mapping[str, bool], reason: str) -> None:
             raise EngineError(f"{name} was given, but {reason}; leave it out")
 
 
-def open_onnx(path: Path, threads: int, provider: "Provider") -> "OnnxDecoding":
+def open_onnx(path: Path, threads: int, provider: "Provider", *, lowering: bool = True) -> "OnnxDecoding":
     """Open a bundle in ONNX Runtime.
 
     Raises:
@@ -183,7 +189,7 @@ def open_onnx(path: Path, threads: int, provider: "Provider") -> "OnnxDecoding":
     from spike_export.engines.onnx_runtime.decoding import OnnxDecoding
     from spike_export.engines.onnx_runtime.session import open_for_generation
 
-    return OnnxDecoding(open_for_generation(path, threads, provider))
+    return OnnxDecoding(open_for_generation(path, threads, provider, lowering=lowering))
 
 
 def default_options(bundle: Path, manifest: Manifest, tokenizer: Any) -> GenerationOptions:

@@ -5,6 +5,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -75,23 +76,31 @@ class Service:
 
 
 def open_service(
-    bundle: Path, settings: Settings, log: Log, *, threads: int | None = None, provider: "Provider | None" = None
+    bundle: Path,
+    settings: Settings,
+    log: Log,
+    *,
+    threads: int | None = None,
+    provider: "Provider | None" = None,
+    lowering: bool = True,
 ) -> Service:
-    """Load a bundle and start the thread that computes.
+    """Load a bundle and start the thread that computes; `Engine.open` says what the options mean.
 
     Raises:
         ArtifactError: The manifest cannot be read.
         EngineError: The bundle cannot be run here, or the settings do not fit it.
     """
-    engine = Engine.open(bundle, threads=threads, provider=provider)
+    engine = Engine.open(bundle, threads=threads, provider=provider, lowering=lowering)
     first: list[Slots] = [engine.open_slots(settings.rows)]
     limits = Limits(first[0].rows, first[0].context, first[0].chunk, settings.prefill_budget)
     digest = hashlib.sha256((bundle / MANIFEST_FILE).read_bytes()).hexdigest()
     model = Model(engine.tokenizer, engine.manifest, engine.defaults, engine.prompts, f"bundle-{digest[:12]}")
     del engine  # its runtime belongs to the slots alone
 
+    opened = partial(open_onnx, bundle, threads or 0, provider or "cpu", lowering=lowering)
+
     def open_batch() -> Batch:
-        slots = first.pop() if first else open_onnx(bundle, threads or 0, provider or "cpu").open_slots(limits.rows)
+        slots = first.pop() if first else opened().open_slots(limits.rows)
         return Batch(model.tokenizer, model.manifest.vocab_size, slots, limits, settings.prefix_cache)
 
     def on_failure(reason: str) -> None:

@@ -9,7 +9,14 @@ from rich.console import Console
 
 from spike_export.artifacts.documents import read_document
 from spike_export.artifacts.errors import ArtifactError, EngineError
-from spike_export.cli.arguments import ProgramArguments, RuntimeArguments, SamplingArguments, ThreadArguments, values
+from spike_export.cli.arguments import (
+    LoweringArguments,
+    ProgramArguments,
+    RuntimeArguments,
+    SamplingArguments,
+    ThreadArguments,
+    values,
+)
 from spike_export.cli.exit_codes import DONE, INTERRUPTED
 from spike_export.cli.options import use_threads
 
@@ -36,6 +43,7 @@ def generate(
         Literal["cpu", "cuda"] | None, Parameter(help="Device on which ONNX Runtime computes (default: cpu).")
     ] = None,
     threads: ThreadArguments = ThreadArguments(),
+    lowering: LoweringArguments = LoweringArguments(),
     bundle: Annotated[
         Path | None,
         Parameter(help="Bundle that the plan was built from (default: PLAN.run/bundle, where the main job writes it)."),
@@ -75,6 +83,7 @@ def generate(
             engine = Engine.open(
                 [path, *also],
                 threads=threads.threads,
+                lowering=lowering.lowering,
                 provider=provider,
                 bundle=bundle,
                 rebuild=rebuild,

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from spike_export.artifacts.errors import EngineError
-from spike_export.cli.arguments import ProgramArguments, ServerArguments, ThreadArguments, values
+from spike_export.cli.arguments import LoweringArguments, ProgramArguments, ServerArguments, ThreadArguments, values
 from spike_export.cli.exit_codes import DONE
 from spike_export.cli.options import use_threads
 from spike_export.cli.terminal.messages import say
@@ -23,6 +23,7 @@ def serve(
         Literal["cpu", "cuda"] | None, Parameter(help="Device on which ONNX Runtime computes (default: cpu).")
     ] = None,
     threads: ThreadArguments = ThreadArguments(),
+    lowering: LoweringArguments = LoweringArguments(),
     run_options: ProgramArguments = ProgramArguments(),
 ) -> int:
     """Serve a bundle over HTTP with OpenAI's endpoints, until SIGTERM or Ctrl-C; extra `serve`."""
@@ -38,7 +39,9 @@ def serve(
     given.setdefault("model", path.resolve().name)
     lists = {"aliases": given.pop("alias"), "allowed_origins": given.pop("allow_origin")}
     settings = Settings(api_keys=keys, **lists, **given)
-    service = open_service(path, settings, log_line, threads=threads.threads, provider=provider)
+    service = open_service(
+        path, settings, log_line, threads=threads.threads, provider=provider, lowering=lowering.lowering
+    )
     if service.limits.chunk is None:
         say("note: a bundle with a growing cache computes one sequence at a time; export it with --kv-cache static")
     serve_until_told(service, lambda address: say(f"serving {settings.model} on {address}"))

@@ -4,35 +4,78 @@
   of its tokens, which nobody reads.
 - A static cache gets a free length. The file fixes it, because TensorRT wants that; ONNX Runtime does not, and
   attention reads the whole buffer: short sequences are cheaper in a short one.
+- On a CPU, attention over a static cache becomes an operator of ONNX Runtime's own (`lowering`).
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import helper, numpy_helper
+from onnx.external_data_helper import load_external_data_for_tensor
 
-from spike_export.artifacts.errors import EngineError
+from spike_export.artifacts.errors import EngineError, one_line
 from spike_export.artifacts.manifest import CACHE_SLOTS, GRAPH_FILE, LAST_TOKEN_NODE, Manifest
+from spike_export.engines.onnx_runtime.lowering.grouped_query_attention import lower_attention
 from spike_export.engines.plan.graph_file import read_graph, require_output
 
 _LAST = np.iinfo(np.int64).max
 
 
-def generation_graph(bundle: Path, manifest: Manifest) -> bytes:
-    """Return the serialized graph; weights are named as files in the bundle.
+@dataclass(frozen=True)
+class GenerationGraph:
+    """A graph, and what its caller does for it.
+
+    Attributes:
+        serialized: The graph; weights are named as files in the bundle.
+        prefix: Of a lowered graph: cache input → [1, kv_heads, prefix, head_dim], which the caller writes in front of
+            a new sequence, because the graph does not. None of any other graph.
+    """
+
+    serialized: bytes
+    prefix: Mapping[str, NDArray[Any]] | None = None
+
+
+def generation_graph(bundle: Path, manifest: Manifest, *, lowering: bool = True) -> GenerationGraph:
+    """Return the graph that generation runs.
+
+    Args:
+        bundle: Folder that export wrote.
+        manifest: Its manifest.
+        lowering: Use operators of ONNX Runtime's own; for the CPU.
 
     Raises:
         EngineError: The file is not an ONNX model, or lacks the static cache that the manifest speaks of.
     """
     model = read_graph(bundle / GRAPH_FILE)
+    prefix = None
     if manifest.logits == "all":
         residual = f"model.layers.{manifest.num_hidden_layers - 1}.attention_residual"
         _keep_last_position(model.graph, residual, bundle / GRAPH_FILE)
     if manifest.kv_cache == "static":
         _free_slots(model.graph, bundle / GRAPH_FILE)
-    serialized: bytes = model.SerializeToString()
-    return serialized
+        if lowering:
+            prefix = _lowered(model, bundle)
+    return GenerationGraph(model.SerializeToString(), prefix)
+
+
+def _lowered(model: onnx.ModelProto, bundle: Path) -> dict[str, NDArray[Any]] | None:
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    prefixes = lower_attention(model)
+    return None if prefixes is None else {cache: _values(tensors[name], bundle) for cache, name in prefixes.items()}
+
+
+def _values(tensor: onnx.TensorProto, bundle: Path) -> NDArray[Any]:
+    if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        try:
+            load_external_data_for_tensor(tensor, str(bundle))
+        except (OSError, ValueError, onnx.checker.ValidationError) as error:
+            raise EngineError(f"{bundle}: {tensor.name} cannot be read ({one_line(error)}); export it again") from error
+    return numpy_helper.to_array(tensor)
 
 
 def _keep_last_position(graph: onnx.GraphProto, residual: str, path: Path) -> None:

@@ -3,7 +3,7 @@
 Tokens and lengths are the caller's own; the prefix is invisible.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, Literal, Protocol
@@ -126,6 +126,8 @@ class StaticSequences:
     Attributes:
         buffers: Per layer key, value: [batch, kv_heads, slots, head_dim]; finite everywhere, because a slot that a
             query does not see is multiplied by zero.
+        prefix: Buffer → [1, kv_heads, prefix, head_dim] of a lowered graph (`GenerationGraph`), which does not write
+            the prefix, and takes several tokens of one row or one token of each; None of any other.
     """
 
     session: Any
@@ -133,22 +135,36 @@ class StaticSequences:
     lengths: NDArray[np.int64]
     buffers: list[torch.Tensor]
     provider: Provider = "cpu"
+    prefix: Mapping[int, torch.Tensor] | None = None
     _last_logits: bool = False
     """Whether the graph gives logits of the last column only."""
-    _bindings: dict[int, Any] = field(default_factory=dict)
-    """Number of first rows → the binding that runs them."""
+    _writes_prefix: bool = False
+    """Whether the graph itself writes the prefix of some layers."""
+    _bindings: dict[tuple[int, int], Any] = field(default_factory=dict)
+    """First row, and the one behind the last → the binding that runs them."""
     _begun: bool = False
 
     @classmethod
-    def begin(cls, session: Any, manifest: Manifest, batch: int, provider: Provider = "cpu") -> "StaticSequences":
-        """Return `batch` sequences without tokens."""
+    def begin(
+        cls,
+        session: Any,
+        manifest: Manifest,
+        batch: int,
+        provider: Provider = "cpu",
+        prefix: Mapping[str, NDArray[Any]] | None = None,
+    ) -> "StaticSequences":
+        """Return `batch` sequences without tokens; `prefix` is a `GenerationGraph`'s."""
         assert manifest.capacity is not None, "a static cache has a capacity"
         growing = not isinstance(_past_shape(session)[2], int)
         own = min(BUCKET, manifest.capacity) if growing else manifest.capacity
         shape = (batch, manifest.num_key_value_heads, manifest.prefix_length + own, manifest.head_dim)
-        buffers = [_zeros(shape, manifest, provider) for _ in _cache_names(manifest)]
+        names = [past for past, _ in _cache_names(manifest)]
+        buffers = [_zeros(shape, manifest, provider) for _ in names]
         logits = next(value for value in session.get_outputs() if value.name == "logits")
-        return cls(session, manifest, np.zeros(batch, np.int64), buffers, provider, logits.shape[1] == 1)
+        placed = None if prefix is None else {names.index(past): torch.tensor(of) for past, of in prefix.items()}
+        writes = any(value.name == "fresh" for value in session.get_inputs())
+        none = np.zeros(batch, np.int64)
+        return cls(session, manifest, none, buffers, provider, placed, logits.shape[1] == 1, writes)
 
     def step(self, tokens: NDArray[np.int64], counts: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
         """See `Sequences`. A row with count 0 keeps its length, but its buffer needs room for the padding.
@@ -174,10 +190,14 @@ class StaticSequences:
                 "feed the rows one by one"
             )
         self._make_room(self.lengths[:rows], tokens.shape[1])
-        logits = self._run(self._binding(rows), tokens, self.lengths[:rows], fresh=not self._begun)
+        together = rows if self.prefix is None or tokens.shape[1] == 1 else 1
+        parts = [
+            self._run(row, tokens[row : row + together], self.lengths[row : row + together], fresh=not self._begun)
+            for row in range(0, rows, together)
+        ]
         self._begun = True
         self.lengths[:rows] += counts
-        return logits
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def admit(self, row: int, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
         """Begin a new sequence [sequence] in a row, the others stand still; return its logits [1, sequence, vocab].
@@ -249,21 +269,25 @@ class StaticSequences:
             raise EngineError(f"row {row} of a batch of {len(self.lengths)}: expected 0 to {len(self.lengths) - 1}")
         length = np.zeros(1, np.int64) if fresh else self.lengths[row : row + 1]
         self._make_room(length, len(tokens), first_row=row)
-        # A row's part of a buffer lies in one piece, so that the graph can write it in place with a batch of one.
-        binding = _bound(self.session, self.manifest, [buffer[row : row + 1] for buffer in self.buffers])
-        logits = self._run(binding, tokens[None], length, fresh=fresh)
+        logits = self._run(row, tokens[None], length, fresh=fresh)
         # From now on a fresh step would give all rows the prefix anew.
         self._begun = True
         self.lengths[row] = length[0] + len(tokens)
         return logits
 
     def _run(
-        self, binding: Any, tokens: NDArray[np.int64], lengths: NDArray[np.int64], *, fresh: bool
+        self, first: int, tokens: NDArray[np.int64], lengths: NDArray[np.int64], *, fresh: bool
     ) -> NDArray[np.float32]:
+        """Feed tokens [rows, sequence] to as many rows from the first one on."""
+        rows = slice(first, first + len(tokens))
+        binding = self._binding(rows)
         binding.bind_cpu_input("input_ids", np.ascontiguousarray(tokens, np.int64))
         binding.bind_cpu_input("write_indices", lengths.copy())
-        if self.manifest.prefix is not None:
+        if self._writes_prefix:
             binding.bind_cpu_input("fresh", np.ones(int(fresh), np.bool_))
+        if fresh and self.prefix is not None:
+            for buffer, values in self.prefix.items():
+                self.buffers[buffer][rows, :, : self.manifest.prefix_length] = values
         binding.bind_output("logits", "cpu")
         run_bound(self.session, binding, tokens.shape[1])
         # The buffers are outputs too, and need no objects of Python's for each call.
@@ -307,12 +331,13 @@ class StaticSequences:
             self.buffers[index] = new
         self._bindings.clear()
 
-    def _binding(self, rows: int) -> Any:
-        """Return the binding of the first rows; their part of a buffer lies in one piece."""
-        if rows not in self._bindings:
+    def _binding(self, rows: slice) -> Any:
+        """Return the binding of some rows; their part of a buffer lies in one piece."""
+        key = (rows.start, rows.stop)
+        if key not in self._bindings:
             self._synchronize()
-            self._bindings[rows] = _bound(self.session, self.manifest, [buffer[:rows] for buffer in self.buffers])
-        return self._bindings[rows]
+            self._bindings[key] = _bound(self.session, self.manifest, [buffer[rows] for buffer in self.buffers])
+        return self._bindings[key]
 
     def _synchronize(self) -> None:
         if self.provider == "cuda":

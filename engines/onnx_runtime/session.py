@@ -2,6 +2,7 @@
 
 import threading
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ _PROVIDERS: dict[Provider, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAE
 _SPIN_MICROSECONDS = "50"
 """How long an idle thread looks for work before it sleeps: long enough for the gap between two operators."""
 
-_shared: "weakref.WeakValueDictionary[tuple[object, ...], Any]" = weakref.WeakValueDictionary()
+_shared: "weakref.WeakValueDictionary[tuple[object, ...], BundleSession]" = weakref.WeakValueDictionary()
 _sharing = threading.Lock()
 
 
@@ -42,11 +43,13 @@ class BundleSession:
 
     Attributes:
         provider: Where it computes and keeps its caches.
+        prefix: Of a lowered graph (`GenerationGraph`): cache input → keys or values of the prefix.
     """
 
     manifest: Manifest
     session: Any
     provider: Provider = "cpu"
+    prefix: Mapping[str, NDArray[Any]] | None = None
 
     def prefill(self, content: NDArray[np.int64]) -> NDArray[np.float32]:
         """Run fresh sequences in one call and return the logits [batch, tokens, vocab] of the content's tokens.
@@ -80,8 +83,9 @@ class BundleSession:
 
     def begin(self, batch: int) -> Sequences:
         """Return `batch` sequences without tokens; their BOS, where the prefix holds none, is the caller's to feed."""
-        kind = StaticSequences if self.manifest.kv_cache == "static" else DynamicSequences
-        return kind.begin(self.session, self.manifest, batch, self.provider)
+        if self.manifest.kv_cache == "static":
+            return StaticSequences.begin(self.session, self.manifest, batch, self.provider, self.prefix)
+        return DynamicSequences.begin(self.session, self.manifest, batch, self.provider)
 
 
 def session_options(threads: int = 0) -> Any:
@@ -143,7 +147,9 @@ def open_bundle(bundle: Path, threads: int = 0, *, all_logits: bool = False) -> 
     return BundleSession(manifest, _session(bundle, bundle / GRAPH_FILE, threads))
 
 
-def open_for_generation(bundle: Path, threads: int = 0, provider: Provider = "cpu") -> BundleSession:
+def open_for_generation(
+    bundle: Path, threads: int = 0, provider: Provider = "cpu", *, lowering: bool = True
+) -> BundleSession:
     """Load a bundle's graph as generation runs it (`generation_graph`).
 
     Who opens the same bundle in the same way again, while the session is in use, shares it: a session may be run from
@@ -153,6 +159,7 @@ def open_for_generation(bundle: Path, threads: int = 0, provider: Provider = "cp
         bundle: Folder that export wrote.
         threads: For one operator; 0 for as many as this process is allowed, else one per core.
         provider: Where to compute.
+        lowering: Use operators of ONNX Runtime's own where the CPU computes.
 
     Raises:
         ArtifactError: The manifest cannot be read.
@@ -162,13 +169,15 @@ def open_for_generation(bundle: Path, threads: int = 0, provider: Provider = "cp
     manifest = runnable_manifest(bundle)
     require_provider(provider)
     stamps = ((bundle / name).stat() for name in (GRAPH_FILE, DATA_FILE))
-    key = (bundle.resolve(), *((stamp.st_ino, stamp.st_mtime_ns) for stamp in stamps), threads, provider)
+    lowering = lowering and provider == "cpu"
+    key = (bundle.resolve(), *((stamp.st_ino, stamp.st_mtime_ns) for stamp in stamps), threads, provider, lowering)
     with _sharing:
-        session = _shared.get(key)
-        if session is None:
-            session = _session(bundle, generation_graph(bundle, manifest), threads, provider)
-            _shared[key] = session
-    return BundleSession(manifest, session, provider)
+        opened = _shared.get(key)
+        if opened is None:
+            graph = generation_graph(bundle, manifest, lowering=lowering)
+            session = _session(bundle, graph.serialized, threads, provider)
+            opened = _shared[key] = BundleSession(manifest, session, provider, graph.prefix)
+    return opened
 
 
 def require_provider(provider: str) -> None:

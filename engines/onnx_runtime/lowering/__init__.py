@@ -1,0 +1,1 @@
+"""Passes that turn a loaded graph into what ONNX Runtime computes best; the file on disk stays standard ONNX."""
