@@ -11,6 +11,7 @@ import pytest
 from spike_export.cli.arguments import SamplingArguments
 from spike_export.cli.commands.generate import option_changes
 from spike_export.cli.terminal.generated_text import write_generated
+from spike_export.engines import engine as engine_module
 from spike_export.engines.engine import Engine
 from spike_export.engines.generation.generated_text import Generation, Piece
 from tests.support.tiny_cli_models import call, write_model
@@ -49,6 +50,23 @@ def test_text_and_json_are_the_engines(bundle: Path, tmp_path: Path) -> None:
     assert first.logprobs is not None
     assert told[0]["logprobs"][2]["logprob"] == pytest.approx(first.logprobs[2].logprob)
     assert len(told[1]["logprobs"][0]["top"]) == 1
+
+
+def test_standard_operators_say_the_same(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[bool] = []
+    monkeypatch.setattr(
+        engine_module,
+        "open_onnx",
+        lambda *given, lowering, open_onnx=engine_module.open_onnx: (
+            opened.append(lowering) or open_onnx(*given, lowering=lowering)  # type: ignore[func-returns-value]
+        ),
+    )
+    static = bundle.parent / "static"
+    options = ("--no-quantize", "--dtype", "float32", "--kv-cache", "static", "--capacity", "32")
+    assert call("export", bundle.parent / "model", *options, "--out", static).code == 0
+    asked = ("--prompt", "12", "--prompt", "ab", "--max-new-tokens", "9", "--ignore-eos")
+    assert generated(static, *asked) == generated(static, *asked, "--no-lowering")
+    assert opened == [True, False]
 
 
 def test_what_the_outputs_encoding_lacks_is_no_traceback() -> None:
