@@ -56,7 +56,7 @@ class OnnxDecoding:
         else:
             tokens, counts = _padded(prompts)
             logits = _behind(sequences.step(tokens, counts), counts)
-        sampler = Sampler(options, len(prompts), _CPU)
+        sampler = Sampler(options, len(prompts), _CPU, numpy=True)
         seen = seen_tokens(prompts, logits.shape[-1], options, _CPU)
         for remaining in reversed(range(options.max_new_tokens)):
             require_finite(np.isfinite(logits).all(axis=1), "export the bundle with --dtype float32")

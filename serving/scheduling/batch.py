@@ -90,7 +90,7 @@ class _Sequence:
         self.drawn: list[int] = []
         self.found: Sequence[KeyValues] = ()
         self._text = Row(tokenizer, 0, work.prompt, work.options)
-        self._sampler = Sampler(work.options, 1, _CPU)
+        self._sampler = Sampler(work.options, 1, _CPU, numpy=True)
         self._seen = seen_tokens([work.prompt], vocab, work.options, _CPU)
 
     def draw(self, logits: NDArray[np.float32]) -> Event:

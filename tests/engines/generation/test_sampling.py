@@ -194,6 +194,25 @@ def test_rows_draw_as_alone_with_their_own_seed() -> None:
     assert together != drawn(12, (0, 1, 2))
 
 
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 2**16),
+    top_k=st.integers(0, 60),
+    top_p=st.floats(0.1, 1.0),
+    do_sample=st.booleans(),
+    rounded=st.booleans(),
+)
+def test_numpy_draws_what_torch_draws(seed: int, top_k: int, top_p: float, do_sample: bool, rounded: bool) -> None:
+    """Rounded scores are equal in many places, where the order of the tokens decides."""
+    options = GenerationOptions(do_sample=do_sample, seed=seed, max_new_tokens=4, top_k=top_k, top_p=top_p)
+    samplers = [Sampler(options, 3, CPU, numpy=each) for each in (False, True)]
+    for step in range(4):
+        logits = logits_of(3, 50, seed + step)
+        logits = logits.round() if rounded else logits
+        first, second = (sampler.draw(logits, None).tokens.tolist() for sampler in samplers)
+        assert first == second
+
+
 def test_without_a_seed_each_run_is_another() -> None:
     options, logits = GenerationOptions(do_sample=True, max_new_tokens=40), torch.zeros(1, 1000)
     assert counted(options, logits, 1).tolist() != counted(options, logits, 1).tolist()
@@ -218,7 +237,7 @@ def test_the_last_probable_token_can_be_drawn_and_an_impossible_one_cannot() -> 
 def test_what_is_drawn_is_a_token_even_of_what_is_no_number(fields: dict[str, Any]) -> None:
     options = GenerationOptions(do_sample=True, seed=0, repetition_penalty=1.5, **fields)
     seen = torch.zeros(2, 9, dtype=torch.bool)
-    tokens = Sampler(options, 2, CPU).draw(torch.full((2, 9), torch.nan), seen).tokens
+    tokens = Sampler(options, 2, CPU, numpy=True).draw(torch.full((2, 9), torch.nan), seen).tokens
     assert ((tokens >= 0) & (tokens < 9)).all()
 
 
