@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 from rich.console import Console
@@ -28,6 +28,10 @@ def bench(
         tuple[int, ...], Parameter(negative="", help="Clients at once; repeat the option for several (default: 1, 8).")
     ] = (1, 8),
     load: LoadArguments = LoadArguments(),
+    generator: Annotated[
+        Literal["own", "guidellm"],
+        Parameter(help="Who sends the requests: this program, or guidellm where that program is installed."),
+    ] = "own",
     model: Annotated[
         str | None, Parameter(name="--model-name", help="Name of the model (default: the server's first)")
     ] = None,
@@ -39,11 +43,13 @@ def bench(
     """Measure a server of OpenAI's API: tokens per second, time to first token, time per token."""
     require_extra()
     use_threads(threads)
+    from spike_export.serving.guidellm import run_guidellm
     from spike_export.serving.load import Load, run_load
 
+    measured = run_guidellm if generator == "guidellm" else run_load
     loads = [Load(concurrency=clients, **values(load)) for clients in concurrency]
     with _address(target, max(concurrency), threads.threads) as url:
-        reports = [run_load(url, each, model=model, api_key=api_key) for each in loads]
+        reports = [measured(url, each, model=model, api_key=api_key) for each in loads]
     found = [report.as_json() for report in reports]
     if as_json:
         print(json.dumps(found, indent=1))

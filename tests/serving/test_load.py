@@ -1,11 +1,13 @@
 """The load generator against a real server: what it counts is what the server counted."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from spike_export.artifacts.errors import EngineError
+from spike_export.serving.guidellm import report_of, run_guidellm
 from spike_export.serving.load import Load, percentiles, run_load
 from tests.support.tiny_cli_models import call
 from tests.support.tiny_service import Running
@@ -43,6 +45,38 @@ def test_percentiles() -> None:
     assert percentiles([float(value) for value in range(101)]) == {"p50": 50, "p90": 90, "p99": 99}
     assert percentiles([2.0]) == {"p50": 2, "p90": 2, "p99": 2}
     assert percentiles([]) == {"p50": None, "p90": None, "p99": None}
+
+
+@pytest.mark.skipif(shutil.which("guidellm") is None, reason="guidellm is not installed")
+def test_guidellm_sends_the_same_requests(server: Running) -> None:
+    load = Load(requests=5, concurrency=2, prompt_words=4, new_tokens=6, spread=0.5)
+    own, other = run_load(server.url, load), run_guidellm(server.url, load)
+    for report in (own, other):
+        assert [request.error for request in report.requests] == [None] * 5
+    assert sorted((one.prompt_tokens, one.tokens) for one in own.requests) == sorted(
+        (one.prompt_tokens, one.tokens) for one in other.requests
+    )
+    assert all(0 < request.first <= request.whole for request in other.requests)
+
+
+def test_what_guidellm_reports_is_counted_as_the_own_figures_are() -> None:
+    answered = {"time_to_first_token_ms": 250.0, "request_latency": 1.25, "prompt_tokens": 9, "output_tokens": 5}
+    requests = {"successful": [answered], "errored": [{"info": {"error": "status 429"}}]}
+    document = {"benchmarks": [{"start_time": 10.0, "end_time": 12.5, "requests": requests}]}
+    figures = report_of(Load(requests=2), document).as_json()
+    assert (figures["errors"], figures["first_error"]) == (1, "status 429")
+    assert figures["tokens_per_second"] == 2
+    assert (figures["time_to_first_token"]["p50"], figures["time_per_token"]["p50"]) == (0.25, 0.25)
+
+
+def test_guidellm_that_is_missing_or_fails_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(EngineError, match="there is no program guidellm; install"):
+        run_guidellm("http://127.0.0.1:9", Load())
+    (tmp_path / "guidellm").write_text("#!/bin/sh\necho it fails >&2\n", encoding="utf-8")
+    (tmp_path / "guidellm").chmod(0o755)
+    with pytest.raises(EngineError, match=r"has not measured http://127\.0\.0\.1:9: it fails; install"):
+        run_guidellm("http://127.0.0.1:9", Load())
 
 
 def test_the_command_serves_a_bundle_meanwhile(bundle: Path) -> None:
