@@ -119,7 +119,7 @@ def test_a_draw_from_the_top_k_is_one_from_all_filtered_scores(
     options = GenerationOptions(
         do_sample=True, temperature=0.7, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed % 2**62, max_new_tokens=4
     )
-    sampler, mask = Sampler(options, 3, CPU), torch.arange(vocab).expand(3, -1) < allowed
+    sampler, mask = Sampler(options, 3, CPU, numpy=True), torch.arange(vocab).expand(3, -1) < allowed
     draws = sampler._draws
     assert draws is not None
     for step in range(4):
