@@ -87,7 +87,6 @@ class _Sequence:
         self.begun = False
         self.fed = work.read_tokens
         self.next = -1
-        self.drawn: list[int] = []
         self.found: Sequence[KeyValues] = ()
         self._text = Row(tokenizer, 0, work.prompt, work.options)
         self._sampler = Sampler(work.options, 1, _CPU, numpy=True)
@@ -112,7 +111,6 @@ class _Sequence:
         allowed = None if constraint is None else constraint.allowed()
         step = self._sampler.draw(torch.from_numpy(logits[None]), self._seen, allowed).on_host()
         self.next = int(step.tokens[0])
-        self.drawn.append(self.next)
         if constraint is not None:
             constraint.take(self.next)
         return self._text.take(step)
@@ -125,10 +123,6 @@ class _Sequence:
         best = logprobs.topk(min(self.work.options.logprobs or 0, len(logits)))
         top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
         return Scored(TokenLogprob(self.next, float(logprobs[self.next]), top))
-
-    def held(self) -> NDArray[np.int64]:
-        """Return the tokens in the row, once the prompt has been read: the last one drawn has not been fed."""
-        return np.concatenate([self.work.prompt, np.array(self.drawn[:-1], np.int64)])
 
 
 class Batch:
@@ -148,6 +142,7 @@ class Batch:
         self._saved = None
         if prefix_bytes and isinstance(slots, SavingSlots):
             self._saved = _Saved(slots, PrefixStore(prefix_bytes, slots.block))
+        self._chunk = limits.chunk or 1
         self._scheduler = Scheduler(limits, self._reusable)
         self._sequences: dict[int, _Sequence] = {}
 
@@ -202,7 +197,7 @@ class Batch:
         sequence = self._sequences[key]
         if self._saved is None or sequence.work.scored:
             return 0
-        sequence.found = self._saved.store.find(sequence.work.prompt[:-1])
+        sequence.found = self._saved.find(sequence.work.prompt, self._chunk)
         return len(sequence.found) * self._saved.store.block
 
     def _read(self, part: Part) -> NDArray[np.float32]:
@@ -220,8 +215,6 @@ class Batch:
     def _draw(self, keys: Sequence[int], logits: NDArray[np.float32]) -> list[tuple[int, Event]]:
         events = [(key, self._sequences[key].draw(own)) for key, own in zip(keys, logits, strict=True)]
         for key, event in events:
-            if isinstance(event, EngineError):
-                self._sequences[key].drawn.clear()  # what such a row holds is of use to nobody
             if ends(event):
                 self._leave(key)
         return events
@@ -230,17 +223,32 @@ class Batch:
         sequence = self._sequences.pop(key)
         row = self._scheduler.leave(key)
         if row is not None and sequence.begun:
-            if self._saved is not None and sequence.drawn:
-                self._saved.keep(row, sequence.held())
             self._slots.release(row)
 
 
 @dataclass(frozen=True)
 class _Saved:
-    """Rows whose keys and values can be saved, and the store of those that were."""
+    """Rows whose keys and values can be saved, and the store of those that were.
+
+    Runtimes compute a call of one token with other kernels than a call of several, and keys and values then differ by
+    more than rounding where activations are INT8. What was read as a prompt is saved, therefore, and not what was
+    drawn; and what is saved never leaves a single token to be read that would have been read among others.
+    """
 
     slots: SavingSlots
     store: PrefixStore
+
+    def find(self, prompt: NDArray[np.int64], chunk: int) -> list[KeyValues]:
+        """Return the blocks of a prompt [tokens] that are at hand and change nothing where they are used.
+
+        Args:
+            prompt: The last token is always read, for its logits.
+            chunk: Parts of a prompt end at multiples of it.
+        """
+        found = self.store.find(prompt[:-1])
+        reused = len(found) * self.store.block
+        alone = reused == len(prompt) - 1 and reused % chunk
+        return found[:-1] if alone else found
 
     def keep(self, row: int, tokens: NDArray[np.int64]) -> None:
         """Save what a row holds of its first tokens [tokens], as far as that is not in the store."""

@@ -195,12 +195,27 @@ def test_a_common_beginning_is_read_once_and_changes_no_text(server: Running, al
     assert answer.usage is not None
     assert answer.usage.prompt_tokens_details is not None
     assert answer.usage.prompt_tokens_details.cached_tokens == len(begin) // 32 * 32
-    # The next turn of a chat begins with the answer to the one before.
+    # The next turn of a chat begins with the answer to the one before, which was not read as a prompt.
     text = begin + end + answer.choices[0].text + "More"
     again = client.completions.create(model="tiny", prompt=text, max_tokens=5)
     assert again.choices[0].text == expected(alone, text, max_new_tokens=5)
+    assert again.usage is not None
+    assert again.usage.prompt_tokens_details is not None
+    assert again.usage.prompt_tokens_details.cached_tokens == len(begin + end) // 32 * 32
     lines = server.get("/metrics").text.splitlines()
     assert any(line.startswith("spike_export:prefix_cache_hits_total{") for line in lines)
+
+
+def test_what_is_at_hand_leaves_no_single_token_to_be_read(server: Running) -> None:
+    """A call of one token is computed by other kernels; a part of one token behind whole parts is one anyway."""
+    text = "".join(chr(65 + number % 26) for number in range(160))
+
+    def cached(length: int) -> int:
+        answer = server.post("/v1/completions", json={"prompt": text[:length], "max_tokens": 1}).json()
+        return int(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+    assert cached(160) == 0
+    assert [cached(length) for length in (96, 97, 98, 128, 129, 130)] == [64, 64, 96, 96, 128, 128]
 
 
 @pytest.mark.parametrize("stream", [False, True])
