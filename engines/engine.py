@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from spike_export.artifacts.progress import Progress, silent
 from spike_export.artifacts.threads import require_threads
 from spike_export.checkpoint.tokenizer import load_tokenizer
 from spike_export.engines.generation.decoding import Decoding
+from spike_export.engines.generation.draft_length import DraftLength
 from spike_export.engines.generation.generated_text import Generation, Piece, Row, joined, streamed
 from spike_export.engines.generation.options import GenerationOptions
 from spike_export.engines.generation.prompt_tokens import Prompt, PromptEncoder
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from spike_export.engines.onnx_runtime.decoding import OnnxDecoding
     from spike_export.engines.onnx_runtime.sequences import Provider
     from spike_export.engines.tensorrt.engines import RuntimeOptions
+
+Speculate = Literal["off", "ngram"]
+"""Where drafts of the next tokens come from."""
 
 _TOKENIZER_FILE, _GENERATION_FILE = "tokenizer.json", "generation_config.json"
 
@@ -62,6 +66,7 @@ class Engine(Closing):
         threads: int | None = None,
         provider: "Provider | None" = None,
         lowering: bool = True,
+        speculate: Speculate = "off",
         bundle: Path | str | None = None,
         rebuild: bool = False,
         runtime: "RuntimeOptions | None" = None,
@@ -80,6 +85,9 @@ class Engine(Closing):
             provider: Device of ONNX Runtime: `cpu`, the default, or `cuda` with the extra `gpu`.
             lowering: Let ONNX Runtime compute with operators of its own where it is faster on a CPU; the results are
                 the same but for rounding. False runs the bundle's standard operators.
+            speculate: `ngram` drafts the next tokens from the text so far, for one prompt over a static cache, and
+                verifies them in one call: faster where an answer repeats its prompt. The distribution is the same; the
+                text is, but for rounding. `off` computes token by token.
             bundle: Bundle that the plan was built from; by default `PLAN.run/bundle` of the first plan, where the main
                 job writes it.
             rebuild: Build a plan again that was built here and cannot be used any more.
@@ -103,11 +111,16 @@ class Engine(Closing):
             how = "how to run plans (weight budget, GPU, CUDA graphs)"
             _refuse(given | {how: runtime is not None}, f"{target} is no engine plan")
             open_runtime: Callable[[], Decoding] = partial(
-                open_onnx, target, threads or 0, provider or "cpu", lowering=lowering
+                open_onnx, target, threads or 0, provider or "cpu", lowering=lowering, speculate=speculate
             )
             folder = target
         else:
-            given = {"threads": threads is not None, "provider": provider is not None, "lowering": not lowering}
+            given = {
+                "threads": threads is not None,
+                "provider": provider is not None,
+                "lowering": not lowering,
+                "speculate": speculate != "off",
+            }
             _refuse(given, f"{target} runs in TensorRT")
             folder = bundle_of(target, Path(bundle) if bundle is not None else None)
             open_runtime = partial(open_plans, targets, folder, progress, rebuild=rebuild, runtime=runtime)
@@ -116,6 +129,12 @@ class Engine(Closing):
         defaults = default_options(folder, manifest, tokenizer)
         prompts = PromptEncoder(tokenizer, manifest).started()
         return cls(open_runtime(), tokenizer, manifest, defaults, prompts)
+
+    @property
+    def drafts(self) -> DraftLength | None:
+        """How many tokens were drafted and accepted so far; None where nothing is drafted."""
+        drafts: DraftLength | None = getattr(self.decoding, "drafts", None)
+        return drafts
 
     def close(self) -> None:
         """Release the runtime's memory."""
@@ -179,17 +198,24 @@ def _refuse(given: Mapping[str, bool], reason: str) -> None:
             raise EngineError(f"{name} was given, but {reason}; leave it out")
 
 
-def open_onnx(path: Path, threads: int, provider: "Provider", *, lowering: bool = True) -> "OnnxDecoding":
+def open_onnx(
+    path: Path, threads: int, provider: "Provider", *, lowering: bool = True, speculate: Speculate = "off"
+) -> "OnnxDecoding":
     """Open a bundle in ONNX Runtime.
 
     Raises:
         ArtifactError: The manifest cannot be read.
-        EngineError: It cannot be run here.
+        EngineError: It cannot be run here, or drafts cannot be verified over its cache.
     """
+    if speculate not in ("off", "ngram"):
+        raise EngineError(f"speculate is {speculate!r}; expected off or ngram")
+    if speculate != "off" and load_manifest(path).kv_cache != "static":
+        raise EngineError(f"{path}: drafts are verified over a static cache; export with --kv-cache static")
     from spike_export.engines.onnx_runtime.decoding import OnnxDecoding
     from spike_export.engines.onnx_runtime.session import open_for_generation
 
-    return OnnxDecoding(open_for_generation(path, threads, provider, lowering=lowering))
+    session = open_for_generation(path, threads, provider, lowering=lowering)
+    return OnnxDecoding(session, None if speculate == "off" else DraftLength())
 
 
 def default_options(bundle: Path, manifest: Manifest, tokenizer: Any) -> GenerationOptions:

@@ -44,6 +44,13 @@ def generate(
     ] = None,
     threads: ThreadArguments = ThreadArguments(),
     lowering: LoweringArguments = LoweringArguments(),
+    speculate: Annotated[
+        Literal["off", "ngram"],
+        Parameter(
+            help="Draft the next tokens from the text so far, and verify them in one call: faster where an answer "
+            "repeats its prompt. For one prompt over a static cache."
+        ),
+    ] = "off",
     bundle: Annotated[
         Path | None,
         Parameter(help="Bundle that the plan was built from (default: PLAN.run/bundle, where the main job writes it)."),
@@ -84,6 +91,7 @@ def generate(
                 [path, *also],
                 threads=threads.threads,
                 lowering=lowering.lowering,
+                speculate=speculate,
                 provider=provider,
                 bundle=bundle,
                 rebuild=rebuild,

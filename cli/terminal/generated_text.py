@@ -24,7 +24,8 @@ def write_generated(
         engine: A runtime with its tokenizer.
         prompts: All are decoded together.
         changes: Options that differ from the bundle's own.
-        as_json: Write a list of objects with text, tokens, finish reason and log-probabilities.
+        as_json: Write a list of objects with text, tokens, finish reason and log-probabilities; with speculation also
+            how many tokens were drafted and accepted.
         out: Where to; standard output when omitted.
 
     Raises:
@@ -32,7 +33,10 @@ def write_generated(
     """
     out = out or sys.stdout
     if as_json:
+        before = _drafted(engine)
         results = [asdict(result) for result in engine.generate(prompts, **changes)]
+        if (drafted := _drafted(engine)) is not None and before is not None and len(results) == 1:
+            results[0]["speculation"] = {name: drafted[name] - before[name] for name in drafted}
         holds_all = codecs.lookup(getattr(out, "encoding", None) or "utf-8").name == "utf-8"
         out.write(json.dumps(results, ensure_ascii=not holds_all, indent=2) + "\n")
         return
@@ -48,6 +52,11 @@ def write_generated(
         texts[piece.row] += piece.text
     for row, text in enumerate(texts):
         _write(out, f"{'' if row == 0 else chr(10)}[{row}]{text}\n")
+
+
+def _drafted(engine: "Engine") -> dict[str, int] | None:
+    drafts = getattr(engine, "drafts", None)
+    return None if drafts is None else {"drafted": drafts.drafted, "accepted": drafts.accepted}
 
 
 def _write(out: IO[str], text: str) -> None:

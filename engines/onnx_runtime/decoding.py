@@ -1,5 +1,6 @@
 """Decoding in ONNX Runtime, over either cache."""
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,9 @@ from numpy.typing import NDArray
 
 from spike_export.artifacts.errors import EngineError
 from spike_export.engines.generation.decoding import DecodedStep, require_finite
+from spike_export.engines.generation.draft_length import DraftLength
 from spike_export.engines.generation.options import GenerationOptions
+from spike_export.engines.generation.prompt_lookup import PromptLookup
 from spike_export.engines.generation.sampling import Sampler, seen_tokens
 from spike_export.engines.generation.slots import Slots
 from spike_export.engines.onnx_runtime.sequences import StaticSequences
@@ -27,9 +30,15 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class OnnxDecoding:
-    """A `Decoding` over a session that `open_for_generation` opened."""
+    """A `Decoding` over a session that `open_for_generation` opened.
+
+    Attributes:
+        drafts: How drafts of the next tokens go, which one call verifies; None for a call for each token. Drafts are
+            made for single sequences over a static cache.
+    """
 
     session: BundleSession
+    drafts: DraftLength | None = None
 
     @property
     def context(self) -> int:
@@ -52,6 +61,9 @@ class OnnxDecoding:
     def _steps(self, prompts: Sequence[NDArray[np.int64]], options: GenerationOptions) -> Iterator[DecodedStep]:
         sequences = self.session.begin(len(prompts))
         if isinstance(sequences, StaticSequences):
+            if self.drafts is not None and sequences.verifies and len(prompts) == 1:
+                yield from _drafted_steps(sequences, prompts[0], options, self.drafts)
+                return
             logits = np.concatenate([_read_prompt(sequences, row, prompt) for row, prompt in enumerate(prompts)])
         else:
             tokens, counts = _padded(prompts)
@@ -64,6 +76,39 @@ class OnnxDecoding:
             yield drawn.on_host()
             if remaining:
                 logits = _behind(sequences.step(drawn.tokens.numpy()[:, None]))
+
+
+def _drafted_steps(
+    sequences: StaticSequences, prompt: NDArray[np.int64], options: GenerationOptions, drafts: DraftLength
+) -> Iterator[DecodedStep]:
+    """Draw the tokens of one sequence, several of one call where a draft of them was right.
+
+    Each token is drawn as it would be alone, from logits of its own, so that drafts change no distribution. A draft is
+    kept as far as it was drawn.
+    """
+    logits, lookup = _read_prompt(sequences, 0, prompt), PromptLookup(prompt.tolist())
+    sampler = Sampler(options, 1, _CPU, numpy=True)
+    seen = seen_tokens([prompt], logits.shape[-1], options, _CPU)
+    remaining, draft, seconds = options.max_new_tokens, list[int](), 0.0
+    while True:
+        token, accepted = -1, -1
+        for row in logits:
+            require_finite(np.isfinite(row[None]).all(axis=1), "export the bundle with --dtype float32")
+            drawn = sampler.draw(torch.from_numpy(row[None]), seen)
+            token, accepted, remaining = int(drawn.tokens[0]), accepted + 1, remaining - 1
+            lookup.append(token)
+            yield drawn.on_host()
+            if accepted < len(draft) and token != draft[accepted]:
+                break
+        if not remaining:
+            return
+        sequences.forget(0, len(draft) - accepted)
+        if seconds:
+            drafts.record(len(draft), accepted, seconds)
+        draft = lookup.draft(min(drafts.choose(), remaining - 1, sequences.room(0) - 1))
+        started = time.perf_counter()
+        logits = sequences.extend(0, np.array([token, *draft]), positions=len(draft) + 1)[0].astype(np.float32)
+        seconds = time.perf_counter() - started
 
 
 def require_context(prompts: Sequence[NDArray[np.int64]], options: GenerationOptions, context: int) -> None:

@@ -4,6 +4,7 @@
   of its tokens, which nobody reads.
 - A static cache gets a free length. The file fixes it, because TensorRT wants that; ONNX Runtime does not, and
   attention reads the whole buffer: short sequences are cheaper in a short one.
+- Over a static cache a call says how many of its last positions get logits; a draft is verified at several.
 - On a CPU, attention over a static cache becomes an operator of ONNX Runtime's own (`lowering`).
 """
 
@@ -21,6 +22,7 @@ from onnx.external_data_helper import load_external_data_for_tensor
 from spike_export.artifacts.errors import EngineError, one_line
 from spike_export.artifacts.manifest import CACHE_SLOTS, GRAPH_FILE, LAST_TOKEN_NODE, Manifest
 from spike_export.engines.onnx_runtime.lowering.grouped_query_attention import lower_attention
+from spike_export.engines.onnx_runtime.sequences import LOGITS_FROM
 from spike_export.engines.plan.graph_file import read_graph, require_output
 
 _LAST = np.iinfo(np.int64).max
@@ -58,6 +60,7 @@ def generation_graph(bundle: Path, manifest: Manifest, *, lowering: bool = True)
         _keep_last_position(model.graph, residual, bundle / GRAPH_FILE)
     if manifest.kv_cache == "static":
         _free_slots(model.graph, bundle / GRAPH_FILE)
+        _free_positions(model.graph, bundle / GRAPH_FILE)
         if lowering:
             prefix = _lowered(model, bundle)
     return GenerationGraph(model.SerializeToString(), prefix)
@@ -99,6 +102,16 @@ def _keep_last_position(graph: onnx.GraphProto, residual: str, path: Path) -> No
     graph.node.insert(place + 1, helper.make_node("Slice", [whole, *names], [last], name=LAST_TOKEN_NODE))
     logits = require_output(graph, "logits", 3, path)
     logits.type.tensor_type.shape.dim[1].dim_value = 1
+
+
+def _free_positions(graph: onnx.GraphProto, path: Path) -> None:
+    """Let each call say how many of its last positions get logits: a draft is verified at all of its tokens."""
+    choice = next((node for node in graph.node if node.name == LAST_TOKEN_NODE), None)
+    if choice is None:
+        return
+    choice.input[1] = LOGITS_FROM
+    graph.input.append(helper.make_tensor_value_info(LOGITS_FROM, onnx.TensorProto.INT64, [1]))
+    require_output(graph, "logits", 3, path).type.tensor_type.shape.dim[1].dim_param = "positions"
 
 
 def _free_slots(graph: onnx.GraphProto, path: Path) -> None:

@@ -19,6 +19,9 @@ from spike_export.engines.onnx_runtime.denormals import denormals_flushed
 CACHE_TYPES = {"float32": np.float32, "float16": np.float16}
 """Cache precisions that ONNX Runtime's CPU kernels compute in; it has no bfloat16 product."""
 
+LOGITS_FROM = "logits_from"
+"""Input [1] int64 of a graph that generates over a static cache: the first position with logits, -1 for the last."""
+
 Provider = Literal["cpu", "cuda"]
 """Where ONNX Runtime computes; caches stay there between the calls."""
 
@@ -140,6 +143,8 @@ class StaticSequences:
     """Whether the graph gives logits of the last column only."""
     _writes_prefix: bool = False
     """Whether the graph itself writes the prefix of some layers."""
+    _chooses_logits: bool = False
+    """Whether a call says how many positions get logits (`generation_graph`)."""
     _bindings: dict[tuple[int, int], Any] = field(default_factory=dict)
     """First row, and the one behind the last → the binding that runs them."""
     _begun: bool = False
@@ -162,9 +167,10 @@ class StaticSequences:
         buffers = [_zeros(shape, manifest, provider) for _ in names]
         logits = next(value for value in session.get_outputs() if value.name == "logits")
         placed = None if prefix is None else {names.index(past): torch.tensor(of) for past, of in prefix.items()}
-        writes = any(value.name == "fresh" for value in session.get_inputs())
+        inputs = {value.name for value in session.get_inputs()}
+        last, chooses = logits.shape[1] == 1 or LOGITS_FROM in inputs, LOGITS_FROM in inputs
         none = np.zeros(batch, np.int64)
-        return cls(session, manifest, none, buffers, provider, placed, logits.shape[1] == 1, writes)
+        return cls(session, manifest, none, buffers, provider, placed, last, "fresh" in inputs, chooses)
 
     def step(self, tokens: NDArray[np.int64], counts: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
         """See `Sequences`. A row with count 0 keeps its length, but its buffer needs room for the padding.
@@ -207,13 +213,33 @@ class StaticSequences:
         """
         return self._run_row(row, tokens, fresh=True)
 
-    def extend(self, row: int, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+    def extend(self, row: int, tokens: NDArray[np.int64], positions: int = 1) -> NDArray[np.float32]:
         """Append tokens [sequence] to one row, the others stand still; return its logits [1, sequence, vocab].
+
+        Args:
+            row: The row.
+            tokens: [sequence].
+            positions: How many of the last tokens get logits, in a graph that asks for it; [1, positions, vocab] then.
 
         Raises:
             EngineError: The tokens do not fit, or ONNX Runtime fails.
         """
-        return self._run_row(row, tokens, fresh=False)
+        return self._run_row(row, tokens, fresh=False, positions=positions)
+
+    @property
+    def verifies(self) -> bool:
+        """Whether `extend` gives the logits of several positions."""
+        return self._chooses_logits
+
+    def room(self, row: int) -> int:
+        """Return how many tokens more a row takes."""
+        capacity = self.manifest.capacity
+        assert capacity is not None, "a static cache has a capacity"
+        return capacity - int(self.lengths[row])
+
+    def forget(self, row: int, tokens: int) -> None:
+        """Take back the last tokens of a row: what is fed next takes their places."""
+        self.lengths[row] -= tokens
 
     def release(self, row: int) -> None:
         """Forget a row's tokens, so that it has room for padding again; the prefix stays."""
@@ -263,26 +289,34 @@ class StaticSequences:
         if self._growing and held > slots + BUCKET:
             self._resize(slots)
 
-    def _run_row(self, row: int, tokens: NDArray[np.int64], *, fresh: bool) -> NDArray[np.float32]:
+    def _run_row(self, row: int, tokens: NDArray[np.int64], *, fresh: bool, positions: int = 1) -> NDArray[np.float32]:
         _counts(tokens[None], None, 1)
         if not 0 <= row < len(self.lengths):
             raise EngineError(f"row {row} of a batch of {len(self.lengths)}: expected 0 to {len(self.lengths) - 1}")
         length = np.zeros(1, np.int64) if fresh else self.lengths[row : row + 1]
         self._make_room(length, len(tokens), first_row=row)
-        logits = self._run(row, tokens[None], length, fresh=fresh)
+        logits = self._run(row, tokens[None], length, fresh=fresh, positions=positions)
         # From now on a fresh step would give all rows the prefix anew.
         self._begun = True
         self.lengths[row] = length[0] + len(tokens)
         return logits
 
     def _run(
-        self, first: int, tokens: NDArray[np.int64], lengths: NDArray[np.int64], *, fresh: bool
+        self,
+        first: int,
+        tokens: NDArray[np.int64],
+        lengths: NDArray[np.int64],
+        *,
+        fresh: bool,
+        positions: int = 1,
     ) -> NDArray[np.float32]:
         """Feed tokens [rows, sequence] to as many rows from the first one on."""
         rows = slice(first, first + len(tokens))
         binding = self._binding(rows)
         binding.bind_cpu_input("input_ids", np.ascontiguousarray(tokens, np.int64))
         binding.bind_cpu_input("write_indices", lengths.copy())
+        if self._chooses_logits:
+            binding.bind_cpu_input(LOGITS_FROM, np.array([-positions], np.int64))
         if self._writes_prefix:
             binding.bind_cpu_input("fresh", np.ones(int(fresh), np.bool_))
         if fresh and self.prefix is not None:

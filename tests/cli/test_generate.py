@@ -57,8 +57,8 @@ def test_standard_operators_say_the_same(bundle: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(
         engine_module,
         "open_onnx",
-        lambda *given, lowering, open_onnx=engine_module.open_onnx: (
-            opened.append(lowering) or open_onnx(*given, lowering=lowering)  # type: ignore[func-returns-value]
+        lambda *given, lowering, open_onnx=engine_module.open_onnx, **more: (
+            opened.append(lowering) or open_onnx(*given, lowering=lowering, **more)  # type: ignore[func-returns-value]
         ),
     )
     static = bundle.parent / "static"
@@ -67,6 +67,17 @@ def test_standard_operators_say_the_same(bundle: Path, monkeypatch: pytest.Monke
     asked = ("--prompt", "12", "--prompt", "ab", "--max-new-tokens", "9", "--ignore-eos")
     assert generated(static, *asked) == generated(static, *asked, "--no-lowering")
     assert opened == [True, False]
+
+
+def test_drafts_are_counted(bundle: Path) -> None:
+    static = bundle.parent / "drafted"
+    options = ("--no-quantize", "--dtype", "float32", "--kv-cache", "static", "--capacity", "64")
+    assert call("export", bundle.parent / "model", *options, "--out", static).code == 0
+    asked = ("--prompt", "1212121212", "--max-new-tokens", "50", "--ignore-eos")
+    (told,) = json.loads(generated(static, *asked, "--speculate", "ngram", "--json"))
+    assert told["text"] + "\n" == generated(static, *asked)
+    assert 0 <= told["speculation"]["accepted"] <= told["speculation"]["drafted"]
+    assert "static cache" in call("generate", bundle, "--prompt", "1", "--speculate", "ngram").error
 
 
 def test_what_the_outputs_encoding_lacks_is_no_traceback() -> None:

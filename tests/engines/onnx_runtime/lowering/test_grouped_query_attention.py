@@ -159,7 +159,7 @@ def test_the_prefix_is_no_longer_the_graph_s(bundle: Path) -> None:
     assert {values.shape[2] for values in graph.prefix.values()} == {len(PREFIX)}
     names = {value.name for value in onnx.load_from_string(graph.serialized).graph.input}
     assert set(graph.prefix) == {name for name in names if name.startswith("past_")}
-    assert names - set(graph.prefix) == {"input_ids", "write_indices"}
+    assert names - set(graph.prefix) == {"input_ids", "write_indices", "logits_from"}
 
 
 def test_heads_that_the_operator_refuses_are_left(tmp_path: Path) -> None:
