@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -107,7 +107,7 @@ def _search(
     decoder: Decoder, statistics: SpikeStatistics, chosen: Mapping[str, SiteChoice] | None = None
 ) -> SmoothingSearch:
     kind = SmoothingSearch if chosen is None else FixedSmoothing
-    options = {} if chosen is None else {"chosen": chosen}
+    options: dict[str, Any] = {} if chosen is None else {"chosen": chosen}
     return kind(
         config=decoder.config,
         statistics=statistics,

@@ -165,7 +165,7 @@ class MeanErrors:
         def around(name: str, linear: Any) -> Callable[[Forward], Forward]:
             def replaced(quantized: Forward) -> Forward:
                 def forward(inputs: "torch.Tensor") -> "torch.Tensor":
-                    expected = type(linear).forward(linear, inputs)
+                    expected: torch.Tensor = type(linear).forward(linear, inputs)
                     error = (quantized(inputs) - expected).flatten(0, -2)
                     self.sums[name] += error.sum(0)
                     self.tokens[name] += len(error)

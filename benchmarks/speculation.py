@@ -64,10 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for _ in range(given.rounds):
                 plain.append(timed(engine, None, prompt, options, given.tokens))
                 drafted.append(timed(engine, drafts, prompt, options, given.tokens))
-            print(
-                f"{name:20} {median(plain):6.2f} s  {median(drafted):6.2f} s with drafts: "
-                f"{median(plain) / median(drafted):.2f} x; {drafts.accepted} of {drafts.drafted} drafted tokens accepted"
-            )
+            ratio = median(plain) / median(drafted)
+            print(f"{name:20} {median(plain):6.2f} s  {median(drafted):6.2f} s with drafts: {ratio:.2f} x")
+            print(f"{'':20} {drafts.accepted} of {drafts.drafted} drafted tokens accepted", flush=True)
 
 
 if __name__ == "__main__":

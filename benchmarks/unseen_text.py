@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from benchmarks.fetch_models import MODELS, model_path
 from spike_export.artifacts.recipe import ActivationKind, ModulePlan, Recipe, load_recipe
 from spike_export.calibration.corpus.chat import rendered
-from spike_export.calibration.corpus.files import CorpusOptions, load_corpora
+from spike_export.calibration.corpus.files import CorpusOptions, OwnText, load_corpora
 from spike_export.calibration.corpus.token_windows import windows_throughout
 from spike_export.calibration.decoder.equivalent_weights import equivalent_checkpoint
 from spike_export.calibration.decoder.layerwise import Decoder, Head, Visit
@@ -129,6 +129,7 @@ def text_windows(checkpoint: Checkpoint, source: str, text_field: str | None, co
     """Return evenly spaced windows [count, 511] of a text."""
     field = None if source.endswith(".txt") else text_field
     (text,) = load_corpora(CorpusOptions(source, field))
+    assert not isinstance(text, OwnText), "a text that nothing was fitted to"
     corpus = rendered(text, checkpoint.tokenizer)
     return windows_throughout(corpus, checkpoint.tokenizer, count, CONTENT, checkpoint.bos_token_id).calibration
 
