@@ -145,6 +145,18 @@ def test_rows_that_come_and_go_compute_the_same(bundle: Path, calls: list[Call])
         assert_close(each, expected)
 
 
+def test_half_precision(tmp_path: Path) -> None:
+    """Both round to float16 behind every node: eight roundings of 2^-11 each are far above what is seen, two."""
+    model, folder = tiny_llama(max_positions=CAPACITY), tmp_path / "bundle"
+    options = ExportOptions("float16", cache=CacheOptions("static", CAPACITY), logits="last")
+    export_bundle(model.checkpoint, unquantized_recipe(model.checkpoint, PREFIX, "float16"), options, folder)
+    assert operators(folder)[OPERATOR] == model.checkpoint.config.num_hidden_layers
+    calls: list[Call] = [("admit", 0, 9), ("admit", 1, 4), ("admit", 2, 1), ("step", 0, 1), ("extend", 1, 5)]
+    lowered, standard = (played(begun(folder, lowering=lowering), calls) for lowering in (True, False))
+    for each, expected in zip(lowered, standard, strict=True):
+        assert_close(each.astype(np.float32), expected.astype(np.float32), tolerance=8 * 2**-11)
+
+
 def test_rows_begin_together(bundle: Path) -> None:
     """Several tokens of several rows: the operator takes them row by row only."""
     tokens = np.random.default_rng(2).integers(0, 99, (ROWS, 13))
