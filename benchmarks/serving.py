@@ -6,6 +6,7 @@ in turns, so that what else the machine does falls on all of them.
 
 import argparse
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
@@ -53,7 +54,7 @@ def server(text: str, *, chat: bool) -> Server:
     return Server(name, url, chat)
 
 
-def throughput(servers: Sequence[Server], streams: Sequence[int], requests: int) -> None:
+def throughput(servers: Sequence[Server], streams: Sequence[int], requests: int, seed: int) -> None:
     """Ask every server with each number of streams, the servers in turns."""
     for number in streams:
         load = Load(
@@ -62,7 +63,7 @@ def throughput(servers: Sequence[Server], streams: Sequence[int], requests: int)
             prompt_words=_PROMPT_WORDS,
             new_tokens=_NEW_TOKENS,
             spread=_SPREAD,
-            seed=number,
+            seed=seed + number,
         )
         for each in servers:
             figures = each.asked(load).as_json()
@@ -70,15 +71,15 @@ def throughput(servers: Sequence[Server], streams: Sequence[int], requests: int)
             print(f"{each.name:24} {number:3} streams: {figures['tokens_per_second']:7.1f} tokens/s", flush=True)
 
 
-def first_token(servers: Sequence[Server], repeats: int) -> None:
+def first_token(servers: Sequence[Server], repeats: int, seed: int) -> None:
     """Measure the time to the first token of a long prompt, and of a second prompt that shares its beginning."""
     for each in servers:
-        long = Load(requests=repeats, concurrency=1, prompt_words=_LONG_WORDS, new_tokens=1, seed=1)
+        long = Load(requests=repeats, concurrency=1, prompt_words=_LONG_WORDS, new_tokens=1, seed=seed)
         each.found["first token, long prompt"] = median(one.first for one in each.asked(long).requests)
         ratios = []
-        for seed in range(repeats):
+        for number in range(1, repeats + 1):
             shared = Load(
-                requests=2, concurrency=1, prompt_words=8, shared_words=_SHARED_WORDS, new_tokens=1, seed=100 + seed
+                requests=2, concurrency=1, prompt_words=8, shared_words=_SHARED_WORDS, new_tokens=1, seed=seed + number
             )
             first, second = each.asked(shared).requests
             ratios.append(second.first / first.first)
@@ -90,10 +91,10 @@ def first_token(servers: Sequence[Server], repeats: int) -> None:
         )
 
 
-def decoding(servers: Sequence[Server], requests: int) -> None:
+def decoding(servers: Sequence[Server], requests: int, seed: int) -> None:
     """Measure the time of a token of a single stream."""
     for each in servers:
-        load = Load(requests=requests, concurrency=1, prompt_words=16, new_tokens=_NEW_TOKENS, seed=2)
+        load = Load(requests=requests, concurrency=1, prompt_words=16, new_tokens=_NEW_TOKENS, seed=seed)
         each.found["time per token"] = each.asked(load).as_json()["time_per_token"]["p50"]
         print(f"{each.name:24} one stream: {each.found['time per token'] * 1e3:.1f} ms a token", flush=True)
 
@@ -110,16 +111,22 @@ def main() -> None:
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 4, 8, 16])
     parser.add_argument("--requests", type=int, default=16, help="for each number of streams; twice as many at least")
     parser.add_argument("--repeats", type=int, default=3, help="of the times to the first token")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=time.time_ns() % 2**31,
+        help="of the prompts (default: another one each time, so that no server has read them before)",
+    )
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     servers = [server(text, chat=False) for text in given.servers]
     servers += [server(text, chat=True) for text in given.chat_server]
     try:
         for each in servers:
-            each.asked(Load(requests=1, concurrency=1, prompt_words=8, new_tokens=4, seed=99))  # warm
-        decoding(servers, given.repeats)
-        first_token(servers, given.repeats)
-        throughput(servers, given.streams, given.requests)
+            each.asked(Load(requests=1, concurrency=1, prompt_words=8, new_tokens=4, seed=given.seed - 1))  # warm
+        decoding(servers, given.repeats, given.seed)
+        first_token(servers, given.repeats, given.seed)
+        throughput(servers, given.streams, given.requests, given.seed)
     except EngineError as error:
         raise SystemExit(one_line(error)) from error
     if given.json:
