@@ -1,4 +1,4 @@
-"""Perplexity of a real model under each method, on fixed windows of the default corpus.
+"""Perplexity of a real model under each method, on fixed windows of the help topics.
 
 The paper's rows calibrate on 8 windows of 511 tokens at tokens 0, 4,500, 9,000, ..., the automatic ones on the main
 job's 32; evaluation: 8 windows at 60,000, 63,000, ...; what is not quantized is float32. The bundles run in ONNX

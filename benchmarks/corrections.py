@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from benchmarks.fetch_models import smollm2_path
 from benchmarks.unseen_text import AS_CHOSEN, WEIGHTS, Judge, Measured, line, text_windows, variants
-from spike_export.artifacts.recipe import QMAX, ModulePlan, NumberFormat, Recipe, load_recipe
+from spike_export.artifacts.recipe import QMAX, NumberFormat, Recipe, load_recipe
 from spike_export.calibration.corpus.files import HELP_TOPICS
 from spike_export.calibration.decoder.layerwise import Decoder, Visit
 from spike_export.calibration.decoder.perplexity import with_bos
@@ -210,16 +210,17 @@ def evaluate(judge: Judge, recipe: Recipe, made_of: NDArray[np.int64]) -> Iterat
         recipe: Of a model whose linears are all quantized.
         made_of: [windows, tokens] of what the corrections are made.
     """
-    decoder, bos = judge.decoder(recipe), judge.decoder(recipe).checkpoint.bos_token_id
+    decoder = judge.decoder(recipe)
+    bos = decoder.checkpoint.bos_token_id
     fed = made_of if bos in recipe.prefix_ids else with_bos(made_of, bos)
-    plans: Mapping[str, Mapping[str, ModulePlan]] = {AS_CHOSEN: recipe.modules, **variants(recipe)}
+    weights = variants(recipe)[WEIGHTS]
     nearest, products = QuantizedWeights(recipe.scheme.weights), InputProducts(decoder)
     errors = MeanErrors(Simulation(recipe.modules, nearest))
     decoder.run(fed, recipe.prefix_ids, visits=(products.visit, errors.found))
     rounded = products.rounded(recipe)
     visits: dict[str, Visit] = {
-        WEIGHTS: Simulation(plans[WEIGHTS], nearest).visit,
-        f"{WEIGHTS}, GPTQ": Simulation(plans[WEIGHTS], rounded).visit,
+        WEIGHTS: Simulation(weights, nearest).visit,
+        f"{WEIGHTS}, GPTQ": Simulation(weights, rounded).visit,
         AS_CHOSEN: Simulation(recipe.modules, nearest).visit,
         f"{AS_CHOSEN}, GPTQ": Simulation(recipe.modules, rounded).visit,
         f"{AS_CHOSEN}, bias": errors.subtracted,

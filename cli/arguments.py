@@ -32,8 +32,8 @@ class CorpusArguments:
 
     corpus: Annotated[tuple[str, ...], Parameter(negative="")] = ()
     """Text to calibrate on, best of your own domain: a .txt, .jsonl or .parquet file, a data set's folder, or
-    org/name[:config] on the hub. Repeat the option for several kinds of text. Built in, offline:
-    builtin:help-topics (of Python's standard library; the default) and builtin:own-text (the model writes it)."""
+    org/name[:config] on the hub. Repeat the option for several kinds of text. Built in, offline, and together the
+    default: builtin:help-topics (of Python's standard library) and builtin:own-text (the model writes it)."""
 
     corpus_weight: Annotated[tuple[float, ...], Parameter(negative="")] = ()
     """Weight of each corpus, one for each --corpus in their order: calibration takes windows in this proportion

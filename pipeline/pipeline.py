@@ -32,7 +32,7 @@ from spike_export.calibration.methods.activation_choice import choose_activation
 from spike_export.calibration.methods.context import Calibration, Transform
 from spike_export.calibration.methods.module_choice import choose_kept
 from spike_export.calibration.methods.options import CalibrationOptions
-from spike_export.calibration.methods.own_text import own_corpus, write_own_text
+from spike_export.calibration.methods.own_text import own_corpus, unusable, write_own_text
 from spike_export.calibration.methods.prefix_choice import PrefixChoice, choose_prefix
 from spike_export.calibration.methods.transform_choice import TransformChoice, choose_transform
 from spike_export.calibration.recipe_writer import build_recipe
@@ -134,19 +134,19 @@ class Pipeline:
         for each, weight, count in zip(read, weights, shares(weights, self.job.calibration.samples), strict=True):
             if not isinstance(each, OwnText):
                 found.append(Kind(rendered(each, self.checkpoint.tokenizer), weight))
-            elif documents := self._own_text(count):
-                found.append(Kind(own_corpus(documents), weight, judges=False))
+            elif own := self._own_text(count):
+                found.append(Kind(own, weight, judges=False))
         return Mixture(tuple(found))
 
-    def _own_text(self, windows: int) -> tuple[str, ...]:
-        """Return what the model wrote for so many windows; nothing where it cannot write, or not soon enough."""
+    def _own_text(self, windows: int) -> Corpus | None:
+        """Return what the model wrote for so many windows; None where it cannot write, or not soon enough."""
         if not windows or not self.job.quantize:
-            return ()  # nothing is calibrated on it
+            return None  # nothing is calibrated on it
         if not self.execution.resident:
             self.display.skip(
                 OWN_TEXT, "the layers are streamed, so that each token would read them all; the other corpora are used"
             )
-            return ()
+            return None
         options, path = self.job.calibration, self.run.path / OWN_TEXT_FILE
         key = stage_key(
             model=self._model_key,
@@ -162,7 +162,12 @@ class Pipeline:
 
         read = partial(load_documents, path)
         self._stage(OWN_TEXT, key, [path], work, read)
-        return read()
+        corpus = own_corpus(read())
+        obstacle = unusable(corpus, self.checkpoint, windows, options.length - 1)
+        if obstacle is not None:
+            self.display.skip(OWN_TEXT, f"{obstacle}; the other corpora are used")
+            return None
+        return corpus
 
     @cached_property
     def windows(self) -> TokenWindows:

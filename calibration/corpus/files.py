@@ -38,7 +38,8 @@ _SAVED_DATASET, _SAVED_SPLITS = "state.json", "dataset_dict.json"
 HELP_TOPICS, OWN_TEXT = "builtin:help-topics", "builtin:own-text"
 """Sources that need no file: the help topics of Python's standard library, and text that the model writes itself."""
 
-DEFAULT_SOURCES = (HELP_TOPICS,)
+DEFAULT_SOURCES = (HELP_TOPICS, OWN_TEXT)
+"""Two kinds of text: scales that are fitted to one kind saturate on others."""
 
 
 @dataclass(frozen=True)

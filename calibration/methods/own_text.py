@@ -13,8 +13,10 @@ from spike_export.artifacts.errors import CorpusError
 from spike_export.artifacts.progress import Progress, silent
 from spike_export.calibration.corpus.chat import Chats, Conversation, Message, rendered
 from spike_export.calibration.corpus.corpus import Corpus
+from spike_export.calibration.corpus.token_windows import windows_throughout
 from spike_export.calibration.decoder.layerwise import Decoder
 from spike_export.calibration.decoder.text_sampling import cache_bytes, sampled_tokens
+from spike_export.checkpoint.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,6 +59,18 @@ def write_own_text(
 def own_corpus(documents: tuple[str, ...]) -> Corpus:
     """Return the documents as a corpus."""
     return Corpus(OWN_TEXT_NAME, documents)
+
+
+def unusable(corpus: Corpus, checkpoint: Checkpoint, windows: int, length: int) -> str | None:
+    """Return why no calibration windows of `length` tokens can be cut from what a model wrote, or None.
+
+    A text read again may have fewer tokens than were drawn, and a broken model repeats a single one.
+    """
+    try:
+        windows_throughout(corpus, checkpoint.tokenizer, windows, length, checkpoint.bos_token_id)
+    except CorpusError as error:
+        return str(error)
+    return None
 
 
 def _beginnings(decoder: Decoder, length: int) -> list[list[int]]:

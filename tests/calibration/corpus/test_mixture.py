@@ -109,14 +109,14 @@ def test_sources_are_read_in_order(tmp_path: Path) -> None:
     assert own == OwnText()
     assert isinstance(topics, Corpus)
     assert topics.name == DEFAULT_CORPUS
-    assert load_corpora(CorpusOptions()) == (topics,)
+    assert load_corpora(CorpusOptions()) == (topics, own)
 
 
 @pytest.mark.parametrize(
     ("source", "weights", "message"),
     [
         (("a.txt", "b.txt"), (1.0,), r"1 --corpus-weight for 2 --corpus; give one for each, in their order"),
-        (None, (1.0, 2.0), r"2 --corpus-weight for the default corpus; give one for each"),
+        (None, (1.0,), r"1 --corpus-weight for the default corpus; give one for each"),
         ("a.txt", (0.0,), r"--corpus-weight is 0.0; expected a number above 0, such as 2"),
         ("a.txt", (float("nan"),), r"--corpus-weight is nan; expected a number above 0"),
         (("a.txt", "a.txt"), (), r"--corpus a.txt is given twice; give it once, with a --corpus-weight"),

@@ -8,7 +8,7 @@ import pytest
 
 from spike_export.artifacts.recipe import load_recipe
 from spike_export.calibration.decoder.layerwise import Decoder, Execution
-from spike_export.calibration.methods.own_text import write_own_text
+from spike_export.calibration.methods.own_text import own_corpus, unusable, write_own_text
 from spike_export.checkpoint.checkpoint import Checkpoint
 from spike_export.checkpoint.opening import open_checkpoint
 from tests.support.tiny_cli_models import call, write_corpus, write_model
@@ -65,6 +65,16 @@ def test_memory_bounds_how_much_is_written(folder: Path) -> None:
     assert write_own_text(Decoder(replace(checkpoint, tokenizer=None)), 9, 24, seed=0) == ()
 
 
+def test_text_that_yields_no_window_is_told_from_text_that_does(folder: Path) -> None:
+    checkpoint = checkpoint_of(folder, None)
+    read_as = len(checkpoint.tokenizer.encode("word", add_special_tokens=False)) if checkpoint.tokenizer else 0
+    short = unusable(own_corpus(("word",)), checkpoint, 2, read_as + 1)
+    assert short is not None
+    assert short.startswith(f"text by the model: {read_as} tokens; a window has {read_as + 1}")
+    assert "tokens; a window has" in str(unusable(own_corpus(()), checkpoint, 2, 23))
+    assert unusable(own_corpus(write_own_text(Decoder(checkpoint), 3, 24, seed=0)), checkpoint, 2, 23) is None
+
+
 def test_a_run_calibrates_on_what_the_model_wrote_and_keeps_it(folder: Path) -> None:
     command = ("calibrate", folder / "model", "--work-dir", folder / "run", "--samples", "6", "--length", "24")
     mine = ("--corpus", folder / "corpus.txt", "--corpus", "builtin:own-text", "--corpus-weight", "2")
@@ -80,6 +90,15 @@ def test_a_run_calibrates_on_what_the_model_wrote_and_keeps_it(folder: Path) -> 
     other = call(*command, *mine, "--corpus-weight", "1", "--no-qfep", "--seed", "1")
     assert other.stages_run[:2] == ("own text", "spikes")
     assert (folder / "run" / "own_text.jsonl").read_text(encoding="utf-8").splitlines() != lines
+
+
+def test_a_run_goes_on_without_text_that_yields_no_window(folder: Path) -> None:
+    command = ("calibrate", folder / "model", "--work-dir", folder / "run", "--samples", "6", "--length", "24")
+    mine = ("--corpus", folder / "corpus.txt", "--corpus-weight", "2", "--corpus", "builtin:own-text")
+    (folder / "run" / "own_text.jsonl").write_text('{"text": "a"}\n')
+    done = call(*command, *mine, "--corpus-weight", "1", "--no-qfep", "--no-smoothing", "--no-qfem", "--seed", "1")
+    assert done.code == 0, done.err
+    assert load_recipe(folder / "run" / "recipe.json").corpus.parts == ()
 
 
 def test_a_model_that_is_streamed_writes_nothing(folder: Path) -> None:
