@@ -28,6 +28,7 @@ from spike_export.cli.commands.serve import serve
 from spike_export.cli.config_file import config_path, require_config, require_text
 from spike_export.cli.crash import report_crash
 from spike_export.cli.exit_codes import BAD_INPUT, DONE, INTERRUPTED, PROGRAM_FAULT
+from spike_export.cli.repeatable import multiply_repeatably
 from spike_export.cli.terminal.messages import say
 from spike_export.cli.waiting import wait_asleep
 
@@ -46,6 +47,7 @@ for command in (calibrate, merge, inspect, export, check, build, generate, serve
 def main() -> None:
     """Run the command line and leave with its exit code."""
     wait_asleep(os.environ)
+    multiply_repeatably(os.environ)
     sys.exit(run(sys.argv[1:]))
 
 

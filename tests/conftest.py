@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.fetch_models import GEMMA3, SMOLLM2, FetchError, PackagedModel, model_path
 from spike_export.artifacts.threads import allow_threads
+from spike_export.cli.repeatable import multiply_repeatably
 from spike_export.engines.onnx_runtime.denormals import denormals_flushed
 
 
@@ -29,7 +30,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure() -> None:
-    """Share the processors among the suite's processes: more threads than processors wait for each other."""
+    """Multiply as the command does, and share the processors: more threads than processors wait for each other."""
+    multiply_repeatably(os.environ)  # before torch's first product
     processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if processes > 1:
         allow_threads(max(1, (os.cpu_count() or 1) // processes))
