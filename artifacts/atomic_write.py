@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from secrets import token_hex
 
 from spike_export.artifacts.errors import ArtifactError
 
@@ -72,6 +73,16 @@ def require_file_name(path: Path) -> None:
         raise ArtifactError(f"{path}: is a folder, and a file is to be written; give a file name")
 
 
+def require_name(path: Path) -> None:
+    """Refuse `.` and `/`: nothing can stand beside them, neither a temporary artifact nor a lock.
+
+    Raises:
+        ArtifactError: Names the folder.
+    """
+    if not path.name:
+        raise ArtifactError(f"{path}: this folder cannot be replaced; give a name in it")
+
+
 def temporary_path(path: Path) -> Path:
     """Return the name under which an artifact is written before it takes its place."""
     return path.with_name(f".{path.name}.partial")
@@ -110,19 +121,23 @@ def finish_replacement(path: Path) -> None:
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, *, shared: bool = False) -> Iterator[Path]:
     """Yield a temporary sibling of `path`; rename it to `path` when the block ends well.
 
     The block creates a file or a folder at the yielded path. A previous artifact of that name is replaced
     only then. When the block raises, the temporary is removed and the previous artifact stays.
 
+    Args:
+        path: The artifact.
+        shared: Several processes may write the artifact at a time, and no lock keeps them apart: each has a temporary
+            name of its own, and the last one's artifact stays. What a killed process leaves is not removed.
+
     Raises:
         ArtifactError: The place cannot be written to (no permission, disk full, ...), or a folder is where a file is
             to be written.
     """
-    if not path.name:  # `.` and `/`: nothing can stand beside them
-        raise ArtifactError(f"{path}: this folder cannot be replaced; give a name in it")
-    temporary = temporary_path(path)
+    require_name(path)
+    temporary = path.with_name(f".{path.name}.{token_hex(4)}.partial") if shared else temporary_path(path)
     finish_replacement(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -150,7 +165,7 @@ def require_writable(folder: Path) -> None:
         ArtifactError: Names the folder and the reason.
     """
     probe = folder / ".spike-export-probe"
-    with atomic_path(probe) as temporary:
+    with atomic_path(probe, shared=True) as temporary:
         temporary.touch()
     probe.unlink(missing_ok=True)
 

@@ -5,8 +5,9 @@ asks for the contrary with `--overwrite`.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from spike_export.artifacts.documents import read_document
 from spike_export.artifacts.errors import ArtifactError
@@ -36,11 +37,7 @@ def require_replaceable(path: Path, kind: str, is_ours: Callable[[Path], bool], 
 
 def is_document(path: Path, *keys: str) -> bool:
     """Return whether a file is a JSON object with these keys at its top."""
-    try:
-        document = json.loads(read_document(path))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(document, dict) and all(key in document for key in keys)
+    return _has(_document(path), keys)
 
 
 def is_bundle(folder: Path) -> bool:
@@ -48,12 +45,26 @@ def is_bundle(folder: Path) -> bool:
     if folder.is_symlink() or not folder.is_dir():
         return False
     found = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
-    return not found or (is_document(folder / MANIFEST_FILE, *_MANIFEST_KEYS) and not _foreign(folder, found))
+    if not found:
+        return True
+    manifest = _document(folder / MANIFEST_FILE)
+    return _has(manifest, _MANIFEST_KEYS) and not _foreign(manifest.get("files"), found)
 
 
-def _foreign(folder: Path, found: set[str]) -> set[str]:
+def _document(path: Path) -> Any:
+    """Return what a JSON file holds, or None where it is no JSON file."""
+    try:
+        return json.loads(read_document(path))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def _has(document: Any, keys: Iterable[str]) -> bool:
+    return isinstance(document, dict) and all(key in document for key in keys)
+
+
+def _foreign(listed: Any, found: set[str]) -> set[str]:
     """Return the files of a bundle that its manifest does not list; none where an older manifest lists nothing."""
-    listed = json.loads(read_document(folder / MANIFEST_FILE)).get("files")
     if not isinstance(listed, list) or not listed:
         return set()
     return found - {MANIFEST_FILE, *(name for name in listed if isinstance(name, str))}

@@ -12,7 +12,12 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-from spike_export.artifacts.atomic_write import describe_os_error, finish_replacement, is_half_replaced
+from spike_export.artifacts.atomic_write import (
+    describe_os_error,
+    finish_replacement,
+    is_half_replaced,
+    require_name,
+)
 from spike_export.artifacts.errors import ArtifactError
 
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -44,9 +49,9 @@ def sole_writer(place: Path, file: Path | None = None) -> Iterator[None]:
     Raises:
         ArtifactError: Another process writes there, and is named; or the lock file cannot be written.
     """
-    if not place.name and file is None:  # `.` and `/`: nothing can stand beside them
-        raise ArtifactError(f"{place}: is a folder that cannot be replaced; give a name in it")
-    file = file or lock_beside(place)
+    if file is None:
+        require_name(place)
+        file = lock_beside(place)
     try:
         created = _missing_folders(file.parent)
         file.parent.mkdir(parents=True, exist_ok=True)

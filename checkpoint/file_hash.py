@@ -1,8 +1,10 @@
 """The hash of weight files, computed over several files at once, and whether they are still the files of that hash."""
 
 import hashlib
+from abc import ABC, abstractmethod
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Self
 
@@ -42,6 +44,31 @@ class HashedFiles:
                 raise CheckpointError(
                     f"{file}: changed while it was in use; wait until the model is complete, and repeat the command"
                 )
+
+
+class HashedSource(ABC):
+    """A source of tensors over files, which are hashed when their hash is first asked for."""
+
+    @property
+    @abstractmethod
+    def weight_files(self) -> tuple[Path, ...]:
+        """The files, in the order in which they are hashed."""
+
+    def sha256(self) -> str:
+        """Hash of the files."""
+        return self._hashed.sha256
+
+    def require_unchanged(self) -> None:
+        """See that the files are those that were hashed.
+
+        Raises:
+            CheckpointError: One is not.
+        """
+        self._hashed.require_unchanged()
+
+    @cached_property
+    def _hashed(self) -> HashedFiles:
+        return HashedFiles.of(self.weight_files)
 
 
 def _state(file: Path) -> tuple[int, ...] | None:

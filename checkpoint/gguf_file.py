@@ -14,7 +14,7 @@ from spike_export.artifacts.manifest import MOST_LAYERS
 from spike_export.checkpoint.checkpoint import Checkpoint, validate_shapes
 from spike_export.checkpoint.decoder_config import DecoderConfig, decoder_config, tensor_shapes
 from spike_export.checkpoint.families import FAMILIES
-from spike_export.checkpoint.file_hash import HashedFiles
+from spike_export.checkpoint.file_hash import HashedSource
 from spike_export.checkpoint.gguf_records import read_gguf
 from spike_export.checkpoint.rope_frequencies import RopeScaling, frequencies
 from spike_export.checkpoint.tokenizer import load_tokenizer
@@ -128,7 +128,7 @@ class _Architecture:
 
 
 @dataclass(frozen=True)
-class GgufSource:
+class GgufSource(HashedSource):
     """Tensors of a GGUF file under their HF names.
 
     Attributes:
@@ -180,21 +180,10 @@ class GgufSource:
             rows = _rows_in_pairs(rows, self.shapes[name][0] // self.heads[name])
         return _dequantized(record, record.data.reshape(self.shapes[name][0], -1)[rows], self.path)
 
-    def sha256(self) -> str:
-        """Hash of the file."""
-        return self._hashed.sha256
-
-    def require_unchanged(self) -> None:
-        """See that the files are those that were hashed.
-
-        Raises:
-            CheckpointError: One is not.
-        """
-        self._hashed.require_unchanged()
-
-    @cached_property
-    def _hashed(self) -> HashedFiles:
-        return HashedFiles.of((self.path,))
+    @property
+    def weight_files(self) -> tuple[Path, ...]:
+        """The file."""
+        return (self.path,)
 
 
 def _dequantized(record: Any, data: NDArray[Any], path: Path) -> NDArray[np.float32]:

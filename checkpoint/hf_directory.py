@@ -19,7 +19,7 @@ from spike_export.artifacts.errors import CheckpointError, one_line
 from spike_export.artifacts.inner_paths import leads_outside
 from spike_export.checkpoint.checkpoint import Checkpoint, validate_shapes
 from spike_export.checkpoint.decoder_config import decoder_config
-from spike_export.checkpoint.file_hash import HashedFiles
+from spike_export.checkpoint.file_hash import HashedSource
 from spike_export.checkpoint.row_blocks import BlockReader, row_blocks
 from spike_export.checkpoint.tokenizer import load_tokenizer
 
@@ -35,7 +35,7 @@ _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 @dataclass(frozen=True)
-class SafetensorsSource:
+class SafetensorsSource(HashedSource):
     """Tensors of one or more safetensors files.
 
     Attributes:
@@ -48,7 +48,7 @@ class SafetensorsSource:
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """HF tensor name → shape, from the files' headers."""
         shapes: dict[str, tuple[int, ...]] = {}
-        for file in sorted(set(self.files.values())):
+        for file in self.weight_files:
             with _open_safetensors(file) as handle:
                 held = set(handle.keys())
                 for name in (name for name, place in self.files.items() if place == file):
@@ -137,21 +137,10 @@ class SafetensorsSource:
             raise CheckpointError(f"tensor {name} is not in the checkpoint")
         return file
 
-    def sha256(self) -> str:
-        """Hash of the weight files in name order."""
-        return self._hashed.sha256
-
-    def require_unchanged(self) -> None:
-        """See that the files are those that were hashed.
-
-        Raises:
-            CheckpointError: One is not.
-        """
-        self._hashed.require_unchanged()
-
-    @cached_property
-    def _hashed(self) -> HashedFiles:
-        return HashedFiles.of(tuple(sorted(set(self.files.values()))))
+    @property
+    def weight_files(self) -> tuple[Path, ...]:
+        """The files in the order of their names."""
+        return tuple(sorted(set(self.files.values())))
 
 
 @contextmanager

@@ -7,9 +7,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import TypeAdapter
-
-from spike_export.artifacts.atomic_write import write_text
 from spike_export.artifacts.check_document import Check, load_check, save_check
 from spike_export.artifacts.documents import read_document
 from spike_export.artifacts.errors import ArtifactError
@@ -49,6 +46,7 @@ from spike_export.engines.build.reuse import ProvidedEngine, provide_engine
 from spike_export.engines.plan.sidecar import sidecar_path
 from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.preconditions import require_bundle_or_nothing
+from spike_export.pipeline.choices import load_prefixes, load_transforms, save_prefixes, save_transforms
 from spike_export.pipeline.execution import execution_of
 from spike_export.pipeline.job import Job
 from spike_export.pipeline.run_directory import RunDirectory, stage_key
@@ -84,10 +82,7 @@ ARTIFACTS = (
 )
 """What a run writes into its work directory and may replace there. A recipe that is there is used."""
 
-Choice = TypeVar("Choice")
-
-_PREFIX_CHOICE = TypeAdapter(PrefixChoice)
-_TRANSFORM_CHOICE = TypeAdapter(TransformChoice)
+Artifact = TypeVar("Artifact")
 
 _PART_SIZE = 4
 """Windows whose statistics a kill may cost."""
@@ -160,9 +155,7 @@ class Pipeline:
             written = write_own_text(self.decoder, windows, options.length, options.seed, progress)
             save_documents(written, path)
 
-        read = partial(load_documents, path)
-        self._stage(OWN_TEXT, key, [path], work, read)
-        corpus = own_corpus(read())
+        corpus = own_corpus(self._stage(OWN_TEXT, key, [path], work, partial(load_documents, path)))
         obstacle = unusable(corpus, self.checkpoint, windows, options.length - 1)
         if obstacle is not None:
             self.display.skip(OWN_TEXT, f"{obstacle}; the other corpora are used")
@@ -257,8 +250,8 @@ class Pipeline:
             recipe = build_recipe(self.calibration, self.corpus, after, choice, transform, search, kinds.per_token)
             self.run.write_editable(RECIPE_FILE, recipe_text(recipe))
 
-        self._stage(RECIPE, stage_key(spikes=self._spikes_key, options=options), [path], work)
-        return load_recipe(path)
+        key = stage_key(spikes=self._spikes_key, options=options)
+        return self._stage(RECIPE, key, [path], work, partial(load_recipe, path))
 
     def measure(self, shard: tuple[int, int] | None = None) -> SpikeStatistics:
         """Run the first stage and return the statistics without a prefix.
@@ -299,8 +292,7 @@ class Pipeline:
 
         files = [place.with_name(f"{stem}.safetensors"), place.with_name(f"{stem}.json")]
         key = stage_key(whole=whole, shard=shard) if shard else whole
-        self._stage(stage, key, files, work, partial(load_spikes, place))
-        return load_spikes(place)
+        return self._stage(stage, key, files, work, partial(load_spikes, place))
 
     def _statistics_key(self, prefix: tuple[int, ...], transform: Transform) -> str:
         # What else a transform says, clips and noise, does not change what is measured.
@@ -317,13 +309,10 @@ class Pipeline:
         del options["qfep"], options["prefix_length"]  # the prefix itself is in the key
 
         def work(progress: Progress) -> None:
-            choice = choose_transform(self.calibration, behind, progress)
-            write_text(path, _TRANSFORM_CHOICE.dump_json(choice, indent=1).decode())
+            save_transforms(choose_transform(self.calibration, behind, progress), path)
 
         key = stage_key(spikes=self._spikes_key, options=options, prefix=behind.prefix_ids)
-        read = partial(_choice, _TRANSFORM_CHOICE, path)
-        self._stage(SMOOTHING, key, [path], work, read)
-        return read()
+        return self._stage(SMOOTHING, key, [path], work, partial(load_transforms, path, self.checkpoint.config))
 
     def _after(self, behind: SpikeStatistics, transform: Transform) -> SpikeStatistics:
         if not self.job.calibration.searches_smoothing:
@@ -338,13 +327,10 @@ class Pipeline:
         options = asdict(replace(_with_every_module_quantized(self.job.calibration), rotation="never"))
 
         def work(progress: Progress) -> None:
-            write_text(
-                path, _PREFIX_CHOICE.dump_json(choose_prefix(self.calibration, plain, progress), indent=1).decode()
-            )
+            save_prefixes(choose_prefix(self.calibration, plain, progress), path)
 
-        read = partial(_choice, _PREFIX_CHOICE, path)
-        self._stage(PREFIX, stage_key(spikes=self._spikes_key, options=options), [path], work, read)
-        return read()
+        key = stage_key(spikes=self._spikes_key, options=options)
+        return self._stage(PREFIX, key, [path], work, partial(load_prefixes, path, self.checkpoint.config))
 
     def _behind(self, plain: SpikeStatistics, prefixes: PrefixChoice) -> SpikeStatistics:
         if not self.job.calibration.qfep:
@@ -407,8 +393,8 @@ class Pipeline:
 
         # The manifest stands for the recipe and the precision; the ablations take the rest from the statistics.
         key = stage_key(spikes=self._spikes_key, manifest=manifest, weights=self.job.calibration.weights)
-        self._stage(CHECK, key, [path], work, partial(load_check, path))
-        check = load_check(path).gated(self.job.max_ppl_increase)
+        found = self._stage(CHECK, key, [path], work, partial(load_check, path))
+        check = found.gated(self.job.max_ppl_increase)
         save_check(check, path)
         return check
 
@@ -482,12 +468,17 @@ class Pipeline:
         key: str,
         artifacts: Iterable[Path],
         work: Callable[[Progress], None],
-        read: Callable[[], object] = lambda: None,
-    ) -> None:
-        """Run a stage unless it is done on the same inputs, and what it left can still be read."""
-        if self.run.is_done(stage, key, artifacts) and _is_readable(read):
-            self.display.skip(stage, "same inputs")
-            return
+        read: Callable[[], Artifact],
+    ) -> Artifact:
+        """Run a stage unless it is done on the same inputs, and what it left can still be read; return what it left."""
+        if self.run.is_done(stage, key, artifacts):
+            try:
+                found = read()
+            except ArtifactError:
+                pass  # the stage makes it anew
+            else:
+                self.display.skip(stage, "same inputs")
+                return found
         self.run.begin(stage)
         with self.display.stage(stage) as progress:
             try:
@@ -495,6 +486,7 @@ class Pipeline:
             finally:  # whatever went wrong, weights that change are the reason
                 self.checkpoint.require_unchanged()
         self.run.mark_done(stage, key)
+        return read()
 
 
 def _tokenizer_settings(tokenizer: Any) -> dict[str, str]:
@@ -502,18 +494,6 @@ def _tokenizer_settings(tokenizer: Any) -> dict[str, str]:
     settings = getattr(tokenizer, "init_kwargs", None) or {}
     places = ("name_or_path", "tokenizer_file", "vocab_file", "is_local", "local_files_only")
     return {key: str(value) for key, value in settings.items() if key not in places and not key.endswith("_object")}
-
-
-def _choice(form: TypeAdapter[Choice], path: Path) -> Choice:
-    """Return the choice that a stage stored.
-
-    Raises:
-        ArtifactError: It cannot be read.
-    """
-    try:
-        return form.validate_json(read_document(path))
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path}: cannot read the choice; run again with --force") from error
 
 
 def _whole(bundle: Path) -> None:
@@ -525,14 +505,6 @@ def _whole(bundle: Path) -> None:
     missing = [name for name in load_manifest(bundle).files if not (bundle / name).is_file()]
     if missing:
         raise ArtifactError(f"{bundle / missing[0]} is missing; export the bundle again")
-
-
-def _is_readable(read: Callable[[], object]) -> bool:
-    try:
-        read()
-    except ArtifactError:
-        return False
-    return True
 
 
 def _with_every_module_quantized(options: CalibrationOptions) -> CalibrationOptions:

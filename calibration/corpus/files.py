@@ -6,7 +6,7 @@ one column is read. Nothing is unpickled and no code of a dataset runs.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from spike_export.artifacts.documents import require_files
@@ -112,13 +112,13 @@ def load_corpora(options: CorpusOptions) -> tuple[Corpus | Chats | OwnText, ...]
     """Read every source of the options, in their order; conversations are not rendered yet.
 
     Raises:
-        CorpusError: As `load_corpus`, for any of the sources.
+        CorpusError: A source cannot be read or reached, has no such split or key, holds no text, needs a package that
+            is not installed, or an option does not apply to it.
     """
     if all(source in _BUILT_IN for source in options.sources):
         _require_no_reading(options)
     return tuple(
-        _BUILT_IN[source]() if source in _BUILT_IN else load_corpus(replace(options, source=source, weights=()))
-        for source in options.sources
+        _BUILT_IN[source]() if source in _BUILT_IN else _read(str(source), options) for source in options.sources
     )
 
 
@@ -138,25 +138,15 @@ def _require_no_reading(options: CorpusOptions) -> None:
             raise CorpusError(f"{option} says how to read a corpus, and none is given; add --corpus")
 
 
-def load_corpus(options: CorpusOptions) -> Corpus | Chats:
-    """Read the user's only source, or return the help topics without one; conversations are not rendered yet.
-
-    Raises:
-        CorpusError: The source cannot be read or reached, has no such split or key, holds no text, needs a package that
-            is not installed, or an option does not apply to it.
-    """
-    if not options.chosen:
-        _require_no_reading(options)
-        return default_corpus()
-    (given,) = options.chosen
-    named = str(given)
-    source = _source(named, options)
+def _read(given: str, options: CorpusOptions) -> Corpus | Chats:
+    """Read one source that is not built in."""
+    source = _source(given, options)
     if options.chat_template:
         chats = tuple(conversation(_messages(each, options.wanted), each.place) for each in source.records)
-        _require_content(named, bool(chats))
+        _require_content(given, bool(chats))
         return Chats(f"{source.name} (chat template)", chats)
     corpus = Corpus(source.name, tuple(_text(each, options.wanted) for each in source.records))
-    _require_content(named, any(document.strip() for document in corpus.documents))
+    _require_content(given, any(document.strip() for document in corpus.documents))
     return corpus
 
 

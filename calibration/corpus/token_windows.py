@@ -83,11 +83,12 @@ def token_windows(
             kind, or no window holds two different tokens.
     """
     backend = _backend(tokenizer)
+    wanted = Wanted(samples, EVALUATION_WINDOWS, EVALUATION_SHARE, length, seed, bos)
     if corpus.characters > WHOLE_CHARACTERS:
         cut = _excerpts_packed if kind == "packed" else _excerpts_inside_documents
     else:
         cut = _packed if kind == "packed" else _inside_documents
-    windows = cut(corpus, backend, samples, length, seed, bos)
+    windows = cut(corpus, backend, wanted)
     _require_variety(corpus.name, windows.calibration, "calibration", backend)
     _require_variety(corpus.name, windows.evaluation, "evaluation", backend)
     return windows
@@ -120,9 +121,8 @@ def _backend(tokenizer: "PreTrainedTokenizerBase | None") -> "Tokenizer":
     return backend
 
 
-def _packed(
-    corpus: Corpus, tokenizer: "Tokenizer", samples: int, length: int, seed: int, bos: int | None
-) -> TokenWindows:
+def _packed(corpus: Corpus, tokenizer: "Tokenizer", wanted: Wanted) -> TokenWindows:
+    samples, length = wanted.samples, wanted.length
     tokens = encoded(tokenizer, corpus.text, corpus.name)
     if len(tokens) < 2 * length:
         raise CorpusError(
@@ -132,10 +132,10 @@ def _packed(
     starts = _evaluation_starts(corpus.name, len(tokens), length)
     region = int(starts[0])
     stride = region / samples
-    jitter = np.random.default_rng(seed).random(samples) * max(stride - length, 0.0)
+    jitter = np.random.default_rng(wanted.seed).random(samples) * max(stride - length, 0.0)
     first = np.minimum((np.arange(samples) * stride + jitter).astype(np.int64), region - length)
-    first = _off_bos(tokens, first, np.full(samples, region - length), bos)
-    starts = _off_bos(tokens, starts, np.append(starts[1:], len(tokens)) - length, bos)
+    first = _off_bos(tokens, first, np.full(samples, region - length), wanted.bos)
+    starts = _off_bos(tokens, starts, np.append(starts[1:], len(tokens)) - length, wanted.bos)
     return TokenWindows(windows_at(tokens, first, length), windows_at(tokens, starts, length))
 
 
@@ -148,9 +148,8 @@ def _evaluation_starts(name: str, tokens: int, length: int) -> NDArray[np.int64]
     return tokens - region + (np.arange(count, dtype=np.int64) * (region - length)) // max(1, count - 1)
 
 
-def _inside_documents(
-    corpus: Corpus, tokenizer: "Tokenizer", samples: int, length: int, seed: int, bos: int | None
-) -> TokenWindows:
+def _inside_documents(corpus: Corpus, tokenizer: "Tokenizer", wanted: Wanted) -> TokenWindows:
+    samples, length = wanted.samples, wanted.length
     tokens_of = (encoded(tokenizer, document, corpus.name) for document in corpus.documents)
     long = [tokens for tokens in tokens_of if len(tokens) >= length]
     if len(long) < 2:
@@ -160,7 +159,7 @@ def _inside_documents(
         )
     kept = min(max(1, int(len(long) * EVALUATION_SHARE)), len(long) - 1)
     calibration, evaluation = long[:-kept], long[-kept:]
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(wanted.seed)
     rounds = -(-samples // len(calibration))
     drawn = np.concatenate([generator.permutation(len(calibration)) for _ in range(rounds)])[:samples]
     chosen = [calibration[index] for index in drawn]
@@ -173,36 +172,30 @@ def _inside_documents(
     ]
     spaced = np.linspace(0, len(slots) - 1, min(EVALUATION_WINDOWS, len(slots))).astype(np.int64)
     return TokenWindows(
-        np.stack([place.window(length, bos) for place in places]),
-        np.stack([slots[index].window(length, bos) for index in spaced]),
+        np.stack([place.window(length, wanted.bos) for place in places]),
+        np.stack([slots[index].window(length, wanted.bos) for index in spaced]),
     )
 
 
-def _excerpts_packed(
-    corpus: Corpus, tokenizer: "Tokenizer", samples: int, length: int, seed: int, bos: int | None
-) -> TokenWindows:
-    wanted = Wanted(samples, EVALUATION_WINDOWS, EVALUATION_SHARE, length, seed, bos)
+def _excerpts_packed(corpus: Corpus, tokenizer: "Tokenizer", wanted: Wanted) -> TokenWindows:
     found = packed_windows(corpus, tokenizer, wanted)
-    if len(found[0]) < samples or not found[1]:
+    if len(found[0]) < wanted.samples or not found[1]:
         raise CorpusError(
-            f"{corpus.name}: its {corpus.characters:,} characters have too few tokens for {samples} windows of "
-            f"{length} and one more for evaluation: give a longer corpus or a smaller --length"
+            f"{corpus.name}: its {corpus.characters:,} characters have too few tokens for {wanted.samples} windows of "
+            f"{wanted.length} and one more for evaluation: give a longer corpus or a smaller --length"
         )
     return TokenWindows(np.stack(found[0]), np.stack(found[1]))
 
 
-def _excerpts_inside_documents(
-    corpus: Corpus, tokenizer: "Tokenizer", samples: int, length: int, seed: int, bos: int | None
-) -> TokenWindows:
+def _excerpts_inside_documents(corpus: Corpus, tokenizer: "Tokenizer", wanted: Wanted) -> TokenWindows:
     count = len(corpus.documents)
     if count < 2:
         raise CorpusError(f"{corpus.name}: one document; windows inside documents need two: give --windows packed")
-    wanted = Wanted(samples, EVALUATION_WINDOWS, EVALUATION_SHARE, length, seed, bos)
     found = windows_inside_documents(corpus, tokenizer, wanted)
     for windows, use, which in zip(found, ("calibration", "evaluation"), ("first", "last"), strict=True):
         if not windows:
             raise CorpusError(
-                f"{corpus.name}: none of the {which} of {count} documents, which are for {use}, has {length} "
+                f"{corpus.name}: none of the {which} of {count} documents, which are for {use}, has {wanted.length} "
                 "tokens: give longer documents, a smaller --length, or --windows packed"
             )
     return TokenWindows(np.stack(found[0]), np.stack(found[1]))

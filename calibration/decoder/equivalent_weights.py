@@ -55,7 +55,7 @@ def equivalent_checkpoint(
     if obstacle:
         raise RecipeError(f"rotation: {config.family.model_type} cannot be rotated: {obstacle}; remove it")
     matrix = _matrix(rotation, config.hidden_size) if rotation else None
-    tensors = EquivalentTensors(checkpoint, matrix, _stored_scales(config, smoothing))
+    tensors = EquivalentTensors(checkpoint, matrix, stored_scales(config, smoothing))
     if rotation and config.tie_word_embeddings:
         config = replace(config, tie_word_embeddings=False, hf={**config.hf, "tie_word_embeddings": False})
     return replace(checkpoint, config=config, tensors=tensors)
@@ -68,8 +68,12 @@ def _matrix(rotation: RotationPlan, width: int) -> Floats:
         raise RecipeError(f"rotation: {error}; use kind orthogonal") from error
 
 
-def _stored_scales(config: DecoderConfig, smoothing: Mapping[str, SmoothingPlan]) -> dict[str, Floats]:
-    """Return the scales of every smoothed input by representative module, one per stored channel."""
+def stored_scales(config: DecoderConfig, smoothing: Mapping[str, SmoothingPlan]) -> dict[str, Floats]:
+    """Return the scales of every smoothed input by representative module, one per stored channel.
+
+    Raises:
+        RecipeError: A plan does not fit the model.
+    """
     sites = {site.representative: site for site in input_sites(config)}
     found = {}
     for name, plan in smoothing.items():

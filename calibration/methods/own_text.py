@@ -4,15 +4,18 @@ Half of the sequences begin with BOS alone, half where the chat template expects
 writes a question and its answer.
 """
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from spike_export.artifacts.bounded_process import BudgetError, within_budget
 from spike_export.artifacts.errors import CorpusError
 from spike_export.artifacts.progress import Progress, silent
 from spike_export.calibration.corpus.chat import Chats, Conversation, Message, rendered
 from spike_export.calibration.corpus.corpus import Corpus
+from spike_export.calibration.corpus.excerpts import encoded
 from spike_export.calibration.corpus.token_windows import windows_throughout
 from spike_export.calibration.decoder.layerwise import Decoder
 from spike_export.calibration.decoder.text_sampling import cache_bytes, sampled_tokens
@@ -86,10 +89,12 @@ def _chat_beginning(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     chat = Conversation("the beginning of the model's own text", (Message("user", _PLACEHOLDER),))
     try:
         text = rendered(Chats(OWN_TEXT_NAME, (chat,)), tokenizer).text
-    except CorpusError:  # without a template, or a template may demand what this chat lacks: then no chat is written
+        before, found, _ = text.partition(_PLACEHOLDER)
+        tokens = partial(encoded, tokenizer.backend_tokenizer, before, OWN_TEXT_NAME)
+        return within_budget(tokens).tolist() if found else []
+    except (CorpusError, BudgetError):
+        # Without a template, or a template may demand what this chat lacks, or be too much: then no chat is written.
         return []
-    before, found, _ = text.partition(_PLACEHOLDER)
-    return list(tokenizer.encode(before, add_special_tokens=False)) if found else []
 
 
 def _text(tokenizer: "PreTrainedTokenizerBase", bos: int | None, row: NDArray[np.int64]) -> str:

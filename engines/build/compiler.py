@@ -112,8 +112,7 @@ def compile_plan(
     if not built:
         raise EngineError(f"{settings.backend.title} cannot build the plan: {_first_reason(log.errors)}")
     if cache is not None and settings.timing_cache is not None:
-        with atomic_path(settings.timing_cache) as partial:
-            partial.write_bytes(memoryview(cache.serialize()))
+        save_timing_cache(cache, settings.timing_cache)
     return log
 
 
@@ -173,6 +172,16 @@ def attach_timing_cache(config: Any, settings: CompileSettings) -> Any:
         cache = config.create_timing_cache(b"")
         config.set_timing_cache(cache, False)
     return cache
+
+
+def save_timing_cache(cache: Any, path: Path) -> None:
+    """Write a build's timing cache, which builds that run at the same time may keep in the same file.
+
+    Raises:
+        ArtifactError: The file cannot be written.
+    """
+    with atomic_path(path, shared=True) as partial:
+        partial.write_bytes(memoryview(cache.serialize()))
 
 
 def _serialize(trt: Any, builder: Any, network: Any, config: Any, stream: PlanStream) -> bool:

@@ -208,3 +208,14 @@ def test_a_failed_write_is_one_line_with_the_remedy(tmp_path: Path, code: int, r
     assert "\n" not in str(caught.value)
     assert target.read_text() == "old"
     assert names(tmp_path) == ["x.json"]
+
+
+def test_two_writers_of_one_shared_artifact_do_not_meet(tmp_path: Path) -> None:
+    path = tmp_path / "timing.cache"
+    with atomic_path(path, shared=True) as first:
+        first.write_bytes(b"first")
+        with atomic_path(path, shared=True) as second:
+            second.write_bytes(b"second")
+        assert path.read_bytes() == b"second"
+    assert path.read_bytes() == b"first"
+    assert [each.name for each in tmp_path.iterdir()] == ["timing.cache"]

@@ -140,7 +140,7 @@ def test_what_was_refused_leaves_no_folder(tmp_path: Path) -> None:
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert "a part of this path is a file, not a folder" in refusal(tmp_path / "file" / "bundle")
-    assert "is a folder that cannot be replaced; give a name in it" in refusal(Path())
+    assert "this folder cannot be replaced; give a name in it" in refusal(Path())
 
 
 def test_a_link_in_the_lock_s_place_is_not_followed(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The formats that come from outside: how a damaged one is drawn, and which functions read it."""
 
+import base64
 import json
 import struct
 import tempfile
@@ -18,13 +19,15 @@ from pyarrow import parquet
 from transformers import AutoConfig
 
 from spike_export.artifacts.check_document import load_check
-from spike_export.artifacts.errors import EngineError
+from spike_export.artifacts.errors import ArtifactError, EngineError
 from spike_export.artifacts.manifest import load_manifest
-from spike_export.artifacts.recipe import recipe_text
+from spike_export.artifacts.recipe import Search, recipe_text
 from spike_export.calibration.corpus.chat import rendered
 from spike_export.calibration.corpus.corpus import Corpus
-from spike_export.calibration.corpus.files import CorpusOptions, load_corpus
+from spike_export.calibration.corpus.files import CorpusOptions, load_corpora
 from spike_export.calibration.corpus.model_windows import model_windows
+from spike_export.calibration.decoder.equivalent_weights import equivalent_checkpoint
+from spike_export.calibration.methods.prefix_choice import PrefixChoice
 from spike_export.calibration.statistics.partial_statistics import merge_shards
 from spike_export.calibration.statistics.spikes import ModuleSpikes, SpikeStatistics, load_spikes, save_spikes
 from spike_export.checkpoint.checkpoint import EMBEDDING, Checkpoint
@@ -43,6 +46,7 @@ from spike_export.engines.plan.header import read_header
 from spike_export.engines.plan.sidecar import load_sidecar, sidecar_text
 from spike_export.inspection.bundle import inspect_bundle
 from spike_export.inspection.run import inspect_run
+from spike_export.pipeline.choices import load_prefixes, load_transforms
 from spike_export.report.check_table import check_rows, corpus_sentence, gate_sentence
 from tests.fuzz.damage import damaged, damaged_bytes, damaged_graph, json_text, odd
 from tests.fuzz.gguf_parts import GgufParts, damaged_gguf
@@ -251,7 +255,7 @@ _PROSE = "Where the tokens of a sentence go, the letter e follows. " * 12
 def _read_tokenizer(folder: Path) -> object:
     checkpoint = open_hf_directory(folder, "model")
     (folder / "c.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": _PROSE}]}) + "\n")
-    chats = load_corpus(CorpusOptions(folder / "c.jsonl", chat_template=True))
+    (chats,) = load_corpora(CorpusOptions(folder / "c.jsonl", chat_template=True))
     windows = model_windows(checkpoint, Corpus("prose", (_PROSE,)), 2, 8, 0, "packed")
     return windows, rendered(chats, checkpoint.tokenizer)
 
@@ -383,6 +387,57 @@ def _read_spikes(folder: Path) -> object:
     return statistics.ratios(), description, [read.top_tokens(name, 3) for name in read.modules]
 
 
+_PREFIXES = {
+    "token_ids": [1, 7],
+    "candidates": [
+        {"token_ids": [], "text": "", "worst_module": "m", "ratio": 900.5, "perplexity": 12.5, "verdict": "no"},
+        {"token_ids": [1, 7], "text": "ab", "worst_module": "m", "ratio": 3.5, "perplexity": 11.5, "verdict": "chosen"},
+    ],
+    "forward_tokens": 4000,
+}
+_SITE = "model.layers.0.mlp.up_proj"
+_TRANSFORMS = {
+    "transform": {
+        "rotation": {"kind": "orthogonal", "seed": 0},
+        "smoothing": {
+            _SITE: {"form": "smoothquant", "parameter": 0.5, "exponents": base64.b64encode(bytes(48)).decode()}
+        },
+        "clips": {_SITE: 0.9},
+        "noise": {_SITE: 0.25},
+        "token_noise": {_SITE: 0.125},
+    },
+    "candidates": [{"name": "smoothing", "perplexity": 12.5, "divergence": 0.25, "verdict": "chosen"}],
+}
+
+
+def _choices() -> st.SearchStrategy[Files]:
+    return st.fixed_dictionaries({"prefix.json": json_text(_PREFIXES), "smoothing.json": json_text(_TRANSFORMS)})
+
+
+@cache
+def _chosen_for() -> Checkpoint:
+    return tiny_llama().checkpoint
+
+
+def _read_choices(folder: Path) -> object:
+    """Read both, and use them as the stages behind them do."""
+    checkpoint = _chosen_for()
+    with suppress(ArtifactError):  # the other one is read all the same
+        _use_prefixes(load_prefixes(folder / "prefix.json", checkpoint.config))
+    choice = load_transforms(folder / "smoothing.json", checkpoint.config)
+    changed = equivalent_checkpoint(checkpoint, choice.transform.rotation, choice.transform.smoothing)
+    search = Search(transforms=choice.candidates)
+    assert Search.model_validate_json(search.model_dump_json()) == search
+    return changed.tensor(f"{_SITE}.weight"), choice.transform.noise_with(choice.transform.noise)
+
+
+def _use_prefixes(choice: PrefixChoice) -> None:
+    embedding = _chosen_for().tensor(EMBEDDING)
+    assert np.isfinite(embedding[list(choice.token_ids)]).all()
+    search = Search(prefixes=choice.candidates)
+    assert Search.model_validate_json(search.model_dump_json()) == search
+
+
 # What a user hands in --------------------------------------------------------------------------------------------
 
 _RECORDS = (
@@ -415,7 +470,7 @@ def _corpus(draw: st.DrawFn) -> Files:
 def _read_corpus(folder: Path) -> object:
     options = json.loads((folder / "options.json").read_text())
     (source,) = folder.glob("c.*")
-    return load_corpus(CorpusOptions(source, **options))
+    return load_corpora(CorpusOptions(source, **options))
 
 
 _OPTIONS = (
@@ -470,6 +525,7 @@ FORMATS = (
     Format("plan header and sidecar", _sidecars, _read_plan, 80),
     Format("check document", lambda: json_text(_CHECK).map(lambda c: {"check.json": c}), _read_check, 80),
     Format("statistics", _spikes, _read_spikes, 80),
+    Format("choices of prefix and smoothing", _choices, _read_choices),
     Format("corpus", _corpus, _read_corpus, 80),
     Format("TOML", _toml, _read_toml),
 )

@@ -17,7 +17,7 @@ from spike_export.artifacts.errors import CorpusError
 from spike_export.calibration.corpus import records as corpus_records
 from spike_export.calibration.corpus.chat import Chats
 from spike_export.calibration.corpus.corpus import DEFAULT_CORPUS, Corpus, default_corpus
-from spike_export.calibration.corpus.files import CorpusOptions, load_corpus
+from spike_export.calibration.corpus.files import CorpusOptions, load_corpora
 
 
 @pytest.fixture(autouse=True)
@@ -27,14 +27,14 @@ def _caches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monkey
 
 
 def read(source: Path | str, text_field: str | None = None, split: str | None = None) -> Corpus:
-    corpus = load_corpus(CorpusOptions(str(source), text_field, split))
+    (corpus,) = load_corpora(CorpusOptions(str(source), text_field, split))
     assert isinstance(corpus, Corpus)
     return corpus
 
 
 def refusal(source: Path | str, text_field: str | None = None, split: str | None = None, chat: bool = False) -> str:
     with pytest.raises(CorpusError) as caught:
-        load_corpus(CorpusOptions(str(source), text_field, split, chat))
+        load_corpora(CorpusOptions(str(source), text_field, split, chat))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -64,7 +64,7 @@ def test_text_is_read_as_it_is(tmp_path: Path) -> None:
 def test_the_default_corpus_is_the_help_topics_separated_by_blank_lines() -> None:
     from pydoc_data.topics import topics
 
-    corpus = load_corpus(CorpusOptions())
+    (corpus,) = load_corpora(CorpusOptions())
     assert corpus == default_corpus()
     assert isinstance(corpus, Corpus)
     assert (corpus.name, len(corpus.documents)) == (DEFAULT_CORPUS, len(topics))
@@ -304,7 +304,7 @@ def test_a_split_of_a_file_is_refused(tmp_path: Path) -> None:
 )
 def test_an_option_of_reading_without_a_corpus_is_refused(options: CorpusOptions, option: str) -> None:
     with pytest.raises(CorpusError, match=f"^{option} .* add --corpus$"):
-        load_corpus(options)
+        load_corpora(options)
 
 
 def test_conversations_are_read_from_every_kind_of_source(tmp_path: Path) -> None:
@@ -312,7 +312,7 @@ def test_conversations_are_read_from_every_kind_of_source(tmp_path: Path) -> Non
     write_parquet(tmp_path / "chats.parquet", {"messages": [CHAT], "text": ["x"]})
     datasets.Dataset.from_dict({"messages": [CHAT], "text": ["x"]}).save_to_disk(tmp_path / "chats")
     for source in (path, tmp_path / "chats.parquet", tmp_path / "chats"):
-        chats = load_corpus(CorpusOptions(str(source), chat_template=True))
+        (chats,) = load_corpora(CorpusOptions(str(source), chat_template=True))
         assert isinstance(chats, Chats)
         assert chats.name == f"{source.name} (chat template)"
         (conversation,) = chats.conversations
@@ -325,7 +325,7 @@ def test_conversations_are_read_from_every_kind_of_source(tmp_path: Path) -> Non
 def test_sharegpt_conversations_are_read(tmp_path: Path) -> None:
     turns = [{"from": "system", "value": "s"}, {"from": "human", "value": "h"}, {"from": "gpt", "value": "g"}]
     path = write_jsonl(tmp_path / "chats.jsonl", [{"id": 1, "conversations": turns}])
-    chats = load_corpus(CorpusOptions(str(path), chat_template=True))
+    (chats,) = load_corpora(CorpusOptions(str(path), chat_template=True))
     assert isinstance(chats, Chats)
     messages = chats.conversations[0].messages
     assert [(message.role, message.content) for message in messages] == [

@@ -15,12 +15,12 @@ from tests.support.tiny_hub import tiny_hub
 
 _READ = """
 import json, sys
-from spike_export.calibration.corpus.files import CorpusOptions, load_corpus
+from spike_export.calibration.corpus.files import CorpusOptions, load_corpora
 from spike_export.artifacts.errors import CorpusError
 found = []
 for name, split in json.loads(sys.argv[1]):
     try:
-        corpus = load_corpus(CorpusOptions(name, split=split))
+        (corpus,) = load_corpora(CorpusOptions(name, split=split))
         found.append([corpus.name, *corpus.documents])
     except CorpusError as error:
         found.append(str(error))

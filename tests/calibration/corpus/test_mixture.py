@@ -13,7 +13,6 @@ from spike_export.calibration.corpus.files import (
     CorpusOptions,
     OwnText,
     load_corpora,
-    load_corpus,
     require_judge,
 )
 from spike_export.calibration.corpus.mixture import Kind, Mixture, shares
@@ -138,7 +137,7 @@ def test_stored_text_is_a_corpus(tmp_path: Path) -> None:
     path, documents = tmp_path / "own_text.jsonl", ("one\nline", 'quotes " and \u2028', "")
     save_documents(documents, path)
     assert load_documents(path) == documents
-    assert load_corpus(CorpusOptions(path)) == Corpus("own_text.jsonl", documents)
+    assert load_corpora(CorpusOptions(path)) == (Corpus("own_text.jsonl", documents),)
     path.write_text('{"text": ')
     with pytest.raises(ArtifactError, match=r"own_text.jsonl: cannot read the text .*run again with --force"):
         load_documents(path)

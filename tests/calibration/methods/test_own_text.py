@@ -1,6 +1,7 @@
 """Text that the model writes itself to be calibrated on: how it begins, how much there is, and a run that uses it."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,6 +57,12 @@ def test_without_a_usable_template_all_of_it_begins_with_bos(folder: Path, templ
     written = write_own_text(decoder, 3, 24, seed=0)
     assert written == write_own_text(Decoder(checkpoint_of(folder, None)), 3, 24, seed=0)
     assert len(written) == 3
+
+
+def test_a_beginning_that_takes_the_tokenizer_down_is_left_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = write_own_text(Decoder(checkpoint_of(folder, None)), 3, 24, seed=0)
+    monkeypatch.setattr("spike_export.calibration.methods.own_text.encoded", lambda *_: os.abort())
+    assert write_own_text(Decoder(checkpoint_of(folder, TEMPLATE)), 3, 24, seed=0) == plain
 
 
 def test_memory_bounds_how_much_is_written(folder: Path) -> None:

@@ -9,7 +9,12 @@ from typing import Any
 import pytest
 
 from spike_export.artifacts.errors import EngineError
-from spike_export.engines.build.compiler import CompileSettings, apply_features, attach_timing_cache
+from spike_export.engines.build.compiler import (
+    CompileSettings,
+    apply_features,
+    attach_timing_cache,
+    save_timing_cache,
+)
 from spike_export.engines.plan.backend import TENSORRT, TENSORRT_RTX, PlanFeature
 
 
@@ -77,6 +82,19 @@ def test_a_timing_cache_is_read_when_it_is_there(tmp_path: Path) -> None:
     path.write_bytes(b"known")
     assert attach_timing_cache(config, settings(timing_cache=path)) == b"known"
     assert config.attached == [b"", b"known"]
+
+
+class _Cache:
+    def serialize(self) -> bytes:
+        return b"known"
+
+
+def test_what_another_build_has_half_written_stays(tmp_path: Path) -> None:
+    half = tmp_path / ".cache.partial"
+    half.write_bytes(b"half")
+    save_timing_cache(_Cache(), tmp_path / "cache")
+    assert (tmp_path / "cache").read_bytes() == b"known"
+    assert half.read_bytes() == b"half"
 
 
 def test_a_timing_cache_of_another_gpu_or_version_is_begun_anew(tmp_path: Path) -> None:
