@@ -105,8 +105,7 @@ class Recorder:
             else:
                 channels = _routed_maxima(output, positions, layer.shape)[1]
                 amax = channels.max(axis=1)
-            known = self._outputs.setdefault(name, {})
-            known[layer.batch] = np.maximum(known.get(layer.batch, amax), amax)
+            self._outputs.setdefault(name, {})[layer.batch] = amax
 
         return hook
 

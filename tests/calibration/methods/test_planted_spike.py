@@ -126,6 +126,12 @@ def test_only_the_first_occurrence_spikes(plain: SpikeStatistics) -> None:
     assert later.max() < amax[rows, first].min() / 100
 
 
+def test_only_who_wins_is_judged_by_the_unquantized_model(calibration: Calibration, prefixes: PrefixChoice) -> None:
+    judged = {each.token_ids: each.reference_perplexity for each in prefixes.candidates if each.reference_perplexity}
+    won = prefixes.token_ids
+    assert judged == {prefix: calibration.reference(prefix).perplexity for prefix in ((), won)}
+
+
 def test_a_budget_of_one_keeps_the_planted_module(calibration: Calibration, plain: SpikeStatistics) -> None:
     chosen = choose_kept(with_options(calibration, qfem=True, max_fp16_modules=1), plain, NO_TRANSFORM)
     assert chosen.kept == (PLANTED_MODULE,)

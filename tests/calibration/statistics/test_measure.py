@@ -459,6 +459,16 @@ def test_every_representative_is_recorded_in_execution_order() -> None:
         assert list(found.operand_amax) == [f"model.layers.{layer}.self_attn" for layer in range(4)]
 
 
+def test_the_outputs_of_layers_are_recorded() -> None:
+    decoder, windows = Decoder(tiny_family("llama").checkpoint), tokens()
+    found = measure_spikes(decoder, windows, PREFIX)
+    for layer in range(4):
+        states = decoder.run(windows, PREFIX, layers=layer + 1, batch_tokens=1)
+        peaks = [float(states.get(row).abs().max()) for row in range(len(windows))]
+        assert found.hidden_amax[:, layer].tolist() == peaks
+    assert found.hidden_amax.shape == (len(windows), 4)
+
+
 def test_parts_without_a_window_whose_operands_are_recorded_merge_too() -> None:
     decoder, windows = Decoder(tiny_family("llama").checkpoint), tokens(rows=6)
     rows = np.arange(6)

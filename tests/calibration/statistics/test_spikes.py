@@ -67,6 +67,7 @@ def test_median_is_torchs(token_amax: NDArray[np.float32]) -> None:
         ([[7]], 1.0),
         ([[5, 1], [2, 2]], 3.0),  # samples first: 5 and 1; pooled it would be 5/2
         ([[1, 1, 1, 100], [1, 1, 1, 1]], 50.5),
+        ([[2**24, 1, 1], [1, 1, 1], [1, 1, 1]], (2**24 + 2) / 3),  # in float32, the ones would be lost
     ],
 )
 def test_ratio_by_hand(rows: list[list[float]], ratio: float) -> None:
@@ -88,6 +89,12 @@ def test_range_rules() -> None:
     measured = spikes([[1, 10, 2], [3, 4, 2]])
     assert measured.range("max") == measured.amax == 10.0
     assert measured.range("sample-mean") == 7.0
+
+
+def test_the_percentile_covers_999_of_1000_tokens() -> None:
+    measured = spikes([[*range(1001), np.nan]])
+    assert measured.range("percentile") == 999.0
+    assert spikes([[np.nan]]).range("percentile") == 0.0
 
 
 @settings(deadline=None)
@@ -134,6 +141,20 @@ def statistics() -> SpikeStatistics:
         draw(9, 2, 3),
         {f"model.layers.{layer}.self_attn": draw(9, 2, 3) for layer in (0, 1, 2)},
     )
+
+
+def test_the_record_of_some_samples_is_theirs_alone() -> None:
+    whole, rows = statistics(), np.array([1])
+    part = whole.select(rows)
+    for name, module in whole.modules.items():
+        for array in ("token_amax", "sample_channel_amax", "output_amax"):
+            np.testing.assert_array_equal(getattr(part.modules[name], array), getattr(module, array)[rows])
+    for array in ("token_ids", "sample_ids", "hidden_amax"):
+        np.testing.assert_array_equal(getattr(part, array), getattr(whole, array)[rows])
+    assert part.prefix_ids == whole.prefix_ids
+    assert list(part.operand_amax) == list(whole.operand_amax)
+    for name, operands in whole.operand_amax.items():
+        np.testing.assert_array_equal(part.operand_amax[name], operands[rows])
 
 
 def test_range_and_peak() -> None:
@@ -209,7 +230,7 @@ def test_the_summary_says_quantiles_and_names_the_largest_tokens(tmp_path: Path)
     text = (tmp_path / "spikes.json").read_text(encoding="utf-8")
     document = json.loads(text, parse_constant=pytest.fail)  # neither NaN nor Infinity
     summary = document["modules"]["m"]
-    assert document["corpus"] == "c"
+    assert (document["format"], document["corpus"]) == (2, "c")
     assert document["hidden_amax"] == [3.0, 9.0]
     assert summary["ratio"] == pytest.approx((1 + 50 + 4 / 3) / 3)
     assert (summary["amax"], summary["output_amax"], summary["tokens"]) == (50.0, 7.0, 9)
@@ -238,6 +259,12 @@ def test_damaged_files_are_refused_with_the_remedy(tmp_path: Path, file: str, da
     with pytest.raises(ArtifactError, match=r"cannot read the spike statistics .*; calibrate again") as caught:
         load_spikes(tmp_path / "spikes")
     assert str(tmp_path / "spikes") in str(caught.value)
+
+
+def test_a_damaged_description_is_named_by_its_key(tmp_path: Path) -> None:
+    save_spikes(statistics(), tmp_path / "spikes", {"samples": "many"})
+    with pytest.raises(ArtifactError, match=r"spikes\.json: cannot read the spike statistics \(samples: "):
+        load_spikes(tmp_path / "spikes")
 
 
 @pytest.mark.parametrize(
