@@ -97,7 +97,7 @@ class _Told:
 
     def end(self, reason: str, answer: Answer) -> dict[str, Any]:
         """Return what is told at the end."""
-        options, prompt = self._work.options, len(self._work.prompt)
+        options, prompt, cached = self._work.options, len(self._work.prompt), answer.reused[self._number]
         short = self._form.n_predict < 0 or self._form.n_predict > options.max_new_tokens
         ended_by_token = bool(self._tokens) and self._tokens[-1] in options.eos_token_ids
         text = self._service.model.tokenizer.backend_tokenizer
@@ -107,13 +107,13 @@ class _Told:
             "model": self._service.settings.model,
             "tokens_predicted": len(self._tokens),
             "tokens_evaluated": prompt,
-            "tokens_cached": answer.reused[self._number],
+            "tokens_cached": cached,
             "generation_settings": self._settings(),
             "prompt": text.decode(self._work.prompt.tolist(), skip_special_tokens=False),
             "has_new_line": "\n" in self._text,
             "truncated": reason == "length" and short,
             "stop_type": "limit" if reason == "length" else "eos" if ended_by_token else "word",
-            "timings": timings(prompt, len(self._tokens), answer),
+            "timings": timings(prompt, cached, len(self._tokens), answer),
         }
 
     def _settings(self) -> dict[str, Any]:

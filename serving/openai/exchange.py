@@ -186,24 +186,24 @@ def counts(works: Sequence[Work], generated: int, answer: Answer, form: Sampling
         form: Says how many answers each prompt gets; each prompt counts once.
     """
     prompt_tokens = sum(len(work.prompt) for work in works[:: form.choices])
+    cached = sum(answer.reused[:: form.choices])
     usage = {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": generated,
         "total_tokens": prompt_tokens + generated,
-        "prompt_tokens_details": {"cached_tokens": sum(answer.reused[:: form.choices])},
+        "prompt_tokens_details": {"cached_tokens": cached},
     }
     if not form.timings_per_token:
         return {"usage": usage}
-    return {"usage": usage, "timings": timings(prompt_tokens, generated, answer)}
+    return {"usage": usage, "timings": timings(prompt_tokens, cached, generated, answer)}
 
 
-def timings(prompt_tokens: int, generated: int, answer: Answer) -> dict[str, Any]:
+def timings(prompt_tokens: int, cached: int, generated: int, answer: Answer) -> dict[str, Any]:
     """Return llama.cpp's `timings`; a prompt's time is that to the first token, waiting included."""
     first = answer.last if answer.first is None else answer.first
-    cached = sum(answer.reused)
     return {
         "cache_n": cached,
-        **_speed("prompt", max(0, prompt_tokens - cached), first - answer.begun),
+        **_speed("prompt", prompt_tokens - cached, first - answer.begun),
         **_speed("predicted", generated, answer.last - first),
     }
 
