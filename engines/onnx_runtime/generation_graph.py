@@ -17,7 +17,6 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
-from onnx.external_data_helper import load_external_data_for_tensor
 
 from spike_export.artifacts.errors import EngineError, one_line
 from spike_export.artifacts.manifest import CACHE_SLOTS, GRAPH_FILE, LAST_TOKEN_NODE, Manifest
@@ -73,12 +72,10 @@ def _lowered(model: onnx.ModelProto, bundle: Path) -> dict[str, NDArray[Any]] | 
 
 
 def _values(tensor: onnx.TensorProto, bundle: Path) -> NDArray[Any]:
-    if tensor.data_location == onnx.TensorProto.EXTERNAL:
-        try:
-            load_external_data_for_tensor(tensor, str(bundle))
-        except (OSError, ValueError, onnx.checker.ValidationError) as error:
-            raise EngineError(f"{bundle}: {tensor.name} cannot be read ({one_line(error)}); export it again") from error
-    return numpy_helper.to_array(tensor)
+    try:
+        return numpy_helper.to_array(tensor, str(bundle))
+    except (OSError, ValueError, onnx.checker.ValidationError) as error:
+        raise EngineError(f"{bundle}: {tensor.name} cannot be read ({one_line(error)}); export it again") from error
 
 
 def _keep_last_position(graph: onnx.GraphProto, residual: str, path: Path) -> None:

@@ -152,9 +152,7 @@ def test_a_perplexity_that_is_no_figure_names_whose_it_is(
 ) -> None:
     monkeypatch.setattr(context, "score", lambda *_, **__: Score(math.inf))
     measured = calibration.measure(())
-    with pytest.raises(
-        CalibrationError, match="perplexity of the quantized model is inf on the calibration windows"
-    ):
+    with pytest.raises(CalibrationError, match="perplexity of the quantized model is inf on the calibration windows"):
         calibration.predicted(measured, (), NO_TRANSFORM, compare=False)
 
 
