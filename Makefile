@@ -23,7 +23,7 @@ ENDS := tests/cli/test_job.py tests/artifacts tests/checkpoint tests/calibration
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz test-newest test-lowest chaos sbom licences docs clean
+.PHONY: help demo test fuzz mutants test-newest test-lowest chaos sbom licences docs clean
 
 help:
 	@echo "make demo   fetch a small model, export and build it, say where plan, bundle and report lie"
@@ -31,6 +31,8 @@ help:
 	@echo "make fuzz   give damaged files of every format to their readers, for FUZZ_SECONDS (now: $(FUZZ_SECONDS))"
 	@echo "make test-newest, make test-lowest"
 	@echo "            tests and main job with the newest and the lowest versions that pyproject.toml allows"
+	@echo "make mutants"
+	@echo "            change the core in one place at a time, and see whether a test notices (three quarters of an hour)"
 	@echo "make chaos  kill, interrupt and starve the whole job at random moments, and resume it (a quarter of an hour)"
 	@echo "make sbom   write the bill of materials of the virtual environment to build/sbom.json (CycloneDX)"
 	@echo "make licences"
@@ -85,6 +87,12 @@ test-lowest:
 	$(LOWEST)/bin/python -m pip install -qq --disable-pip-version-check --no-deps -e .
 	$(LOWEST)/bin/python -m pip freeze --disable-pip-version-check --exclude-editable
 	$(LOWEST)/bin/python -m pytest -m 'not model' $(ENDS)
+
+# Options, such as MUTANTS='export --count 300', are those of the program. Its operators are mutmut's, which nothing else
+# needs; the seconds are those of each of five targets.
+mutants: $(INSTALLED)
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt mutmut==3.8.1
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants --seconds 540 $(MUTANTS)
 
 # Options, such as CHAOS='--kills 200 --seed 7', are those of the program.
 chaos: $(INSTALLED)
