@@ -40,8 +40,9 @@ class CoveringTests:
 
     @classmethod
     def kept(cls, place: Path, root: Path, files: Sequence[str], tests: Sequence[str]) -> Self:
-        """Return what the file at `place` holds; measure, and write the file, where it is not there."""
-        if not place.is_file():
+        """Return what the file at `place` holds; measure, and write the file, where it is older than a source."""
+        sources = [path for name in (*files, *tests) for path in _python_files(root / name)]
+        if not place.is_file() or place.stat().st_mtime < max(path.stat().st_mtime for path in sources):
             place.parent.mkdir(parents=True, exist_ok=True)
             place.write_text(json.dumps(asdict(cls.measured(root, files, tests))), encoding="utf-8")
         return cls(**json.loads(place.read_text(encoding="utf-8")))
@@ -66,6 +67,10 @@ class CoveringTests:
                     break
                 chosen.append(name)
         return chosen
+
+
+def _python_files(place: Path) -> list[Path]:
+    return [place] if place.is_file() else list(place.rglob("*.py"))
 
 
 class _Watch:
