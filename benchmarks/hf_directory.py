@@ -12,8 +12,8 @@ def write_hf_directory(checkpoint: "Checkpoint", folder: Path) -> None:
     """Write weights, configurations and tokenizer; the weights are all in memory at once."""
     from safetensors.numpy import save_file
 
-    from spike_export.export.model_files import generation_config, hf_config
-    from spike_export.export.tokenizer_files import save_tokenizer
+    from spike_export.export.files.model_files import generation_config, hf_config
+    from spike_export.export.files.tokenizer_files import save_tokenizer
 
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in (

@@ -43,14 +43,14 @@ from spike_export.checkpoint.checkpoint import Checkpoint
 from spike_export.checkpoint.decoder_config import DecoderConfig
 from spike_export.checkpoint.modules import is_router, linears, split_name
 from spike_export.export.cache_options import CacheOptions, require_capacity
-from spike_export.export.decoder_graph import build_decoder
+from spike_export.export.decoder.decoder_graph import build_decoder
+from spike_export.export.decoder.head import head_plan, own_weight_bytes
 from spike_export.export.engine_support import supporting_engines
+from spike_export.export.files.model_files import GENAI, genai_config, genai_obstacle, generation_config, hf_config
+from spike_export.export.files.tokenizer_files import save_tokenizer
+from spike_export.export.files.weight_file import file_bytes, write_weights
+from spike_export.export.graph.linear import number_format
 from spike_export.export.graph_plan import GraphPlan, PrefixHome
-from spike_export.export.head import head_plan, own_weight_bytes
-from spike_export.export.linear import number_format
-from spike_export.export.model_files import GENAI, genai_config, genai_obstacle, generation_config, hf_config
-from spike_export.export.tokenizer_files import save_tokenizer
-from spike_export.export.weight_file import file_bytes, write_weights
 
 _TOOLS = ("spike-export", "numpy", "onnx", "onnx-ir", "transformers")
 

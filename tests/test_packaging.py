@@ -218,7 +218,7 @@ def test_imports_go_down_only() -> None:
         ("calibration/decoder/heap.py", "def f():\n    from spike_export.calibration.statistics import spikes"),
         ("engines/plan/paths.py", "if TYPE_CHECKING:\n    from spike_export.engines.audit import verdict"),
         ("engines/lint/finding.py", "import spike_export.engines.plan.header"),
-        ("export/norm.py", "import spike_export.cli.main"),
+        ("export/graph/norm.py", "import spike_export.cli.main"),
     ],
 )
 def test_an_upward_import_is_found(packages: Path, module: str, upward: str) -> None:

@@ -115,7 +115,7 @@ def test_options_and_errors_load_no_torch() -> None:
 IMPORT_ORDERS = {
     "name first": "from spike_export import export; import spike_export.export.bundle",
     "folder first": "import spike_export.export.bundle; from spike_export import export",
-    "file first": "from spike_export.export.weight_file import write_weights; from spike_export import export",
+    "file first": "from spike_export.export.files.weight_file import write_weights; from spike_export import export",
     "everything": "from spike_export import *; import spike_export.export.model_export",
     "attribute": "import spike_export; export = spike_export.export",
 }
@@ -125,11 +125,11 @@ IMPORT_ORDERS = {
 def test_export_is_the_function_whatever_was_imported_before(imports: str) -> None:
     code = (
         f"{imports}\n"
-        "import inspect, spike_export, spike_export.export.weight_file as weight_file\n"
+        "import inspect, spike_export, spike_export.export.files.weight_file as weight_file\n"
         "from spike_export.export.model_export import export as function\n"
         "assert callable(export) and export is spike_export.export\n"
         "assert inspect.signature(export) == inspect.signature(function)\n"
-        "assert spike_export.export.weight_file is weight_file\n"
+        "assert spike_export.export.files.weight_file is weight_file\n"
         "try: export('no/such/model', 'bundle')\n"
         "except spike_export.CheckpointError as error: print(error)\n"
     )
@@ -137,9 +137,9 @@ def test_export_is_the_function_whatever_was_imported_before(imports: str) -> No
 
 
 def test_pytest_can_patch_a_file_of_the_folder_that_is_also_a_function(monkeypatch: pytest.MonkeyPatch) -> None:
-    from spike_export.export import weight_file
+    from spike_export.export.files import weight_file
 
-    monkeypatch.setattr("spike_export.export.weight_file._INLINE_BYTES", 16)
+    monkeypatch.setattr("spike_export.export.files.weight_file._INLINE_BYTES", 16)
     assert weight_file._INLINE_BYTES == 16
 
 

@@ -24,7 +24,7 @@ from spike_export.checkpoint.opening import open_checkpoint
 from spike_export.checkpoint.row_blocks import PANEL_ROWS, block_rows, fill_by_rows
 from spike_export.export import bundle as bundle_module
 from spike_export.export.bundle import ExportOptions, export_bundle
-from spike_export.export.weight_layout import read_matrix
+from spike_export.export.graph.weight_layout import read_matrix
 from tests.support.tiny_checkpoints import random_llama, write_hf
 from tests.support.tiny_families import NAMES, tiny_family
 from tests.support.tiny_models import tiny_llama

@@ -17,8 +17,8 @@ from spike_export.engines.plan.backend import TENSORRT_RTX, Machine
 from spike_export.engines.plan.build_options import BuildOptions
 from spike_export.engines.plan.build_profiles import GraphInput, make_profiles, resolve_limits
 from spike_export.export.bundle import ExportOptions, export_bundle
+from spike_export.export.files.model_files import GENAI
 from spike_export.export.graph_plan import PrefixHome
-from spike_export.export.model_files import GENAI
 from tests.support.built_plans import build_plan
 from tests.support.tiny_cli_models import call, write_model
 from tests.support.tiny_models import CachedSession, TinyModel, input_scales, tiny_llama, tiny_recipe

@@ -34,8 +34,8 @@ from spike_export.engines.plan.backend import TENSORRT, TENSORRT_RTX, Gpu, Machi
 from spike_export.engines.plan.build_options import BatchRange, BuildOptions, ProfileName
 from spike_export.engines.plan.graph import load_graph, planned_precisions
 from spike_export.export.bundle import ExportOptions, export_bundle, recipe_sha256
-from spike_export.export.graph_builder import GraphBuilder
-from spike_export.export.linear import quantize_dequantize
+from spike_export.export.graph.graph_builder import GraphBuilder
+from spike_export.export.graph.linear import quantize_dequantize
 from tests.support.built_plans import audit_plan, build_plan
 from tests.support.cached_forward import cached_forward
 from tests.support.graph_parity import token_errors

@@ -99,8 +99,8 @@ def test_one_linear_is_exact(tmp_path: Path) -> None:
     from spike_export.calibration.decoder.weight_quantization import quantize_weight
     from spike_export.checkpoint.decoder_config import tensor_shapes
     from spike_export.engines.onnx_runtime.session import session_options
-    from spike_export.export.graph_builder import GraphBuilder
-    from spike_export.export.linear import LinearEmitter
+    from spike_export.export.graph.graph_builder import GraphBuilder
+    from spike_export.export.graph.linear import LinearEmitter
 
     model = tiny_llama()
     recipe = quantized_recipe(model)

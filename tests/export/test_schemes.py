@@ -38,8 +38,8 @@ from spike_export.checkpoint.checkpoint import EMBEDDING, LM_HEAD, Checkpoint
 from spike_export.checkpoint.decoder_config import decoder_config, tensor_shapes
 from spike_export.engines.onnx_runtime.session import session_options
 from spike_export.export.bundle import ExportOptions, export_bundle
-from spike_export.export.graph_builder import GraphBuilder
-from spike_export.export.linear import LinearEmitter
+from spike_export.export.graph.graph_builder import GraphBuilder
+from spike_export.export.graph.linear import LinearEmitter
 from tests.support.graph_parity import token_errors
 from tests.support.tiny_models import CachedSession, MemoryTensors, TinyModel, tiny_llama, tiny_recipe
 

@@ -16,11 +16,11 @@ from spike_export.artifacts.errors import ArtifactError
 from spike_export.artifacts.recipe import Dtype
 from spike_export.calibration.decoder import weight_quantization
 from spike_export.checkpoint.checkpoint import Checkpoint
-from spike_export.export import linear
-from spike_export.export.decoder_graph import build_decoder
-from spike_export.export.graph_builder import GraphBuilder
+from spike_export.export.decoder.decoder_graph import build_decoder
+from spike_export.export.files.weight_file import file_bytes, write_weights
+from spike_export.export.graph import linear
+from spike_export.export.graph.graph_builder import GraphBuilder
 from spike_export.export.graph_plan import GraphPlan
-from spike_export.export.weight_file import file_bytes, write_weights
 from tests.support.tiny_families import replaced
 from tests.support.tiny_models import tiny_llama, unquantized_recipe
 
@@ -59,7 +59,7 @@ def test_a_weight_is_quantized_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         return weight_quantization.quantize_rows(out, *arguments, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(linear, "quantize_rows", counted)
-    monkeypatch.setattr("spike_export.export.weight_file._INLINE_BYTES", 16)
+    monkeypatch.setattr("spike_export.export.files.weight_file._INLINE_BYTES", 16)
     model = decoder(checkpoint)
     write_weights(model, tmp_path / DATA, threads, lambda *_: None)
     ir.save(model, tmp_path / "model.onnx")

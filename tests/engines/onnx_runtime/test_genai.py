@@ -14,8 +14,8 @@ from spike_export.checkpoint.checkpoint import Checkpoint
 from spike_export.checkpoint.opening import open_checkpoint
 from spike_export.engines.onnx_runtime.exact_products import EXACT_PRODUCTS, products_saturate
 from spike_export.export.bundle import ExportOptions, export_bundle
+from spike_export.export.files.model_files import genai_config
 from spike_export.export.graph_plan import PrefixHome
-from spike_export.export.model_files import genai_config
 from tests.support.tiny_models import CachedSession, TinyModel, input_scales, tiny_llama, tiny_recipe
 
 og = pytest.importorskip("onnxruntime_genai", reason="the extra `genai` (onnxruntime-genai) is not installed")

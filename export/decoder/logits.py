@@ -2,7 +2,7 @@
 
 import onnx_ir as ir
 
-from spike_export.export.emission import Emission
+from spike_export.export.graph.emission import Emission
 
 FLOAT = ir.DataType.FLOAT
 

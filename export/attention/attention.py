@@ -5,14 +5,14 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from spike_export.export.attention_context import AttentionContext
-from spike_export.export.emission import Emission
-from spike_export.export.kv_cache import KvCache
-from spike_export.export.linear import quantize_dequantize
-from spike_export.export.norm import rms_norm
-from spike_export.export.projections import split_projection
-from spike_export.export.rope import Rope
-from spike_export.export.softcap_attention import softcap_attention
+from spike_export.export.attention.attention_context import AttentionContext
+from spike_export.export.attention.kv_cache import KvCache
+from spike_export.export.attention.rope import Rope
+from spike_export.export.attention.softcap_attention import softcap_attention
+from spike_export.export.graph.emission import Emission
+from spike_export.export.graph.linear import quantize_dequantize
+from spike_export.export.graph.norm import rms_norm
+from spike_export.export.graph.projections import split_projection
 
 FLOAT = ir.DataType.FLOAT
 

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from spike_export.export.attention_context import AttentionContext
-from spike_export.export.emission import Emission
-from spike_export.export.kv_cache import KINDS, KvCache, declare_pasts, prefix_part
-from spike_export.export.static_context import StaticContextEmitter
+from spike_export.export.attention.attention_context import AttentionContext
+from spike_export.export.attention.kv_cache import KINDS, KvCache, declare_pasts, prefix_part
+from spike_export.export.attention.static_context import StaticContextEmitter
+from spike_export.export.graph.emission import Emission
 
 WRITE_INDICES, FRESH = "write_indices", "fresh"
 """The inputs that only a graph with a static cache has."""

@@ -9,12 +9,12 @@ import onnx_ir as ir
 from spike_export.artifacts.recipe import HEAD_WEIGHTS, Dtype, HeadScheme, ModulePlan
 from spike_export.checkpoint.checkpoint import LM_HEAD
 from spike_export.checkpoint.decoder_config import DecoderConfig
-from spike_export.export.emission import Emission
+from spike_export.export.decoder.logits import scaled_logits
+from spike_export.export.graph.emission import Emission
+from spike_export.export.graph.linear import NUMPY_TYPES, LinearEmitter
+from spike_export.export.graph.norm import rms_norm
+from spike_export.export.graph.weight_layout import read_matrix
 from spike_export.export.graph_plan import GraphPlan
-from spike_export.export.linear import NUMPY_TYPES, LinearEmitter
-from spike_export.export.logits import scaled_logits
-from spike_export.export.norm import rms_norm
-from spike_export.export.weight_layout import read_matrix
 
 MODULE = LM_HEAD.removesuffix(".weight")
 

@@ -22,8 +22,8 @@ from spike_export.calibration.decoder.simulate import SMALLEST_TOKEN_AMAX
 from spike_export.calibration.decoder.weight_quantization import ELEMENTS, quantize_rows
 from spike_export.checkpoint.checkpoint import Checkpoint
 from spike_export.checkpoint.row_blocks import BlockReader
-from spike_export.export.graph_builder import ELEMENT_TYPES, GraphBuilder
-from spike_export.export.weight_layout import read_matrix
+from spike_export.export.graph.graph_builder import ELEMENT_TYPES, GraphBuilder
+from spike_export.export.graph.weight_layout import read_matrix
 
 NUMPY_TYPES: Mapping[Dtype, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),

@@ -9,9 +9,9 @@ import onnx_ir as ir
 
 from spike_export.checkpoint.checkpoint import Checkpoint
 from spike_export.checkpoint.decoder_config import DecoderConfig, tensor_shapes
-from spike_export.export.graph_builder import ELEMENT_TYPES, GraphBuilder
+from spike_export.export.graph.graph_builder import ELEMENT_TYPES, GraphBuilder
+from spike_export.export.graph.linear import NUMPY_TYPES, LinearEmitter
 from spike_export.export.graph_plan import GraphPlan
-from spike_export.export.linear import NUMPY_TYPES, LinearEmitter
 
 
 @dataclass(frozen=True)

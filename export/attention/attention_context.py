@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from spike_export.export.graph_builder import GraphBuilder
+from spike_export.export.graph.graph_builder import GraphBuilder
 
 MODULE = "model.context"
 

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from spike_export.artifacts.errors import ArtifactError
-from spike_export.export.graph_builder import StreamedTensor
+from spike_export.export.graph.graph_builder import StreamedTensor
 
 _ALIGNMENT = 4096
 """Bytes; a page, so that a runtime maps each tensor without copying it."""

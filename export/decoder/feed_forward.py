@@ -2,10 +2,10 @@
 
 import onnx_ir as ir
 
-from spike_export.export.activation import ACTIVATIONS
-from spike_export.export.emission import Emission
-from spike_export.export.graph_builder import ELEMENT_TYPES, element_type
-from spike_export.export.projections import split_projection
+from spike_export.export.graph.activation import ACTIVATIONS
+from spike_export.export.graph.emission import Emission
+from spike_export.export.graph.graph_builder import ELEMENT_TYPES, element_type
+from spike_export.export.graph.projections import split_projection
 
 NAMES = ("gate_proj", "up_proj", "down_proj")
 """A block's linears, where it is no expert."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
-from spike_export.export.graph_builder import GraphBuilder
+from spike_export.export.graph.graph_builder import GraphBuilder
 
 
 def split_projection(

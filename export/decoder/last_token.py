@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from spike_export.artifacts.manifest import LAST_TOKEN_NODE
-from spike_export.export.emission import Emission
+from spike_export.export.graph.emission import Emission
 
 
 def last_token(emission: Emission, hidden: ir.Value) -> ir.Value:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from spike_export.artifacts.errors import CheckpointError
 from spike_export.artifacts.host_memory import require_available
 from spike_export.checkpoint.rope_frequencies import RopeScaling, frequencies
-from spike_export.export.emission import Emission
+from spike_export.export.graph.emission import Emission
 
 FLOAT, BOOL = ir.DataType.FLOAT, ir.DataType.BOOL
 

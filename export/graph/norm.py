@@ -4,7 +4,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from spike_export.export.emission import Emission
+from spike_export.export.graph.emission import Emission
 
 FLOAT = ir.DataType.FLOAT
 

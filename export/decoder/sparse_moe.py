@@ -10,8 +10,8 @@ from functools import partial
 import onnx_ir as ir
 
 from spike_export.checkpoint.families import Experts
-from spike_export.export.emission import Emission
-from spike_export.export.feed_forward import feed_forward
+from spike_export.export.decoder.feed_forward import feed_forward
+from spike_export.export.graph.emission import Emission
 
 FLOAT, BOOL = ir.DataType.FLOAT, ir.DataType.BOOL
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
-from spike_export.export.attention_context import AttentionContext, PrefixExtent
-from spike_export.export.kv_cache import KINDS, DynamicCache, stored_prefix
+from spike_export.export.attention.attention_context import AttentionContext, PrefixExtent
+from spike_export.export.attention.kv_cache import KINDS, DynamicCache, stored_prefix
 
 
 @dataclass(frozen=True)

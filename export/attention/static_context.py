@@ -11,8 +11,14 @@ import numpy as np
 import onnx_ir as ir
 
 from spike_export.artifacts.manifest import CACHE_SLOTS
-from spike_export.export.attention_context import MODULE, AttentionContext, PrefixExtent, near_or_prefix, prefix_extent
-from spike_export.export.graph_builder import GraphBuilder
+from spike_export.export.attention.attention_context import (
+    MODULE,
+    AttentionContext,
+    PrefixExtent,
+    near_or_prefix,
+    prefix_extent,
+)
+from spike_export.export.graph.graph_builder import GraphBuilder
 
 INT64, BOOL = ir.DataType.INT64, ir.DataType.BOOL
 

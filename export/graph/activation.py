@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 import onnx_ir as ir
 
 from spike_export.checkpoint.families import Activation
-from spike_export.export.graph_builder import GraphBuilder
+from spike_export.export.graph.graph_builder import GraphBuilder
 
 
 def _silu(b: GraphBuilder, module: str, gate: ir.Value) -> ir.Value:

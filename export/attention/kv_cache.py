@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from spike_export.export.attention_context import AttentionContext
-from spike_export.export.emission import Emission
+from spike_export.export.attention.attention_context import AttentionContext
+from spike_export.export.graph.emission import Emission
 
 KINDS = ("key", "value")
 

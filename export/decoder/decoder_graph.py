@@ -18,21 +18,21 @@ from importlib.metadata import version
 import onnx_ir as ir
 
 from spike_export.checkpoint.checkpoint import EMBEDDING, Checkpoint
-from spike_export.export.attached_prefix import AttachedPrefixCache
-from spike_export.export.attention import AttentionEmitter
-from spike_export.export.attention_context import AttentionContext, ContextEmitter
-from spike_export.export.emission import Emission
-from spike_export.export.feed_forward import feed_forward
-from spike_export.export.graph_builder import GraphBuilder, element_type
+from spike_export.export.attention.attached_prefix import AttachedPrefixCache
+from spike_export.export.attention.attention import AttentionEmitter
+from spike_export.export.attention.attention_context import AttentionContext, ContextEmitter
+from spike_export.export.attention.kv_cache import DynamicCache, KvCache
+from spike_export.export.attention.rope import RopeEmitter
+from spike_export.export.attention.static_cache import static_cache
+from spike_export.export.decoder.feed_forward import feed_forward
+from spike_export.export.decoder.head import emit_head
+from spike_export.export.decoder.last_token import last_token
+from spike_export.export.decoder.sparse_moe import sparse_moe
+from spike_export.export.graph.emission import Emission
+from spike_export.export.graph.graph_builder import GraphBuilder, element_type
+from spike_export.export.graph.norm import rms_norm
+from spike_export.export.graph.weight_layout import read_matrix
 from spike_export.export.graph_plan import GraphPlan, PrefixHome
-from spike_export.export.head import emit_head
-from spike_export.export.kv_cache import DynamicCache, KvCache
-from spike_export.export.last_token import last_token
-from spike_export.export.norm import rms_norm
-from spike_export.export.rope import RopeEmitter
-from spike_export.export.sparse_moe import sparse_moe
-from spike_export.export.static_cache import static_cache
-from spike_export.export.weight_layout import read_matrix
 
 PRODUCER = "spike-export"
 

@@ -5,7 +5,7 @@ The operator's own `softcap` is refused by TensorRT, so that the products are wr
 
 import onnx_ir as ir
 
-from spike_export.export.emission import Emission
+from spike_export.export.graph.emission import Emission
 
 FLOAT = ir.DataType.FLOAT
 

@@ -1,0 +1,1 @@
+"""The attention block, its rotation, and the caches it reads and writes."""

@@ -1,0 +1,1 @@
+"""The files of a bundle beside the graph: weights, configuration, tokenizer."""
