@@ -33,7 +33,9 @@ _PROVIDERS: dict[Provider, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAE
 _SPIN_MICROSECONDS = "50"
 """How long an idle thread looks for work before it sleeps: long enough for the gap between two operators."""
 
-_shared: "weakref.WeakValueDictionary[tuple[object, ...], BundleSession]" = weakref.WeakValueDictionary()
+_shared: "weakref.WeakValueDictionary[tuple[object, ...], Any]" = weakref.WeakValueDictionary()
+_prefixes: "weakref.WeakKeyDictionary[Any, Mapping[str, NDArray[Any]] | None]" = weakref.WeakKeyDictionary()
+"""Session → what its graph leaves to the caller. Sequences hold the session alone, so that it is what lives."""
 _sharing = threading.Lock()
 
 
@@ -172,12 +174,12 @@ def open_for_generation(
     lowering = lowering and provider == "cpu"
     key = (bundle.resolve(), *((stamp.st_ino, stamp.st_mtime_ns) for stamp in stamps), threads, provider, lowering)
     with _sharing:
-        opened = _shared.get(key)
-        if opened is None:
+        session = _shared.get(key)
+        if session is None:
             graph = generation_graph(bundle, manifest, lowering=lowering)
             session = _session(bundle, graph.serialized, threads, provider)
-            opened = _shared[key] = BundleSession(manifest, session, provider, graph.prefix)
-    return opened
+            _shared[key], _prefixes[session] = session, graph.prefix
+    return BundleSession(manifest, session, provider, _prefixes[session])
 
 
 def require_provider(provider: str) -> None:

@@ -312,7 +312,9 @@ def test_a_folder_in_the_place_of_a_file_is_kept(folder: Path, tmp_path: Path) -
     bundle = folder / "bundle"
     assert_says(call("build", bundle, "--out", content.parent).error, content.parent, "is a folder", "engine.plan")
     for place in (".", "/"):
-        assert_says(call("build", bundle, "--out", place).error, f"{place}: is a folder")
+        assert_says(
+            call("build", bundle, "--out", place).error, f"{place}: this folder cannot be replaced", "a name in"
+        )
     checked = call("check", bundle, "--reference", folder / "model", "--out", content.parent).error
     assert_says(checked, content.parent, "is a folder", "give a file name")
     linted = call("check", bundle, "--lint", "--json", content.parent, "--quiet").error

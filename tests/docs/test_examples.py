@@ -169,6 +169,8 @@ OTHERS: Mapping[str, str] = {
     "--model": "lm_eval",
     "--getPlanVersionOnly": "trtexec",
     "--prefix-and-smoothing": "benchmarks.large_export",
+    "--count": "tests.mutants",
+    "--test-seconds": "tests.mutants",
 }
 """Option of another program → the program."""
 

@@ -17,7 +17,7 @@ from spike_export.artifacts.errors import CorpusError
 from spike_export.calibration.corpus import records as corpus_records
 from spike_export.calibration.corpus.chat import Chats
 from spike_export.calibration.corpus.corpus import DEFAULT_CORPUS, Corpus, default_corpus
-from spike_export.calibration.corpus.files import CorpusOptions, load_corpora
+from spike_export.calibration.corpus.files import HELP_TOPICS, CorpusOptions, load_corpora
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +64,7 @@ def test_text_is_read_as_it_is(tmp_path: Path) -> None:
 def test_the_default_corpus_is_the_help_topics_separated_by_blank_lines() -> None:
     from pydoc_data.topics import topics
 
-    (corpus,) = load_corpora(CorpusOptions())
+    (corpus,) = load_corpora(CorpusOptions(HELP_TOPICS))
     assert corpus == default_corpus()
     assert isinstance(corpus, Corpus)
     assert (corpus.name, len(corpus.documents)) == (DEFAULT_CORPUS, len(topics))

@@ -47,7 +47,7 @@ def test_the_summary_says_what_was_decided(run: Path) -> None:
     text = lines(run)
     assert text[:2] == [
         "model: model (llama)",
-        "scheme: weights int8-per-channel, activations static, range max",
+        "scheme: weights int8-per-channel, activations 16 static, 4 per-token, range max",
     ]
     assert "linears: 1 float16, 20 int8" in text
     assert "prefix: none" in text
@@ -118,9 +118,9 @@ def test_smoothing_clip_and_noise_are_explained(automatic: Path) -> None:
 
 def test_a_clipped_scale_says_what_saturates(run: Path, tmp_path: Path) -> None:
     document = json.loads((run / "recipe.json").read_text())
-    document["modules"]["model.layers.0.mlp.down_proj"]["clip"] = 0.45
+    document["modules"]["model.layers.0.mlp.gate_proj"]["clip"] = 0.45
     (tmp_path / "recipe.json").write_text(json.dumps(document))
-    (scale,) = (line for line in lines(tmp_path, "--explain", "0.mlp.down_proj") if "activation scale" in line)
+    (scale,) = (line for line in lines(tmp_path, "--explain", "0.mlp.gate_proj") if "activation scale" in line)
     assert scale.endswith(", 45% of what calibration saw; the rest saturates")
 
 
