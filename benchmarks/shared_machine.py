@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", help="HF directory or .gguf file; SmolLM2-135M-Instruct without")
-    parser.add_argument("--corpus", help="the command's default corpus without")
+    parser.add_argument("--corpus", default="builtin:help-topics", help="a text that is there, so that none is written")
     parser.add_argument("--samples", type=int, default=4, help="windows of the stage")
     parser.add_argument("--length", type=int, default=512, help="tokens per window")
     parser.add_argument("--rounds", type=int, default=5, help="runs of each policy, quiet and loaded")
@@ -118,7 +118,7 @@ def stage_seconds(model: str, given: argparse.Namespace, policy: Mapping[str, st
     """Run the command's spikes stage in a fresh work directory and return the seconds that its own log says."""
     environment = {name: value for name, value in os.environ.items() if name not in _OWN_VARIABLES} | dict(policy)
     options = ["--shard", "1/1", "--samples", str(given.samples), "--length", str(given.length)]
-    options += ["--corpus", given.corpus] if given.corpus else []
+    options += ["--corpus", given.corpus]
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
             [sys.executable, "-c", _COMMAND, "calibrate", model, "--work-dir", folder, *options],
