@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_engines, gpu_torch
-from benchmarks.gpu_report import (
+from benchmarks.gpu import engines as gpu_engines
+from benchmarks.gpu import measurement as gpu
+from benchmarks.gpu import torch_products as gpu_torch
+from benchmarks.gpu.report import (
     MachineName,
     Parity,
     Report,
@@ -25,8 +27,8 @@ from benchmarks.gpu_report import (
     text,
     write,
 )
-from benchmarks.gpu_work import VARIANTS, Bound, Call, Model, Peaks, bound, calls, work
-from benchmarks.large_model import Shape
+from benchmarks.gpu.work import VARIANTS, Bound, Call, Model, Peaks, bound, calls, work
+from benchmarks.large.model import Shape
 from spike_export.artifacts.errors import EngineError
 from spike_export.artifacts.manifest import load_manifest
 from spike_export.checkpoint.decoder_config import decoder_config

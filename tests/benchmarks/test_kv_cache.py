@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import kv_cache
+from benchmarks.speed import kv_cache
 from spike_export.artifacts.manifest import load_manifest
 from tests.support.tiny_models import input_scales, tiny_llama, tiny_recipe
 

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import export_cost, large_export
-from benchmarks.export_cost import Exporter, graph_size, installed
-from benchmarks.invented_recipe import invented_recipe
-from benchmarks.large_export import Use
-from benchmarks.large_model import Shape, Stored, write_model
+from benchmarks.large import export as large_export
+from benchmarks.large.export import Use
+from benchmarks.large.invented_recipe import invented_recipe
+from benchmarks.large.model import Shape, Stored, write_model
+from benchmarks.stages import export_cost
+from benchmarks.stages.export_cost import Exporter, graph_size, installed
 from spike_export.artifacts.manifest import load_manifest
 from spike_export.artifacts.recipe import NumberFormat, WeightScheme
 from spike_export.calibration.decoder.equivalent_weights import equivalent_checkpoint

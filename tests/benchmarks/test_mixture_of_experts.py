@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.mixture_of_experts import MIXTURES, Mixture, measure, sessions_of
+from benchmarks.large.mixture_of_experts import MIXTURES, Mixture, measure, sessions_of
 from tests.support.tiny_families import MIXTURES as FAMILIES
 
 

@@ -21,26 +21,21 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
-from benchmarks import (
-    accuracy,
-    calibration_text,
-    corrections,
-    fetch_models,
-    head_accuracy,
-    job_resources,
-    large_model,
-    operator_profile,
-    speed,
-    speed_peers,
-    statistics_overhead,
-    unseen_text,
-)
+from benchmarks import fetch_models
+from benchmarks.accuracy import calibration_text, corrections, unseen_text
+from benchmarks.accuracy import head as head_accuracy
+from benchmarks.accuracy import table as accuracy
 from benchmarks.fetch_models import Download, FetchError, PackagedModel, fetch
-from benchmarks.invented_recipe import invented_recipe
-from benchmarks.job_resources import START_UP, StageLog, StageUse, descendants, run_measured
-from benchmarks.large_model import FolderError, Shape, write_model
+from benchmarks.large import model as large_model
+from benchmarks.large.invented_recipe import invented_recipe
+from benchmarks.large.model import FolderError, Shape, write_model
 from benchmarks.peak_memory import in_own_process, peak_rss
-from benchmarks.statistics_overhead import Overhead, in_turns
+from benchmarks.speed import operator_profile
+from benchmarks.speed import peers as speed_peers
+from benchmarks.speed import table as speed
+from benchmarks.stages import job_resources, statistics_overhead
+from benchmarks.stages.job_resources import START_UP, StageLog, StageUse, descendants, run_measured
+from benchmarks.stages.statistics_overhead import Overhead, in_turns
 from spike_export.artifacts.recipe import ModulePlan, NumberFormat
 from spike_export.calibration.corpus.corpus import Corpus
 from spike_export.calibration.corpus.token_windows import TokenWindows

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import search_cost
-from benchmarks.accuracy import unquantized_perplexity
-from benchmarks.search_cost import STRENGTHS, Unseen
+from benchmarks.accuracy.table import unquantized_perplexity
+from benchmarks.stages import search_cost
+from benchmarks.stages.search_cost import STRENGTHS, Unseen
 from spike_export.calibration.corpus.token_windows import TokenWindows
 from spike_export.calibration.methods.context import Calibration
 from spike_export.calibration.methods.options import CalibrationOptions

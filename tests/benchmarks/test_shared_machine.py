@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import shared_machine
-from benchmarks.shared_machine import POLICIES, Times, busy, seconds_of, stage_seconds, table
+from benchmarks.stages import shared_machine
+from benchmarks.stages.shared_machine import POLICIES, Times, busy, seconds_of, stage_seconds, table
 from tests.support.tiny_cli_models import write_corpus, write_model
 
 SPINNING, CHOSEN, AT_ONCE = POLICIES

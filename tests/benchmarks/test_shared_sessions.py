@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import shared_sessions
+from benchmarks.speed import shared_sessions
 from spike_export.export.bundle import ExportOptions, export_bundle
 from tests.support.tiny_models import tiny_llama
 

@@ -7,6 +7,7 @@ model is small.
 
 import importlib.util
 import json
+import re
 import shlex
 import shutil
 import tomllib
@@ -132,11 +133,20 @@ def test_command_lines_are_understood(example: Example) -> None:
 
 def require_benchmark(module: str, options: list[str], place: str) -> None:
     """Fail where a benchmark, or one of its options, does not exist."""
-    file = ROOT / (module.replace(".", "/") + ".py")
+    file = program(module)
     assert module == "pytest" or file.is_file(), f"{place}: {module} does not exist"
     source = file.read_text(encoding="utf-8") if file.is_file() else ""
     for option in options:
         assert not option.startswith("--") or module == "pytest" or f'"{option}"' in source, f"{place}: {option}"
+
+
+def program(module: str) -> Path:
+    """Return the file of a module; of a folder, the file that its `__main__.py` takes `main` from."""
+    path = ROOT / module.replace(".", "/")
+    if not (path / "__main__.py").is_file():
+        return path.with_suffix(".py")
+    found = re.search(r"^from (\S+) import main$", (path / "__main__.py").read_text(encoding="utf-8"), re.MULTILINE)
+    return program(found[1]) if found else path / "__main__.py"
 
 
 @pytest.mark.parametrize("example", [each for each in EXAMPLES if each.language == "json"], ids=lambda each: each.place)
@@ -168,7 +178,7 @@ OTHERS: Mapping[str, str] = {
     "--slow": "pytest",
     "--model": "lm_eval",
     "--getPlanVersionOnly": "trtexec",
-    "--prefix-and-smoothing": "benchmarks.large_export",
+    "--prefix-and-smoothing": "benchmarks.large.export",
     "--count": "tests.mutants",
     "--test-seconds": "tests.mutants",
 }
@@ -237,9 +247,11 @@ def test_a_renamed_option_and_a_wrong_value_are_noticed() -> None:
     assert not parses(["MODEL", "--out", "PLAN", "--kv-cash", "static"])
     assert not parses(["MODEL", "--out", "PLAN", "--kv-cache", "elastic"])
     with pytest.raises(AssertionError, match="--layer"):
-        require_benchmark("benchmarks.large_export", ["--layer", "32"], "here")
-    with pytest.raises(AssertionError, match="large_exports does not exist"):
-        require_benchmark("benchmarks.large_exports", [], "here")
+        require_benchmark("benchmarks.large.export", ["--layer", "32"], "here")
+    with pytest.raises(AssertionError, match="--peer"):
+        require_benchmark("benchmarks.speed", ["--peer"], "here")
+    with pytest.raises(AssertionError, match=r"large\.exports does not exist"):
+        require_benchmark("benchmarks.large.exports", [], "here")
 
 
 def test_a_block_without_language_or_with_a_reason_is_seen() -> None:

@@ -11,7 +11,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from benchmarks.invented_recipe import invented_recipe
+from benchmarks.large.invented_recipe import invented_recipe
 from spike_export.artifacts.errors import ArtifactError
 from spike_export.artifacts.recipe import Dtype
 from spike_export.calibration.decoder import weight_quantization

@@ -12,7 +12,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.accuracy import (
+from benchmarks.accuracy.table import (
     automatic_recipe,
     job_calibration,
     quantized_mac_share,

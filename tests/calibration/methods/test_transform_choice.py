@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from benchmarks.accuracy import simulated_perplexity
+from benchmarks.accuracy.table import simulated_perplexity
 from spike_export.artifacts.errors import RecipeError
 from spike_export.artifacts.recipe import Dtype, Recipe
 from spike_export.calibration.corpus.corpus import Corpus

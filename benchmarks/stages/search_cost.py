@@ -5,7 +5,7 @@ for prefix, smoothing and modules; then the grid of three strengths at norms, do
 behind the same prefix. Both compare on the held-out windows with scales of the other ones, and both make the winner's
 scales of all windows. Perplexity and divergence are those of the winner on evaluation windows that neither saw, with
 every linear in INT8 (in brackets the divergence it was chosen by).
-Run: python -m benchmarks.search_cost [--samples N] [--json FILE]
+Run: python -m benchmarks.stages.search_cost [--samples N] [--json FILE]
 """
 
 import argparse
@@ -20,7 +20,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.accuracy import JOB, job_calibration, table_calibration
+from benchmarks.accuracy.table import JOB, job_calibration, table_calibration
 from benchmarks.fetch_models import smollm2_path
 from spike_export.calibration.decoder.smoothing import (
     is_per_value_head,

@@ -1,6 +1,6 @@
 """What drafts from the text so far bring: an answer that repeats its prompt, and one that does not.
 
-Run: python -m benchmarks.speculation BUNDLE; of an instruction-tuned model, exported with --kv-cache static.
+Run: python -m benchmarks.speed.speculation BUNDLE; of an instruction-tuned model, exported with --kv-cache static.
 """
 
 import argparse

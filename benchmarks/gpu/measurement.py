@@ -15,14 +15,15 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.gpu_report import MachineName, Report, result_path, text, write
-from benchmarks.gpu_work import VARIANTS, Model, Variant, calls
+from benchmarks.gpu.report import MachineName, Report, result_path, text, write
+from benchmarks.gpu.work import VARIANTS, Model, Variant, calls
 
 if TYPE_CHECKING:
     from spike_export.artifacts.recipe import Recipe
     from spike_export.checkpoint.checkpoint import Checkpoint
     from spike_export.engines.plan.backend import Machine
 
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 PARTS = ("plans", "onnxruntime", "torch")
 PACKAGES = ("torch", "tensorrt", "tensorrt_rtx", "onnxruntime", "onnxruntime-gpu", "spike-export")
 
@@ -30,7 +31,7 @@ PACKAGES = ("torch", "tensorrt", "tensorrt_rtx", "onnxruntime", "onnxruntime-gpu
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _arguments(argv)
     from benchmarks.fetch_models import FetchError
-    from benchmarks.large_model import FolderError
+    from benchmarks.large.model import FolderError
     from spike_export.artifacts.errors import SpikeExportError
     from spike_export.engines.plan.backend import detect_machine
 
@@ -76,15 +77,15 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=51, help="calls per figure")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--scratch", type=Path, help="keep bundles and plans here, and use again what is here")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", help="folder of the JSON")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON")
     return parser.parse_args(argv)
 
 
 def _measure(arguments: argparse.Namespace, machine: "Machine", scratch: Path) -> Report:
     import torch
 
-    from benchmarks.gpu_engines import Harness, capacity_for, export_variants, wanted_variants
-    from benchmarks.gpu_torch import model_products, peaks
+    from benchmarks.gpu.engines import Harness, capacity_for, export_variants, wanted_variants
+    from benchmarks.gpu.torch_products import model_products, peaks
 
     assert machine.gpu is not None
     device = torch.device("cuda", 0)
@@ -123,7 +124,7 @@ def _chosen(names: Sequence[str]) -> tuple[Variant, ...]:
 
 def _checkpoint(arguments: argparse.Namespace, scratch: Path) -> "Checkpoint":
     from benchmarks.fetch_models import smollm2_path
-    from benchmarks.large_model import Shape, write_model
+    from benchmarks.large.model import Shape, write_model
     from spike_export.checkpoint.opening import open_checkpoint
 
     if arguments.random_layers is None:
@@ -135,7 +136,7 @@ def _checkpoint(arguments: argparse.Namespace, scratch: Path) -> "Checkpoint":
 
 
 def _recipe(arguments: argparse.Namespace, checkpoint: "Checkpoint") -> "Recipe":
-    from benchmarks.invented_recipe import invented_recipe
+    from benchmarks.large.invented_recipe import invented_recipe
     from spike_export.artifacts.recipe import load_recipe
 
     return load_recipe(arguments.recipe) if arguments.recipe else invented_recipe(checkpoint)
@@ -174,7 +175,3 @@ def _version(package: str) -> str | None:
 
 def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

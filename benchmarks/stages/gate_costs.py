@@ -41,7 +41,7 @@ CHILDREN = "budgets: the processes"
 
 def main() -> int:
     """Run the job and print the table; return the job's exit code."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gate_costs", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.stages.gate_costs", description=__doc__)
     parser.add_argument("job", nargs=argparse.REMAINDER, help="arguments of spike-export")
     bounded_seconds = _watched_processes()
     profile, begun = cProfile.Profile(time.process_time), _processor_seconds()

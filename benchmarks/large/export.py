@@ -20,8 +20,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import get_args
 
-from benchmarks.invented_recipe import invented_recipe
-from benchmarks.large_model import FolderError, Shape, Stored, write_model
+from benchmarks.large.invented_recipe import invented_recipe
+from benchmarks.large.model import FolderError, Shape, Stored, write_model
 from benchmarks.peak_memory import in_own_process, peak_rss
 from spike_export.artifacts.errors import ArtifactError, CheckpointError
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.accuracy import simulated_perplexity
+from benchmarks.accuracy.table import simulated_perplexity
 from benchmarks.fetch_models import smollm2_path
 from spike_export.artifacts.recipe import SMOOTHED_HEAD, HeadScheme, Recipe, SmoothingPlan
 from spike_export.calibration.corpus.corpus import Corpus, default_corpus

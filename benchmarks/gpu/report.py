@@ -9,7 +9,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_work import Bound, Call, Peaks, Work
+from benchmarks.gpu.work import Bound, Call, Peaks, Work
 
 
 @dataclass(frozen=True)

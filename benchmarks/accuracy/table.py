@@ -326,7 +326,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.json:
         document = {"model": checkpoint.name, "windows": count, "rows": list(map(asdict, rows))}
         given.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

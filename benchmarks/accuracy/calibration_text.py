@@ -4,7 +4,7 @@ Of each text under --made-of, and of all of them in equal parts, as many windows
 calibration does, on other windows of the first text. The figures are the squared error that INT8 adds at all inputs of
 the model, relative to the residual stream, estimated to first order and summed up, with constant scales everywhere and
 with a scale per token at `down_proj`; smaller is better.
-Run: python -m benchmarks.calibration_text [--made-of TEXT ...] [--prefix ID ...] TEXT [TEXT ...]
+Run: python -m benchmarks.accuracy.calibration_text [--made-of TEXT ...] [--prefix ID ...] TEXT [TEXT ...]
 """
 
 import argparse
@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.accuracy.unseen_text import text_windows
 from benchmarks.fetch_models import smollm2_path
-from benchmarks.unseen_text import text_windows
 from spike_export.calibration.corpus.files import HELP_TOPICS
 from spike_export.calibration.decoder.layerwise import Decoder
 from spike_export.calibration.decoder.perplexity import with_bos

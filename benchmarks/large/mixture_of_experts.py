@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.invented_recipe import invented_recipe
+from benchmarks.large.invented_recipe import invented_recipe
 
 if TYPE_CHECKING:
     import onnxruntime as ort

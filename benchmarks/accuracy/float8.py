@@ -1,7 +1,7 @@
 """Perplexity in FP8 beside INT8, and what an FP8 scale has to cover; simulated on the accuracy table's windows.
 
 `plain` quantizes every linear behind no prefix and without smoothing; `recipe` is a recipe that calibration wrote.
-Run: python -m benchmarks.float8 [--model MODEL] [--recipe FILE] [--windows N]
+Run: python -m benchmarks.accuracy.float8 [--model MODEL] [--recipe FILE] [--windows N]
 """
 
 import argparse
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.accuracy import simulated_perplexity, table_calibration, unquantized_perplexity
+from benchmarks.accuracy.table import simulated_perplexity, table_calibration, unquantized_perplexity
 from benchmarks.fetch_models import smollm2_path
 from spike_export.artifacts.recipe import ModulePlan, Recipe, load_recipe
 from spike_export.calibration.corpus.corpus import default_corpus

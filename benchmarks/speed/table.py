@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from benchmarks.fetch_models import smollm2_path
-from benchmarks.kept_bundles import require_model, require_recipe
 from benchmarks.peak_memory import in_own_process, peak_rss
-from benchmarks.speed_peers import PEERS, Call, Peer, Sequences, Sources, UnavailableError, failures_told
+from benchmarks.speed.kept_bundles import require_model, require_recipe
+from benchmarks.speed.peers import PEERS, Call, Peer, Sequences, Sources, UnavailableError, failures_told
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -512,7 +512,3 @@ def as_json(results: Sequence[Result], threads: int, cpu_time: bool, skipped: Se
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,8 +6,8 @@ from itertools import cycle, pairwise
 
 import torch
 
-from benchmarks.gpu_report import TimedProduct
-from benchmarks.gpu_work import Model, Peaks, Product
+from benchmarks.gpu.report import TimedProduct
+from benchmarks.gpu.work import Model, Peaks, Product
 
 WARM_UP, _REPEATS = 3, 11
 """Calls before the first that counts, and those that do."""

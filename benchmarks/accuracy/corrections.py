@@ -2,8 +2,8 @@
 
 Rounding: weights are rounded column by column, and the columns to come make each error good (GPTQ, arXiv 2210.17323).
 Bias: the mean of each linear's output error is subtracted (bias correction, arXiv 1906.04721). Both are made from
-windows of the texts under --made-of and judged on other texts, as `benchmarks.unseen_text` does.
-Run: python -m benchmarks.corrections --recipe RUN/recipe.json [--made-of TEXT ...] [--windows N] TEXT [TEXT ...]
+windows of the texts under --made-of and judged on other texts, as `benchmarks.accuracy.unseen_text` does.
+Run: python -m benchmarks.accuracy.corrections --recipe RUN/recipe.json [--made-of TEXT ...] [--windows N] TEXT ...
 """
 
 import argparse
@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.accuracy.unseen_text import AS_CHOSEN, WEIGHTS, Judge, Measured, line, text_windows, variants
 from benchmarks.fetch_models import smollm2_path
-from benchmarks.unseen_text import AS_CHOSEN, WEIGHTS, Judge, Measured, line, text_windows, variants
 from spike_export.artifacts.recipe import QMAX, NumberFormat, Recipe, load_recipe
 from spike_export.calibration.corpus.files import HELP_TOPICS
 from spike_export.calibration.decoder.layerwise import Decoder, Visit

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.gpu_report import Parity, Timed
-from benchmarks.gpu_torch import WARM_UP, gpu_seconds
-from benchmarks.gpu_work import Call, Model, Peaks, Variant, bound, work
+from benchmarks.gpu.report import Parity, Timed
+from benchmarks.gpu.torch_products import WARM_UP, gpu_seconds
+from benchmarks.gpu.work import Call, Model, Peaks, Variant, bound, work
 from spike_export.artifacts.errors import ArtifactError, EngineError
 from spike_export.artifacts.manifest import Manifest, load_manifest
 from spike_export.artifacts.recipe import ModulePlan, Recipe
@@ -245,7 +245,7 @@ def _bound_cuda_call(bundle: Bundle, call: Call) -> Callable[[], None]:
     """Return a call whose inputs and outputs stay on the GPU; it ends when the GPU has."""
     import onnxruntime as ort
 
-    from benchmarks.speed import _inputs
+    from benchmarks.speed.table import _inputs
     from spike_export.artifacts.manifest import GRAPH_FILE
     from spike_export.engines.onnx_runtime.session import session_options
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.speed import PREFILL_TOKENS, _bound_call
+from benchmarks.speed.table import PREFILL_TOKENS, _bound_call
 from spike_export.artifacts.manifest import GRAPH_FILE, load_manifest
 from spike_export.engines.onnx_runtime.denormals import denormals_flushed
 from spike_export.engines.onnx_runtime.session import session_options

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from benchmarks.fetch_models import smollm2_path
 from benchmarks.hf_directory import write_hf_directory
-from benchmarks.job_resources import run_measured
 from benchmarks.peak_memory import in_own_process
+from benchmarks.stages.job_resources import run_measured
 
 _SAMPLE_SECONDS = 0.1
 """Between two looks at the memory; each reads all of /proc, and takes its time from the export."""

@@ -5,7 +5,7 @@ prefix, its 95 % interval over the windows, and the divergence. Variants: INT8 w
 everywhere (what no choice of scales goes below), the recipe as it is, and a constant scale everywhere. Further recipes
 are also compared with the first one, window by window. Simulated in torch, computing what the bundle computes. A text
 is a .txt, .jsonl or .parquet file; its windows of 511 tokens are evenly spaced.
-Run: python -m benchmarks.unseen_text --recipe RUN/recipe.json [--model PATH|gemma3] [--windows N] TEXT [TEXT ...]
+Run: python -m benchmarks.accuracy.unseen_text --recipe RUN/recipe.json [--model PATH|gemma3] [--windows N] TEXT ...
 """
 
 import argparse

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.fetch_models import smollm2_path
-from benchmarks.kept_bundles import require_model, require_recipe
 from benchmarks.peak_memory import in_own_process, peak_rss
-from benchmarks.speed import WARM_UP_CALLS, Timing, add_recipe_arguments, interleaved, open_session, quick_recipe
+from benchmarks.speed.kept_bundles import require_model, require_recipe
+from benchmarks.speed.table import WARM_UP_CALLS, Timing, add_recipe_arguments, interleaved, open_session, quick_recipe
 
 CONTEXTS = (16, 256, 1024)
 

@@ -1,6 +1,6 @@
 """What ONNX Runtime's own operators bring to generation: the lowered graph beside the bundle's standard one, in turns.
 
-Run: python -m benchmarks.lowering BUNDLE [--rows 1 4 8] [--contexts 256 1024]; of a bundle with a static cache.
+Run: python -m benchmarks.speed.lowering BUNDLE [--rows 1 4 8] [--contexts 256 1024]; of a bundle with a static cache.
 """
 
 import argparse

@@ -1,0 +1,1 @@
+"""What INT8 costs in perplexity: methods, texts, heads, formats."""

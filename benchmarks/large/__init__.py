@@ -1,0 +1,1 @@
+"""Models of a large shape, with invented weights."""

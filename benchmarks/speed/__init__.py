@@ -1,0 +1,1 @@
+"""What the embedded engine and the server take, beside other engines."""

@@ -1,0 +1,1 @@
+"""What the stages of the job take in time and memory."""
