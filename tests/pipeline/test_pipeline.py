@@ -3,7 +3,6 @@
 import hashlib
 import io
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -11,21 +10,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from numpy.typing import NDArray
 from rich.console import Console
 
 from spike_export.artifacts.check_document import Check, CheckReference, CheckVariant, load_check
 from spike_export.artifacts.manifest import load_manifest
 from spike_export.artifacts.recipe import load_recipe
 from spike_export.calibration.methods.context import Calibration
-from spike_export.calibration.statistics.partial_statistics import discard_parts, measure_in_parts
-from spike_export.calibration.statistics.spikes import ModuleSpikes, SpikeStatistics
+from spike_export.calibration.statistics.spikes import SpikeStatistics
 from spike_export.pipeline import pipeline as pipeline_module
 from spike_export.pipeline.job import Job
 from spike_export.pipeline.pipeline import AFTER, BEHIND, BUNDLE, CHECK, PREFIX, RECIPE, REPORT, SMOOTHING, SPIKES
-from spike_export.pipeline.run_directory import RunDirectory, stage_key
+from spike_export.pipeline.run_directory import RunDirectory
 from spike_export.report import page as html_report
 from tests.support.killed_runs import job, pipeline_of, run_to_the_report
 from tests.support.tiny_checkpoints import BOS, PLANTED_MODULE
@@ -141,41 +137,6 @@ def test_a_pass_goes_on_behind_the_last_part_it_stored(
     calibrated = digests(copied / "whole")
     assert {"spikes_smoothed.safetensors", "smoothing.json", "recipe.json"} < calibrated.keys()
     assert calibrated.items() <= expected.items()
-
-
-@pytest.mark.parametrize("damage", [b"", b"{}", b'{"key": "another"}'])
-def test_a_part_that_is_damaged_or_of_another_pass_is_measured_again(tmp_path: Path, damage: bytes) -> None:
-    random = np.random.default_rng(0)
-    measured: list[list[int]] = []
-
-    def measure(samples: NDArray[np.int64]) -> SpikeStatistics:
-        measured.append(samples.tolist())
-        amax = np.stack([np.random.default_rng(int(sample)).random((5, 3), np.float32) for sample in samples])
-        spikes = ModuleSpikes(amax.max(2), amax.max(1), amax.max((1, 2)))
-        tokens, hidden = np.zeros((len(samples), 5), np.int64), amax.max((1, 2))[:, None]
-        return SpikeStatistics({"m": spikes}, tokens, (), samples, hidden)
-
-    samples = np.arange(1, 14, 2)
-    whole = measure_in_parts(measure, samples, 3, tmp_path / "parts", "key")
-    assert measured == [[1, 3, 5], [7, 9, 11], [13]]
-    measured.clear()
-    again = measure_in_parts(measure, samples, 3, tmp_path / "parts", "key")
-    assert measured == []
-    np.testing.assert_array_equal(again.modules["m"].token_amax, whole.modules["m"].token_amax)
-    (tmp_path / "parts" / "000007.json").write_bytes(damage)
-    measure_in_parts(measure, samples, 3, tmp_path / "parts", "key")
-    assert measured == [[7, 9, 11]]
-    (tmp_path / "parts" / "000013.safetensors").write_bytes(random.bytes(9))
-    measure_in_parts(measure, samples, 3, tmp_path / "parts", "key")
-    assert measured == [[7, 9, 11], [13]]
-    measured.clear()
-    measure_in_parts(measure, samples, 3, tmp_path / "parts", "other key")
-    assert measured == [[1, 3, 5], [7, 9, 11], [13]]
-    measured.clear()
-    measure_in_parts(measure, samples[1:], 3, tmp_path / "parts", "other key")  # other windows under known names
-    assert measured == [[3, 5, 7], [9, 11, 13]]
-    discard_parts(tmp_path / "parts")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_second_run_changes_nothing_and_only_writes_the_report(copied: Path) -> None:
@@ -409,42 +370,3 @@ def test_without_quantization_nothing_is_calibrated(copied: Path) -> None:
     # float32 against transformers' float32: what remains is the order of summation.
     assert check.shipped.increase == pytest.approx(0, abs=1e-5)
     assert check.shipped.kl_divergence == pytest.approx(0, abs=1e-8)
-
-
-def test_a_stage_key_is_the_same_in_every_process() -> None:
-    program = (
-        "from spike_export.calibration.methods.options import CalibrationOptions\n"
-        "from spike_export.pipeline.run_directory import stage_key\n"
-        "names = frozenset({'input_layernorm', 'q_norm', 'k_norm', 'post_attention_layernorm'})\n"
-        "print(stage_key(options=CalibrationOptions(), norms=names, function=stage_key))"
-    )
-    keys = {
-        subprocess.run(
-            [sys.executable, "-c", program],
-            env={**os.environ, "PYTHONHASHSEED": seed},
-            cwd=Path(__file__).parents[2],
-            capture_output=True,
-            check=True,
-        ).stdout
-        for seed in ("1", "2", "3")
-    }
-    assert len(keys) == 1
-    with pytest.raises(TypeError, match="object cannot be part of a stage's key"):
-        stage_key(model=object())
-
-
-def test_a_stage_is_done_only_with_its_stamp_its_key_and_its_artifacts(tmp_path: Path) -> None:
-    run, artifact = RunDirectory(tmp_path), tmp_path / "a"
-    key = stage_key(seed=1)
-    artifact.touch()
-    assert not run.is_done("one two", key, [artifact])
-    run.mark_done("one two", key)
-    assert run.is_done("one two", key, [artifact])
-    assert not run.is_done("one two", stage_key(seed=2), [artifact])
-    assert not RunDirectory(tmp_path, force=True).is_done("one two", key, [artifact])
-    assert not run.is_done("one two", key, [artifact, tmp_path / "b"])
-    run.begin("one two")
-    assert not run.is_done("one two", key, [artifact])
-    for damaged in ("", "[]", '{"key": 3}', "\udc80"):
-        (tmp_path / ".stages" / "one-two.json").write_bytes(damaged.encode("utf-8", "surrogateescape"))
-        assert not run.is_done("one two", key, [artifact])

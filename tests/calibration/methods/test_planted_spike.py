@@ -3,7 +3,7 @@ r"""A spike planted in a random model: found by name and token, kept in 16 bit b
 The checkpoint lies on disk as a user's would. In one module `\n` spikes in one channel, the first time only.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from spike_export.artifacts.errors import RecipeError
 from spike_export.artifacts.recipe import ActivationRange, Recipe, Search, activation_scale, load_recipe, save_recipe
 from spike_export.calibration.corpus.corpus import Corpus
 from spike_export.calibration.corpus.token_windows import TokenWindows
@@ -385,25 +384,3 @@ def test_text_and_tokens_are_the_same(checkpoint: Checkpoint, windows: TokenWind
     tokenizer: Any = checkpoint.tokenizer
     encoded = tokenizer.backend_tokenizer.encode(as_text(windows.calibration), add_special_tokens=False).ids
     np.testing.assert_array_equal(encoded, windows.calibration.ravel())
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"samples": 0}, "--samples is 0; at least one window is needed"),
-        ({"length": 7}, "--length is 7; a window needs at least 8 tokens"),
-        ({"alpha": 3.0, "max_fp16_modules": 1}, "--alpha and --max-fp16-modules both say"),
-        ({"max_fp16_modules": -1}, "--max-fp16-modules is -1; expected 0 or more"),
-        ({"tolerance": 1.0}, "--tolerance is 1.0; expected a fraction such as 0.005"),
-        ({"tolerance": -0.1}, "--tolerance is -0.1; expected a fraction"),
-        ({"max_fp16_share": 1.1}, "--max-fp16-share is 1.1; expected a share such as 0.05"),
-        ({"max_fp16_share": -0.1}, "--max-fp16-share is -0.1; expected a share"),
-        ({"max_fp16_share": float("nan")}, "--max-fp16-share is nan; expected a share"),
-        ({"prefix_length": 0}, "--prefix-length is 0; expected 1 to 5 tokens"),
-        ({"prefix_length": 6}, "--prefix-length is 6; expected 1 to 5 tokens"),
-    ],
-)
-def test_senseless_options_are_refused(options: Mapping[str, Any], message: str) -> None:
-    with pytest.raises(RecipeError) as caught:
-        CalibrationOptions(**options)
-    assert str(caught.value).startswith(message)

@@ -17,8 +17,12 @@ from safetensors.numpy import load_file, save_file
 from spike_export.artifacts import host_memory
 from spike_export.artifacts.errors import ArtifactError, RecipeError
 from spike_export.artifacts.recipe import ActivationRange, activation_scale
+from spike_export.calibration.decoder.layerwise import Decoder
+from spike_export.calibration.statistics import room
+from spike_export.calibration.statistics.measure import measure_spikes
 from spike_export.calibration.statistics.room import require_statistics_room
 from spike_export.calibration.statistics.spikes import ModuleSpikes, SpikeStatistics, load_spikes, save_spikes
+from tests.support.tiny_families import tiny_family, tokens
 from tests.support.tiny_models import tiny_llama
 
 scales = arrays(
@@ -290,6 +294,16 @@ def test_arrays_that_contradict_each_other_are_refused(tmp_path: Path, array: st
     save_file(load_file(file) | {array: changed}, file)
     with pytest.raises(ArtifactError, match=f"cannot read the spike statistics .*{array.partition('.')[2] or array}"):
         load_spikes(tmp_path / "spikes")
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_the_estimated_room_is_that_of_three_copies(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint, windows, asked = tiny_family(name).checkpoint, tokens(rows=3, length=9), []
+    monkeypatch.setattr(room, "require_available", lambda needed, *_: asked.append(needed))
+    require_statistics_room(checkpoint.config, *windows.shape)
+    measured = measure_spikes(Decoder(checkpoint), windows).modules.values()
+    arrays = (array for each in measured for array in (each.token_amax, each.sample_channel_amax, each.output_amax))
+    assert asked == [3 * sum(array.nbytes for array in arrays)]
 
 
 def test_samples_whose_statistics_exceed_the_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
