@@ -13,34 +13,12 @@ import libcst as cst
 from libcst.metadata import CodeRange, MetadataWrapper, PositionProvider
 from mutmut.mutation.mutators import mutation_operators
 
+from tests.mutants.mutant import Mutant
+
 _UNCHANGED = (cst.Annotation, cst.Decorator, cst.Import, cst.ImportFrom, cst.Raise, cst.Assert)
 """Types, and what a refusal says: its text is read by people."""
 
 _UNCHANGED_CALLS = ("cast", "isinstance", "len", "TypeVar")
-
-
-@dataclass(frozen=True)
-class Mutant:
-    """A source file with one change.
-
-    Attributes:
-        file: Relative to the repository.
-        lines: First and last line of the changed statement.
-        before: The changed lines as they are.
-        after: The same lines of the mutant.
-        source: The whole mutant.
-    """
-
-    file: str
-    lines: tuple[int, int]
-    before: str
-    after: str
-    source: str
-
-    @property
-    def module(self) -> str:
-        """The name under which the file is imported."""
-        return "spike_export." + self.file.removesuffix(".py").replace("/", ".")
 
 
 @dataclass(frozen=True)

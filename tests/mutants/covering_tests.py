@@ -3,7 +3,7 @@
 import json
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -11,7 +11,7 @@ from typing import Any, Self
 import coverage
 import pytest
 
-from tests.mutants.changes import Mutant
+from tests.mutants.mutant import Mutant
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,44 @@ class CoveringTests:
 
     @classmethod
     def kept(cls, place: Path, root: Path, files: Sequence[str], tests: Sequence[str]) -> Self:
-        """Return what the file at `place` holds; measure, and write the file, where it is older than a source."""
-        sources = [path for name in (*files, *tests) for path in _python_files(root / name)]
-        if not place.is_file() or place.stat().st_mtime < max(path.stat().st_mtime for path in sources):
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.write_text(json.dumps(asdict(cls.measured(root, files, tests))), encoding="utf-8")
-        return cls(**json.loads(place.read_text(encoding="utf-8")))
+        """Return what the file at `place` holds, up to date; write the file.
+
+        Where a source is newer, its lines have moved and all tests are measured; else the test files that are newer.
+        """
+        written = place.stat().st_mtime if place.is_file() else 0.0
+        known = cls({}, {})
+        if written > max((root / file).stat().st_mtime for file in files):
+            known = cls(**json.loads(place.read_text(encoding="utf-8")))
+        test_files = [path for name in tests for path in _test_files(root / name)]
+        old = {str(path.relative_to(root)) for path in test_files if path.stat().st_mtime < written} & known._test_files
+        new = sorted({str(path.relative_to(root)) for path in test_files} - old)
+        current = known._of(old)._with(cls.measured(root, files, new)) if new else known._of(old)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(json.dumps(asdict(current)), encoding="utf-8")
+        return current
+
+    @property
+    def _test_files(self) -> set[str]:
+        return {_file_of(name) for name in self.seconds}
+
+    def _of(self, test_files: Container[str]) -> Self:
+        """Return what is known of the tests of these files."""
+        lines = {
+            file: {line: [name for name in names if _file_of(name) in test_files] for line, names in known.items()}
+            for file, known in self.lines.items()
+        }
+        return type(self)(lines, {name: each for name, each in self.seconds.items() if _file_of(name) in test_files})
+
+    def _with(self, other: Self) -> Self:
+        """Return what is known of the tests of both."""
+        lines = {
+            file: {
+                line: [*self.lines.get(file, {}).get(line, ()), *other.lines.get(file, {}).get(line, ())]
+                for line in {**self.lines.get(file, {}), **other.lines.get(file, {})}
+            }
+            for file in {**self.lines, **other.lines}
+        }
+        return type(self)(lines, {**self.seconds, **other.seconds})
 
     def of(self, mutant: Mutant, limit: float) -> list[str]:
         """Return the tests that run a mutant's lines, the quick ones first, as many as take `limit` seconds.
@@ -58,7 +90,7 @@ class CoveringTests:
         names = names or {name for known in lines.values() for name in known}
         by_file = defaultdict(list)
         for name in sorted(names, key=lambda name: self.seconds.get(name, 0.0)):
-            by_file[name.partition("::")[0]].append(name)
+            by_file[_file_of(name)].append(name)
         chosen: list[str] = []
         for group in sorted(by_file.values(), key=lambda group: self.seconds.get(group[0], 0.0)):
             for name in group:
@@ -69,8 +101,12 @@ class CoveringTests:
         return chosen
 
 
-def _python_files(place: Path) -> list[Path]:
-    return [place] if place.is_file() else list(place.rglob("*.py"))
+def _test_files(place: Path) -> list[Path]:
+    return [place] if place.is_file() else sorted(place.rglob("test_*.py"))
+
+
+def _file_of(test: str) -> str:
+    return test.partition("::")[0]
 
 
 class _Watch:
@@ -82,7 +118,7 @@ class _Watch:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> Iterator[None]:
-        self._recorder.switch_context(item.nodeid.partition("::")[0])
+        self._recorder.switch_context(_file_of(item.nodeid))
         yield from self._timed(item.nodeid)
 
     @pytest.hookimpl(wrapper=True)
@@ -101,7 +137,7 @@ class _Watch:
 def _lines(root: Path, data: coverage.CoverageData, tests: Sequence[str]) -> dict[str, dict[str, list[str]]]:
     of_file = defaultdict(list)
     for name in tests:
-        of_file[name.partition("::")[0]].append(name)
+        of_file[_file_of(name)].append(name)
     found: dict[str, dict[str, list[str]]] = {}
     for file in data.measured_files():
         by_line = data.contexts_by_lineno(file)

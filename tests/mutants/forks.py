@@ -20,7 +20,7 @@ from typing import Any
 import hypothesis
 import pytest
 
-from tests.mutants.changes import Mutant
+from tests.mutants.mutant import Mutant
 
 _OURS = ("spike_export", "tests", "benchmarks")
 _KEPT = "tests.mutants"
