@@ -315,7 +315,7 @@ class ServerArguments:
     "Port to listen on; 0 for any free one (default: 8000)."
 
     model: Annotated[str | None, Parameter(name="--model-name")] = None
-    "Name of the model in requests (default: name of the bundle's folder)."
+    "Name of the model in requests (default: name of the bundle's folder or of the plan's file)."
 
     alias: Annotated[tuple[str, ...], Parameter(negative="")] = ()
     "Further name that requests may give the model; repeat the option for several (default: none)."
@@ -352,6 +352,10 @@ class ServerArguments:
 
     allow_origin: Annotated[tuple[str, ...], Parameter(negative="")] = ()
     "Web origin whose pages may ask, such as https://example.com; repeat the option for several (default: none)."
+
+    engine_process: bool | None = None
+    """Compute in a process of its own, so that a crash of native code does not end the server (default: yes; no saves
+    about 200 MB)."""
 
 
 @Parameter(name="*", group=_LOAD)

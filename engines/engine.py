@@ -1,41 +1,29 @@
 """Text from prompts: the Python interface over every runtime."""
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import InitVar, dataclass, field, fields, replace
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import InitVar, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from spike_export.artifacts.closing import Closing
-from spike_export.artifacts.documents import read_document
-from spike_export.artifacts.errors import EngineError, one_line
-from spike_export.artifacts.manifest import Manifest, load_manifest
+from spike_export.artifacts.manifest import Manifest
 from spike_export.artifacts.progress import Progress, silent
-from spike_export.artifacts.threads import require_threads
-from spike_export.checkpoint.tokenizer import load_tokenizer
+from spike_export.engines.bundle_text import BundleText
 from spike_export.engines.generation.decoding import Decoding
 from spike_export.engines.generation.draft_length import DraftLength
 from spike_export.engines.generation.generated_text import Generation, Piece, Row, joined, streamed
 from spike_export.engines.generation.options import GenerationOptions
 from spike_export.engines.generation.prompt_tokens import Prompt, PromptEncoder
-from spike_export.engines.generation.slots import SlotRuntime, Slots
-from spike_export.engines.plan_runtime import bundle_of, is_plan, open_plans
+from spike_export.engines.runtime_choice import RuntimeChoice, Speculate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from spike_export.engines.onnx_runtime.decoding import OnnxDecoding
     from spike_export.engines.onnx_runtime.sequences import Provider
     from spike_export.engines.tensorrt.engines import RuntimeOptions
-
-Speculate = Literal["off", "ngram"]
-"""Where drafts of the next tokens come from."""
-
-_TOKENIZER_FILE, _GENERATION_FILE = "tokenizer.json", "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -100,35 +88,18 @@ class Engine(Closing):
                 foreign or stale; an option belongs to the other runtime; the machine has fewer processors
                 than threads.
         """
-        if threads:
-            require_threads(threads)
-        targets = [Path(path)] if isinstance(path, (str, Path)) else [Path(each) for each in path]
-        if not targets:
-            raise EngineError("there is nothing to open; name a bundle or a plan")
-        target = next((each for each in targets if not is_plan(each)), targets[0])
-        if not is_plan(target):
-            given = {"bundle": bundle is not None, "rebuild": rebuild, "another plan": len(targets) > 1}
-            how = "how to run plans (weight budget, GPU, CUDA graphs)"
-            _refuse(given | {how: runtime is not None}, f"{target} is no engine plan")
-            open_runtime: Callable[[], Decoding] = partial(
-                open_onnx, target, threads or 0, provider or "cpu", lowering=lowering, speculate=speculate
-            )
-            folder = target
-        else:
-            given = {
-                "threads": threads is not None,
-                "provider": provider is not None,
-                "lowering": not lowering,
-                "speculate": speculate != "off",
-            }
-            _refuse(given, f"{target} runs in TensorRT")
-            folder = bundle_of(target, Path(bundle) if bundle is not None else None)
-            open_runtime = partial(open_plans, targets, folder, progress, rebuild=rebuild, runtime=runtime)
-        manifest = load_manifest(folder)
-        tokenizer = _tokenizer(folder)
-        defaults = default_options(folder, manifest, tokenizer)
-        prompts = PromptEncoder(tokenizer, manifest).started()
-        return cls(open_runtime(), tokenizer, manifest, defaults, prompts)
+        choice = RuntimeChoice.of(
+            path,
+            threads=threads,
+            provider=provider,
+            lowering=lowering,
+            speculate=speculate,
+            bundle=bundle,
+            rebuild=rebuild,
+            runtime=runtime,
+        )
+        text = BundleText.read(choice.bundle)
+        return cls(choice.open(progress), text.tokenizer, text.manifest, text.defaults, text.prompts)
 
     @property
     def drafts(self) -> DraftLength | None:
@@ -168,19 +139,6 @@ class Engine(Closing):
         options = self._options(options, changes)
         return self._pieces(self.prompts.encode(prompts), options)
 
-    def open_slots(self, rows: int) -> Slots:
-        """Return rows for sequences that come and go, as a server needs them.
-
-        Raises:
-            EngineError: The runtime has none.
-        """
-        if not isinstance(self.decoding, SlotRuntime):
-            raise EngineError(
-                "TensorRT decodes whole batches here, and sequences cannot come and go; serve the bundle that the plan "
-                "was built from"
-            )
-        return self.decoding.open_slots(rows)
-
     def _options(self, options: GenerationOptions | None, changes: Mapping[str, Any]) -> GenerationOptions:
         base = options or self.defaults
         options = replace(base, **changes)
@@ -189,68 +147,3 @@ class Engine(Closing):
     def _pieces(self, tokens: list[NDArray[np.int64]], options: GenerationOptions) -> Iterator[Piece]:
         steps = self.decoding.decode(tokens, options)  # what does not fit is said here, not at the first piece
         return streamed(steps, [Row(self.tokenizer, row, prompt, options) for row, prompt in enumerate(tokens)])
-
-
-def _refuse(given: Mapping[str, bool], reason: str) -> None:
-    """Refuse options that the runtime at hand does not have."""
-    for name, there in given.items():
-        if there:
-            raise EngineError(f"{name} was given, but {reason}; leave it out")
-
-
-def open_onnx(
-    path: Path, threads: int, provider: "Provider", *, lowering: bool = True, speculate: Speculate = "off"
-) -> "OnnxDecoding":
-    """Open a bundle in ONNX Runtime.
-
-    Raises:
-        ArtifactError: The manifest cannot be read.
-        EngineError: It cannot be run here, or drafts cannot be verified over its cache.
-    """
-    if speculate not in ("off", "ngram"):
-        raise EngineError(f"speculate is {speculate!r}; expected off or ngram")
-    if speculate != "off" and load_manifest(path).kv_cache != "static":
-        raise EngineError(f"{path}: drafts are verified over a static cache; export with --kv-cache static")
-    from spike_export.engines.onnx_runtime.decoding import OnnxDecoding
-    from spike_export.engines.onnx_runtime.session import open_for_generation
-
-    session = open_for_generation(path, threads, provider, lowering=lowering)
-    return OnnxDecoding(session, None if speculate == "off" else DraftLength())
-
-
-def default_options(bundle: Path, manifest: Manifest, tokenizer: Any) -> GenerationOptions:
-    """Return the options that the model's makers give in `generation_config.json`, else those of transformers.
-
-    The tokens that end a sequence are that file's, else the manifest's, else the tokenizer's.
-
-    Raises:
-        EngineError: The file is damaged, or has an impossible value.
-    """
-    path = bundle / _GENERATION_FILE
-    try:
-        given = json.loads(read_document(path)) if path.exists() else {}
-        eos = given.get("eos_token_id")
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise EngineError(f"{path}: not a JSON object ({one_line(error)}); export the bundle again") from error
-    known = {field.name for field in fields(GenerationOptions)} - {"eos_token_ids", "stop_strings", "logprobs"}
-    # What transformers' generate() takes where neither file nor caller gives a top k.
-    values: dict[str, Any] = {"top_k": 50}
-    values |= {name: value for name, value in given.items() if name in known and value is not None}
-    ends = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    ends = ends or list(manifest.eos_token_ids) or [getattr(tokenizer, "eos_token_id", None)]
-    try:
-        return GenerationOptions(**values, eos_token_ids=tuple(end for end in ends if end is not None))
-    except (EngineError, TypeError) as error:
-        raise EngineError(f"{path}: {one_line(error)}; correct it") from error
-
-
-def _tokenizer(bundle: Path) -> "PreTrainedTokenizerBase":
-    if not (bundle / _TOKENIZER_FILE).is_file():
-        raise EngineError(
-            f"{bundle / _TOKENIZER_FILE}: this file is missing, and text needs a tokenizer; export from a model that "
-            "has one"
-        )
-    from transformers import AutoTokenizer
-
-    load = partial(AutoTokenizer.from_pretrained, bundle, local_files_only=True, trust_remote_code=False)
-    return load_tokenizer(load, bundle, EngineError)

@@ -11,7 +11,7 @@ CHECK_FILE = "check.json"
 """Stands beside the bundle in the run directory of the main job."""
 
 
-def model_card(bundle: Path, manifest: Manifest, model: str, context: int, rows: int, provider: str) -> dict[str, Any]:
+def model_card(bundle: Path, manifest: Manifest, model: str, context: int, rows: int, runtime: str) -> dict[str, Any]:
     """Return the card as values for JSON; what is not known is None."""
     return {
         "model": model,
@@ -24,7 +24,7 @@ def model_card(bundle: Path, manifest: Manifest, model: str, context: int, rows:
         "cache": manifest.kv_cache,
         "context": context,
         "rows": rows,
-        "runtime": f"ONNX Runtime, {provider}",
+        "runtime": runtime,
         "accuracy": _accuracy(bundle),
     }
 

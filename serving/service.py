@@ -5,15 +5,15 @@ import hashlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from spike_export.artifacts.manifest import MANIFEST_FILE, Manifest
-from spike_export.engines.engine import Engine, open_onnx
+from spike_export.artifacts.manifest import MANIFEST_FILE, Manifest, load_manifest
+from spike_export.engines.bundle_text import BundleText
 from spike_export.engines.generation.options import GenerationOptions
 from spike_export.engines.generation.prompt_tokens import PromptEncoder
 from spike_export.engines.generation.slots import Slots
+from spike_export.engines.runtime_choice import RuntimeChoice
+from spike_export.serving.engine_process import EngineProcess, can_start
 from spike_export.serving.grammars import Grammars
 from spike_export.serving.metrics import Metrics
 from spike_export.serving.model_card import model_card
@@ -24,8 +24,6 @@ from spike_export.serving.settings import Settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from spike_export.engines.onnx_runtime.sequences import Provider
 
 Log = Callable[[str, dict[str, object]], None]
 """Takes the name of an event and its fields; none of them is text of a prompt or of an answer."""
@@ -64,6 +62,11 @@ class Service:
     log: Log
     _tokenizing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tokenizer"))
 
+    @property
+    def places(self) -> int:
+        """Most sequences at once, running and waiting together."""
+        return self.limits.rows + self.settings.queue
+
     async def off_loop(self, call: Callable[[], _Result]) -> _Result:
         """Run what may take long on one thread beside the event loop: a tokenizer is not for several at once."""
         return await asyncio.get_running_loop().run_in_executor(self._tokenizing, call)
@@ -75,39 +78,47 @@ class Service:
         self.model.prompts.close()
 
 
-def open_service(
-    bundle: Path,
-    settings: Settings,
-    log: Log,
-    *,
-    threads: int | None = None,
-    provider: "Provider | None" = None,
-    lowering: bool = True,
-) -> Service:
-    """Load a bundle and start the thread that computes; `Engine.open` says what the options mean.
+def open_service(choice: RuntimeChoice, settings: Settings, log: Log) -> Service:
+    """Open a runtime and start the thread that asks it.
 
     Raises:
         ArtifactError: The manifest cannot be read.
-        EngineError: The bundle cannot be run here, or the settings do not fit it.
+        EngineError: The runtime cannot be opened here, or the settings do not fit it.
     """
-    engine = Engine.open(bundle, threads=threads, provider=provider, lowering=lowering)
-    first: list[Slots] = [engine.open_slots(settings.rows)]
-    limits = Limits(first[0].rows, first[0].context, first[0].chunk, settings.prefill_budget)
-    digest = hashlib.sha256((bundle / MANIFEST_FILE).read_bytes()).hexdigest()
-    model = Model(engine.tokenizer, engine.manifest, engine.defaults, engine.prompts, f"bundle-{digest[:12]}")
-    del engine  # its runtime belongs to the slots alone
-
-    opened = partial(open_onnx, bundle, threads or 0, provider or "cpu", lowering=lowering)
+    opening = _Opening(choice, settings, load_manifest(choice.bundle).vocab_size)
+    text = BundleText.read(choice.bundle)
+    first: list[Slots] = [opening.slots()]
+    limits = Limits(first[0].rows, first[0].context, first[0].chunk, settings.prefill_budget, first[0].longest_prompt)
+    digest = hashlib.sha256((choice.bundle / MANIFEST_FILE).read_bytes()).hexdigest()
+    model = Model(text.tokenizer, text.manifest, text.defaults, text.prompts, f"bundle-{digest[:12]}")
 
     def open_batch() -> Batch:
-        slots = first.pop() if first else opened().open_slots(limits.rows)
+        slots = first.pop() if first else opening.slots()
         return Batch(model.tokenizer, model.manifest.vocab_size, slots, limits, settings.prefix_cache)
 
     def on_failure(reason: str) -> None:
         log("engine failed", {"reason": reason})
 
-    worker = Worker(open_batch, settings.rows + settings.queue, on_failure)
+    worker = Worker(open_batch, limits.rows + settings.queue, on_failure)
     metrics = Metrics(settings.model, worker, limits)
     grammars = Grammars(model.tokenizer, model.manifest.vocab_size, model.defaults.eos_token_ids)
-    card = model_card(bundle, model.manifest, settings.model, limits.context, limits.rows, provider or "cpu")
+    card = model_card(choice.bundle, model.manifest, settings.model, limits.context, limits.rows, choice.title)
     return Service(settings, model, limits, worker, metrics, grammars, card, log)
+
+
+class _Opening:
+    """Opens the rows of a runtime, as often as it fails: in this process, or in one that starts at once."""
+
+    def __init__(self, choice: RuntimeChoice, settings: Settings, vocab: int) -> None:
+        self._choice, self._rows, self._vocab = choice, settings.rows, vocab
+        self._apart = settings.engine_process and can_start
+        self._started = [self._start()] if self._apart else []
+
+    def slots(self) -> Slots:
+        if not self._apart:
+            return self._choice.open_rows(self._rows)[1]
+        process = self._started.pop() if self._started else self._start()
+        return process.open_slots()
+
+    def _start(self) -> EngineProcess:
+        return EngineProcess(self._choice, self._rows, self._vocab)

@@ -27,6 +27,8 @@ class Settings:
         timeout: Longest time for the answer to a request.
         drain: Time that running requests get after SIGTERM.
         allowed_origins: Web origins whose pages may ask; none by default.
+        engine_process: Whether the runtime computes in a process of its own, so that a crash of native code ends that
+            process and not the server.
     """
 
     model: str
@@ -43,6 +45,7 @@ class Settings:
     timeout: float = 600.0
     drain: float = 30.0
     allowed_origins: tuple[str, ...] = ()
+    engine_process: bool = True
 
     def __post_init__(self) -> None:
         checks = (

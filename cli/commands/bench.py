@@ -66,12 +66,13 @@ def _address(target: str, clients: int, threads: int | None) -> Iterator[str]:
     if target.startswith(("http://", "https://")):
         yield target
         return
+    from spike_export.engines.runtime_choice import RuntimeChoice
     from spike_export.serving.server import served_meanwhile
     from spike_export.serving.service import open_service
     from spike_export.serving.settings import Settings
 
     settings = Settings(model=Path(target).resolve().name, port=0, rows=clients, prefix_cache=0)
-    service = open_service(Path(target), settings, lambda *_: None, threads=threads)
+    service = open_service(RuntimeChoice.of(target, threads=threads), settings, lambda *_: None)
     with served_meanwhile(service) as url:
         yield url
 

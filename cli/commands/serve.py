@@ -1,4 +1,4 @@
-"""`spike-export serve BUNDLE`: the bundle as a service in OpenAI's terms."""
+"""`spike-export serve BUNDLE|PLAN`: a model as a service in OpenAI's terms."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -6,7 +6,15 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from spike_export.artifacts.errors import EngineError
-from spike_export.cli.arguments import LoweringArguments, ProgramArguments, ServerArguments, ThreadArguments, values
+from spike_export.cli.arguments import (
+    LoweringArguments,
+    ProgramArguments,
+    RuntimeArguments,
+    ServerArguments,
+    ThreadArguments,
+    values,
+)
+from spike_export.cli.commands.generate import runtime_options
 from spike_export.cli.exit_codes import DONE
 from spike_export.cli.options import use_threads
 from spike_export.cli.terminal.messages import say
@@ -15,7 +23,10 @@ _EXTRA = ("fastapi", "uvicorn", "prometheus_client", "llguidance")
 
 
 def serve(
-    path: Annotated[Path, Parameter(name="BUNDLE", help="Folder that export wrote, best with --kv-cache static.")],
+    path: Annotated[
+        Path,
+        Parameter(name="BUNDLE|PLAN", help="Folder that export wrote, or an engine plan; best with --kv-cache static."),
+    ],
     /,
     *,
     server: ServerArguments = ServerArguments(),
@@ -24,11 +35,17 @@ def serve(
     ] = None,
     threads: ThreadArguments = ThreadArguments(),
     lowering: LoweringArguments = LoweringArguments(),
+    bundle: Annotated[
+        Path | None,
+        Parameter(help="Bundle that the plan was built from (default: PLAN.run/bundle, where the main job writes it)."),
+    ] = None,
+    runtime: RuntimeArguments = RuntimeArguments(),
     run_options: ProgramArguments = ProgramArguments(),
 ) -> int:
-    """Serve a bundle over HTTP with OpenAI's endpoints, until SIGTERM or Ctrl-C; extra `serve`."""
+    """Serve a bundle or a plan over HTTP with OpenAI's endpoints, until SIGTERM or Ctrl-C; extra `serve`."""
     require_extra()
     use_threads(threads)
+    from spike_export.engines.runtime_choice import RuntimeChoice
     from spike_export.serving.server import log_line
     from spike_export.serving.server import serve as serve_until_told
     from spike_export.serving.service import open_service
@@ -39,11 +56,19 @@ def serve(
     given.setdefault("model", path.resolve().name)
     lists = {"aliases": given.pop("alias"), "allowed_origins": given.pop("allow_origin")}
     settings = Settings(api_keys=keys, **lists, **given)
-    service = open_service(
-        path, settings, log_line, threads=threads.threads, provider=provider, lowering=lowering.lowering
+    choice = RuntimeChoice.of(
+        path,
+        threads=threads.threads,
+        provider=provider,
+        lowering=lowering.lowering,
+        bundle=bundle,
+        runtime=runtime_options(runtime),
     )
-    if service.limits.chunk is None:
+    service = open_service(choice, settings, log_line)
+    if service.model.manifest.kv_cache == "dynamic":
         say("note: a bundle with a growing cache computes one sequence at a time; export it with --kv-cache static")
+    if service.limits.rows < settings.rows:
+        say(f"note: the plan computes {service.limits.rows} sequences at a time; build it with a larger --max-batch")
     serve_until_told(service, lambda address: say(f"serving {settings.model} on {address}"))
     return DONE
 

@@ -27,6 +27,7 @@ class Slots(Protocol):
     Attributes:
         rows: Most sequences at once.
         context: Most own tokens of a sequence; the prefix is not counted.
+        longest_prompt: Most tokens of a prompt.
         chunk: Most tokens that a prompt may be cut into; None where it has to be read in one call.
     """
 
@@ -35,6 +36,9 @@ class Slots(Protocol):
 
     @property
     def context(self) -> int: ...  # noqa: D102
+
+    @property
+    def longest_prompt(self) -> int: ...  # noqa: D102
 
     @property
     def chunk(self) -> int | None: ...  # noqa: D102
@@ -87,8 +91,24 @@ class SavingSlots(Slots, Protocol):
 
 
 @runtime_checkable
+class WatchedSlots(Slots, Protocol):
+    """Rows of a runtime that can end while nobody asks it anything."""
+
+    def require_alive(self) -> None:
+        """Look whether the runtime is there.
+
+        Raises:
+            EngineError: It has ended.
+        """
+
+
+@runtime_checkable
 class SlotRuntime(Protocol):
     """A `Decoding` whose sequences can come and go."""
 
     def open_slots(self, rows: int) -> Slots:
-        """Return `rows` free rows."""
+        """Return `rows` free rows, or fewer where the runtime has no more.
+
+        Raises:
+            EngineError: The runtime has none, or not enough memory.
+        """

@@ -131,6 +131,8 @@ class StaticSequences:
             query does not see is multiplied by zero.
         prefix: Buffer → [1, kv_heads, prefix, head_dim] of a lowered graph (`GenerationGraph`), which does not write
             the prefix, and takes several tokens of one row or one token of each; None of any other.
+        verifies: Whether a call says how many positions get logits (`generation_graph`), so that `extend` gives those
+            of several.
     """
 
     session: Any
@@ -139,12 +141,11 @@ class StaticSequences:
     buffers: list[torch.Tensor]
     provider: Provider = "cpu"
     prefix: Mapping[int, torch.Tensor] | None = None
+    verifies: bool = False
     _last_logits: bool = False
     """Whether the graph gives logits of the last column only."""
     _writes_prefix: bool = False
     """Whether the graph itself writes the prefix of some layers."""
-    _chooses_logits: bool = False
-    """Whether a call says how many positions get logits (`generation_graph`)."""
     _bindings: dict[tuple[int, int], Any] = field(default_factory=dict)
     """First row, and the one behind the last → the binding that runs them."""
     _begun: bool = False
@@ -159,9 +160,8 @@ class StaticSequences:
         prefix: Mapping[str, NDArray[Any]] | None = None,
     ) -> "StaticSequences":
         """Return `batch` sequences without tokens; `prefix` is a `GenerationGraph`'s."""
-        assert manifest.capacity is not None, "a static cache has a capacity"
-        growing = not isinstance(_past_shape(session)[2], int)
-        own = min(BUCKET, manifest.capacity) if growing else manifest.capacity
+        growing, capacity = not isinstance(_past_shape(session)[2], int), _capacity(manifest)
+        own = min(BUCKET, capacity) if growing else capacity
         shape = (batch, manifest.num_key_value_heads, manifest.prefix_length + own, manifest.head_dim)
         names = [past for past, _ in _cache_names(manifest)]
         buffers = [_zeros(shape, manifest, provider) for _ in names]
@@ -170,7 +170,7 @@ class StaticSequences:
         inputs = {value.name for value in session.get_inputs()}
         last, chooses = logits.shape[1] == 1 or LOGITS_FROM in inputs, LOGITS_FROM in inputs
         none = np.zeros(batch, np.int64)
-        return cls(session, manifest, none, buffers, provider, placed, last, "fresh" in inputs, chooses)
+        return cls(session, manifest, none, buffers, provider, placed, chooses, last, "fresh" in inputs)
 
     def step(self, tokens: NDArray[np.int64], counts: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
         """See `Sequences`. A row with count 0 keeps its length, but its buffer needs room for the padding.
@@ -227,15 +227,13 @@ class StaticSequences:
         return self._run_row(row, tokens, fresh=False, positions=positions)
 
     @property
-    def verifies(self) -> bool:
-        """Whether `extend` gives the logits of several positions."""
-        return self._chooses_logits
+    def capacity(self) -> int:
+        """Most own tokens of a row."""
+        return _capacity(self.manifest)
 
     def room(self, row: int) -> int:
         """Return how many tokens more a row takes."""
-        capacity = self.manifest.capacity
-        assert capacity is not None, "a static cache has a capacity"
-        return capacity - int(self.lengths[row])
+        return self.capacity - int(self.lengths[row])
 
     def forget(self, row: int, tokens: int) -> None:
         """Take back the last tokens of a row: what is fed next takes their places."""
@@ -315,7 +313,7 @@ class StaticSequences:
         binding = self._binding(rows)
         binding.bind_cpu_input("input_ids", np.ascontiguousarray(tokens, np.int64))
         binding.bind_cpu_input("write_indices", lengths.copy())
-        if self._chooses_logits:
+        if self.verifies:
             binding.bind_cpu_input(LOGITS_FROM, np.array([-positions], np.int64))
         if self._writes_prefix:
             binding.bind_cpu_input("fresh", np.ones(int(fresh), np.bool_))
@@ -334,14 +332,12 @@ class StaticSequences:
         Raises:
             EngineError: The bundle's capacity ends before.
         """
-        capacity = self.manifest.capacity
-        assert capacity is not None, "a static cache has a capacity"
         row = int(lengths.argmax())
         own = int(lengths[row]) + sequence
-        if own > capacity:
+        if own > self.capacity:
             raise EngineError(
                 f"row {first_row + row} has {lengths[row]} tokens and {sequence} more do not fit into the cache's "
-                f"capacity of {capacity}; feed fewer, or export with a larger --capacity"
+                f"capacity of {self.capacity}; feed fewer, or export with a larger --capacity"
             )
         prefix = self.manifest.prefix_length
         if prefix + own > self.buffers[0].shape[2]:
@@ -353,9 +349,7 @@ class StaticSequences:
 
     def _slots(self, own: int) -> int:
         """Return the length of buffers that hold so many own tokens of a row."""
-        capacity = self.manifest.capacity
-        assert capacity is not None, "a static cache has a capacity"
-        return self.manifest.prefix_length + min(capacity, -(-own // BUCKET) * BUCKET)
+        return self.manifest.prefix_length + min(self.capacity, -(-own // BUCKET) * BUCKET)
 
     def _resize(self, slots: int) -> None:
         kept = min(slots, self.buffers[0].shape[2])
@@ -407,6 +401,11 @@ def _bound(session: Any, manifest: Manifest, buffers: list[torch.Tensor]) -> Any
         binding.bind_input(past, *device, *memory)
         binding.bind_output(present, *device, *memory)
     return binding
+
+
+def _capacity(manifest: Manifest) -> int:
+    assert manifest.capacity is not None, "a static cache has a capacity"
+    return manifest.capacity
 
 
 def _past_shape(session: Any) -> list[int | str]:

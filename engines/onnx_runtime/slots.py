@@ -48,9 +48,12 @@ class StaticSlots:
     @property
     def context(self) -> int:
         """See `Slots`."""
-        capacity = self.sequences.manifest.capacity
-        assert capacity is not None, "a static cache has a capacity"
-        return capacity
+        return self.sequences.capacity
+
+    @property
+    def longest_prompt(self) -> int:
+        """See `Slots`."""
+        return self.context
 
     def admit(self, row: int, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
         """See `Slots`."""
@@ -109,6 +112,11 @@ class GrowingSlots:
     def context(self) -> int:
         """See `Slots`."""
         return self.session.manifest.max_position_embeddings
+
+    @property
+    def longest_prompt(self) -> int:
+        """See `Slots`."""
+        return self.context
 
     def admit(self, row: int, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
         """See `Slots`."""

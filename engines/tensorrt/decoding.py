@@ -11,16 +11,19 @@ import torch
 from numpy.typing import NDArray
 
 from spike_export.artifacts.closing import Closing
-from spike_export.artifacts.errors import EngineError, one_line
+from spike_export.artifacts.errors import EngineError
 from spike_export.engines.generation.decoding import DecodedStep, require_finite
 from spike_export.engines.generation.options import GenerationOptions
 from spike_export.engines.generation.sampling import Drawn, Sampler, seen_tokens
+from spike_export.engines.generation.slots import Slots
 from spike_export.engines.plan.safety import CheckedPlan
-from spike_export.engines.tensorrt.buffers import REMEDY, Buffers
+from spike_export.engines.tensorrt.buffers import Buffers
 from spike_export.engines.tensorrt.device import CudaDevice, Device, Fetched
 from spike_export.engines.tensorrt.engines import LoadedPlans, RuntimeOptions
+from spike_export.engines.tensorrt.failures import gpu_failures
 from spike_export.engines.tensorrt.limits import plan_limits, require_fit
-from spike_export.engines.tensorrt.steps import Steps, make_steps
+from spike_export.engines.tensorrt.slots import open_slots
+from spike_export.engines.tensorrt.steps import StaticSteps, Steps, make_steps
 
 
 class Drawing(Protocol):
@@ -70,15 +73,13 @@ class TensorRtDecoding(Closing):
         self._device = device or CudaDevice(options.gpu)
         self._make_sampler, self._options = make_sampler, options
         buffers = Buffers(self._device)
-        try:
+        with gpu_failures():
             loaded = LoadedPlans(plans, options, self._device, buffers, bundle)
             steps = make_steps(loaded, self.limits, self._device, buffers, graphs=options.cuda_graphs)
-        except RuntimeError as error:
-            raise _gpu_failure(error) from error
         self._plans: LoadedPlans | None = loaded
         self._steps: Steps | None = steps
         self.vocab = loaded.io.vocab
-        self._busy = False
+        self._use = ""
         self._kept_rows: set[int] = set()
 
     def close(self) -> None:
@@ -95,6 +96,23 @@ class TensorRtDecoding(Closing):
         """See `Decoding`."""
         require_fit(self.limits, prompts, options.max_new_tokens, self.vocab)
         return self._decode(prompts, options)
+
+    def open_slots(self, rows: int) -> Slots:
+        """See `SlotRuntime`: at most as many rows as the plan was built for. They have the plan until it is closed.
+
+        Raises:
+            EngineError: The plan has a growing cache, or is decoding a batch; or the GPU has not enough memory.
+        """
+        steps = self._opened()
+        if not isinstance(steps, StaticSteps):
+            raise EngineError(
+                "a plan with a growing cache decodes whole batches, and sequences cannot come and go; export with "
+                "--kv-cache static and build again, or serve the bundle that the plan was built from"
+            )
+        with self._alone():
+            slots = open_slots(steps, self.limits, self._device, rows)
+        self._use = "the plan's rows are in use; close the plan first"
+        return slots
 
     def logits(self, prompt: NDArray[np.int64], continuation: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return the logits behind a prompt and behind each token of a given continuation, to compare engines by.
@@ -179,23 +197,17 @@ class TensorRtDecoding(Closing):
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """Refuse a second batch while one is in progress: they would share cache and scratch memory."""
-        if self._busy:
-            raise EngineError("the plan is decoding another batch; read that to its end or close it first")
-        self._busy = True
+        if self._use:
+            raise EngineError(self._use)
+        self._use = "the plan is decoding another batch; read that to its end or close it first"
         try:
-            yield
-        except RuntimeError as error:
-            raise _gpu_failure(error) from error
+            with gpu_failures():
+                yield
         finally:
-            self._busy = False
+            self._use = ""
 
 
 def _step(fetched: Fetched) -> DecodedStep:
     finite, *drawn = fetched.wait()
     require_finite(finite, "export the bundle with --dtype float32 or bfloat16 and build again")
     return DecodedStep(*drawn)
-
-
-def _gpu_failure(error: RuntimeError) -> EngineError:
-    remedy = REMEDY if isinstance(error, torch.OutOfMemoryError) else "look at nvidia-smi and the driver's log"
-    return EngineError(f"the GPU stopped: {one_line(error)}; {remedy}")

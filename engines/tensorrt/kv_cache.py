@@ -57,11 +57,34 @@ class StaticKvCache:
             addresses[tensor.past] = addresses[tensor.present] = address
         return addresses
 
+    def stage(self, row: int, *, fresh: bool) -> None:
+        """Queue what a call of one row needs, where rows are not filled one after another.
+
+        Args:
+            row: Whose call comes next.
+            fresh: Whether a sequence begins: the row is zeroed then, because the last one may have overflowed.
+        """
+        for index in range(len(self.io.cache)):
+            own = self.row(index, row)
+            if fresh:
+                own.zero_()
+            if self._staged(row):
+                self._view(STAGED_ROW, index, 1)[0].copy_(own)
+
+    def row(self, index: int, row: int) -> torch.Tensor:
+        """Return a row's part of a buffer, [kv_heads, slots, head_dim]."""
+        return self._view(CACHE, index, self._rows)[row]
+
+    def move(self, source: int, target: int) -> None:
+        """Queue a copy of one row over another one."""
+        for index in range(len(self.io.cache)):
+            self.row(index, target).copy_(self.row(index, source))
+
     def settle(self, row: int) -> None:
         """Queue a copy of the staged row to its place, where `addresses` gave that."""
         if self._staged(row):
             for index in range(len(self.io.cache)):
-                self._view(CACHE, index, self._rows)[row].copy_(self._view(STAGED_ROW, index, 1)[0])
+                self.row(index, row).copy_(self._view(STAGED_ROW, index, 1)[0])
 
     @property
     def _row_bytes(self) -> int:

@@ -57,13 +57,17 @@ def make_steps(plans: LoadedPlans, limits: PlanLimits, device: Device, buffers: 
 
 
 class StaticSteps:
-    """Over a static cache: rows of any lengths, each written at its own index. See `Steps`."""
+    """Over a static cache: rows of any lengths, each written at its own index. See `Steps`.
+
+    Attributes:
+        cache: Keys and values of all rows.
+    """
 
     def __init__(
         self, plans: LoadedPlans, limits: PlanLimits, device: Device, buffers: Buffers, *, graphs: bool
     ) -> None:
         self._io, self._limits, self._device, self._buffers = plans.io, limits, device, buffers
-        self._cache = StaticKvCache(plans.io, buffers)
+        self.cache = StaticKvCache(plans.io, buffers)
         self._prefill = plans.station("prefill")
         self._buckets = DecodeBuckets(lambda: plans.station("decode"), device, graphs)
         self._bucket: DecodeBucket | None = None
@@ -73,7 +77,7 @@ class StaticSteps:
     def begin(self, prompts: Sequence[NDArray[np.int64]], new_tokens: int) -> torch.Tensor:
         """See `Steps`; the cache has its size whatever `new_tokens` is."""
         # All logits of several prompts at once would take more memory than the call saves time.
-        together = self._last_only and self._cache.rows_in_place
+        together = self._last_only and self.cache.rows_in_place
         calls = list(static_calls(prompts, self._limits, together=together))
         rows = self._rows = len(prompts)
         self._reserve(rows, calls)
@@ -81,7 +85,7 @@ class StaticSteps:
         for call in calls:
             logits = self._run_prefill(call)
             if call.ends:
-                self._cache.settle(call.row)
+                self.cache.settle(call.row)
                 first[call.row : call.row + call.rows].copy_(logits[:, -1])
         self._bucket = self._buckets.bucket(rows, self._shapes(rows, 1, fresh=0), self._step_addresses)
         lengths = np.array([len(prompt) for prompt in prompts], np.int64)
@@ -97,13 +101,47 @@ class StaticSteps:
         tensors[WRITE_INDICES].add_(1)
         return tensors[LOGITS][:, -1].float()
 
+    def open_rows(self, rows: int, part: int) -> None:
+        """Reserve memory for rows whose sequences come and go, in place of batches.
+
+        Args:
+            rows: Most sequences at once.
+            part: Most tokens that a row reads in a call.
+
+        Raises:
+            EngineError: The GPU has not enough memory.
+        """
+        self._reserve(rows, [PrefillCall(0, np.zeros((1, part), np.int64), 0, ends=True)])
+
+    def read(self, call: PrefillCall) -> torch.Tensor:
+        """Let one row read tokens while the others stand still; return the last token's logits [1, vocab] float32.
+
+        The result is overwritten by the next call.
+        """
+        self.cache.stage(call.row, fresh=not call.earlier)
+        logits = self._run_prefill(call)
+        self.cache.settle(call.row)
+        return logits[:, -1].float()
+
+    def step_first(self, tokens: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        """Write a token in each of the first rows; return the logits [rows, vocab] float32.
+
+        Args:
+            tokens: [rows] int64.
+            indices: [rows] int64, own tokens in front of each.
+        """
+        self._rows = len(tokens)
+        self._bucket = self._buckets.bucket(self._rows, self._shapes(self._rows, 1, fresh=0), self._step_addresses)
+        self._step_tensors()[WRITE_INDICES].copy_(indices)
+        return self.step(tokens)
+
     def _reserve(self, rows: int, calls: Sequence[PrefillCall]) -> None:
         widest = max(call.tokens.size for call in calls)
         logits = max(call.rows * (1 if self._last_only else call.tokens.shape[1]) for call in calls)
         io = self._io
         moved = self._buffers.reserve(
             {
-                **self._cache.sizes(rows),
+                **self.cache.sizes(rows),
                 PREFILL_INPUTS: aligned(widest * _INT64.itemsize) + rows * _INT64.itemsize,
                 PREFILL_LOGITS: tensor_bytes((logits, io.vocab), io.logits_dtype),
                 FIRST_LOGITS: tensor_bytes((rows, io.vocab), torch.float32),
@@ -112,7 +150,7 @@ class StaticSteps:
             }
         )
         # What steps of any batch size are bound to.
-        if self._cache.reserved(rows, moved) or moved & {STEP_INPUTS, STEP_LOGITS}:
+        if self.cache.reserved(rows, moved) or moved & {STEP_INPUTS, STEP_LOGITS}:
             self._buckets.clear()
 
     def _run_prefill(self, call: PrefillCall) -> torch.Tensor:
@@ -125,7 +163,7 @@ class StaticSteps:
         logits = self._buffers.view(PREFILL_LOGITS, logits_shape, self._io.logits_dtype)
         self._prefill.set_shapes(self._shapes(call.rows, shape[1], fresh=1))
         self._prefill.bind(_addresses({INPUT_IDS: ids, WRITE_INDICES: indices, LOGITS: logits}, fresh=self._io.fresh))
-        self._prefill.bind(self._cache.addresses(call.row))
+        self._prefill.bind(self.cache.addresses(call.row))
         self._prefill.enqueue()
         return logits
 
@@ -139,7 +177,7 @@ class StaticSteps:
         }
 
     def _step_addresses(self) -> dict[str, int]:
-        return _addresses(self._step_tensors(), fresh=self._io.fresh) | self._cache.addresses(0)
+        return _addresses(self._step_tensors(), fresh=self._io.fresh) | self.cache.addresses(0)
 
     def _shapes(self, rows: int, columns: int, *, fresh: int) -> dict[str, Shape]:
         io = self._io

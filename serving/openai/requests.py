@@ -107,10 +107,10 @@ async def works_of(
     Raises:
         RequestError: A value cannot be used, or there are more sequences than this server ever takes.
     """
-    if len(prompts) * form.choices > service.settings.rows + service.settings.queue:
+    if len(prompts) * form.choices > service.places:
         raise RequestError(
             f"{len(prompts)} prompts with {form.choices} answers each are more sequences than this server takes "
-            f"({service.settings.rows + service.settings.queue}); ask for fewer",
+            f"({service.places}); ask for fewer",
             param="n",
         )
     begin = await _grammar(service, grammar or form.grammar)

@@ -12,7 +12,7 @@ from spike_export.artifacts.errors import EngineError, one_line
 from spike_export.engines.generation.generated_text import Piece, Row, TokenLogprob
 from spike_export.engines.generation.options import GenerationOptions
 from spike_export.engines.generation.sampling import Sampler, seen_tokens
-from spike_export.engines.generation.slots import KeyValues, SavingSlots, Slots
+from spike_export.engines.generation.slots import KeyValues, SavingSlots, Slots, WatchedSlots
 from spike_export.serving.scheduling.limits import Limits
 from spike_export.serving.scheduling.prefix_store import PrefixStore
 from spike_export.serving.scheduling.scheduler import Part, Scheduler
@@ -178,6 +178,8 @@ class Batch:
         Raises:
             EngineError: The runtime fails; nothing of this object is of use then.
         """
+        if isinstance(self._slots, WatchedSlots):
+            self._slots.require_alive()
         events: list[tuple[int, Event]] = []
         while (part := self._scheduler.next_part()) is not None:
             first = not self._sequences[part.key].begun

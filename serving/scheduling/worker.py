@@ -18,6 +18,9 @@ Deliver = Callable[[int, Event], None]
 
 _Command = Callable[[], None]
 
+_LOOK_SECONDS = 0.5
+"""How long the thread waits for work before it looks whether the runtime is still there."""
+
 
 class QueueFullError(EngineError):
     """As many sequences wait as may."""
@@ -97,7 +100,7 @@ class Worker:
         self._closing = True
         self._inbox.put(lambda: None)
         self._thread.join()
-        self._batch = None
+        self._let_go()
 
     def _run(self) -> None:
         while not self._closing:
@@ -125,10 +128,10 @@ class Worker:
             self._hand_out(key, event)
 
     def _obey(self) -> None:
-        """Carry out what the inbox holds; wait for something where there is no sequence to go on with."""
+        """Carry out what the inbox holds; wait a while for something where there is no sequence to go on with."""
         idle = self._batch is None or not (self._batch.running or self._batch.waiting)
         try:
-            command = self._inbox.get(block=idle)
+            command = self._inbox.get(block=idle, timeout=_LOOK_SECONDS)
             while True:
                 command()
                 command = self._inbox.get_nowait()
@@ -166,10 +169,14 @@ class Worker:
                 self._taken -= 1
         return receiver
 
+    def _let_go(self) -> None:
+        """Release the runtime, before the next one is loaded or the program ends."""
+        self._batch = None
+        gc.collect()  # a batch and its scheduler know each other
+
     def _restart(self, reason: str) -> None:
         self.state = "restarting" if not self.restarts else "stopped"
-        self._batch = None
-        gc.collect()  # a batch and its scheduler know each other; the memory goes before the next runtime is loaded
+        self._let_go()
         self._on_failure(reason)
         for key in list(self._deliver):
             self._hand_out(key, UnavailableError("the engine has failed while it computed this request"))

@@ -37,7 +37,7 @@ from spike_export.checkpoint.hf_directory import open_hf_directory, read_json
 from spike_export.checkpoint.modules import linears
 from spike_export.cli.config_file import require_config
 from spike_export.cli.main import app
-from spike_export.engines.engine import default_options
+from spike_export.engines.bundle_text import default_options
 from spike_export.engines.lint.linter import lint_model
 from spike_export.engines.onnx_runtime.all_logits import all_logits_graph
 from spike_export.engines.onnx_runtime.generation_graph import generation_graph

@@ -11,6 +11,7 @@ from openai import OpenAI
 
 from spike_export.checkpoint.hf_directory import open_hf_directory
 from spike_export.checkpoint.modules import linears
+from spike_export.engines.runtime_choice import RuntimeChoice
 from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.cache_options import CacheOptions
 from spike_export.serving.server import served_meanwhile
@@ -63,10 +64,12 @@ class Running:
 
 
 @contextmanager
-def running(bundle: Path, **changes: Any) -> Iterator[Running]:
-    """Serve a bundle on a free port until the block ends."""
+def running(bundle: Path, threads: int | None = 1, **changes: Any) -> Iterator[Running]:
+    """Serve a bundle or a plan on a free port until the block ends; its engine starts at once, in this process."""
     log: list[tuple[str, dict[str, Any]]] = []
-    settings = Settings(model="tiny", port=0, **{"rows": 4, "queue": 16, "drain": 1, **changes})
-    service = open_service(bundle, settings, lambda event, fields: log.append((event, fields)), threads=1)
+    defaults = {"rows": 4, "queue": 16, "drain": 1, "engine_process": False}
+    settings = Settings(model="tiny", port=0, **defaults | changes)
+    choice = RuntimeChoice.of(bundle, threads=threads)
+    service = open_service(choice, settings, lambda event, fields: log.append((event, fields)))
     with served_meanwhile(service) as url:
         yield Running(service, url, log)

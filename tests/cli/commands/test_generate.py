@@ -11,7 +11,7 @@ import pytest
 from spike_export.cli.arguments import SamplingArguments
 from spike_export.cli.commands.generate import option_changes
 from spike_export.cli.terminal.generated_text import write_generated
-from spike_export.engines import engine as engine_module
+from spike_export.engines import runtime_choice
 from spike_export.engines.engine import Engine
 from spike_export.engines.generation.generated_text import Generation, Piece
 from tests.support.tiny_cli_models import call, write_model
@@ -55,9 +55,9 @@ def test_text_and_json_are_the_engines(bundle: Path, tmp_path: Path) -> None:
 def test_standard_operators_say_the_same(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[bool] = []
     monkeypatch.setattr(
-        engine_module,
+        runtime_choice,
         "open_onnx",
-        lambda *given, lowering, open_onnx=engine_module.open_onnx, **more: (
+        lambda *given, lowering, open_onnx=runtime_choice.open_onnx, **more: (
             opened.append(lowering) or open_onnx(*given, lowering=lowering, **more)  # type: ignore[func-returns-value]
         ),
     )

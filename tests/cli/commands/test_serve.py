@@ -81,4 +81,4 @@ def test_what_cannot_be_served_is_one_line(
     bundle: Path, options: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert message in call("serve", bundle, "--threads", "1", *options).error
+    assert message in call("serve", bundle, "--threads", "1", "--no-engine-process", *options).error

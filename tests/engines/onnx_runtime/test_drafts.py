@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spike_export.artifacts.errors import EngineError
-from spike_export.engines.engine import open_onnx
 from spike_export.engines.generation.draft_length import DraftLength
 from spike_export.engines.generation.options import GenerationOptions
 from spike_export.engines.onnx_runtime.decoding import OnnxDecoding
 from spike_export.engines.onnx_runtime.session import open_for_generation
+from spike_export.engines.runtime_choice import open_onnx
 from spike_export.export.bundle import ExportOptions, LogitsScope, export_bundle
 from spike_export.export.cache_options import CacheOptions
 from tests.support.tiny_models import tiny_llama, unquantized_recipe
