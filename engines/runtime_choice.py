@@ -30,6 +30,7 @@ class RuntimeChoice:
     Attributes:
         bundle: Folder with manifest and tokenizer.
         plans: Plans that were built from it; none where ONNX Runtime runs the bundle.
+        sample_clipping: Share of ONNX Runtime's calls that count clipped activations; 0 for none.
     """
 
     bundle: Path
@@ -40,6 +41,7 @@ class RuntimeChoice:
     speculate: Speculate = "off"
     rebuild: bool = False
     runtime: "RuntimeOptions | None" = None
+    sample_clipping: float = 0.0
 
     @classmethod
     def of(
@@ -53,6 +55,7 @@ class RuntimeChoice:
         bundle: Path | str | None = None,
         rebuild: bool = False,
         runtime: "RuntimeOptions | None" = None,
+        sample_clipping: float = 0.0,
     ) -> Self:
         """Choose by what is to be opened.
 
@@ -69,12 +72,15 @@ class RuntimeChoice:
             given = {"bundle": bundle is not None, "rebuild": rebuild, "another plan": len(targets) > 1}
             how = "how to run plans (weight budget, GPU, CUDA graphs)"
             _refuse(given | {how: runtime is not None}, f"{target} is no engine plan")
-            return cls(target, (), threads or 0, provider or "cpu", lowering, speculate)
+            return cls(
+                target, (), threads or 0, provider or "cpu", lowering, speculate, sample_clipping=sample_clipping
+            )
         given = {
             "threads": threads is not None,
             "provider": provider is not None,
             "lowering": not lowering,
             "speculate": speculate != "off",
+            "a share of calls that count clipped activations": sample_clipping != 0,
         }
         _refuse(given, f"{target} runs in TensorRT")
         folder = bundle_of(target, Path(bundle) if bundle is not None else None)
@@ -97,7 +103,14 @@ class RuntimeChoice:
         """
         if self.plans:
             return open_plans(self.plans, self.bundle, progress, rebuild=self.rebuild, runtime=self.runtime)
-        return open_onnx(self.bundle, self.threads, self.provider, lowering=self.lowering, speculate=self.speculate)
+        return open_onnx(
+            self.bundle,
+            self.threads,
+            self.provider,
+            lowering=self.lowering,
+            speculate=self.speculate,
+            sample_clipping=self.sample_clipping,
+        )
 
     def open_rows(self, rows: int) -> tuple[Decoding, Slots]:
         """Open the runtime with rows for sequences that come and go, as a server needs them.
@@ -120,7 +133,13 @@ def _refuse(given: Mapping[str, bool], reason: str) -> None:
 
 
 def open_onnx(
-    path: Path, threads: int, provider: "Provider", *, lowering: bool = True, speculate: Speculate = "off"
+    path: Path,
+    threads: int,
+    provider: "Provider",
+    *,
+    lowering: bool = True,
+    speculate: Speculate = "off",
+    sample_clipping: float = 0.0,
 ) -> "OnnxDecoding":
     """Open a bundle in ONNX Runtime.
 
@@ -135,5 +154,5 @@ def open_onnx(
     from spike_export.engines.onnx_runtime.decoding import OnnxDecoding
     from spike_export.engines.onnx_runtime.session import open_for_generation
 
-    session = open_for_generation(path, threads, provider, lowering=lowering)
+    session = open_for_generation(path, threads, provider, lowering=lowering, sample_clipping=sample_clipping)
     return OnnxDecoding(session, None if speculate == "off" else DraftLength())

@@ -2,7 +2,7 @@
 
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from mmap import mmap
@@ -13,8 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spike_export.artifacts.errors import SpikeExportError, one_line
-from spike_export.engines.generation.slots import KeyValues, SavingSlots, Slots
+from spike_export.engines.generation.slots import CountingSlots, KeyValues, SavingSlots, Slots
 from spike_export.serving.engine_protocol import Order, Shape, shared_logits
+
+Clipped = Mapping[str, tuple[int, int]]
+
+
+def clipped(slots: Slots) -> Clipped:
+    """Return the counts of clipped activations so far; see `CountingSlots`."""
+    return slots.clipped if isinstance(slots, CountingSlots) else {}
 
 
 @dataclass
@@ -53,15 +60,15 @@ class _Rows:
         for name in names:
             del self._saved[name]
 
-    def answer(self, method: str, arguments: Sequence[Any], dropped: Sequence[int]) -> tuple[bool, Any]:
+    def answer(self, method: str, arguments: Sequence[Any], dropped: Sequence[int]) -> tuple[bool, Any, Clipped]:
         """Carry out a request."""
         try:
             self.forget(dropped)
-            return True, getattr(self, method)(*arguments)
+            return True, getattr(self, method)(*arguments), clipped(self.slots)
         except SpikeExportError as error:
-            return False, str(error)
+            return False, str(error), {}
         except Exception as error:
-            return False, one_line(error)
+            return False, one_line(error), {}
 
 
 def main(connection: Connection, memory: int) -> None:
@@ -76,10 +83,11 @@ def main(connection: Connection, memory: int) -> None:
         try:
             decoding, slots = order.choice.open_rows(order.rows)
         except SpikeExportError as error:
-            connection.send((False, str(error)))
+            connection.send((False, str(error), {}))
             return
         block = slots.block if isinstance(slots, SavingSlots) else None
-        connection.send((True, Shape(slots.rows, slots.context, slots.longest_prompt, slots.chunk, block)))
+        shape = Shape(slots.rows, slots.context, slots.longest_prompt, slots.chunk, block)
+        connection.send((True, shape, clipped(slots)))
         rows = _Rows(slots, shared_logits(mmap(memory, 0), order.vocab))
         try:
             while True:

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from mmap import mmap
@@ -40,7 +40,11 @@ class _Block:
 
 
 class EngineProcess:
-    """The process, seen from the server's. Whatever ends it, also between two calls, is told by the next call."""
+    """The process, seen from the server's. Whatever ends it, also between two calls, is told by the next call.
+
+    Attributes:
+        clipped: Counts as of the last call; see `CountingSlots`.
+    """
 
     def __init__(self, choice: RuntimeChoice, rows: int, vocab: int) -> None:
         """Start the process, which opens the runtime meanwhile; `open_slots` comes next.
@@ -59,6 +63,7 @@ class EngineProcess:
         theirs.close()
         os.close(memory)
         self._dropped: list[int] = []
+        self.clipped: Mapping[str, tuple[int, int]] = {}
         finalize(self, _end, self._process, self._connection)
         with suppress(OSError):  # it has ended; the next call says why
             self._connection.send(Order(choice, rows, vocab))
@@ -113,7 +118,7 @@ class EngineProcess:
 
     def _received(self) -> Any:
         try:
-            done, value = self._connection.recv()
+            done, value, self.clipped = self._connection.recv()
         except (EOFError, OSError) as error:
             raise self._death() from error
         if not done:
@@ -156,6 +161,11 @@ class ProcessSlots:
     def release(self, row: int) -> None:
         """See `Slots`."""
         self.process.call("release", row)
+
+    @property
+    def clipped(self) -> Mapping[str, tuple[int, int]]:
+        """See `CountingSlots`."""
+        return self.process.clipped
 
     def require_alive(self) -> None:
         """See `WatchedSlots`."""

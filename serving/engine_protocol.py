@@ -1,8 +1,8 @@
 """What the server's process and the engine's process send each other.
 
 After the order, requests are (method, arguments, names of blocks that nobody holds any more). Answers, the first of
-which is the shape, are (whether it was done, value or message of an error). Logits do not travel: they lie in memory
-that both processes have.
+which is the shape, are (whether it was done, value or message of an error, counts of clipped activations). Logits do
+not travel: they lie in memory that both processes have.
 """
 
 from dataclasses import dataclass

@@ -102,3 +102,17 @@ class _WorkerState(Collector):
         restarts = CounterMetricFamily(f"{PREFIX}engine_restarts", "Restarts of the engine.", labels=("model_name",))
         restarts.add_metric([self._model], worker.restarts)
         yield restarts
+        yield from self._clipped()
+
+    def _clipped(self) -> Iterator[Metric]:
+        counts = self._worker.clipped
+        names = ("clipped_activations", "sampled_activations")
+        texts = (
+            "Activations beyond the range of their static scale, in the calls that counted.",
+            "All activations there.",
+        )
+        for place, (name, text) in enumerate(zip(names, texts, strict=True)):
+            family = CounterMetricFamily(f"{PREFIX}{name}", text, labels=("model_name", "group"))
+            for group, figures in counts.items():
+                family.add_metric([self._model, group], figures[place])
+            yield family

@@ -35,6 +35,13 @@ def serve(
     ] = None,
     threads: ThreadArguments = ThreadArguments(),
     lowering: LoweringArguments = LoweringArguments(),
+    sample_clipping: Annotated[
+        float,
+        Parameter(
+            help="Share of ONNX Runtime's calls, such as 0.01, that count activations beyond the range of their static "
+            "scale, for /metrics; over a static cache (default: 0, none)."
+        ),
+    ] = 0.0,
     bundle: Annotated[
         Path | None,
         Parameter(help="Bundle that the plan was built from (default: PLAN.run/bundle, where the main job writes it)."),
@@ -63,6 +70,7 @@ def serve(
         lowering=lowering.lowering,
         bundle=bundle,
         runtime=runtime_options(runtime),
+        sample_clipping=sample_clipping,
     )
     service = open_service(choice, settings, log_line)
     if service.model.manifest.kv_cache == "dynamic":

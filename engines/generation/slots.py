@@ -1,6 +1,6 @@
 """What a scheduler needs of a runtime: places for sequences that come and go independently of each other."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -88,6 +88,18 @@ class SavingSlots(Slots, Protocol):
         Raises:
             EngineError: The tokens do not fit.
         """
+
+
+@runtime_checkable
+class CountingSlots(Slots, Protocol):
+    """Rows of a runtime that counts activations beyond the range of their static scales in some of its calls.
+
+    Attributes:
+        clipped: Group of modules → (values beyond the range, all values) so far; empty where nothing is counted.
+    """
+
+    @property
+    def clipped(self) -> Mapping[str, tuple[int, int]]: ...  # noqa: D102
 
 
 @runtime_checkable

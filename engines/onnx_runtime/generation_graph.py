@@ -5,6 +5,7 @@
 - A static cache gets a free length. The file fixes it, because TensorRT wants that; ONNX Runtime does not, and
   attention reads the whole buffer: short sequences are cheaper in a short one.
 - Over a static cache a call says how many of its last positions get logits; a draft is verified at several.
+- Where it is asked for, a call can count the activations that it clips (`clipped_activations`).
 - On a CPU, attention over a static cache becomes an operator of ONNX Runtime's own (`lowering`).
 """
 
@@ -20,6 +21,7 @@ from onnx import helper, numpy_helper
 
 from spike_export.artifacts.errors import EngineError, one_line
 from spike_export.artifacts.manifest import CACHE_SLOTS, GRAPH_FILE, LAST_TOKEN_NODE, Manifest
+from spike_export.engines.onnx_runtime.clipped_activations import count_clipped
 from spike_export.engines.onnx_runtime.lowering.grouped_query_attention import lower_attention
 from spike_export.engines.onnx_runtime.sequences import LOGITS_FROM
 from spike_export.engines.plan.graph_file import read_graph, require_output
@@ -35,19 +37,24 @@ class GenerationGraph:
         serialized: The graph; weights are named as files in the bundle.
         prefix: Of a lowered graph: cache input → [1, kv_heads, prefix, head_dim], which the caller writes in front of
             a new sequence, because the graph does not. None of any other graph.
+        groups: Of a graph that counts clipped activations: the group of each place that it counts.
     """
 
     serialized: bytes
     prefix: Mapping[str, NDArray[Any]] | None = None
+    groups: tuple[str, ...] = ()
 
 
-def generation_graph(bundle: Path, manifest: Manifest, *, lowering: bool = True) -> GenerationGraph:
+def generation_graph(
+    bundle: Path, manifest: Manifest, *, lowering: bool = True, clipping: bool = False
+) -> GenerationGraph:
     """Return the graph that generation runs.
 
     Args:
         bundle: Folder that export wrote.
         manifest: Its manifest.
         lowering: Use operators of ONNX Runtime's own; for the CPU.
+        clipping: Let calls count the activations that they clip.
 
     Raises:
         EngineError: The file is not an ONNX model, or lacks the static cache that the manifest speaks of.
@@ -62,7 +69,8 @@ def generation_graph(bundle: Path, manifest: Manifest, *, lowering: bool = True)
         _free_positions(model.graph, bundle / GRAPH_FILE)
         if lowering:
             prefix = _lowered(model, bundle)
-    return GenerationGraph(model.SerializeToString(), prefix)
+    groups = count_clipped(model.graph, bundle) if clipping else ()
+    return GenerationGraph(model.SerializeToString(), prefix, groups)
 
 
 def _lowered(model: onnx.ModelProto, bundle: Path) -> dict[str, NDArray[Any]] | None:

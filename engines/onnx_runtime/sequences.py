@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from spike_export.artifacts.errors import EngineError, one_line
 from spike_export.artifacts.manifest import Manifest
+from spike_export.engines.onnx_runtime.clipped_activations import CLIPPED, COUNT_CLIPPED, ClippedActivations
 from spike_export.engines.onnx_runtime.denormals import denormals_flushed
 
 CACHE_TYPES = {"float32": np.float32, "float16": np.float16}
@@ -133,6 +134,7 @@ class StaticSequences:
             the prefix, and takes several tokens of one row or one token of each; None of any other.
         verifies: Whether a call says how many positions get logits (`generation_graph`), so that `extend` gives those
             of several.
+        clipped: Of a graph that counts clipped activations: where the counts go.
     """
 
     session: Any
@@ -142,6 +144,7 @@ class StaticSequences:
     provider: Provider = "cpu"
     prefix: Mapping[int, torch.Tensor] | None = None
     verifies: bool = False
+    clipped: ClippedActivations | None = None
     _last_logits: bool = False
     """Whether the graph gives logits of the last column only."""
     _writes_prefix: bool = False
@@ -158,8 +161,9 @@ class StaticSequences:
         batch: int,
         provider: Provider = "cpu",
         prefix: Mapping[str, NDArray[Any]] | None = None,
+        clipped: ClippedActivations | None = None,
     ) -> "StaticSequences":
-        """Return `batch` sequences without tokens; `prefix` is a `GenerationGraph`'s."""
+        """Return `batch` sequences without tokens; `prefix` is a `GenerationGraph`'s, as is what `clipped` counts."""
         growing, capacity = not isinstance(_past_shape(session)[2], int), _capacity(manifest)
         own = min(BUCKET, capacity) if growing else capacity
         shape = (batch, manifest.num_key_value_heads, manifest.prefix_length + own, manifest.head_dim)
@@ -170,7 +174,7 @@ class StaticSequences:
         inputs = {value.name for value in session.get_inputs()}
         last, chooses = logits.shape[1] == 1 or LOGITS_FROM in inputs, LOGITS_FROM in inputs
         none = np.zeros(batch, np.int64)
-        return cls(session, manifest, none, buffers, provider, placed, chooses, last, "fresh" in inputs)
+        return cls(session, manifest, none, buffers, provider, placed, chooses, clipped, last, "fresh" in inputs)
 
     def step(self, tokens: NDArray[np.int64], counts: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
         """See `Sequences`. A row with count 0 keeps its length, but its buffer needs room for the padding.
@@ -198,7 +202,13 @@ class StaticSequences:
         self._make_room(self.lengths[:rows], tokens.shape[1])
         together = rows if self.prefix is None or tokens.shape[1] == 1 else 1
         parts = [
-            self._run(row, tokens[row : row + together], self.lengths[row : row + together], fresh=not self._begun)
+            self._run(
+                row,
+                tokens[row : row + together],
+                self.lengths[row : row + together],
+                fresh=not self._begun,
+                padded=not counts[row : row + together].all(),
+            )
             for row in range(0, rows, together)
         ]
         self._begun = True
@@ -307,8 +317,9 @@ class StaticSequences:
         *,
         fresh: bool,
         positions: int = 1,
+        padded: bool = False,
     ) -> NDArray[np.float32]:
-        """Feed tokens [rows, sequence] to as many rows from the first one on."""
+        """Feed tokens [rows, sequence] to as many rows from the first one on; to some of them padding, maybe."""
         rows = slice(first, first + len(tokens))
         binding = self._binding(rows)
         binding.bind_cpu_input("input_ids", np.ascontiguousarray(tokens, np.int64))
@@ -320,10 +331,17 @@ class StaticSequences:
         if fresh and self.prefix is not None:
             for buffer, values in self.prefix.items():
                 self.buffers[buffer][rows, :, : self.manifest.prefix_length] = values
-        binding.bind_output("logits", "cpu")
+        counts = self.clipped is not None and not padded and self.clipped.due()
+        if self.clipped is not None:
+            binding.bind_cpu_input(COUNT_CLIPPED, np.array([counts]))
+        for output in self._outputs:
+            binding.bind_output(output, "cpu")
         run_bound(self.session, binding, tokens.shape[1])
         # The buffers are outputs too, and need no objects of Python's for each call.
-        logits: NDArray[np.float32] = binding.get_outputs_as_ortvaluevector()[0].numpy()
+        outputs = binding.get_outputs_as_ortvaluevector()
+        if self.clipped is not None and counts:
+            self.clipped.add(outputs[1].numpy())
+        logits: NDArray[np.float32] = outputs[0].numpy()
         return logits
 
     def _make_room(self, lengths: NDArray[np.int64], sequence: int, first_row: int = 0) -> None:
@@ -342,6 +360,10 @@ class StaticSequences:
         prefix = self.manifest.prefix_length
         if prefix + own > self.buffers[0].shape[2]:
             self._resize(self._slots(own))
+
+    @property
+    def _outputs(self) -> tuple[str, ...]:
+        return ("logits",) if self.clipped is None else ("logits", CLIPPED)
 
     @property
     def _growing(self) -> bool:
@@ -364,7 +386,8 @@ class StaticSequences:
         key = (rows.start, rows.stop)
         if key not in self._bindings:
             self._synchronize()
-            self._bindings[key] = _bound(self.session, self.manifest, [buffer[rows] for buffer in self.buffers])
+            buffers = [buffer[rows] for buffer in self.buffers]
+            self._bindings[key] = _bound(self.session, self.manifest, self._outputs, buffers)
         return self._bindings[key]
 
     def _synchronize(self) -> None:
@@ -390,10 +413,11 @@ def run_failure(error: Exception, sequence: int) -> EngineError:
     return EngineError(f"ONNX Runtime fails on {sequence} tokens: {str(error).splitlines()[0]}")
 
 
-def _bound(session: Any, manifest: Manifest, buffers: list[torch.Tensor]) -> Any:
+def _bound(session: Any, manifest: Manifest, outputs: Sequence[str], buffers: list[torch.Tensor]) -> Any:
     """Return a binding in which every buffer is both past and present; it does not keep the buffers alive."""
     binding = session.io_binding()
-    binding.bind_output("logits", "cpu")  # the first output, whatever is bound later
+    for output in outputs:  # the first outputs, in this order, whatever is bound later
+        binding.bind_output(output, "cpu")
     for (past, present), buffer in zip(_cache_names(manifest), buffers, strict=True):
         assert buffer.is_contiguous(), "a graph writes into one piece of memory"
         device = (buffer.device.type, buffer.device.index or 0)

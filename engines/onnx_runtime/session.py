@@ -3,7 +3,7 @@
 import threading
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ from spike_export.artifacts.manifest import DATA_FILE, GRAPH_FILE, Manifest, loa
 from spike_export.artifacts.threads import allowed_threads
 from spike_export.calibration.decoder.perplexity import with_bos
 from spike_export.engines.onnx_runtime.all_logits import all_logits_graph
+from spike_export.engines.onnx_runtime.clipped_activations import ClippedActivations
 from spike_export.engines.onnx_runtime.denormals import denormals_flushed
 from spike_export.engines.onnx_runtime.exact_products import request_exact_products
-from spike_export.engines.onnx_runtime.generation_graph import generation_graph
+from spike_export.engines.onnx_runtime.generation_graph import GenerationGraph, generation_graph
 from spike_export.engines.onnx_runtime.sequences import (
     CACHE_TYPES,
     DynamicSequences,
@@ -34,8 +35,9 @@ _SPIN_MICROSECONDS = "50"
 """How long an idle thread looks for work before it sleeps: long enough for the gap between two operators."""
 
 _shared: "weakref.WeakValueDictionary[tuple[object, ...], Any]" = weakref.WeakValueDictionary()
-_prefixes: "weakref.WeakKeyDictionary[Any, Mapping[str, NDArray[Any]] | None]" = weakref.WeakKeyDictionary()
-"""Session → what its graph leaves to the caller. Sequences hold the session alone, so that it is what lives."""
+_graphs: "weakref.WeakKeyDictionary[Any, GenerationGraph]" = weakref.WeakKeyDictionary()
+"""Session → its graph without the bytes: what it leaves to the caller. Sequences hold the session alone, so that it is
+what lives."""
 _sharing = threading.Lock()
 
 
@@ -46,12 +48,16 @@ class BundleSession:
     Attributes:
         provider: Where it computes and keeps its caches.
         prefix: Of a lowered graph (`GenerationGraph`): cache input → keys or values of the prefix.
+        groups: Of a graph that counts clipped activations (`GenerationGraph`).
+        sample_clipping: Share of the calls over a static cache that count them.
     """
 
     manifest: Manifest
     session: Any
     provider: Provider = "cpu"
     prefix: Mapping[str, NDArray[Any]] | None = None
+    groups: tuple[str, ...] = ()
+    sample_clipping: float = 0.0
 
     def prefill(self, content: NDArray[np.int64]) -> NDArray[np.float32]:
         """Run fresh sequences in one call and return the logits [batch, tokens, vocab] of the content's tokens.
@@ -86,7 +92,8 @@ class BundleSession:
     def begin(self, batch: int) -> Sequences:
         """Return `batch` sequences without tokens; their BOS, where the prefix holds none, is the caller's to feed."""
         if self.manifest.kv_cache == "static":
-            return StaticSequences.begin(self.session, self.manifest, batch, self.provider, self.prefix)
+            clipped = ClippedActivations(self.groups, self.sample_clipping) if self.groups else None
+            return StaticSequences.begin(self.session, self.manifest, batch, self.provider, self.prefix, clipped)
         return DynamicSequences.begin(self.session, self.manifest, batch, self.provider)
 
 
@@ -150,7 +157,12 @@ def open_bundle(bundle: Path, threads: int = 0, *, all_logits: bool = False) -> 
 
 
 def open_for_generation(
-    bundle: Path, threads: int = 0, provider: Provider = "cpu", *, lowering: bool = True
+    bundle: Path,
+    threads: int = 0,
+    provider: Provider = "cpu",
+    *,
+    lowering: bool = True,
+    sample_clipping: float = 0.0,
 ) -> BundleSession:
     """Load a bundle's graph as generation runs it (`generation_graph`).
 
@@ -162,6 +174,7 @@ def open_for_generation(
         threads: For one operator; 0 for as many as this process is allowed, else one per core.
         provider: Where to compute.
         lowering: Use operators of ONNX Runtime's own where the CPU computes.
+        sample_clipping: Share of the calls that count clipped activations; 0 for a graph that cannot.
 
     Raises:
         ArtifactError: The manifest cannot be read.
@@ -170,16 +183,29 @@ def open_for_generation(
     """
     manifest = runnable_manifest(bundle)
     require_provider(provider)
+    clipping = sample_clipping != 0
+    if clipping and manifest.kv_cache != "static":
+        raise EngineError(
+            f"{bundle}: clipped activations are counted over a static cache; export with --kv-cache static"
+        )
     stamps = ((bundle / name).stat() for name in (GRAPH_FILE, DATA_FILE))
     lowering = lowering and provider == "cpu"
-    key = (bundle.resolve(), *((stamp.st_ino, stamp.st_mtime_ns) for stamp in stamps), threads, provider, lowering)
+    key = (
+        bundle.resolve(),
+        *((stamp.st_ino, stamp.st_mtime_ns) for stamp in stamps),
+        threads,
+        provider,
+        lowering,
+        clipping,
+    )
     with _sharing:
         session = _shared.get(key)
         if session is None:
-            graph = generation_graph(bundle, manifest, lowering=lowering)
+            graph = generation_graph(bundle, manifest, lowering=lowering, clipping=clipping)
             session = _session(bundle, graph.serialized, threads, provider)
-            _shared[key], _prefixes[session] = session, graph.prefix
-    return BundleSession(manifest, session, provider, _prefixes[session])
+            _shared[key], _graphs[session] = session, replace(graph, serialized=b"")
+    graph = _graphs[session]
+    return BundleSession(manifest, session, provider, graph.prefix, graph.groups, sample_clipping)
 
 
 def require_provider(provider: str) -> None:

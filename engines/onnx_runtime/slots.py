@@ -1,6 +1,6 @@
 """Sequences that come and go in ONNX Runtime, over either cache."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -54,6 +54,11 @@ class StaticSlots:
     def longest_prompt(self) -> int:
         """See `Slots`."""
         return self.context
+
+    @property
+    def clipped(self) -> Mapping[str, tuple[int, int]]:
+        """See `CountingSlots`."""
+        return {} if self.sequences.clipped is None else self.sequences.clipped.counts
 
     def admit(self, row: int, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
         """See `Slots`."""

@@ -1,6 +1,6 @@
 """Sequences in progress over an engine's rows: a turn of the scheduler computed, drawn and turned into text."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,7 +12,7 @@ from spike_export.artifacts.errors import EngineError, one_line
 from spike_export.engines.generation.generated_text import Piece, Row, TokenLogprob
 from spike_export.engines.generation.options import GenerationOptions
 from spike_export.engines.generation.sampling import Sampler, seen_tokens
-from spike_export.engines.generation.slots import KeyValues, SavingSlots, Slots, WatchedSlots
+from spike_export.engines.generation.slots import CountingSlots, KeyValues, SavingSlots, Slots, WatchedSlots
 from spike_export.serving.scheduling.limits import Limits
 from spike_export.serving.scheduling.prefix_store import PrefixStore
 from spike_export.serving.scheduling.scheduler import Part, Scheduler
@@ -155,6 +155,11 @@ class Batch:
     def waiting(self) -> int:
         """Number of sequences without one."""
         return self._scheduler.waiting
+
+    @property
+    def clipped(self) -> Mapping[str, tuple[int, int]]:
+        """Activations that were clipped; see `CountingSlots`."""
+        return self._slots.clipped if isinstance(self._slots, CountingSlots) else {}
 
     def submit(self, key: int, work: Work) -> None:
         """Let a sequence take part from the next turn on, or as soon as a row is free.

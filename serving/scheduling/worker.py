@@ -2,7 +2,7 @@
 
 import gc
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from queue import Empty, SimpleQueue
@@ -67,12 +67,19 @@ class Worker:
     @property
     def running(self) -> int:
         """Number of sequences with a row."""
-        return self._batch.running if self._batch is not None else 0
+        batch = self._batch  # the thread may let it go meanwhile
+        return 0 if batch is None else batch.running
 
     @property
     def waiting(self) -> int:
         """Number of sequences without one, those on their way to the thread included."""
         return max(0, self._taken - self.running)
+
+    @property
+    def clipped(self) -> Mapping[str, tuple[int, int]]:
+        """Activations that were clipped since the runtime was opened; see `CountingSlots`."""
+        batch = self._batch
+        return {} if batch is None else batch.clipped
 
     def submit(self, works: Sequence[Work], deliver: Deliver) -> Ticket:
         """Let the sequences of a request be generated, all or none.

@@ -64,12 +64,12 @@ class Running:
 
 
 @contextmanager
-def running(bundle: Path, threads: int | None = 1, **changes: Any) -> Iterator[Running]:
+def running(bundle: Path, threads: int | None = 1, sample_clipping: float = 0.0, **changes: Any) -> Iterator[Running]:
     """Serve a bundle or a plan on a free port until the block ends; its engine starts at once, in this process."""
     log: list[tuple[str, dict[str, Any]]] = []
     defaults = {"rows": 4, "queue": 16, "drain": 1, "engine_process": False}
     settings = Settings(model="tiny", port=0, **defaults | changes)
-    choice = RuntimeChoice.of(bundle, threads=threads)
+    choice = RuntimeChoice.of(bundle, threads=threads, sample_clipping=sample_clipping)
     service = open_service(choice, settings, lambda event, fields: log.append((event, fields)))
     with served_meanwhile(service) as url:
         yield Running(service, url, log)
