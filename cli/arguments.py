@@ -351,11 +351,11 @@ class ServerArguments:
     "Seconds that running requests get after SIGTERM (default: 30)."
 
     allow_origin: Annotated[tuple[str, ...], Parameter(negative="")] = ()
-    "Web origin whose pages may ask, such as https://example.com; repeat the option for several (default: none)."
+    "Web origin whose pages may ask, such as https://example.com, or * for all; repeat it for several (default: none)."
 
     engine_process: bool | None = None
     """Compute in a process of its own, so that a crash of native code does not end the server (default: yes; no saves
-    about 200 MB)."""
+    about 100 MB)."""
 
 
 @Parameter(name="*", group=_LOAD)

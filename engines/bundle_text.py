@@ -61,7 +61,8 @@ def default_options(bundle: Path, manifest: Manifest, tokenizer: Any) -> Generat
         eos = given.get("eos_token_id")
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise EngineError(f"{path}: not a JSON object ({one_line(error)}); export the bundle again") from error
-    known = {field.name for field in fields(GenerationOptions)} - {"eos_token_ids", "stop_strings", "logprobs"}
+    told = {"logprobs", "logprobs_as_drawn"}
+    known = {field.name for field in fields(GenerationOptions)} - {"eos_token_ids", "stop_strings", *told}
     # What transformers' generate() takes where neither file nor caller gives a top k.
     values: dict[str, Any] = {"top_k": 50}
     values |= {name: value for name, value in given.items() if name in known and value is not None}

@@ -13,7 +13,8 @@ from starlette.responses import HTMLResponse, PlainTextResponse, Response
 
 from spike_export.serving.llama_cpp.completion import Completion
 from spike_export.serving.llama_cpp.state import ServerState
-from spike_export.serving.middleware import BodyLimit, KeyCheck, RequestRecord
+from spike_export.serving.llama_cpp.template import Template
+from spike_export.serving.middleware import AnyOrigin, BodyLimit, KeyCheck, RequestRecord
 from spike_export.serving.openai.chat import ChatCompletions
 from spike_export.serving.openai.completions import Completions
 from spike_export.serving.openai.errors import RequestError
@@ -58,7 +59,7 @@ def create_app(service: Service) -> FastAPI:
 
 
 def _add_routes(app: FastAPI, service: Service) -> None:
-    tokens, state, server_state = Tokens(service), State(service), ServerState(service)
+    tokens, template, state, server_state = Tokens(service), Template(service), State(service), ServerState(service)
     chat, completion, responses = ChatCompletions(service), Completion(service), Responses(service)
     posts: dict[str, Callable[..., Any]] = {
         "/v1/chat/completions": chat.create,
@@ -70,6 +71,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         "/responses": responses.create,
         "/tokenize": tokens.tokenize,
         "/detokenize": tokens.detokenize,
+        "/apply-template": template.apply,
     }
     gets: dict[str, Callable[..., Any]] = {
         "/v1/models": state.models,
@@ -78,6 +80,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         "/slots": server_state.slots,
         "/v1/models/{name:path}": state.model,
         "/health": state.live,
+        "/v1/health": state.live,
         "/v1/health/live": state.live,
         "/ready": state.ready,
         "/v1/health/ready": state.ready,
@@ -103,7 +106,9 @@ def _add_middleware(app: FastAPI, service: Service) -> None:
     app.add_middleware(BodyLimit, most=settings.max_body)
     if settings.api_keys:
         app.add_middleware(KeyCheck, keys=settings.api_keys)
-    if settings.allowed_origins:
+    if "*" in settings.allowed_origins:
+        app.add_middleware(AnyOrigin)
+    elif settings.allowed_origins:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(settings.allowed_origins),

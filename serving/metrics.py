@@ -13,7 +13,7 @@ from spike_export.serving.scheduling.limits import Limits
 from spike_export.serving.scheduling.worker import Worker
 
 if TYPE_CHECKING:
-    from spike_export.serving.scheduling.answer import Answer
+    from spike_export.serving.scheduling.answer import Answer, Progress
 
 PREFIX = "spike_export:"
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -54,8 +54,8 @@ class Metrics:
         """Return all figures in Prometheus' text format."""
         return generate_latest(self._registry)
 
-    async def observed(self, answer: "Answer", prompts: list[int]) -> AsyncIterator[tuple[int, Piece]]:
-        """Pass a request's pieces on and count them; `prompts` has the prompt tokens of each sequence."""
+    async def observed(self, answer: "Answer", prompts: list[int]) -> "AsyncIterator[tuple[int, Piece | Progress]]":
+        """Pass on what comes of a request, and count its pieces; `prompts` has the prompt tokens of each sequence."""
         begun = time.perf_counter()
         before: dict[int, float] = {}
         counts = [0] * len(prompts)
@@ -63,6 +63,9 @@ class Metrics:
             self._prompt.inc(tokens)
             self._prompt_sizes.observe(tokens)
         async for number, piece in answer.pieces():
+            if not isinstance(piece, Piece):
+                yield number, piece
+                continue
             now = time.perf_counter()
             if number in before:
                 self._between.observe(now - before[number])

@@ -8,13 +8,15 @@ from collections.abc import Sequence
 from uuid import uuid4
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from spike_export.serving.openai.errors import RequestError
 from spike_export.serving.openai.exchange import JsonAnswer
 from spike_export.serving.service import Log
 
-OPEN_PATHS = frozenset({"/", "/health", "/ready", "/v1/health/live", "/v1/health/ready"})
+OPEN_PATHS = frozenset({"/", "/health", "/ready", "/v1/health", "/v1/health/live", "/v1/health/ready"})
 """Answered without a key: what a load balancer asks, and the page, which asks its reader for a key."""
 
 BODY_SECONDS = 60.0
@@ -76,6 +78,23 @@ class KeyCheck:
             shown = headers.get("x-api-key", "")
         matches = [hmac.compare_digest(shown.strip().encode(), key) for key in self._keys]
         return any(matches)
+
+
+class AnyOrigin(CORSMiddleware):
+    """Lets pages of every origin ask, in the words of llama.cpp's server: each origin by its name, all headers by `*`.
+
+    Browsers do not count `Authorization` among all headers: pages that show a key need their origin named.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        methods = ("GET", "POST", "DELETE", "OPTIONS")
+        super().__init__(app, allow_origins=["*"], allow_methods=methods, allow_headers=["*"], allow_credentials=True)
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        """See `CORSMiddleware`."""
+        answer = super().preflight_response(request_headers)
+        answer.headers["Access-Control-Allow-Headers"] = "*"
+        return answer
 
 
 class BodyLimit:

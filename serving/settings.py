@@ -26,7 +26,7 @@ class Settings:
         max_body: Largest body of a request.
         timeout: Longest time for the answer to a request.
         drain: Time that running requests get after SIGTERM.
-        allowed_origins: Web origins whose pages may ask; none by default.
+        allowed_origins: Web origins whose pages may ask, `*` for all; none by default.
         engine_process: Whether the runtime computes in a process of its own, so that a crash of native code ends that
             process and not the server.
     """

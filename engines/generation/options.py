@@ -15,7 +15,7 @@ LOWEST_TEMPERATURE = 1e-4
 
 _INTEGERS = ("max_new_tokens", "top_k", "seed", "logprobs")
 _NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
-_SWITCHES = ("do_sample", "ignore_eos")
+_SWITCHES = ("do_sample", "ignore_eos", "logprobs_as_drawn")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,12 +33,14 @@ class GenerationOptions:
             none.
         presence_penalty: Taken from the logits of tokens that have been drawn for the row; 0 for none.
         frequency_penalty: Taken from the logit of a token once for each time that it has been drawn; 0 for none.
-        logit_bias: (token, what is added to its logit).
+        logit_bias: (token, what is added to its logit); minus infinity for a token that is never drawn.
         seed: Of the draws; None for another one each time. Row i of a batch draws as a sequence alone with seed + i.
         stop_strings: The text ends before the first of them; a single string may be given as it is.
         eos_token_ids: Tokens that end a sequence.
         ignore_eos: Go on behind them, for measurements.
         logprobs: None for none; k for the log-probability of every drawn token and of the k most probable ones.
+        logprobs_as_drawn: Log-probabilities of the distribution that is drawn from, behind biases, penalties,
+            temperature and filters; otherwise those of the model itself.
     """
 
     max_new_tokens: int = 128
@@ -56,6 +58,7 @@ class GenerationOptions:
     eos_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    logprobs_as_drawn: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.stop_strings, str):  # each of its letters would be one
@@ -75,7 +78,12 @@ class GenerationOptions:
             ("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "above 0"),
             ("presence_penalty", self.presence_penalty, math.isfinite(self.presence_penalty), "a finite number"),
             ("frequency_penalty", self.frequency_penalty, math.isfinite(self.frequency_penalty), "a finite number"),
-            ("logit_bias", self.logit_bias, _are_biases(self.logit_bias), "pairs of a token and a finite number"),
+            (
+                "logit_bias",
+                self.logit_bias,
+                _are_biases(self.logit_bias),
+                "pairs of a token and a finite number",
+            ),
             ("seed", self.seed, self.seed is None or 0 <= self.seed < 2**62, "0 to 2^62 - 1"),
             ("logprobs", self.logprobs, self.logprobs is None or self.logprobs >= 0, "at least 0"),
             ("stop_strings", self.stop_strings, all(self.stop_strings), "no empty string"),
@@ -101,7 +109,7 @@ class GenerationOptions:
 
 def _are_biases(pairs: object) -> bool:
     return isinstance(pairs, tuple) and all(
-        isinstance(token, int) and token >= 0 and isinstance(bias, (int, float)) and math.isfinite(bias)
+        isinstance(token, int) and token >= 0 and isinstance(bias, (int, float)) and -math.inf <= bias < math.inf
         for token, bias in pairs
     )
 

@@ -47,8 +47,8 @@ class PromptEncoder:
         self._process.close()
 
     @cached_property
-    def _process(self) -> BoundedProcess[tuple[Any, int, Tools], NDArray[np.int64]]:
-        return BoundedProcess(lambda request: self._encoded(*request))
+    def _process(self) -> BoundedProcess[tuple[str, tuple[Any, ...]], Any]:
+        return BoundedProcess(lambda request: getattr(self, request[0])(*request[1]))
 
     def encode(self, prompts: Prompt | Sequence[Prompt], tools: Tools = ()) -> list[NDArray[np.int64]]:
         """Return each prompt's tokens [tokens], at least one.
@@ -69,11 +69,25 @@ class PromptEncoder:
             )
         if not len(several):
             raise EngineError("there is no prompt; give at least one")
-        return [self._within_budget(prompt, row, tools) for row, prompt in enumerate(several)]
+        return [self._within_budget(row, "_encoded", prompt, row, tools) for row, prompt in enumerate(several)]
 
-    def _within_budget(self, prompt: Any, row: int, tools: Tools) -> NDArray[np.int64]:
+    def render(self, chat: Chat, tools: Tools = (), *, asks: bool = True) -> str:
+        """Return a chat as the model's template writes it.
+
+        Args:
+            chat: The messages.
+            tools: Functions that the model may call.
+            asks: Whether the beginning of the model's answer stands at the end.
+
+        Raises:
+            EngineError: The chat cannot be used.
+        """
+        text: str = self._within_budget(0, "_rendered", chat, 0, tools, asks)
+        return text
+
+    def _within_budget(self, row: int, method: str, *arguments: Any) -> Any:
         try:
-            return self._process.ask((prompt, row, tools))
+            return self._process.ask((method, arguments))
         except BudgetError as error:
             raise EngineError(
                 f"prompt {row}: the bundle's chat template or tokenizer {error}; shorten the prompt, or export from a "
@@ -116,6 +130,10 @@ class PromptEncoder:
         return tokens[1:] if repeated else tokens
 
     def _of_chat(self, chat: Chat, row: int, tools: Tools) -> NDArray[np.int64]:
+        text = self._rendered(chat, row, tools, asks=True)
+        return self._without_second_bos(self._tokenized(text, row, add_special_tokens=False))
+
+    def _rendered(self, chat: Chat, row: int, tools: Tools, asks: bool) -> str:
         if not isinstance(chat, Sequence) or not all(isinstance(message, Mapping) for message in chat):
             raise EngineError(f"prompt {row} is no text, no list of messages and no array of tokens; give one of these")
         if not chat:
@@ -126,14 +144,14 @@ class PromptEncoder:
                 "model"
             )
         try:
-            text = self.tokenizer.apply_chat_template(
-                list(chat), tools=list(tools) or None, tokenize=False, add_generation_prompt=True
+            text: str = self.tokenizer.apply_chat_template(
+                list(chat), tools=list(tools) or None, tokenize=False, add_generation_prompt=asks
             )
         except MemoryError:
             raise
         except Exception as error:  # templates raise jinja's errors, and whatever their expressions run into
             raise EngineError(f"prompt {row}: the chat template refuses it ({one_line(error)}); correct it") from error
-        return self._without_second_bos(self._tokenized(text, row, add_special_tokens=False))
+        return text
 
     def _tokenized(self, text: str, row: int, *, add_special_tokens: bool = True) -> NDArray[np.int64]:
         try:

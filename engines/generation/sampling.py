@@ -30,8 +30,9 @@ class Drawn(NamedTuple):
 
     Attributes:
         tokens: [rows] int64.
-        logprobs: [rows] float32, of the model itself, before penalty, temperature and filters; None when not asked for.
-        top_tokens: [rows, k] int64, the model's k most probable tokens, best first; None when not asked for.
+        logprobs: [rows] float32, of the model itself, before penalty, temperature and filters, unless the options ask
+            for those behind; None when not asked for.
+        top_tokens: [rows, k] int64, the k most probable tokens, best first; None when not asked for.
         top_logprobs: [rows, k] float32, theirs.
     """
 
@@ -95,12 +96,20 @@ class Sampler:
             self._counts.scatter_add_(1, tokens[:, None], torch.ones_like(tokens[:, None], dtype=torch.float32))
         if options.logprobs is None:
             return Drawn(tokens)
-        logprobs = logits.log_softmax(dim=-1)
+        logprobs = self._logprobs(logits, scores, tokens)
         own = logprobs.gather(1, tokens[:, None])[:, 0]
         if options.logprobs == 0:
             return Drawn(tokens, own)
         best = logprobs.topk(min(options.logprobs, logits.shape[-1]), dim=-1)
         return Drawn(tokens, own, best.indices, best.values)
+
+    def _logprobs(self, logits: torch.Tensor, scores: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Return [rows, vocab], of the model or of what tokens [rows] were drawn from."""
+        if not self._options.logprobs_as_drawn:
+            return logits.log_softmax(dim=-1)
+        if self._draws is None:
+            return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
+        return filtered(scores, self._options).log_softmax(dim=-1)
 
     def _chosen(self, scores: torch.Tensor) -> torch.Tensor:
         """Return [rows] tokens: the best ones, or those that are drawn."""

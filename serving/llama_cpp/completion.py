@@ -1,5 +1,6 @@
 """`/completion` of llama.cpp's server: text that follows a text, in its shape."""
 
+import math
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
@@ -11,11 +12,11 @@ from starlette.responses import Response
 from spike_export.engines.generation.generated_text import Generation, Piece, TokenLogprob
 from spike_export.serving.llama_cpp.completion_form import CompletionForm
 from spike_export.serving.openai.errors import RequestError
-from spike_export.serving.openai.exchange import answered, observed, timings
+from spike_export.serving.openai.exchange import answered, followed, timings, told_progress
 from spike_export.serving.openai.json_text import event_bytes
 from spike_export.serving.openai.logprobs import chat_logprob
 from spike_export.serving.openai.requests import encoded, new_tokens, plain_tokens, require_model, works_of
-from spike_export.serving.scheduling.answer import Answer
+from spike_export.serving.scheduling.answer import Answer, Progress
 from spike_export.serving.scheduling.batch import Work
 from spike_export.serving.service import Service
 
@@ -64,8 +65,12 @@ class Completion:
         return new_tokens(self._service, prompt_tokens, None, room if asked < 0 else min(asked, room), "n_predict")
 
     async def _events(self, told: Sequence["_Told"], answer: Answer, works: Sequence[Work]) -> AsyncIterator[bytes]:
-        async for number, piece in observed(self._service, answer, works):
+        async for number, piece in followed(self._service, answer, works):
             one = told[number]
+            if isinstance(piece, Progress):
+                if one.form.return_progress:
+                    yield event_bytes(one.event() | told_progress(piece))
+                continue
             yield event_bytes(one.piece(piece))
             if piece.finish_reason is not None:
                 yield event_bytes(one.end(piece.finish_reason, answer) | {"content": "", "tokens": []})
@@ -75,30 +80,34 @@ class _Told:
     """One prompt's answer as it is told: piece by piece, and at its end."""
 
     def __init__(self, service: Service, form: CompletionForm, number: int, work: Work) -> None:
-        self._service, self._form, self._number, self._work = service, form, number, work
+        self._service, self.form, self._number, self._work = service, form, number, work
         self._text, self._tokens = "", list[int]()
 
     def piece(self, piece: Piece) -> dict[str, Any]:
         """Return the event of the next piece."""
         self._text += piece.text
         self._tokens.append(piece.token_id)
+        found = [] if piece.logprob is None else [piece.logprob]
+        return self.event(piece.text, piece.token_id) | self._probabilities(found)
+
+    def event(self, text: str = "", *tokens: int) -> dict[str, Any]:
+        """Return an event before the end, with what it adds."""
         counts = {"tokens_predicted": len(self._tokens), "tokens_evaluated": len(self._work.prompt)}
-        body = {"index": self._number, "content": piece.text, "tokens": [piece.token_id], "stop": False, **counts}
-        return body | self._probabilities([] if piece.logprob is None else [piece.logprob])
+        return {"index": self._number, "content": text, "tokens": list(tokens), "stop": False, **counts}
 
     def whole(self, found: Generation, answer: Answer) -> dict[str, Any]:
         """Return the answer in one piece, with the fields that are wanted."""
         self._text, self._tokens = found.text, list(found.token_ids)
-        tokens = list(found.token_ids) if self._form.return_tokens else []
+        tokens = list(found.token_ids) if self.form.return_tokens else []
         body = {"content": found.text, "tokens": tokens} | self.end(found.finish_reason, answer)
         body |= self._probabilities(found.logprobs or ())
-        wanted = self._form.response_fields
+        wanted = self.form.response_fields
         return {name: _inner(body, name) for name in wanted if _inner(body, name) is not None} if wanted else body
 
     def end(self, reason: str, answer: Answer) -> dict[str, Any]:
         """Return what is told at the end."""
         options, prompt, cached = self._work.options, len(self._work.prompt), answer.reused[self._number]
-        short = self._form.n_predict < 0 or self._form.n_predict > options.max_new_tokens
+        short = self.form.n_predict < 0 or self.form.n_predict > options.max_new_tokens
         ended_by_token = bool(self._tokens) and self._tokens[-1] in options.eos_token_ids
         text = self._service.model.tokenizer.backend_tokenizer
         return {
@@ -119,7 +128,7 @@ class _Told:
     def _settings(self) -> dict[str, Any]:
         options = self._work.options
         return {
-            "n_predict": self._form.n_predict,
+            "n_predict": self.form.n_predict,
             "seed": -1 if options.seed is None else options.seed,
             "temperature": options.temperature if options.do_sample else 0.0,
             "top_k": options.top_k,
@@ -128,18 +137,38 @@ class _Told:
             "repeat_penalty": options.repetition_penalty,
             "presence_penalty": options.presence_penalty,
             "frequency_penalty": options.frequency_penalty,
-            "logit_bias": [{"token": token, "bias": bias} for token, bias in options.logit_bias],
+            "logit_bias": [
+                {"token": token, "bias": bias if math.isfinite(bias) else None} for token, bias in options.logit_bias
+            ],
             "stop": list(options.stop_strings),
             "ignore_eos": options.ignore_eos,
-            "n_probs": self._form.n_probs,
-            "stream": bool(self._form.stream),
+            "n_probs": self.form.n_probs,
+            "stream": bool(self.form.stream),
         }
 
     def _probabilities(self, found: Sequence[TokenLogprob]) -> dict[str, Any]:
         if not found:
             return {}
         text = self._service.model.tokenizer.backend_tokenizer
-        return {"completion_probabilities": [chat_logprob(each, text) for each in found]}
+        entries = [chat_logprob(each, text) for each in found]
+        return {"completion_probabilities": _drawn(entries) if self.form.post_sampling_probs else entries}
+
+
+def _drawn(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return entries with probabilities in place of their logarithms; what cannot be drawn is left out."""
+    return [
+        _probability(entry) | {"top_probs": [_probability(top) for top in entry["top_logprobs"] if _possible(top)]}
+        for entry in entries
+    ]
+
+
+def _probability(entry: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {name: entry[name] for name in ("id", "token", "bytes")}
+    return kept | {"prob": math.exp(entry["logprob"])}
+
+
+def _possible(entry: Mapping[str, Any]) -> bool:
+    return math.exp(entry["logprob"]) > 0
 
 
 def _inner(body: Mapping[str, Any], name: str) -> Any:

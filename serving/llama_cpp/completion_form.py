@@ -1,6 +1,6 @@
 """The body of `/completion`: llama.cpp's names for what OpenAI's completions are asked for."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -20,17 +20,24 @@ class CompletionForm(SamplingForm):
         prompt: A text, a prompt in parts, or several of these.
         n_predict: Most new tokens; -1, as well as more than there is room for, stands for all that there is room for.
         n_probs: As many of the most probable tokens are told for each token.
-        post_sampling_probs: llama.cpp's probabilities behind the filters, which are not told here.
+        post_sampling_probs: Tell probabilities behind temperature and filters in place of the model's.
         response_fields: The fields of the answer that are wanted, inner ones behind a slash; all when empty.
     """
 
     prompt: str | Mixed | Annotated[list[str | Mixed], Field(min_length=1, max_length=_MOST_PROMPTS)]
     n_predict: Annotated[int, Field(ge=-1)] = -1
     n_probs: Annotated[int, Field(ge=0, le=20)] = 0
-    post_sampling_probs: Literal[False] = False
+    post_sampling_probs: bool = False
     return_tokens: bool = False
     response_fields: list[str] = Field(default_factory=list)
     n: Literal[1] | None = None
+
+    bars_ends: ClassVar[bool] = True
+
+    @property
+    def as_drawn(self) -> bool:
+        """See `SamplingForm`."""
+        return self.post_sampling_probs
 
     @property
     def prompts(self) -> list[str | list[int | str]]:

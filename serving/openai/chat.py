@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from spike_export.engines.generation.generated_text import Generation, Piece
 from spike_export.serving.openai.errors import RequestError
-from spike_export.serving.openai.exchange import Identity, answered, counts, observed
+from spike_export.serving.openai.exchange import Identity, answered, counts, followed, told_progress
 from spike_export.serving.openai.form import Form
 from spike_export.serving.openai.json_text import DONE, event_bytes
 from spike_export.serving.openai.logprobs import chat_logprob
@@ -26,7 +26,7 @@ from spike_export.serving.openai.tool_calls import (
     required_call,
     tool_format,
 )
-from spike_export.serving.scheduling.answer import Answer
+from spike_export.serving.scheduling.answer import Answer, Progress
 from spike_export.serving.scheduling.batch import Work
 from spike_export.serving.service import Service
 
@@ -225,7 +225,11 @@ class ChatCompletions:
         spellings = [_Spelling(number, self._reader(form, tools)) for number in range(len(works))]
         for number in range(len(works)):
             yield event_bytes(head | {"choices": [_delta(number, {"role": "assistant", "content": None})]})
-        async for number, piece in observed(self._service, answer, works):
+        async for number, piece in followed(self._service, answer, works):
+            if isinstance(piece, Progress):
+                if form.return_progress:
+                    yield event_bytes(head | {"choices": [_delta(number, {})]} | told_progress(piece))
+                continue
             generated += 1
             logprobs = self._logprobs(None if piece.logprob is None else (piece.logprob,))
             for choice in spellings[number].choices(piece, logprobs):

@@ -10,12 +10,12 @@ from starlette.responses import Response
 
 from spike_export.engines.generation.generated_text import Generation, Piece, TokenLogprob
 from spike_export.serving.openai.errors import RequestError
-from spike_export.serving.openai.exchange import Identity, answered, counts, observed
+from spike_export.serving.openai.exchange import Identity, answered, counts, followed, told_progress
 from spike_export.serving.openai.json_text import DONE, event_bytes
 from spike_export.serving.openai.logprobs import CompletionLogprobs
 from spike_export.serving.openai.requests import encoded, new_tokens, require_model, works_of
 from spike_export.serving.openai.sampling_form import SamplingForm
-from spike_export.serving.scheduling.answer import Answer
+from spike_export.serving.scheduling.answer import Answer, Progress
 from spike_export.serving.scheduling.batch import Work
 from spike_export.serving.service import Service
 
@@ -108,7 +108,12 @@ class Completions:
         self, form: CompletionForm, identity: Identity, answer: Answer, works: Sequence[Work], echoes: Sequence[str]
     ) -> AsyncIterator[bytes]:
         logprobs, generated, begun = [self._logprobs() for _ in works], 0, set[int]()
-        async for number, piece in observed(self._service, answer, works):
+        async for number, piece in followed(self._service, answer, works):
+            if isinstance(piece, Progress):
+                if form.return_progress:
+                    choices = [_choice(number, "", None, None)]
+                    yield event_bytes(identity.head() | {"choices": choices} | told_progress(piece))
+                continue
             generated += form.max_tokens != 0
             if form.echo and number not in begun:
                 begun.add(number)

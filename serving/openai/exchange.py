@@ -17,7 +17,7 @@ from spike_export.engines.generation.generated_text import Generation, Piece, jo
 from spike_export.serving.openai.errors import failed, timed_out
 from spike_export.serving.openai.json_text import event_bytes, json_bytes
 from spike_export.serving.openai.sampling_form import SamplingForm
-from spike_export.serving.scheduling.answer import Answer
+from spike_export.serving.scheduling.answer import Answer, Progress
 from spike_export.serving.scheduling.batch import Work
 from spike_export.serving.service import Service
 
@@ -171,9 +171,22 @@ async def guarded(service: Service, events: AsyncIterator[bytes]) -> AsyncGenera
         yield event_bytes(failed(error).body)
 
 
-def observed(service: Service, answer: Answer, works: Sequence[Work]) -> AsyncIterator[tuple[int, Piece]]:
-    """Return an answer's pieces, counted in the metrics."""
+def followed(service: Service, answer: Answer, works: Sequence[Work]) -> AsyncIterator[tuple[int, Piece | Progress]]:
+    """Return the progress of an answer's prompts, and its pieces, counted in the metrics."""
     return service.metrics.observed(answer, [len(work.prompt) for work in works])
+
+
+async def observed(service: Service, answer: Answer, works: Sequence[Work]) -> AsyncIterator[tuple[int, Piece]]:
+    """Yield an answer's pieces, counted in the metrics."""
+    async for number, piece in followed(service, answer, works):
+        if isinstance(piece, Piece):
+            yield number, piece
+
+
+def told_progress(progress: Progress) -> dict[str, Any]:
+    """Return llama.cpp's field of how far a prompt has been read."""
+    figures = {"total": progress.tokens, "cache": progress.reused, "processed": progress.read}
+    return {"prompt_progress": figures | {"time_ms": round(progress.seconds * 1e3)}}
 
 
 def counts(works: Sequence[Work], generated: int, answer: Answer, form: SamplingForm) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """From a form to the sequences that the engine is to generate."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,9 @@ from spike_export.serving.openai.format_form import Source
 from spike_export.serving.openai.sampling_form import SamplingForm, choices_of
 from spike_export.serving.scheduling.batch import Work
 from spike_export.serving.service import Service
+
+_MOST_TEXTS = 256
+"""Most texts that a logit bias may name."""
 
 
 def require_model(service: Service, name: str | None) -> None:
@@ -113,10 +117,11 @@ async def works_of(
             f"({service.places}); ask for fewer",
             param="n",
         )
+    biases = await _biases(service, form)
     begin = await _grammar(service, grammar or form.grammar)
     works = []
     for prompt, size in zip(prompts, sizes, strict=True):
-        options = form.options(service.model.defaults, size, logprobs)
+        options = form.options(service.model.defaults, size, logprobs, biases)
         try:
             require_vocabulary(options, service.model.manifest.vocab_size)
         except EngineError as error:
@@ -124,6 +129,24 @@ async def works_of(
         for each in choices_of(options, form.choices):
             works.append(Work(prompt, each, None if begin is None else begin.copy(), scored))
     return works
+
+
+async def _biases(service: Service, form: SamplingForm) -> dict[int, float]:
+    """Return what is added to the logit of each token.
+
+    Raises:
+        RequestError: A text cannot be used, or there are too many: each is encoded by itself.
+    """
+    found: dict[int, float] = {}
+    biases = form.biases
+    if sum(isinstance(name, str) for name, _ in biases) > _MOST_TEXTS:
+        raise RequestError(f"logit_bias names more than {_MOST_TEXTS} texts; give their tokens", param="logit_bias")
+    for name, bias in biases:
+        tokens = [name] if isinstance(name, int) else await plain_tokens(service, name)
+        found |= dict.fromkeys(tokens, bias)
+    if form.ignore_eos and form.bars_ends:
+        found |= dict.fromkeys(service.model.defaults.eos_token_ids, -math.inf)
+    return found
 
 
 async def _grammar(service: Service, source: Source | None) -> Grammar | None:

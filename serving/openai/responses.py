@@ -14,13 +14,13 @@ from starlette.responses import Response
 from spike_export.engines.generation.generated_text import FinishReason, Generation
 from spike_export.serving.openai.chat import Message
 from spike_export.serving.openai.errors import RequestError
-from spike_export.serving.openai.exchange import Identity, answered, observed
+from spike_export.serving.openai.exchange import Identity, answered, followed, timings, told_progress
 from spike_export.serving.openai.form import Form
 from spike_export.serving.openai.format_form import Source
 from spike_export.serving.openai.json_text import event_bytes
 from spike_export.serving.openai.requests import encoded, new_tokens, require_model, works_of
 from spike_export.serving.openai.sampling_form import SamplingForm
-from spike_export.serving.scheduling.answer import Answer
+from spike_export.serving.scheduling.answer import Answer, Progress
 from spike_export.serving.scheduling.batch import Work
 from spike_export.serving.service import Service
 
@@ -122,22 +122,27 @@ class Responses:
         yield event("response.output_item.added", output_index=0, item=told.item(None))
         yield event("response.content_part.added", **place, content_index=0, part=_part(""))
         text, generated, reason = "", 0, None
-        async for _, piece in observed(self._service, answer, works):
+        async for _, piece in followed(self._service, answer, works):
+            if isinstance(piece, Progress):
+                if told.form.return_progress:
+                    yield event("response.in_progress", response=told.begun(), **told_progress(piece))
+                continue
             text, generated, reason = text + piece.text, generated + 1, piece.finish_reason
             if piece.text:
-                yield event("response.output_text.delta", **place, content_index=0, delta=piece.text, logprobs=[])
+                delta = {"content_index": 0, "delta": piece.text, "logprobs": []}
+                yield event("response.output_text.delta", **place, **delta, **told.timings(generated, answer))
         yield event("response.output_text.done", **place, content_index=0, text=text, logprobs=[])
         yield event("response.content_part.done", **place, content_index=0, part=_part(text))
         yield event("response.output_item.done", output_index=0, item=told.item(text))
         whole = told.whole(text, generated, reason, answer.reused[0])
-        yield event(f"response.{whole['status']}", response=whole)
+        yield event(f"response.{whole['status']}", response=whole, **told.timings(generated, answer))
 
 
 class _Told:
     """A response as it is told: when it begins, and when it has ended."""
 
     def __init__(self, form: ResponseForm, identity: Identity, work: Work) -> None:
-        self._form, self._identity, self._work = form, identity, work
+        self.form, self._identity, self._work = form, identity, work
         self.item_id = f"msg_{identity.id}"
 
     def begun(self) -> dict[str, Any]:
@@ -163,6 +168,12 @@ class _Told:
         fields = self._fields("incomplete" if short else "completed")
         return fields | {"output": [self.item(text)], "usage": usage, "incomplete_details": details}
 
+    def timings(self, generated: int, answer: Answer) -> dict[str, Any]:
+        """Return llama.cpp's `timings` where the request asks for them."""
+        if not self.form.timings_per_token:
+            return {}
+        return {"timings": timings(len(self._work.prompt), answer.reused[0], generated, answer)}
+
     def _fields(self, status: str) -> dict[str, Any]:
         options = self._work.options
         return {
@@ -172,14 +183,14 @@ class _Told:
             "status": status,
             "error": None,
             "incomplete_details": None,
-            "instructions": self._form.instructions,
-            "max_output_tokens": self._form.max_output_tokens,
+            "instructions": self.form.instructions,
+            "max_output_tokens": self.form.max_output_tokens,
             "model": self._identity.service.settings.model,
             "parallel_tool_calls": False,
             "previous_response_id": None,
             "store": False,
             "temperature": options.temperature if options.do_sample else 0.0,
-            "text": {"format": self._form.text.format.model_dump(by_alias=True, exclude_none=True)},
+            "text": {"format": self.form.text.format.model_dump(by_alias=True, exclude_none=True)},
             "tool_choice": "none",
             "tools": [],
             "top_p": options.top_p,

@@ -1,10 +1,11 @@
 """The part of a request that says how to draw tokens and where to end."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
-from pydantic import AliasChoices, BeforeValidator, Field
+from pydantic import AliasChoices, Field
 
 from spike_export.artifacts.errors import EngineError
 from spike_export.engines.generation.options import LOWEST_TEMPERATURE, GenerationOptions
@@ -22,14 +23,14 @@ _ANY_SEED = (None, -1)
 """Another seed each time; vLLM and llama.cpp write -1."""
 
 StopText = Annotated[str, Field(min_length=1, max_length=1000)]
-TokenName = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
-"""A token's number as a key of JSON."""
+BiasedText = Annotated[str, Field(min_length=1, max_length=1000)]
+"""A token's number as a key of JSON; or, as llama.cpp has it, a text, all of whose tokens are meant."""
 
+Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
+BiasedPair = Annotated[tuple[Annotated[int, Field(ge=0)] | BiasedText, Bias], Field(strict=False)]
+"""llama.cpp's pair of a token, or a text, and a bias; JSON has lists for tuples."""
 
-def _by_name(biases: Any) -> Any:
-    """Return biases by the names of tokens where they are given as llama.cpp's pairs of a token and a bias."""
-    pairs = isinstance(biases, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in biases)
-    return {str(token): bias for token, bias in biases} if pairs else biases
+_TOKEN = re.compile(r"[0-9]{1,9}")
 
 
 class StreamOptions(Form):
@@ -42,7 +43,13 @@ class SamplingForm(Form):
     """Fields that every endpoint which generates has. What is absent is the bundle's default.
 
     A temperature of 0 takes the most probable token; any other one, and top p, top k, min p or a seed, draw.
+
+    Attributes:
+        bars_ends: Whether `ignore_eos` bars tokens that end a sequence, as llama.cpp does, or generation goes on behind
+            them, as OpenAI's clients of vLLM know it.
     """
+
+    bars_ends: ClassVar[bool] = False
 
     model: str | None = None
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
@@ -55,9 +62,7 @@ class SamplingForm(Form):
     ] = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] | None = None
-    logit_bias: Annotated[
-        dict[TokenName, Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]] | None, BeforeValidator(_by_name)
-    ] = None
+    logit_bias: dict[BiasedText, Bias] | list[BiasedPair] | None = None
     seed: int | None = None
     stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
     stop_token_ids: Annotated[list[int], Field(max_length=128)] | None = None
@@ -70,12 +75,25 @@ class SamplingForm(Form):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     timings_per_token: bool = False
+    return_progress: bool = False
     user: str | None = None
 
     @property
     def choices(self) -> int:
         """Answers to each prompt."""
         return self.n or 1
+
+    @property
+    def as_drawn(self) -> bool:
+        """Whether log-probabilities are those behind temperature and filters."""
+        return False
+
+    @property
+    def biases(self) -> list[tuple[int | str, float]]:
+        """What is added to the logits of a token, or of the tokens of a text."""
+        if isinstance(self.logit_bias, dict):
+            return [(int(name) if _TOKEN.fullmatch(name) else name, bias) for name, bias in self.logit_bias.items()]
+        return list(self.logit_bias or ())
 
     @property
     def grammar(self) -> Source | None:
@@ -105,8 +123,20 @@ class SamplingForm(Form):
         """Whether a stream ends with a chunk of token counts."""
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def options(self, defaults: GenerationOptions, new_tokens: int, logprobs: int | None) -> GenerationOptions:
+    def options(
+        self,
+        defaults: GenerationOptions,
+        new_tokens: int,
+        logprobs: int | None,
+        biases: Mapping[int, float],
+    ) -> GenerationOptions:
         """Return how to generate.
+
+        Args:
+            defaults: The bundle's.
+            new_tokens: Most of them.
+            logprobs: See `GenerationOptions`.
+            biases: Token → what is added to its logit.
 
         Raises:
             RequestError: A value cannot be used.
@@ -124,7 +154,8 @@ class SamplingForm(Form):
             "repetition_penalty": self.repetition_penalty,
             "presence_penalty": self.presence_penalty,
             "frequency_penalty": self.frequency_penalty,
-            "logit_bias": tuple((int(token), bias) for token, bias in (self.logit_bias or {}).items()),
+            "logit_bias": tuple(biases.items()),
+            "logprobs_as_drawn": self.as_drawn,
             **self._drawing(),
         }
         optional = {"logprobs", "seed"}

@@ -3,13 +3,31 @@
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
 from spike_export.artifacts.errors import EngineError
 from spike_export.engines.generation.generated_text import Piece, TokenLogprob
-from spike_export.serving.scheduling.batch import Event, Reused, Scored, Work
+from spike_export.serving.scheduling.batch import Event, Read, Reused, Scored, Work
 from spike_export.serving.scheduling.worker import Worker
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a prompt has been read.
+
+    Attributes:
+        tokens: Of the prompt.
+        reused: Of them, those that were at hand and not computed.
+        read: Those in the cache by now, the reused ones among them.
+        seconds: Since the request was submitted.
+    """
+
+    tokens: int
+    reused: int
+    read: int
+    seconds: float
 
 
 class Answer:
@@ -34,7 +52,7 @@ class Answer:
             works: The sequences, numbered from 0.
             timeout: Seconds until the last of them must have ended.
         """
-        self._worker, self._left = worker, len(works)
+        self._worker, self._works, self._left = worker, works, len(works)
         self.reused = [0] * len(works)
         self.scored: list[list[TokenLogprob]] = [[] for _ in works]
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
@@ -53,8 +71,8 @@ class Answer:
         if self._left:
             self._worker.cancel(self._ticket)
 
-    async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
-        """Yield (number of the sequence, piece) until every sequence has ended.
+    async def pieces(self) -> AsyncIterator[tuple[int, Piece | Progress]]:
+        """Yield (number of the sequence, progress of its prompt or piece) until every sequence has ended.
 
         Raises:
             EngineError: A sequence cannot go on.
@@ -67,6 +85,10 @@ class Answer:
                 raise event
             if isinstance(event, Reused):
                 self.reused[number] = event.tokens
+                yield number, self._progress(number, event.tokens)
+                continue
+            if isinstance(event, Read):
+                yield number, self._progress(number, event.tokens)
                 continue
             if isinstance(event, Scored):
                 self.scored[number].append(event.logprob)
@@ -75,6 +97,10 @@ class Answer:
             self.last = self._loop.time()
             self.first = self.first or self.last
             yield number, event
+
+    def _progress(self, number: int, read: int) -> Progress:
+        prompt, seconds = self._works[number].prompt, self._loop.time() - self.begun
+        return Progress(len(prompt), self.reused[number], read, seconds)
 
     def _deliver(self, number: int, event: Event) -> None:
         with suppress(RuntimeError):  # the loop has closed: nobody waits any more

@@ -70,7 +70,14 @@ class Reused:
     tokens: int
 
 
-Event = Reused | Scored | Piece | EngineError
+@dataclass(frozen=True)
+class Read:
+    """How many tokens of a prompt are in its row; comes with each part."""
+
+    tokens: int
+
+
+Event = Reused | Read | Scored | Piece | EngineError
 """What a turn adds to a sequence: a piece, the last of which says why it ended; or why it cannot go on."""
 
 
@@ -191,6 +198,7 @@ class Batch:
             logits = self._read(part)
             if first:
                 events.append((part.key, Reused(part.reused)))
+            events.append((part.key, Read(part.stop)))
             if part.last:
                 events += self._draw([part.key], logits[None])
         decoding = self._scheduler.decoding()

@@ -1,10 +1,12 @@
 """What clients of llama.cpp's server rely on: its endpoints, and its fields of OpenAI's."""
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 
 from spike_export.engines.engine import Engine
@@ -103,16 +105,91 @@ def test_biases_penalties_and_seeds(server: Running, text: str) -> None:
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+def test_biases_of_texts(server: Running) -> None:
+    """All tokens of a text are meant; a number is a token as a key of an object, and a text in a pair."""
+    plain = asked(server, **ASK)["generation_settings"]["logit_bias"]
+    assert plain == []
+    (number,) = asked(server, "/tokenize", content="6")["tokens"]
+    for given, expected in (
+        ([["AB", -1]], {67: -1, 68: -1}),
+        ({"AB": -1, "70": 2}, {67: -1, 68: -1, 70: 2}),
+        ([["6", 1]], {number: 1}),
+    ):
+        found = asked(server, **ASK, logit_bias=given)["generation_settings"]["logit_bias"]
+        assert {entry["token"]: entry["bias"] for entry in found} == expected
+    assert asked(server, **ASK, logit_bias=[["A", 100]], ignore_eos=True)["content"] == "A" * 8
+
+
+def test_ends_that_are_ignored_are_never_drawn(server: Running) -> None:
+    (end,) = server.service.model.defaults.eos_token_ids
+    found = asked(server, **ASK, ignore_eos=True, logit_bias=[[end, 100]], return_tokens=True)
+    assert found["generation_settings"]["logit_bias"] == [{"token": end, "bias": None}]
+    assert end not in found["tokens"]
+
+
+def test_probabilities_behind_the_filters(server: Running) -> None:
+    ask = ASK | {"temperature": 0.7, "seed": 1, "top_k": 3, "min_p": 0.0, "n_probs": 5, "post_sampling_probs": True}
+    found = asked(server, **ask)["completion_probabilities"]
+    model = asked(server, **ask | {"post_sampling_probs": False})["completion_probabilities"]
+    for each, before in zip(found, model, strict=True):
+        best = [top["logprob"] / 0.7 for top in before["top_logprobs"][:3]]
+        weights = [math.exp(value) for value in best]
+        assert [top["prob"] for top in each["top_probs"]] == pytest.approx(
+            [w / sum(weights) for w in weights], rel=1e-4
+        )
+        assert each["prob"] == next(top["prob"] for top in each["top_probs"] if top["id"] == each["id"])
+    (sure, *_) = asked(server, **ASK, n_probs=5, post_sampling_probs=True)["completion_probabilities"]
+    assert [top["prob"] for top in sure["top_probs"]] == [sure["prob"]] == [1.0]
+
+
+@pytest.mark.parametrize("path", ["/chat/completions", "/completion", "/v1/completions", "/responses"])
+def test_progress_of_a_prompt(server: Running, path: str) -> None:
+    """Told before anything is computed, where reused tokens count, and behind each part of 128 tokens."""
+    text = f"{path} " * 9 + "x" * (150 - 9 * len(f"{path} "))
+    body = {"messages": [{"role": "user", "content": text}], "prompt": text, "input": text}
+    body = {name: body[name] for name in ({"chat": "messages", "resp": "input"}.get(path[1:5], "prompt"),)}
+    for asked_before in (False, True):
+        events = list(streamed(server, path, **body, return_progress=True, timings_per_token=True))
+        progress = [event["prompt_progress"] for event in events if "prompt_progress" in event]
+        total, cached = progress[0]["total"], progress[0]["cache"]
+        assert total >= 150
+        assert cached == (total // 32 * 32 if asked_before else 0)
+        assert [each["processed"] for each in progress] == sorted({cached, *([] if asked_before else [128]), total})
+        assert all(each["time_ms"] >= 0 for each in progress)
+    assert not any("prompt_progress" in event for event in streamed(server, path, **body))
+
+
+def test_a_chat_as_the_template_writes_it(server: Running) -> None:
+    assert asked(server, "/apply-template", messages=SAY)["prompt"] == ("[system]Book\n[user]Which one?\n[assistant]")
+    bare = asked(server, "/apply-template", messages=SAY, add_generation_prompt=False)["prompt"]
+    assert bare == "[system]Book\n[user]Which one?\n"
+    assert server.post("/apply-template", json={"messages": []}).status_code == 400
+
+
+def test_pages_of_all_origins(bundle: Path) -> None:
+    with running(bundle, allowed_origins=("*",), api_keys=("secret",)) as server:
+        asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "Authorization"}
+        for origin in ("localhost", "web.mydomain.fr"):
+            answer = httpx2.options(f"{server.url}/completions", headers={"Origin": origin, **asks})
+            assert answer.status_code == 200
+            told = {name.removeprefix("access-control-allow-"): value for name, value in answer.headers.items()}
+            assert (told["origin"], told["credentials"]) == (origin, "true")
+            assert (told["methods"], told["headers"]) == ("GET, POST, DELETE, OPTIONS", "*")
+        assert server.get("/v1/health").status_code == 200
+        assert server.get("/models").status_code == 401
+
+
 @pytest.mark.parametrize(
     "changes",
     [
         {"n_predict": 0},
         {"n_predict": -2},
-        {"post_sampling_probs": True},
         {"prompt": []},
         {"prompt": [[]]},
         {"prompt": [5, 99999]},
-        {"logit_bias": [["word", 1]]},
+        {"logit_bias": [["", 1]]},
+        {"logit_bias": [[-1, 1]]},
+        {"logit_bias": {str(number) + " ": 1 for number in range(257)}},
         {"n": 2},
         {"grammar": "root ::= nothing"},
         {"grammar": "(" * 5000},
