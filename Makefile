@@ -14,6 +14,9 @@ LOWEST := .venv-lowest
 SBOM := .venv-sbom
 TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
 
+# Without compiled files each process that the tests start compiles the project again: a second of a processor each time.
+unexport PYTHONDONTWRITEBYTECODE
+
 # What dependencies compute, read and write; the job first, which fails on a single warning. Tests of the compiler, of
 # plans and of the command line's texts depend on few versions and are left to `make test`.
 ENDS := tests/cli/test_job.py tests/artifacts tests/checkpoint tests/calibration tests/export \

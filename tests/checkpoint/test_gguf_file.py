@@ -12,9 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from spike_export.artifacts.errors import CheckpointError
-from spike_export.calibration.corpus.corpus import default_corpus
 from spike_export.calibration.decoder.layerwise import Decoder
-from spike_export.calibration.decoder.perplexity import model_perplexity, with_bos
 from spike_export.checkpoint.checkpoint import Checkpoint
 from spike_export.checkpoint.gguf_file import ARCHITECTURES, GgufSource, rope_halves_from_pairs
 from spike_export.checkpoint.opening import open_checkpoint
@@ -521,66 +519,6 @@ def test_a_damaged_header_is_refused_or_harmless(written: WrittenGguf, tmp_path:
         open_checkpoint(str(damaged))
     except CheckpointError as error:
         assert str(error).startswith(str(damaged))  # noqa: PT017  (opening may succeed)
-
-
-@pytest.fixture(scope="module")
-def real_gemma3(gemma3: Path) -> Checkpoint:
-    return open_checkpoint(str(gemma3))
-
-
-# The help topics are worded differently by each Python release; figures were taken on this one's.
-FIGURES_CORPUS = "71f2ff5d99bdc1f9c48c5c2353ad138201c5ca1c377e0226857ef8fa89b8bcee"
-
-
-@pytest.mark.model
-def test_the_real_gemma_3_is_configured_as_published(real_gemma3: Checkpoint) -> None:
-    config = real_gemma3.config
-    assert (config.num_hidden_layers, config.hidden_size, config.head_dim, config.vocab_size) == (18, 640, 256, 262144)
-    assert (config.sliding_window, config.tie_word_embeddings, config.factors.final_softcap) == (512, True, None)
-    assert config.hf["query_pre_attn_scalar"] == 256
-    full = [index for index, kind in enumerate(config.hf["layer_types"]) if kind == "full_attention"]
-    assert full == [5, 11, 17]
-    assert config.hf["rope_parameters"] == {
-        "full_attention": {"rope_type": "default", "rope_theta": 1e6},
-        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-    }
-
-
-@pytest.mark.model
-def test_the_real_gemma_3s_tokenizer(real_gemma3: Checkpoint) -> None:
-    tokenizer: Any = real_gemma3.tokenizer
-    special = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id)
-    assert special == (0, 1, 2, 3)
-    assert real_gemma3.bos_token_id == 2
-    assert tokenizer.chat_template is None  # not the instruction-tuned model
-    backend = tokenizer.backend_tokenizer
-    # Ids from an implementation of llama.cpp's algorithm on the file's own pieces and scores.
-    known = {
-        "Hello world\n\nfoo": [9259, 1902, 108, 26537],
-        "  def f(x):\n\treturn x+1\n\n\n": [
-            *(138, 2063, 517, 236769, 236781, 1473, 107),
-            *(255968, 2060, 1123, 236862, 236770, 109),
-        ],
-        "\u00fcn\u00efcode \u6f22\u5b57 \U0001f916": [5701, 238527, 3970, 236743, 201637, 236743, 246143],
-        "<start_of_turn>user\n": [105, 2364, 107],
-    }
-    for text, ids in known.items():
-        assert backend.encode(text, add_special_tokens=False).ids == ids
-        assert tokenizer.decode(ids) == text
-    assert backend.encode("hi").ids[0] == 2
-    text = default_corpus().text
-    assert tokenizer.decode(backend.encode(text, add_special_tokens=False).ids) == text
-
-
-@pytest.mark.model
-def test_the_real_gemma_3s_perplexity(real_gemma3: Checkpoint) -> None:
-    corpus, tokenizer = default_corpus(), real_gemma3.tokenizer
-    if corpus.sha256 != FIGURES_CORPUS:
-        pytest.skip("this Python's pydoc topics are not those the figures were taken on")
-    assert tokenizer is not None
-    ids = np.asarray(tokenizer.backend_tokenizer.encode(corpus.text, add_special_tokens=False).ids, np.int64)
-    fed = with_bos(ids[None, 60_000:60_255], real_gemma3.bos_token_id)
-    assert model_perplexity(Decoder(real_gemma3), fed, 255) == pytest.approx(17.9034, rel=1e-3)
 
 
 def test_an_array_that_the_file_cannot_hold_is_refused_at_once(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
-"""The real model: Gemma 3 270M, whose layers alternate in window and rope, against transformers."""
+"""The real model: Gemma 3 270M, whose layers alternate in window and rope, as its file says and as published."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from spike_export.calibration.corpus.corpus import default_corpus
 from spike_export.calibration.decoder.layerwise import Decoder
 from spike_export.calibration.decoder.perplexity import model_perplexity, with_bos
+from spike_export.checkpoint.checkpoint import Checkpoint
 from spike_export.checkpoint.opening import open_checkpoint
 from spike_export.engines.accuracy.comparison import likelihood
 from spike_export.export.bundle import ExportOptions, export_bundle
@@ -15,22 +17,68 @@ from tests.support.tiny_models import CachedSession
 
 pytestmark = pytest.mark.model
 
-CONTENT = 127
-PIECE = 4_000
-"""Characters of the text that surely hold as many tokens."""
+# The help topics are worded differently by each Python release; figures were taken on this one's.
+FIGURES_CORPUS = "71f2ff5d99bdc1f9c48c5c2353ad138201c5ca1c377e0226857ef8fa89b8bcee"
+
+CONTENT = 255
 
 
-def test_perplexity_in_onnx_runtime_is_that_of_transformers(gemma3: Path, tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(str(gemma3))
-    assert checkpoint.config.windows == (512, None)
-    assert checkpoint.tokenizer is not None
-    encoded = checkpoint.tokenizer.backend_tokenizer.encode(default_corpus().text[:PIECE], add_special_tokens=False)
-    content = np.asarray([encoded.ids[:CONTENT]], np.int64)
+@pytest.fixture(scope="module")
+def checkpoint(gemma3: Path) -> Checkpoint:
+    return open_checkpoint(str(gemma3))
+
+
+def test_the_model_is_configured_as_published(checkpoint: Checkpoint) -> None:
+    config = checkpoint.config
+    assert (config.num_hidden_layers, config.hidden_size, config.head_dim, config.vocab_size) == (18, 640, 256, 262144)
+    assert (config.sliding_window, config.tie_word_embeddings, config.factors.final_softcap) == (512, True, None)
+    assert config.windows == (512, None)
+    assert config.hf["query_pre_attn_scalar"] == 256
+    full = [index for index, kind in enumerate(config.hf["layer_types"]) if kind == "full_attention"]
+    assert full == [5, 11, 17]
+    assert config.hf["rope_parameters"] == {
+        "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+
+
+def test_the_tokenizer(checkpoint: Checkpoint) -> None:
+    tokenizer: Any = checkpoint.tokenizer
+    special = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id)
+    assert special == (0, 1, 2, 3)
+    assert checkpoint.bos_token_id == 2
+    assert tokenizer.chat_template is None  # not the instruction-tuned model
+    backend = tokenizer.backend_tokenizer
+    # Ids from an implementation of llama.cpp's algorithm on the file's own pieces and scores.
+    known = {
+        "Hello world\n\nfoo": [9259, 1902, 108, 26537],
+        "  def f(x):\n\treturn x+1\n\n\n": [
+            *(138, 2063, 517, 236769, 236781, 1473, 107),
+            *(255968, 2060, 1123, 236862, 236770, 109),
+        ],
+        "\u00fcn\u00efcode \u6f22\u5b57 \U0001f916": [5701, 238527, 3970, 236743, 201637, 236743, 246143],
+        "<start_of_turn>user\n": [105, 2364, 107],
+    }
+    for text, ids in known.items():
+        assert backend.encode(text, add_special_tokens=False).ids == ids
+        assert tokenizer.decode(ids) == text
+    assert backend.encode("hi").ids[0] == 2
+    text = default_corpus().text
+    assert tokenizer.decode(backend.encode(text, add_special_tokens=False).ids) == text
+
+
+def test_perplexity_is_the_known_one_also_in_onnx_runtime(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    corpus, tokenizer = default_corpus(), checkpoint.tokenizer
+    assert tokenizer is not None
+    ids = np.asarray(tokenizer.backend_tokenizer.encode(corpus.text, add_special_tokens=False).ids, np.int64)
+    content = ids[None, 60_000 : 60_000 + CONTENT]
     fed = with_bos(content, checkpoint.bos_token_id)
+    expected = model_perplexity(Decoder(checkpoint), fed, CONTENT)
+    if corpus.sha256 == FIGURES_CORPUS:
+        assert expected == pytest.approx(17.9034, rel=1e-3)
     export_bundle(checkpoint, None, ExportOptions("float32"), tmp_path / "bundle")
     session = CachedSession(tmp_path / "bundle")
-    expected = model_perplexity(Decoder(checkpoint), fed, CONTENT)
-    for chunks in [(), (100, 1, 27)]:
+    for chunks in [(), (100, 1, CONTENT - 100)]:
         # The first content token is not scored, and nothing follows the last.
         logits = session.run(fed, chunks)[0, 1:-1]
         assert likelihood(logits, content[0, 1:]).perplexity == pytest.approx(expected, rel=1e-3)
