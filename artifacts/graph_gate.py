@@ -15,12 +15,33 @@ _OF_ONNX_RUNTIME = ("com.microsoft", ("DequantizeLinear", "QuantizeLinear"))
 def graph_fault(model: onnx.ModelProto) -> str | None:
     """Return why nodes cannot be followed from their outputs to their inputs, or None.
 
-    A node must have the inputs and attributes that its standard operator requires, and no value may depend on itself.
-    Operators of other domains, and standard ones that this onnx does not know, are not looked into.
+    Names must be text. A node must have an operator, an output, and what its standard operator requires of inputs,
+    outputs and attributes, and no value may depend on itself. Operators of other domains, and standard ones that this
+    onnx does not know, are not looked into.
     """
+    fault = _name_fault(model)
+    if fault:
+        return fault
     versions = {entry.domain: entry.version for entry in model.opset_import}
     version = versions.get("", versions.get("ai.onnx", onnx.defs.onnx_opset_version()))
     return next((fault for nodes in _bodies(model) if (fault := _fault_of(nodes, version))), None)
+
+
+def _name_fault(model: onnx.ModelProto) -> str | None:
+    """Return which name is no text: protobuf hands out bytes where a stored string is no UTF-8."""
+    if not all(isinstance(entry.domain, str) for entry in model.opset_import):
+        return "the name of an operator set is no text"
+    for graph in (model.graph, *(graph for nodes in _bodies(model) for node in nodes for graph in _graphs(node))):
+        values = (*graph.input, *graph.output, *graph.value_info, *graph.initializer)
+        if not all(isinstance(value.name, str) for value in values):
+            return "a tensor's name is no text"
+    for node in (node for nodes in _bodies(model) for node in nodes):
+        names = (node.name, node.op_type, node.domain, *node.input, *node.output)
+        if not all(isinstance(name, str) for name in (*names, *(attribute.name for attribute in node.attribute))):
+            return f"a name of node {node.name!r} is no text"
+        if not node.op_type or not node.output:
+            return f"node {node.name!r} has no {'output' if node.op_type else 'operator'}"
+    return None
 
 
 def _bodies(model: onnx.ModelProto) -> Iterator[Sequence[onnx.NodeProto]]:
@@ -55,7 +76,7 @@ def _operator_fault(node: onnx.NodeProto, version: int) -> str | None:
     if given < schema.min_input:
         return f"node {node.name!r} ({node.op_type}) has {given} of the {schema.min_input} inputs that it needs"
     if len(node.output) < schema.min_output:
-        return f"node {node.name!r} ({node.op_type}) has no output"
+        return f"node {node.name!r} ({node.op_type}) has {len(node.output)} of its {schema.min_output} outputs"
     named = {attribute.name for attribute in node.attribute}
     missing = sorted(name for name, each in schema.attributes.items() if each.required and name not in named)
     if missing:

@@ -120,24 +120,10 @@ def read_model(path: Path) -> ModelFile:
         ) from error
     if not model.HasField("graph") or not model.ir_version:
         raise ArtifactError(f"{path}: not an ONNX model (it holds no graph); give an .onnx file or a bundle")
-    fault = _fault(model) or graph_fault(model)
+    fault = graph_fault(model)
     if fault:
         raise ArtifactError(f"{path}: not a valid ONNX model ({fault}); export or download it again")
     return ModelFile(path, model, size, inline)
-
-
-def _fault(model: onnx.ModelProto) -> str | None:
-    """Return what makes a damaged message no graph at all, or None."""
-    bodies = [model.graph.node, *(function.node for function in model.functions)]
-    for node in (node for body in bodies for node in body):
-        if not node.op_type or not node.output:
-            return f"node {node.name!r} has no operator or no output"
-        # protobuf hands out bytes where a string is no UTF-8.
-        if any(isinstance(text, bytes) for text in (node.name, node.op_type, node.domain, *node.input, *node.output)):
-            return f"a name of node {node.name!r} is no text"
-    if any(isinstance(tensor.name, bytes) for tensor in model.graph.initializer):
-        return "a tensor's name is no text"
-    return None
 
 
 def _without_weights(data: mmap.mmap, path: Path) -> tuple[bytes, dict[str, Place]]:

@@ -42,6 +42,8 @@ SOUND = branch(node("Identity", ["x"], ["y"]))
         ((node("Cast", ["x"], ["y"]),), r"node 'the Cast' \(Cast\) lacks the attribute 'to'"),
         ((node("If", ["x"], ["y"]),), r"\(If\) lacks the attribute 'else_branch'"),
         ((node("Transpose", ["x"], []),), "has no output"),
+        ((node("TopK", ["x", "x"], ["y"]),), "has 1 of its 2 outputs"),
+        ((node("", ["x"], ["y"]),), "has no operator"),
         (
             (node("If", ["x"], ["y"], then_branch=branch(node("Cast", ["x"], ["y"])), else_branch=SOUND),),
             "lacks the attribute 'to'",
@@ -59,6 +61,35 @@ def test_a_faulty_function_is_found() -> None:
     opset = [helper.make_opsetid("", 21)]
     faulty.functions.append(helper.make_function("own", "F", ["a"], ["b"], [node("Cast", ["a"], ["b"])], opset))
     assert graph_fault(faulty) == "node 'the Cast' (Cast) lacks the attribute 'to'"
+
+
+@pytest.mark.parametrize(
+    "place", ["node", "operator", "domain", "attribute", "tensor", "input", "branch", "operator set"]
+)
+def test_a_name_that_is_no_text_is_found(place: str) -> None:
+    """protobuf refuses to write such a name, so that one byte of a stored message is changed."""
+    names = {each: each for each in ("node", "operator", "domain", "attribute", "tensor", "input", "operator set")}
+    names[place] = "PLANT"
+    inner = branch(node("If", ["x"], ["y"], then_branch=SOUND, else_branch=SOUND))
+    inner.initializer.append(
+        helper.make_tensor("PLANT" if place == "branch" else "branch", TensorProto.FLOAT, [1], [0.0])
+    )
+    foreign = helper.make_node(
+        names["operator"],
+        [names["input"]],
+        ["a"],
+        name=names["node"],
+        domain=names["domain"],
+        **{names["attribute"]: 1},
+    )
+    planted = model(foreign, node("If", ["x"], ["y"], then_branch=inner, else_branch=SOUND))
+    planted.graph.initializer.append(helper.make_tensor(names["tensor"], TensorProto.FLOAT, [1], [0.0]))
+    planted.opset_import.append(helper.make_opsetid(names["operator set"], 1))
+    stored = planted.SerializeToString()
+    assert graph_fault(onnx.load_from_string(stored)) is None
+    fault = graph_fault(onnx.load_from_string(stored.replace(b"PLANT", b"PL\xffNT")))
+    assert fault is not None
+    assert fault.endswith("is no text")
 
 
 def test_foreign_and_unknown_operators_are_not_looked_into() -> None:
