@@ -42,8 +42,8 @@ class _Rows:
     def step(self, rows: Sequence[int], tokens: NDArray[np.int64]) -> None:
         self.logits[: len(rows)] = self.slots.step(rows, tokens)
 
-    def release(self, row: int) -> None:
-        self.slots.release(row)
+    def release(self, row: int, spoiled: bool) -> None:
+        self.slots.release(row, spoiled=spoiled)
 
     def save(self, row: int, number: int) -> tuple[int, int]:
         """Return name and bytes of a block."""

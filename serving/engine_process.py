@@ -158,9 +158,9 @@ class ProcessSlots:
         """See `Slots`."""
         return self.process.logits("step", rows, tokens, rows=len(rows))
 
-    def release(self, row: int) -> None:
+    def release(self, row: int, *, spoiled: bool = False) -> None:
         """See `Slots`."""
-        self.process.call("release", row)
+        self.process.call("release", row, spoiled)
 
     @property
     def clipped(self) -> Mapping[str, tuple[int, int]]:

@@ -64,8 +64,14 @@ class Slots(Protocol):
             EngineError: A row is full, or the runtime fails.
         """
 
-    def release(self, row: int) -> None:
-        """Free a row."""
+    def release(self, row: int, *, spoiled: bool = False) -> None:
+        """Free a row.
+
+        Args:
+            row: The row.
+            spoiled: Its logits were not finite, so that its keys and values may not be either: nothing of them may
+                reach the row's next sequence.
+        """
 
 
 @runtime_checkable

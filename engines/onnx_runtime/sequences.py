@@ -253,6 +253,11 @@ class StaticSequences:
         """Forget a row's tokens, so that it has room for padding again; the prefix stays."""
         self.lengths[row] = 0
 
+    def clear(self, row: int) -> None:
+        """Zero what the buffers hold of a row: a slot that a query does not see is multiplied by zero."""
+        for buffer in self.buffers:
+            buffer[row].zero_()
+
     def move(self, source: int, target: int) -> None:
         """Put the sequence of one row into another one, whose own is lost; the source has none then."""
         held = self.manifest.prefix_length + int(self.lengths[source])

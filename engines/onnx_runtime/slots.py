@@ -89,9 +89,11 @@ class StaticSlots:
         self.sequences.restore(len(self._places), [block.content for block in blocks])
         self._places.append(row)
 
-    def release(self, row: int) -> None:
+    def release(self, row: int, *, spoiled: bool = False) -> None:
         """See `Slots`."""
         place, last = self._places.index(row), len(self._places) - 1
+        if spoiled:
+            self.sequences.clear(place)
         if place == last:
             self.sequences.release(place)
         else:
@@ -138,7 +140,7 @@ class GrowingSlots:
         """See `Slots`."""
         return np.stack([self.extend(row, tokens[place : place + 1]) for place, row in enumerate(rows)])
 
-    def release(self, row: int) -> None:
+    def release(self, row: int, *, spoiled: bool = False) -> None:
         """See `Slots`."""
         del self._sequences[row]
 

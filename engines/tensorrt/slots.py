@@ -110,8 +110,8 @@ class PlanSlots:
             self._lengths[place] += 1
         return of_places[places]
 
-    def release(self, row: int) -> None:
-        """See `Slots`."""
+    def release(self, row: int, *, spoiled: bool = False) -> None:
+        """See `Slots`; a place is zeroed when its next sequence begins."""
         place, last = self._places.index(row), len(self._places) - 1
         if place != last:
             with gpu_failures(), self.device.queue():

@@ -91,7 +91,7 @@ class _Sequence:
 
     def __init__(self, work: Work, tokenizer: Any, vocab: int) -> None:
         self.work = work
-        self.begun = False
+        self.begun = self.spoiled = False
         self.fed = work.read_tokens
         self.next = -1
         self.found: Sequence[KeyValues] = ()
@@ -105,6 +105,7 @@ class _Sequence:
         Whatever fails here, sampler, grammar or tokenizer, is a fault of this sequence and not of the runtime.
         """
         if not np.isfinite(logits).all():
+            self.spoiled = True
             return EngineError("the logits are not finite, an activation overflowed; export with --dtype float32")
         try:
             return self._score(logits) if self.fed < len(self.work.prompt) else self._generate(logits)
@@ -238,7 +239,7 @@ class Batch:
         sequence = self._sequences.pop(key)
         row = self._scheduler.leave(key)
         if row is not None and sequence.begun:
-            self._slots.release(row)
+            self._slots.release(row, spoiled=sequence.spoiled)
 
 
 @dataclass(frozen=True)

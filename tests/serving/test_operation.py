@@ -244,8 +244,15 @@ def test_a_row_whose_logits_are_not_finite_leaves_the_others_alone(
     monkeypatch.setattr(
         StaticSlots, "admit", lambda slots, row, tokens: admit(slots, row, tokens) * (float("nan") if row else 1)
     )
+    release = StaticSlots.release
+    released: list[bool] = []
+    monkeypatch.setattr(
+        StaticSlots, "release", lambda *row, spoiled: (released.append(spoiled), release(*row, spoiled=spoiled))
+    )
     with running(bundle) as server:
         answers = server.client().completions.with_raw_response
         with pytest.raises(openai.InternalServerError, match="not finite"):
             answers.create(model="tiny", prompt=["a", "b"], max_tokens=5)
+        wait_for(lambda: len(released) == 2)
+        assert sorted(released) == [False, True]
         assert server.post("/v1/completions", json={"prompt": "a"}).status_code == 200

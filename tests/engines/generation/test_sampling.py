@@ -1,6 +1,8 @@
 """Drawing tokens: the filters are transformers', the draws follow the distribution, a row is as it is alone."""
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -256,6 +258,27 @@ def test_logprobs_are_of_the_model_itself() -> None:
     assert alone.logprobs is not None
     assert alone.top_tokens is None
     assert Sampler(GenerationOptions(), 2, CPU).draw(logits, None).logprobs is None
+
+
+def test_logprobs_are_of_what_is_drawn_from_where_that_is_asked_for() -> None:
+    logits = logits_of(1, 40, 7)
+    base = GenerationOptions(logprobs=5, logprobs_as_drawn=True, logit_bias=((3, 50.0), (4, -math.inf)))
+    options = replace(base, do_sample=True, seed=1, temperature=0.3, top_k=3)
+    drawn = Sampler(options, 1, CPU).draw(logits, None)
+    assert drawn.top_logprobs is not None
+    assert drawn.top_tokens is not None
+    scores = logits[0].numpy().astype(np.float64) / 0.3
+    scores[3] += 50 / 0.3
+    scores[4] = -np.inf
+    best = np.argsort(-scores)[:3]
+    expected = scores[best] - np.log(np.exp(scores[best] - scores[best[0]]).sum()) - scores[best[0]]
+    np.testing.assert_array_equal(drawn.top_tokens[0, :3], best)
+    np.testing.assert_allclose(drawn.top_logprobs[0, :3], expected, rtol=1e-5, atol=1e-5)
+    assert drawn.top_logprobs[0, 3:].isneginf().all()
+    sure = Sampler(base, 1, CPU).draw(logits, None)
+    assert sure.tokens.tolist() == [3]
+    assert sure.logprobs is not None
+    assert sure.logprobs.tolist() == [0.0]
 
 
 @pytest.mark.gpu

@@ -1,18 +1,20 @@
 """Rows of a server: each is computed as alone, whatever is in the other rows, and however rows are moved."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from spike_export.engines.generation.slots import SavingSlots
 from spike_export.engines.onnx_runtime import sequences
 from spike_export.engines.onnx_runtime.session import BundleSession, open_for_generation
-from spike_export.engines.onnx_runtime.slots import open_slots
+from spike_export.engines.onnx_runtime.slots import StaticSlots, open_slots
 from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.cache_options import CacheOptions
-from tests.support.tiny_models import input_scales, tiny_llama, tiny_recipe
+from tests.support.tiny_models import input_scales, tiny_llama, tiny_recipe, unquantized_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -59,6 +61,23 @@ def test_a_row_is_computed_as_alone_bit_by_bit(session: BundleSession, monkeypat
                 fed[each].append(int(token))
                 seen[each].append(logits)
     assert len(fed) > 1
+
+
+def test_a_row_that_overflowed_leaves_nothing_to_the_next_sequence(tmp_path: Path) -> None:
+    """Attention of the standard operators multiplies what a query does not see by zero, which NaN survives."""
+    model = tiny_llama(max_positions=CAPACITY)
+    options = ExportOptions("float32", cache=CacheOptions("static", CAPACITY))
+    export_bundle(model.checkpoint, unquantized_recipe(model.checkpoint), options, tmp_path / "bundle")
+    session = open_for_generation(tmp_path / "bundle", threads=1, lowering=False)
+    for spoiled in (True, False):
+        slots = open_slots(session, 2)
+        assert isinstance(slots, StaticSlots)
+        for row in range(2):
+            slots.admit(row, PROMPTS[4])
+        for buffer in slots.sequences.buffers:
+            buffer[0] = torch.nan
+        slots.release(0, spoiled=spoiled)  # the other row is moved into its place
+        assert np.isfinite(slots.step([1], np.array([5]))).all() == spoiled
 
 
 def test_saved_keys_and_values_are_as_good_as_read_ones(session: BundleSession) -> None:
