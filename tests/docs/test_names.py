@@ -44,6 +44,10 @@ def test_imports_of_python_that_is_not_run_exist(page: str) -> None:
                     assert [each.name for each in node.names if not hasattr(module, each.name)] == [], example.place
 
 
+def test_the_front_page_is_short() -> None:
+    assert len(page_text("README.md").splitlines()) <= 150
+
+
 def test_a_file_that_was_moved_is_noticed() -> None:
     assert missing_file("engines/engines.py")
     assert not missing_file("engines/engine.py")
