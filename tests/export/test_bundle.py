@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 
 from spike_export.artifacts.errors import ArtifactError, CheckpointError, RecipeError
 from spike_export.artifacts.manifest import load_manifest
@@ -18,6 +19,7 @@ from spike_export.checkpoint.checkpoint import Checkpoint
 from spike_export.export import bundle as bundle_module
 from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.files.tokenizer_files import without_bos
+from spike_export.export.files.weight_file import write_weights
 from tests.support.tiny_models import MemoryTensors, TinyModel, input_scales, tiny_llama, tiny_recipe
 
 TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message.content }}{% endfor %}"
@@ -84,6 +86,9 @@ def test_bundle_is_complete(tmp_path: Path, model: TinyModel, recipe: Recipe) ->
         "tokenizer_config.json",
         "chat_template.jinja",
     }
+    for path in (tmp_path / "b").glob("*.json"):  # people read them too
+        text = path.read_text(encoding="utf-8")
+        assert text in [json.dumps(json.loads(text), indent=width, ensure_ascii=False) + "\n" for width in (1, 2)]
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
     assert [done for _, done, _ in seen] == list(range(1, len(seen) + 1))
     assert {total for *_, total in seen} == {len(seen)}
@@ -221,6 +226,30 @@ def test_room_between_tensors_and_the_graph_are_counted(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=written - 1))
     with pytest.raises(ArtifactError, match=f"and {written - 1:,} are free"):
         export_bundle(model.checkpoint, recipe, ExportOptions(), tmp_path / "b")
+
+
+def test_threads_are_for_large_weights_and_torch_then_computes_alone(
+    tmp_path: Path, model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def written(model: Any, path: Path, threads: int, told: Any) -> None:
+        seen.append((threads, torch.get_num_threads()))
+        write_weights(model, path, threads, told)
+
+    before = torch.get_num_threads()
+    monkeypatch.setattr(bundle_module, "write_weights", written)
+    monkeypatch.setattr(bundle_module, "workers", lambda most: most - 1)
+    torch.set_num_threads(2)
+    try:
+        export_bundle(model.checkpoint, None, ExportOptions(), tmp_path / "small")
+        monkeypatch.setattr(bundle_module, "_WORTH_THREADS", 1000)
+        export_bundle(model.checkpoint, None, ExportOptions(), tmp_path / "large")
+        assert seen == [(1, 2), (3, 1)]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert contents(tmp_path / "small") == contents(tmp_path / "large")
 
 
 def test_failed_export_leaves_the_previous_bundle(tmp_path: Path, model: TinyModel) -> None:

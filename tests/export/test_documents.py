@@ -112,6 +112,15 @@ def test_the_inputs_of_a_static_cache(tmp_path: Path) -> None:
     assert [manifest[key] for key in ("kv_cache", "capacity", "cache_slots", "logits")] == ["static", 24, 26, "last"]
 
 
+def test_a_prefix_in_attention_is_told_from_one_in_the_cache(tmp_path: Path) -> None:
+    manifest = export_bundle(CHECKPOINT, RECIPE, ExportOptions("float16", prefix_in="attention"), tmp_path)
+    assert manifest.prefix is not None
+    assert not manifest.prefix.in_cache
+    assert manifest.unsupported == {}
+    held = onnx.load(tmp_path / "model.onnx", load_external_data=False).metadata_props
+    assert {entry.key: entry.value for entry in held}["prefix_in"] == "attention"
+
+
 @pytest.mark.parametrize("tie", [False, True], ids=["own", "tied"])
 @pytest.mark.parametrize("head", ["unquantized", "int8-weights", "int8-per-token-dynamic"])
 def test_the_heads_bytes_are_those_of_its_tensors(tmp_path: Path, head: HeadScheme, tie: bool) -> None:

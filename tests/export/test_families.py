@@ -10,8 +10,11 @@ import numpy as np
 import onnx
 import pytest
 
+from spike_export.artifacts import host_memory
+from spike_export.artifacts.errors import CheckpointError
 from spike_export.artifacts.recipe import Dtype
 from spike_export.checkpoint.families import FAMILIES
+from spike_export.export.attention.rope import rotary_tables
 from spike_export.export.bundle import ExportOptions, export_bundle
 from tests.export.test_schemes import FLIP, SUMMATION, Case, recipe_of, simulated
 from tests.export.test_schemes import tokens as measured_tokens
@@ -148,6 +151,14 @@ def test_every_rope_equals_transformers_within_and_beyond_the_original_length(
         if kind in BY_LENGTH and len(chunks) > 1:
             # Keys that were cached within the length keep their frequencies.
             assert relative_error(cached_logits(model, fed, (LENGTH,), prefix), expected) > 1e-3
+
+
+def test_rotary_tables_that_exceed_the_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_memory, "available_memory", lambda: 8 * 128 * 16 - 1)
+    with pytest.raises(
+        CheckpointError, match=r"^max_position_embeddings 128: rotary .*; correct the configuration, or"
+    ):
+        rotary_tables(tiny_family("llama").checkpoint.config.rope(None), 128)
 
 
 @pytest.mark.parametrize("kind", BY_LENGTH)

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import pytest
 
 from spike_export.artifacts.recipe import AttentionPlan, ModulePlan
 from spike_export.checkpoint.checkpoint import Checkpoint
@@ -55,24 +54,20 @@ _ALIKE = {
 """Names that differ only in a constant's value, layer, linear, norm, or in what a cast or a token's scale reads."""
 
 
-@pytest.fixture(scope="module")
-def models() -> list[ir.Model]:
-    return list(_models())
-
-
-def test_nodes_and_stored_tensors_have_the_listed_names(models: list[ir.Model]) -> None:
-    found = sorted({line for model in models for line in _lines(model)})
-    assert found == LISTED.read_text(encoding="utf-8").splitlines()
-
-
-def test_every_nodes_name_is_unique_and_begins_with_its_module(models: list[ir.Model]) -> None:
-    for model in models:
+def test_names_are_unique_begin_with_their_module_and_are_the_listed_ones() -> None:
+    models = list(_models())
+    for checkpoint, model in models:
         nodes = [node for graph in model.graphs() for node in graph]
         assert len({node.name for node in nodes}) == len(nodes)
         assert all(str(node.name).startswith(f"{node.metadata_props['module']}.") for node in nodes)
+        for node in nodes:
+            if node.metadata_props["module"] in linears(checkpoint.config):
+                assert "precision" in node.metadata_props, node.name
+    found = sorted({line for _, model in models for line in _lines(model)})
+    assert found == LISTED.read_text(encoding="utf-8").splitlines()
 
 
-def _models() -> Iterator[ir.Model]:
+def _models() -> Iterator[tuple[Checkpoint, ir.Model]]:
     for name in NAMES:
         for plan in (HALF, PER_TOKEN) if name in MIXTURES else (HALF,):
             yield _model(tiny_family(name, num_hidden_layers=2).checkpoint, plan)
@@ -85,10 +80,10 @@ def _models() -> Iterator[ir.Model]:
         yield _model(windowed, STATIC, **options)
 
 
-def _model(checkpoint: Checkpoint, plan: ModulePlan, **options: Any) -> ir.Model:
+def _model(checkpoint: Checkpoint, plan: ModulePlan, **options: Any) -> tuple[Checkpoint, ir.Model]:
     router = ModulePlan(precision="float32", reason="router")
     modules = {name: router if is_router(name) else plan for name in linears(checkpoint.config)}
-    return build_decoder(checkpoint, GraphPlan(modules, "int8-per-channel", "float16", **options))
+    return checkpoint, build_decoder(checkpoint, GraphPlan(modules, "int8-per-channel", "float16", **options))
 
 
 def _lines(model: ir.Model) -> Iterator[str]:

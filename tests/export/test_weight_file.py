@@ -151,11 +151,12 @@ def test_a_tensor_of_another_size_than_declared_is_not_written(tmp_path: Path) -
         ("model.layers.1.self_attn.q_proj.weight", np.inf, "bfloat16"),
         ("lm_head.weight", 1e5, "float16"),  # beyond 65,504
         ("model.norm.weight", np.nan, "float32"),  # small enough for the graph's own file
+        ("model.layers.0.self_attn.q_proj.bias", 1e5, "float16"),  # likewise
     ],
 )
 @pytest.mark.filterwarnings("error")
 def test_a_weight_that_is_not_finite_is_refused(tmp_path: Path, name: str, value: float, dtype: Dtype) -> None:
-    checkpoint = tiny_llama().checkpoint
+    checkpoint = tiny_llama(biases=True).checkpoint
     weight = checkpoint.tensor(name).copy()
     weight.flat[3] = value
     damaged = replaced(checkpoint, {name: weight})
