@@ -95,6 +95,7 @@ test-lowest:
 # needs; the seconds are those of each of five targets.
 mutants: $(INSTALLED)
 	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt mutmut==3.8.1
+	$(BIN)/python -m pytest -q tests/mutants
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants --seconds 540 $(MUTANTS)
 
 # Options, such as CHAOS='--kills 200 --seed 7', are those of the program.

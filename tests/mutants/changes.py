@@ -77,13 +77,16 @@ class _Changes(cst.CSTVisitor):
     def on_visit(self, node: cst.CSTNode) -> bool:
         if isinstance(node, _UNCHANGED) or self._is_text_or_type(node):
             return False
+        if isinstance(node, cst.Arg) and _is_strictness(node):
+            return False
         self._depth += isinstance(node, cst.FunctionDef)
         if isinstance(node, cst.SimpleStatementLine):
             self._statement = self._range(node)
         for kind, operator in mutation_operators:
             if isinstance(node, kind):
                 for new in operator(node):
-                    self.changes.append((node, new, self._statement or self._range(node)))
+                    if not _differ_in_strictness_only(node, new):
+                        self.changes.append((node, new, self._statement or self._range(node)))
         return True
 
     def on_leave(self, original_node: cst.CSTNode) -> None:
@@ -111,6 +114,18 @@ class _Changes(cst.CSTVisitor):
             case cst.Assign(targets=[cst.AssignTarget(target=cst.Name(value=name))]):
                 return not self._depth and name[:1].isupper() and not name.isupper()
         return False
+
+
+def _differ_in_strictness_only(old: cst.CSTNode, new: cst.CSTNode) -> bool:
+    """Return whether two calls differ in `strict=` only: an assertion, which holds unless the program is wrong."""
+    if not (isinstance(old, cst.Call) and isinstance(new, cst.Call) and old.func.deep_equals(new.func)):
+        return False
+    before, after = ([arg.value for arg in call.args if not _is_strictness(arg)] for call in (old, new))
+    return len(before) == len(after) and all(one.deep_equals(other) for one, other in zip(before, after, strict=True))
+
+
+def _is_strictness(arg: cst.Arg) -> bool:
+    return arg.keyword is not None and arg.keyword.value == "strict"
 
 
 def sample(groups: Sequence[Sequence[Change]], count: int, seed: int) -> Iterator[Mutant]:

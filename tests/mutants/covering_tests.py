@@ -1,9 +1,10 @@
 """Which tests run which lines, and how long each takes: measured once, and kept in a file."""
 
+import ast
 import json
 import time
-from collections import defaultdict
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -49,7 +50,9 @@ class CoveringTests:
         if written > max((root / file).stat().st_mtime for file in files):
             known = cls(**json.loads(place.read_text(encoding="utf-8")))
         test_files = [path for name in tests for path in _test_files(root / name)]
-        old = {str(path.relative_to(root)) for path in test_files if path.stat().st_mtime < written} & known._test_files
+        old = {
+            str(path.relative_to(root)) for path in test_files if path.stat().st_mtime < written
+        } & known._known_files
         new = sorted({str(path.relative_to(root)) for path in test_files} - old)
         current = known._of(old)._with(cls.measured(root, files, new)) if new else known._of(old)
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +60,7 @@ class CoveringTests:
         return current
 
     @property
-    def _test_files(self) -> set[str]:
+    def _known_files(self) -> set[str]:
         return {_file_of(name) for name in self.seconds}
 
     def _of(self, test_files: Container[str]) -> Self:
@@ -80,25 +83,32 @@ class CoveringTests:
         return type(self)(lines, {**self.seconds, **other.seconds})
 
     def of(self, mutant: Mutant, limit: float) -> list[str]:
-        """Return the tests that run a mutant's lines, the quick ones first, as many as take `limit` seconds.
+        """Return tests that run a mutant's lines, as many as take `limit` seconds, at least one.
 
-        Tests of one file stay together, for its fixtures' sake. Of lines that run at import, all tests of the file.
+        The quickest of every file come first, then the second of every file, and so on: tests of one file often look
+        at the same thing. Tests of one file stay together, for its fixtures' sake. Of lines that run at import, all
+        tests of the file.
         """
         lines = self.lines.get(mutant.file, {})
         first, last = mutant.lines
         names = {name for line in range(first, last + 1) for name in lines.get(str(line), ())}
         names = names or {name for known in lines.values() for name in known}
-        by_file = defaultdict(list)
-        for name in sorted(names, key=lambda name: self.seconds.get(name, 0.0)):
-            by_file[_file_of(name)].append(name)
-        chosen: list[str] = []
-        for group in sorted(by_file.values(), key=lambda group: self.seconds.get(group[0], 0.0)):
-            for name in group:
-                limit -= self.seconds.get(name, 0.0)
-                if limit < 0 and chosen:
-                    break
-                chosen.append(name)
-        return chosen
+        chosen: defaultdict[str, list[str]] = defaultdict(list)
+        for name in self._in_turn(names):
+            seconds = self.seconds.get(name, 0.0)
+            if seconds <= limit or not chosen:
+                chosen[_file_of(name)].append(name)
+                limit -= seconds
+        return [name for names_of_file in chosen.values() for name in names_of_file]
+
+    def _in_turn(self, names: Iterable[str]) -> list[str]:
+        """Sort tests by their rank in their file, the quickest of equal rank first."""
+        ranks: dict[str, int] = {}
+        seen: Counter[str] = Counter()
+        for name in sorted(names, key=lambda name: (self.seconds.get(name, 0.0), name)):
+            ranks[name] = seen[_file_of(name)]
+            seen[_file_of(name)] += 1
+        return sorted(ranks, key=lambda name: (ranks[name], self.seconds.get(name, 0.0), name))
 
 
 def _test_files(place: Path) -> list[Path]:
@@ -142,8 +152,17 @@ def _lines(root: Path, data: coverage.CoverageData, tests: Sequence[str]) -> dic
     for file in data.measured_files():
         by_line = data.contexts_by_lineno(file)
         found[str(Path(file).relative_to(root))] = {
-            # No context: the line ran at import.
-            str(line): sorted({name for context in contexts if context for name in of_file.get(context, [context])})
-            for line, contexts in by_line.items()
+            str(line): sorted({name for context in by_line[line] for name in of_file.get(context, [context]) if name})
+            for line in _lines_of_functions(Path(file)) & by_line.keys()
         }
     return found
+
+
+def _lines_of_functions(path: Path) -> set[int]:
+    """Return the lines inside functions; all others run at import, in whichever test imports the file first."""
+    functions = (
+        node
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    )
+    return {line for each in functions for line in range(each.body[0].lineno, (each.end_lineno or 0) + 1)}

@@ -1,6 +1,7 @@
 """The driver tells a change that a test notices from one that none does, and knows which tests run a line."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.mutants.accepted import Accepted, load_accepted, stale
+from tests.mutants.covering_tests import CoveringTests
+from tests.mutants.mutant import Mutant
 
 ROOT = Path(__file__).parents[2]
 
@@ -80,7 +83,7 @@ def of_line(line):
     kept = CoveringTests.kept(root / "kept" / "tests.json", root, ["planted.py"], ["."])
     return sorted(kept.of(Mutant("planted.py", (line, line), "", "", ""), 60))
 
-chosen = [of_line(5), of_line(10)]
+chosen = [of_line(5), of_line(10), of_line(8)]
 later = (root / "kept" / "tests.json").stat().st_mtime + 1
 (root / "test_lines.py").write_text((root / "test_lines.py").read_text().replace("test_large", "test_huge"))
 os.utime(root / "test_lines.py", (later, later))
@@ -101,7 +104,8 @@ def planted(tmp_path: Path) -> Path:
 
 def run(program: str, folder: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", program, str(folder)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    without_plugins = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # a second of imports in each fork
+    return subprocess.run(command, cwd=ROOT, env=without_plugins, capture_output=True, text=True, check=True)
 
 
 def test_outcomes_of_changes_that_are_known(planted: Path) -> None:
@@ -120,9 +124,19 @@ def test_a_line_has_the_tests_that_run_it_and_only_changed_files_are_measured_ag
         (planted / name).unlink()
     (planted / "test_lines.py").write_text(TESTS.format(package=""))
     chosen, asked = json.loads(run(COVERING, planted).stderr.splitlines()[-1])
-    names = ("small", "large", "huge")
-    assert chosen == [[f"test_lines.py::test_{name}"] for name in names]
+    small, large, huge = (f"test_lines.py::test_{name}" for name in ("small", "large", "huge"))
+    assert chosen == [[small], [large], [large, small], [huge]]  # the third line runs at import
     assert asked == [["test_lines.py", "test_unrelated.py"], ["test_lines.py"]]
+
+
+def test_tests_of_different_files_come_before_a_second_one_of_the_same() -> None:
+    seconds = {"a.py::quick": 1.0, "a.py::second": 1.5, "a.py::slow": 9.0, "b.py::other": 2.0, "c.py::unrelated": 0.1}
+    known = CoveringTests({"m.py": {"3": list(seconds)[:4]}}, seconds)
+    mutant = Mutant("m.py", (2, 3), "", "", "")
+    assert known.of(mutant, 4) == ["a.py::quick", "b.py::other"]
+    assert known.of(mutant, 5) == ["a.py::quick", "a.py::second", "b.py::other"]
+    assert known.of(mutant, 0.5) == ["a.py::quick"]
+    assert known.of(Mutant("m.py", (9, 9), "", "", ""), 14) == [*list(seconds)[:3], "b.py::other"]
 
 
 def test_accepted_mutants_are_of_lines_that_exist() -> None:
@@ -140,9 +154,13 @@ def test_changes_are_of_what_computes(planted: Path) -> None:
     pytest.importorskip("mutmut", reason="`make mutants` installs it")
     from tests.mutants.changes import changes_of, sample
 
+    (planted / "planted.py").write_text(SOURCE + "\n\ndef pairs(a, b):\n    return zip(a, b, strict=True)\n")
     changes = changes_of(planted, "planted.py")
     mutants = list(sample([changes], 100, seed=0))
     assert ("return value < 3", "return value <= 3") in {(mutant.before, mutant.after) for mutant in mutants}
     assert all(mutant.lines[0] > 3 for mutant in mutants)  # the docstring stays
+    zipped = [mutant.after for mutant in mutants if "zip" in mutant.before]
+    assert zipped
+    assert all("strict=True" in after for after in zipped)
     assert [each.source for each in sample([changes], 4, seed=0)] == [each.source for each in mutants[:4]]
     assert [each.source for each in sample([changes], 4, seed=1)] != [each.source for each in mutants[:4]]
