@@ -82,8 +82,8 @@ def main(connection: Connection, memory: int) -> None:
         order: Order = connection.recv()
         try:
             decoding, slots = order.choice.open_rows(order.rows)
-        except SpikeExportError as error:
-            connection.send((False, str(error), {}))
+        except (SpikeExportError, OSError) as error:
+            connection.send((False, one_line(error), {}))
             return
         block = slots.block if isinstance(slots, SavingSlots) else None
         shape = Shape(slots.rows, slots.context, slots.longest_prompt, slots.chunk, block)

@@ -74,7 +74,7 @@ class EngineProcess:
         return self._process.pid
 
     def open_slots(self) -> "ProcessSlots":
-        """Wait until the runtime is open and return its rows, the same each time.
+        """Wait until the runtime is open and return its rows; once.
 
         Raises:
             EngineError: The runtime cannot be opened, or the process has ended.

@@ -7,6 +7,9 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+BLOCK = 32
+"""Tokens whose keys and values are saved together: prompts that begin alike save whole blocks only."""
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class KeyValues:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from spike_export.engines.generation.slots import KeyValues, Slots
+from spike_export.engines.generation.slots import BLOCK, KeyValues, Slots
 from spike_export.engines.onnx_runtime.sequences import Sequences, StaticSequences
 from spike_export.engines.onnx_runtime.session import BundleSession
 
@@ -20,10 +20,6 @@ def open_slots(session: BundleSession, rows: int) -> Slots:
     if isinstance(sequences, StaticSequences):
         return StaticSlots(sequences)
     return GrowingSlots(session, rows)
-
-
-BLOCK = 32
-"""Tokens whose keys and values are saved together: prompts that begin alike save whole blocks only."""
 
 
 @dataclass

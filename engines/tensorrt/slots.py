@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from spike_export.artifacts.errors import EngineError
-from spike_export.engines.generation.slots import KeyValues
+from spike_export.engines.generation.slots import BLOCK, KeyValues
 from spike_export.engines.tensorrt.device import Device
 from spike_export.engines.tensorrt.failures import gpu_failures
 from spike_export.engines.tensorrt.limits import PlanLimits
@@ -18,9 +18,6 @@ from spike_export.engines.tensorrt.steps import StaticSteps
 
 PART = 512
 """Most tokens of a prompt in one call, where a plan takes more: what the other rows wait for."""
-
-BLOCK = 32
-"""Tokens whose keys and values are saved together."""
 
 
 def open_slots(steps: StaticSteps, limits: PlanLimits, device: Device, rows: int) -> "PlanSlots":
