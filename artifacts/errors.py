@@ -7,15 +7,22 @@ from spike_export.artifacts.visible_text import visible
 
 _LONGEST_QUOTE = 400
 
+_LONGEST_WORD = 4096
+"""Characters of the longest path that systems take: a longer word is a value out of a damaged file."""
+
+_LONGEST_MESSAGE = 16_384
+
 
 class SpikeExportError(Exception):
     """Base of every error that bad input or a bad environment can cause; its message is one visible line.
 
-    Names from files stand in messages, and may hold line ends or sequences that a terminal obeys.
+    Names and values from files stand in messages. They may hold line ends or sequences that a terminal obeys, and may
+    be of any length.
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(visible(" ".join(message.split())))
+        words = (word if len(word) <= _LONGEST_WORD else f"{word[:_LONGEST_QUOTE]}..." for word in message.split())
+        super().__init__(_shortened(visible(" ".join(words))))
 
 
 class CheckpointError(SpikeExportError):
@@ -40,6 +47,12 @@ class ArtifactError(SpikeExportError):
 
 class EngineError(SpikeExportError):
     """An engine cannot be built, loaded or run."""
+
+
+def _shortened(text: str) -> str:
+    """Return a message without its middle where the message is too long: the remedy stands at the end."""
+    half = _LONGEST_MESSAGE // 2
+    return text if len(text) <= _LONGEST_MESSAGE else f"{text[:half]} ... {text[-half:]}"
 
 
 def one_line(error: BaseException) -> str:

@@ -220,6 +220,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(read_document(path))
+        json.dumps(content, ensure_ascii=False).encode()  # JSON's escapes can spell half of a character
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: this file is missing; is {path.parent} a model directory?") from error
     except (OSError, ValueError, RecursionError) as error:

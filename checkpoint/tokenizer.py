@@ -1,5 +1,6 @@
 """A model's tokenizer: loaded from files of anybody's, and asked for tokens."""
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -57,6 +58,16 @@ def _silence() -> Iterator[None]:
         os.close(nowhere)
 
 
+def _try(tokenizer: Any) -> None:
+    """Use a tokenizer as it is used later: its configuration may hold values that loading does not look at."""
+    tokenizer.decode(tokenizer.encode("a"))
+    templates = tokenizer.chat_template
+    for template in templates.values() if isinstance(templates, dict) else (templates,):
+        if template is not None and not isinstance(template, str):
+            raise TypeError(f"the chat template is of the type {type(template).__name__}, not a text")
+    json.dumps([tokenizer.init_kwargs, tokenizer.chat_template], default=str, ensure_ascii=False).encode()
+
+
 def load_tokenizer(load: Callable[[], Any], place: Path, error: type[SpikeExportError]) -> "PreTrainedTokenizerBase":
     """Load a tokenizer of the package tokenizers.
 
@@ -71,6 +82,7 @@ def load_tokenizer(load: Callable[[], Any], place: Path, error: type[SpikeExport
     """
     with tokenizer_faults(error, f"{place}: cannot load the tokenizer"), _silence():
         tokenizer: PreTrainedTokenizerBase = load()
+        _try(tokenizer)
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise error(
             f"{place}: {type(tokenizer).__name__} has no form as tokenizer.json; convert the tokenizer, or take "

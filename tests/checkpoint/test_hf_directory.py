@@ -393,6 +393,13 @@ def test_no_weights_at_all(tmp_path: Path) -> None:
     assert refusal(tmp_path) == f"{tmp_path}: no safetensors weights (expected model.safetensors)"
 
 
+def test_half_of_a_character_in_the_configuration(folder: Path) -> None:
+    """JSON can spell it with an escape, and no file can hold it."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"note": "\ud800"}))
+    assert "config.json: cannot be read as JSON ('utf-8' codec can't encode character" in refusal(folder)
+
+
 @pytest.mark.parametrize("content", ["", "{}", "[]"])
 def test_a_damaged_tokenizer(folder: Path, content: str) -> None:
     (folder / "tokenizer.json").write_text(content)

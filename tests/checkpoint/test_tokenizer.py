@@ -30,6 +30,25 @@ def test_a_panic_is_one_line_and_no_word_beside_it(model: Path, capfd: pytest.Ca
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("model_max_length", "many", "not supported between instances of 'int' and 'str'"),
+        ("chat_template", 5, "the chat template is of the type int, not a text"),
+        ("chat_template", {"default": 5}, "the chat template is of the type int, not a text"),
+        ("chat_template", "\ud800", "surrogates not allowed"),
+        ("anything", "\ud800", "surrogates not allowed"),
+    ],
+)
+def test_a_value_that_only_use_finds_out_is_refused_at_the_beginning(
+    model: Path, key: str, value: object, said: str
+) -> None:
+    configuration = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps(configuration | {key: value}))
+    with pytest.raises(CheckpointError, match=f"cannot load the tokenizer: .*{said}"):
+        open_hf_directory(model, "model")
+
+
 @pytest.mark.parametrize("bos", [99, -7])
 def test_a_bos_that_has_no_embedding_is_refused(bos: int) -> None:
     checkpoint = tiny_llama().checkpoint
