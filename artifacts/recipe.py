@@ -1,5 +1,6 @@
 """The recipe: the one document that calibration hands to export. Readable, versioned, editable by hand."""
 
+import hashlib
 import json
 import math
 from collections import Counter
@@ -475,6 +476,11 @@ def recipe_text(recipe: Recipe) -> str:
         lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(plan)}" for name, plan in entries.items())
         text = text.replace(f'"{key}": "<{key}>"', f'"{key}": {{\n{lines}\n }}', 1)
     return text + "\n"
+
+
+def recipe_sha256(recipe: Recipe) -> str:
+    """Return the SHA-256 of the recipe's text as `save_recipe` writes it, in hexadecimal."""
+    return hashlib.sha256(recipe_text(recipe).encode()).hexdigest()
 
 
 def save_recipe(recipe: Recipe, path: Path | str) -> None:

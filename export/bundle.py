@@ -1,6 +1,5 @@
 """Writes the bundle: the ONNX graph with its weights, the tokenizer, and the files that say how to use them."""
 
-import hashlib
 import json
 import math
 import shutil
@@ -32,7 +31,7 @@ from spike_export.artifacts.manifest import (
     save_manifest,
 )
 from spike_export.artifacts.progress import Progress, silent
-from spike_export.artifacts.recipe import SMOOTHED_HEAD, Dtype, ModulePlan, NumberFormat, Recipe, recipe_text
+from spike_export.artifacts.recipe import SMOOTHED_HEAD, Dtype, ModulePlan, NumberFormat, Recipe, recipe_sha256
 from spike_export.artifacts.threads import workers
 from spike_export.calibration.decoder.equivalent_weights import equivalent_checkpoint
 from spike_export.calibration.decoder.layerwise import Decoder, Execution
@@ -332,11 +331,6 @@ def _model_metadata(manifest: Manifest) -> dict[str, str]:
         "prefix_in": ("cache" if prefix.in_cache else "attention") if prefix else None,
     }
     return {key: value for key, value in entries.items() if value is not None}
-
-
-def recipe_sha256(recipe: Recipe) -> str:
-    """Return the SHA-256 of the recipe's text as `save_recipe` writes it, in hexadecimal."""
-    return hashlib.sha256(recipe_text(recipe).encode()).hexdigest()
 
 
 def _bundle_prefix(checkpoint: Checkpoint, recipe: Recipe | None, plan: GraphPlan) -> BundlePrefix | None:

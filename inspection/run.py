@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spike_export.artifacts.attribution import ATTRIBUTION_FILE, Attribution, load_attribution
 from spike_export.artifacts.errors import ArtifactError, RecipeError
-from spike_export.artifacts.recipe import SMOOTHED_HEAD, ModulePlan, Recipe, load_recipe
+from spike_export.artifacts.recipe import SMOOTHED_HEAD, ModulePlan, Recipe, load_recipe, recipe_sha256
 from spike_export.artifacts.visible_text import visible
 from spike_export.calibration.statistics.description import LargeToken, SpikesDescription, load_description
 from spike_export.checkpoint.checkpoint import LM_HEAD
@@ -26,10 +27,11 @@ _LIKELY = 5
 
 @dataclass(frozen=True)
 class RunInspection:
-    """A run that calibrated, and the recipe it decided on."""
+    """A run that calibrated, the recipe it decided on, and what of its divergence each input causes, if measured."""
 
     run: Path
     recipe: Recipe
+    attribution: Attribution | None = None
 
     @property
     def headlines(self) -> tuple[tuple[str, str], ...]:
@@ -61,6 +63,7 @@ class RunInspection:
         return {
             **dict(self.headlines),
             "noise shares": self.noise_shares,
+            "divergence": None if self.attribution is None else self.attribution.model_dump(mode="json"),
             "search": self.recipe.search.model_dump(mode="json"),
             "not quantized": {name: plan.model_dump(mode="json") for name, plan in self.unquantized.items()},
         }
@@ -75,7 +78,17 @@ class RunInspection:
             RecipeError: A name is none of the recipe's modules.
         """
         names = [_resolve(self.recipe, each) for each in modules]
-        return {name: _explanation(self.recipe, self.run, name) for name in names}
+        return {name: {**_explanation(self.recipe, self.run, name), **self._caused(name)} for name in names}
+
+    def _caused(self, name: str) -> dict[str, str]:
+        """Return how much of the divergence a module's input causes, in words."""
+        measured = self.attribution
+        representative = name if name == HEAD else representative_of(name)
+        if measured is None or representative not in measured.inputs:
+            return {}
+        alone, saved = measured.inputs[representative].alone, measured.saved_without(representative)
+        figures = f"{alone:.2e} nats alone; all but it has {saved:.2e} less than all, {measured.divergence:.2e}"
+        return {f"divergence of the input of {representative}": figures}
 
 
 def inspect_run(run: Path) -> RunInspection:
@@ -84,7 +97,17 @@ def inspect_run(run: Path) -> RunInspection:
     Raises:
         RecipeError: The recipe cannot be read.
     """
-    return RunInspection(run, load_recipe(run / RECIPE_FILE))
+    recipe = load_recipe(run / RECIPE_FILE)
+    return RunInspection(run, recipe, _attribution(run, recipe))
+
+
+def _attribution(run: Path, recipe: Recipe) -> Attribution | None:
+    """Return what was measured of the recipe's inputs; None where nothing was, or of a recipe edited since."""
+    try:
+        found = load_attribution(run / ATTRIBUTION_FILE)
+    except ArtifactError:
+        return None
+    return found if found.recipe_sha256 == recipe_sha256(recipe) else None
 
 
 def _headlines(recipe: Recipe) -> list[tuple[str, str]]:

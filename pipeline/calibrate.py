@@ -45,6 +45,7 @@ def calibrate(
     execution: ExecutionOptions = ExecutionOptions(),
     display: StageDisplay = StageCallback(),
     recompute_recipe: bool = False,
+    attribution_windows: int = 0,
     force: bool = False,
     overwrite: bool = False,
 ) -> CalibratedModel:
@@ -61,6 +62,8 @@ def calibrate(
         execution: Devices, precision of the forward passes, and whether layers stay in memory.
         display: Follows the stages; `StageCallback(function)` reports all of them to one function.
         recompute_recipe: Move a recipe that was edited by hand to `recipe.json.old`, and choose anew.
+        attribution_windows: Windows on which to measure how much of the divergence each input causes, into
+            `attribution.json`; 0 not to.
         force: Run stages again whose inputs are unchanged.
         overwrite: Replace also files that spike-export did not write.
 
@@ -78,9 +81,13 @@ def calibrate(
         corpus=corpus,
         execution=execution,
         recompute_recipe=recompute_recipe,
+        attribution_windows=attribution_windows,
     )
     with open_pipeline(job, display, force=force, overwrite=overwrite) as pipeline, display:
-        return CalibratedModel(pipeline.calibrate(), job.work_dir)
+        recipe = pipeline.calibrate()
+        if attribution_windows:
+            pipeline.attribute(recipe)
+        return CalibratedModel(recipe, job.work_dir)
 
 
 def measure_shard(

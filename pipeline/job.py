@@ -37,6 +37,7 @@ class Job:
         max_ppl_increase: Largest relative perplexity increase of the shipped bundle; None for no limit.
         build: How to build the plan.
         recompute_recipe: Discard a recipe that was edited by hand.
+        attribution_windows: Windows on which to measure what each input causes of the divergence; 0 not to.
     """
 
     model: str
@@ -52,10 +53,13 @@ class Job:
     max_ppl_increase: float | None = None
     build: BuildOptions = field(default_factory=BuildOptions)
     recompute_recipe: bool = False
+    attribution_windows: int = 0
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
         require_limit(self.max_ppl_increase)
+        if self.attribution_windows < 0:
+            raise RecipeError(f"--attribution-windows is {self.attribution_windows}; expected 0 or more")
         require_quantized(self.number_format, self.quantize)
         if self.number_format == "fp8" and self.calibration.attention != "unquantized":
             raise RecipeError(

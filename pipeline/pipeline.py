@@ -7,12 +7,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
+from spike_export.artifacts.attribution import ATTRIBUTION_FILE, Attribution, load_attribution, save_attribution
 from spike_export.artifacts.check_document import Check, load_check, save_check
 from spike_export.artifacts.documents import read_document
 from spike_export.artifacts.errors import ArtifactError
 from spike_export.artifacts.manifest import DATA_FILE, GRAPH_FILE, MANIFEST_FILE, load_manifest
 from spike_export.artifacts.progress import Progress
-from spike_export.artifacts.recipe import Recipe, Search, load_recipe, recipe_text
+from spike_export.artifacts.recipe import Recipe, Search, load_recipe, recipe_sha256, recipe_text
 from spike_export.artifacts.sole_writer import sole_writer
 from spike_export.calibration.ablation import ablations
 from spike_export.calibration.corpus.chat import Chats, rendered
@@ -25,8 +26,10 @@ from spike_export.calibration.corpus.stored_text import load_documents, save_doc
 from spike_export.calibration.corpus.token_windows import TokenWindows
 from spike_export.calibration.decoder.heap import collect_and_return_memory
 from spike_export.calibration.decoder.layerwise import Decoder, Execution
+from spike_export.calibration.decoder.simulate import QuantizedWeights
 from spike_export.calibration.methods.activation_choice import choose_activations
-from spike_export.calibration.methods.context import Calibration, Transform
+from spike_export.calibration.methods.attribution import attribute
+from spike_export.calibration.methods.context import Calibration, Transform, spread
 from spike_export.calibration.methods.module_choice import choose_kept
 from spike_export.calibration.methods.options import CalibrationOptions
 from spike_export.calibration.methods.own_text import own_corpus, unusable, write_own_text
@@ -59,6 +62,7 @@ BEHIND = "spikes behind the prefix"
 SMOOTHING = "smoothing"
 AFTER = "spikes after smoothing"
 RECIPE = "recipe"
+ATTRIBUTION = "what each input causes"
 BUNDLE = "bundle"
 CHECK = "check"
 PLAN = "plan"
@@ -76,6 +80,7 @@ ARTIFACTS = (
     OWN_TEXT_FILE,
     "prefix.json",
     "smoothing.json",
+    ATTRIBUTION_FILE,
     "bundle",
     "check.json",
     "report.html",
@@ -91,12 +96,14 @@ _STREAMED_PART_SIZE = 32
 """The same where all weights are read anew for every part."""
 
 
-def calibration_stages(options: CalibrationOptions, corpus: CorpusOptions = CorpusOptions()) -> tuple[str, ...]:
-    """Return the names of a calibration's stages, in order."""
+def calibration_stages(
+    options: CalibrationOptions, corpus: CorpusOptions = CorpusOptions(), *, attributed: bool = False
+) -> tuple[str, ...]:
+    """Return the names of a calibration's stages, in order; `attributed` where inputs' divergences are measured."""
     written = (OWN_TEXT,) if OWN_TEXT_SOURCE in corpus.sources else ()
     prefix = (PREFIX, BEHIND) if options.qfep else ()
     smoothing = (SMOOTHING, AFTER) if options.searches_smoothing else ()
-    return (*written, SPIKES, *prefix, *smoothing, RECIPE)
+    return (*written, SPIKES, *prefix, *smoothing, RECIPE, *((ATTRIBUTION,) if attributed else ()))
 
 
 def stages_of(job: Job) -> tuple[str, ...]:
@@ -252,6 +259,20 @@ class Pipeline:
 
         key = stage_key(spikes=self._spikes_key, options=options)
         return self._stage(RECIPE, key, [path], work, partial(load_recipe, path))
+
+    def attribute(self, recipe: Recipe) -> Attribution:
+        """Measure on windows that calibration never saw how much of the recipe's divergence each input causes."""
+        path, wanted = self.run.path / ATTRIBUTION_FILE, self.job.attribution_windows
+        content = spread(self.windows.evaluation, wanted)
+
+        def work(progress: Progress) -> None:
+            model = self.calibration.transformed(Transform(recipe.rotation, recipe.smoothing))
+            weights = QuantizedWeights(recipe.scheme.weights, keep=self.execution.resident)
+            fed = self.calibration.fed(content, recipe.prefix_ids)
+            save_attribution(attribute(model.decoder, weights, recipe, fed, content.shape[1], progress), path)
+
+        key = stage_key(spikes=self._spikes_key, recipe=recipe_sha256(recipe), windows=len(content))
+        return self._stage(ATTRIBUTION, key, [path], work, partial(load_attribution, path))
 
     def measure(self, shard: tuple[int, int] | None = None) -> SpikeStatistics:
         """Run the first stage and return the statistics without a prefix.

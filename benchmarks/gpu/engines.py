@@ -15,7 +15,7 @@ from benchmarks.gpu.torch_products import WARM_UP, gpu_seconds
 from benchmarks.gpu.work import Call, Model, Peaks, Variant, bound, work
 from spike_export.artifacts.errors import ArtifactError, EngineError
 from spike_export.artifacts.manifest import Manifest, load_manifest
-from spike_export.artifacts.recipe import ModulePlan, Recipe
+from spike_export.artifacts.recipe import ModulePlan, Recipe, recipe_sha256
 from spike_export.engines.plan.backend import BACKENDS, FLOAT8_TARGETS, BackendName, Machine
 from spike_export.engines.plan.build_options import BatchRange, BuildOptions
 from spike_export.engines.plan.safety import CheckedPlan
@@ -175,7 +175,7 @@ def export_variants(
 
     A bundle that is there already is used again where it is of the same weights, recipe and capacity.
     """
-    from spike_export.export.bundle import ExportOptions, export_bundle, recipe_sha256
+    from spike_export.export.bundle import ExportOptions, export_bundle
     from spike_export.export.cache_options import CacheOptions
 
     bundles = []

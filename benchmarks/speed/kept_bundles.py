@@ -24,7 +24,7 @@ def require_model(bundles: Iterable[Path], checkpoint: "Checkpoint") -> None:
 def require_recipe(bundle: Path, recipe: "Recipe") -> None:
     """End the program where a bundle is of another recipe."""
     from spike_export.artifacts.manifest import load_manifest
-    from spike_export.export.bundle import recipe_sha256
+    from spike_export.artifacts.recipe import recipe_sha256
 
     if load_manifest(bundle).model.recipe_sha256 != recipe_sha256(recipe):
         raise SystemExit(f"{bundle}: made by another recipe; give another --bundles")

@@ -51,7 +51,7 @@ class ReferenceStates:
 
     Attributes:
         perplexity: Of its predictions.
-        states: Per window, the last layer's output at every `_DIVERGENCE_EVERY`-th content token.
+        states: Per window, the last layer's output at every `DIVERGENCE_EVERY`-th content token.
         head: Turns them into logits.
     """
 
@@ -73,7 +73,7 @@ class Score:
     divergence: float = 0.0
 
 
-_DIVERGENCE_EVERY = 4
+DIVERGENCE_EVERY = 4
 """Every how many tokens one is compared with the reference: two rows of the vocabulary are costly."""
 
 
@@ -112,7 +112,7 @@ def reference_states(
     total, kept, head = Likelihood(0.0, 0), [], decoder.head()
     for tokens, states in content_states(decoder, windows, content_length, prefix):
         total += likelihood(head, states, tokens)
-        kept.append(states[::_DIVERGENCE_EVERY].clone())
+        kept.append(states[::DIVERGENCE_EVERY].clone())
     return ReferenceStates(total.perplexity, kept, head)
 
 
@@ -136,7 +136,7 @@ def score(
         total += likelihood(to_logits, states, tokens)
         if reference is not None:
             expected = reference.states[index]
-            divergence += divergence_sum(reference.head, expected, to_logits, states[::_DIVERGENCE_EVERY])
+            divergence += divergence_sum(reference.head, expected, to_logits, states[::DIVERGENCE_EVERY])
             compared += len(expected)
     return Score(total.perplexity, divergence / max(1, compared))
 

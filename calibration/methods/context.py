@@ -166,7 +166,7 @@ class Calibration:
         count = len(self.windows.calibration)
         every = _SEARCH_EVERY if count >= 2 * _SEARCH_EVERY else 1
         rows = np.flatnonzero(self.windows.kinds == 0) if self._several_kinds else np.arange(count)[::every]
-        return _spread(rows, SEARCH_WINDOWS)
+        return spread(rows, SEARCH_WINDOWS)
 
     @property
     def scale_rows(self) -> NDArray[np.int64]:
@@ -182,7 +182,7 @@ class Calibration:
 
         They are as many as the prefix is judged on; of another kind of text where there are several.
         """
-        return _spread(self.scale_rows, len(self.search_rows)) if self._several_kinds else self.search_rows
+        return spread(self.scale_rows, len(self.search_rows)) if self._several_kinds else self.search_rows
 
     @property
     def search_windows(self) -> NDArray[np.int64]:
@@ -333,8 +333,8 @@ class Calibration:
         return rotated.decoder, Simulation(plans, self._smoothed[0][1], smoothing=readers)
 
 
-def _spread(rows: NDArray[np.int64], most: int) -> NDArray[np.int64]:
-    """Return at most `most` of the rows, evenly spaced."""
+def spread(rows: NDArray[np.int64], most: int) -> NDArray[np.int64]:
+    """Return at most `most` of the rows [rows, ...], evenly spaced."""
     return rows[np.unique(np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(np.int64))]
 
 

@@ -40,6 +40,13 @@ def calibrate(
     shard: Annotated[
         str | None, Parameter(help="i/n: only measure the i-th of n parts of the windows; `merge` joins the parts.")
     ] = None,
+    attribution_windows: Annotated[
+        int,
+        Parameter(
+            help="Windows on which to measure how much of the divergence each input's quantization causes, for "
+            "`inspect` to show; each takes about as long as one forward pass per linear (default: none)."
+        ),
+    ] = 0,
     threads: ThreadArguments = ThreadArguments(),
     recompute: Recompute = None,
     run_options: RunArguments = RunArguments(),
@@ -55,7 +62,8 @@ def calibrate(
     if shard is not None:
         return _measure_shard(model, work_dir, shard, options, text, how, run_options)
     console = Console()
-    display = ProgressDisplay(console, calibration_stages(options, text), quiet=run_options.quiet)
+    stages = calibration_stages(options, text, attributed=attribution_windows > 0)
+    display = ProgressDisplay(console, stages, quiet=run_options.quiet)
     recipe = calibrate_model(
         model,
         work_dir,
@@ -64,6 +72,7 @@ def calibrate(
         execution=how,
         display=display,
         recompute_recipe=recompute == "recipe",
+        attribution_windows=attribution_windows,
         force=run_options.force,
         overwrite=run_options.overwrite,
     ).recipe

@@ -82,7 +82,45 @@ def _tables(inspection: RunInspection) -> list[_Table]:
             ("input of", "share", "inputs", "the noisiest", "its share"),
             _noise_rows(inspection.noise_shares),
         ),
+        (
+            _divergence_title(inspection),
+            ("input of", "alone", "saved without", "inputs", "the largest", "its own"),
+            _divergence_rows(inspection),
+        ),
         ("not quantized", ("module", "precision", "reason"), kept),
+    ]
+
+
+def _divergence_title(inspection: RunInspection) -> str:
+    measured = inspection.attribution
+    if measured is None:
+        return ""
+    return f"divergence in nats per token, {measured.divergence:.2e} in all, on {measured.windows} held-out windows"
+
+
+def _divergence_rows(inspection: RunInspection) -> list[tuple[str, ...]]:
+    """Return one row for the inputs of one name: sums, and the input that causes most alone."""
+    measured = inspection.attribution
+    if measured is None:
+        return []
+    kinds: dict[str, list[str]] = {}
+    for name in measured.inputs:
+        kinds.setdefault(name.rpartition(".")[2], []).append(name)
+
+    def alone(name: str) -> float:
+        return measured.inputs[name].alone
+
+    return [
+        (
+            kind,
+            f"{sum(map(alone, names)):.2e}",
+            f"{sum(map(measured.saved_without, names)):.2e}",
+            str(len(names)),
+            worst,
+            f"{alone(worst):.2e}",
+        )
+        for kind, names in sorted(kinds.items(), key=lambda kind: -sum(map(alone, kind[1])))
+        for worst in (max(names, key=alone),)
     ]
 
 

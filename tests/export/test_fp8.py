@@ -21,7 +21,16 @@ from transformers import DynamicCache
 
 from spike_export.artifacts.errors import EngineError, RecipeError
 from spike_export.artifacts.manifest import load_manifest
-from spike_export.artifacts.recipe import AttentionPlan, Dtype, ModulePlan, Recipe, Scheme, load_recipe, save_recipe
+from spike_export.artifacts.recipe import (
+    AttentionPlan,
+    Dtype,
+    ModulePlan,
+    Recipe,
+    Scheme,
+    load_recipe,
+    recipe_sha256,
+    save_recipe,
+)
 from spike_export.calibration.decoder.layerwise import Decoder
 from spike_export.calibration.decoder.simulate import QuantizedWeights, Simulation, fake_quantize, fake_quantize_tokens
 from spike_export.calibration.decoder.weight_quantization import quantize_weight
@@ -33,7 +42,7 @@ from spike_export.engines.plan import backend as plan_backend
 from spike_export.engines.plan.backend import TENSORRT, TENSORRT_RTX, Gpu, Machine, omission, resolve_targets
 from spike_export.engines.plan.build_options import BatchRange, BuildOptions, ProfileName
 from spike_export.engines.plan.graph import load_graph, planned_precisions
-from spike_export.export.bundle import ExportOptions, export_bundle, recipe_sha256
+from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.graph.graph_builder import GraphBuilder
 from spike_export.export.graph.linear import quantize_dequantize
 from tests.support.built_plans import audit_plan, build_plan

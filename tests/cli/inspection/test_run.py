@@ -27,8 +27,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def automatic(run: Path) -> Path:
     """The default method: prefix, smoothing, clips."""
     folder = run.parent
-    corpus = ("--corpus", folder / "corpus.txt")
-    assert call("calibrate", folder / "model", "--work-dir", folder / "automatic", *corpus, *SMALL).code == 0
+    options = ("--corpus", folder / "corpus.txt", *SMALL, "--attribution-windows", "1")
+    assert call("calibrate", folder / "model", "--work-dir", folder / "automatic", *options).code == 0
     return folder / "automatic"
 
 
@@ -114,6 +114,25 @@ def test_smoothing_clip_and_noise_are_explained(automatic: Path) -> None:
     assert f"  smoothing: {smoothing.form} {smoothing.parameter} on the input of {name}" in text
     assert any(line.startswith(f"  estimated noise of INT8: {plan.noise:.2e} of the residual stream") for line in text)
     assert any(line.startswith("  largest tokens behind the prefix: ") for line in text)
+
+
+def test_what_each_input_causes_is_shown_until_the_recipe_is_edited(automatic: Path, tmp_path: Path) -> None:
+    measured = json.loads("\n".join(lines(automatic, "--json")))["divergence"]
+    assert len(measured["inputs"]) == 12
+    worst = max(measured["inputs"], key=lambda name: measured["inputs"][name]["alone"])
+    alone, without = measured["inputs"][worst].values()
+    title = f"divergence in nats per token, {measured['divergence']:.2e} in all, on 1 held-out windows"
+    assert title in lines(automatic)
+    row = next(line for line in lines(automatic) if worst in line and f"{alone:.2e}" in line)
+    assert row.split()[0] == worst.rpartition(".")[2]
+    (figures,) = (line for line in lines(automatic, "--explain", worst) if "nats alone" in line)
+    assert f"{alone:.2e} nats alone" in figures
+    assert f"{measured['divergence'] - without:.2e} less" in figures
+    document = json.loads((automatic / "recipe.json").read_text())
+    document["modules"][worst]["clip"] = 0.45
+    (tmp_path / "recipe.json").write_text(json.dumps(document))
+    (tmp_path / "attribution.json").write_bytes((automatic / "attribution.json").read_bytes())
+    assert not any("divergence in nats" in line for line in lines(tmp_path))
 
 
 def test_a_clipped_scale_says_what_saturates(run: Path, tmp_path: Path) -> None:
