@@ -27,7 +27,7 @@ from spike_export.calibration.corpus.token_windows import TokenWindows
 from spike_export.calibration.decoder.heap import collect_and_return_memory
 from spike_export.calibration.decoder.layerwise import Decoder, Execution
 from spike_export.calibration.decoder.simulate import QuantizedWeights
-from spike_export.calibration.methods.activation_choice import choose_activations
+from spike_export.calibration.methods.activation_choice import choose_measured_activations
 from spike_export.calibration.methods.attribution import attribute
 from spike_export.calibration.methods.context import Calibration, Transform, spread
 from spike_export.calibration.methods.module_choice import choose_kept
@@ -243,7 +243,9 @@ class Pipeline:
 
         def work(progress: Progress) -> None:
             transform = transforms.transform
-            kinds = choose_activations(self.calibration, after, transform, progress)
+            kinds = transforms.kinds
+            if not self.job.calibration.searches_smoothing:
+                kinds = choose_measured_activations(self.calibration, after, progress)
             choice = choose_kept(self.calibration, after, transform, progress, per_token=kinds.per_token)
             search = Search(
                 reference_perplexity=self.calibration.reference(prefixes.token_ids).perplexity,
@@ -326,7 +328,9 @@ class Pipeline:
 
     def _transform(self, behind: SpikeStatistics) -> TransformChoice:
         path = self.run.path / "smoothing.json"
-        options = asdict(_with_every_module_quantized(self.job.calibration))
+        chosen = self.job.calibration
+        kinds = {"activations": chosen.activations, "max_per_token_share": chosen.max_per_token_share}
+        options = {**asdict(_with_every_module_quantized(chosen)), **kinds}
         del options["qfep"], options["prefix_length"]  # the prefix itself is in the key
 
         def work(progress: Progress) -> None:
@@ -529,7 +533,7 @@ def _whole(bundle: Path) -> None:
 
 
 def _with_every_module_quantized(options: CalibrationOptions) -> CalibrationOptions:
-    """Return the options that prefix and smoothing depend on: how each module is quantized is chosen after them."""
+    """Return the options that the prefix depends on: how each module is quantized is chosen after it."""
     return replace(
         options,
         activations=options.searched_activations,

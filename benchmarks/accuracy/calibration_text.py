@@ -39,26 +39,32 @@ Content = NDArray[np.int64]
 
 
 class Noise(NamedTuple):
-    """The noise of a whole model: all inputs with constants, and with a scale per token at `down_proj`."""
+    """The noise of a whole model: all inputs with constants, and with a scale per token at `down_proj`.
+
+    Smoothing is what is best for either kind.
+    """
 
     static: float
     mixed: float
 
     @classmethod
-    def of(cls, choices: Mapping[str, SiteChoice]) -> "Noise":
-        """Sum up the inputs' noise."""
-        mixed = [each.token_noise if name.endswith("down_proj") else each.noise for name, each in choices.items()]
-        return cls(sum(choice.noise for choice in choices.values()), sum(mixed))
+    def of(cls, static: "FixedSmoothing", own: "FixedSmoothing") -> "Noise":
+        """Sum up the inputs' noise, with the smoothing for constants and with that for scales per token."""
+        constant = {name: each.noise for name, each in static.choices.items()}
+        tokens = {name: each.tokens.noise for name, each in own.choices.items() if name.endswith("down_proj")}
+        return cls(sum(constant.values()), sum((constant | tokens).values()))
 
 
 @dataclass
 class FixedSmoothing(SmoothingSearch):
-    """A search that has one candidate for each input: what another search chose."""
+    """A search that has one candidate for each input: what another search chose for one kind of scales."""
 
     chosen: Mapping[str, SiteChoice] = field(default_factory=dict)
+    own: bool = False
 
     def _plans(self, group: Sequence[InputSite], layer: "nn.Module", names: Mapping[str, str]) -> Iterator[_Plans]:
-        plan = self.chosen[names[group[0].representative]].final
+        chosen = self.chosen[names[group[0].representative]]
+        plan = chosen.tokens.final if self.own else chosen.final
         yield _Plans(plan, plan)
 
 
@@ -94,32 +100,32 @@ def noises(
 
     statistics = measure_spikes(decoder, fed(content), tuple(prefix))
     made = {name: statistics.select(rows) for name, rows in sets.items()}
-    searches = {name: _search(decoder, each) for name, each in made.items()}
+    searches = {name: SmoothingSearch(**_options(decoder, each)) for name, each in made.items()}
     decoder.run(fed(choosing), prefix, visits=[search.visit for search in searches.values()])
     for text, windows in texts.items():
-        judges = {name: _search(decoder, made[name], search.choices) for name, search in searches.items()}
-        decoder.run(fed(windows), prefix, visits=[judge.visit for judge in judges.values()])
-        for name, judge in judges.items():
-            yield name, text, Noise.of(judge.choices)
+        judges = {
+            name: [
+                FixedSmoothing(**_options(decoder, made[name]), chosen=search.choices, own=own) for own in (False, True)
+            ]
+            for name, search in searches.items()
+        }
+        decoder.run(fed(windows), prefix, visits=[judge.visit for pair in judges.values() for judge in pair])
+        for name, pair in judges.items():
+            yield name, text, Noise.of(*pair)
 
 
-def _search(
-    decoder: Decoder, statistics: SpikeStatistics, chosen: Mapping[str, SiteChoice] | None = None
-) -> SmoothingSearch:
-    kind = SmoothingSearch if chosen is None else FixedSmoothing
-    options: dict[str, Any] = {} if chosen is None else {"chosen": chosen}
-    return kind(
-        config=decoder.config,
-        statistics=statistics,
-        compared=statistics,
-        weights="int8-per-channel",
-        activations="static",
-        activation_range="sample-mean",
-        smoothing=True,
-        rotated=False,
-        stride=STRIDE,
-        **options,
-    )
+def _options(decoder: Decoder, statistics: SpikeStatistics) -> dict[str, Any]:
+    return {
+        "config": decoder.config,
+        "statistics": statistics,
+        "compared": statistics,
+        "weights": "int8-per-channel",
+        "activations": "static",
+        "activation_range": "sample-mean",
+        "smoothing": True,
+        "rotated": False,
+        "stride": STRIDE,
+    }
 
 
 def main(given: Sequence[str] | None = None) -> None:

@@ -24,7 +24,7 @@ from spike_export.calibration.corpus.token_windows import TokenWindows, token_wi
 from spike_export.calibration.decoder.perplexity import model_perplexity
 from spike_export.calibration.decoder.simulate import Simulation
 from spike_export.calibration.decoder.smoothing import is_per_value_head
-from spike_export.calibration.methods.activation_choice import choose_activations
+from spike_export.calibration.methods.activation_choice import choose_measured_activations
 from spike_export.calibration.methods.context import Calibration, Transform
 from spike_export.calibration.methods.module_choice import NOTHING_KEPT, choose_kept
 from spike_export.calibration.methods.options import CalibrationOptions
@@ -98,10 +98,12 @@ def automatic_recipe(
     """Return what the main job chooses; with a given prefix, what it chooses behind that."""
     prefixes = PrefixChoice(prefix) if prefix else choose_prefix(calibration, calibration.measure(()))
     behind = calibration.measure(prefixes.token_ids)
-    chosen = choose_transform(calibration, behind) if calibration.options.searches_smoothing else TransformChoice()
-    transform = chosen.transform
+    if calibration.options.searches_smoothing:
+        chosen = choose_transform(calibration, behind)
+    else:
+        chosen = TransformChoice(kinds=choose_measured_activations(calibration, behind))
+    transform, kinds = chosen.transform, chosen.kinds
     after = calibration.measure(behind.prefix_ids, transform) if transform.changes_weights else behind
-    kinds = choose_activations(calibration, after, transform)
     choice = choose_kept(calibration, after, transform, per_token=kinds.per_token)
     search = Search(
         reference_perplexity=calibration.reference(prefixes.token_ids).perplexity,

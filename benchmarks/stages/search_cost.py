@@ -28,7 +28,6 @@ from spike_export.calibration.decoder.smoothing import (
     smoothing_plan,
     smoothing_scales,
 )
-from spike_export.calibration.methods.activation_choice import choose_activations
 from spike_export.calibration.methods.context import Calibration, Transform
 from spike_export.calibration.methods.module_choice import choose_kept
 from spike_export.calibration.methods.prefix_choice import choose_prefix
@@ -120,24 +119,20 @@ def costs(calibration: Calibration) -> Iterator[Cost]:
 
     yield ended(third, choice.candidates[0].divergence, choice.transform)
     after = calibration.measure(prefix.token_ids, choice.transform)
-    kinds, fourth = measured(
-        calibration, "scales per token", lambda: choose_activations(calibration, after, choice.transform)
-    )
-    yield fourth
-    _, fifth = measured(
+    _, fourth = measured(
         calibration,
         "modules",
-        lambda: choose_kept(calibration, after, choice.transform, per_token=kinds.per_token),
+        lambda: choose_kept(calibration, after, choice.transform),
     )
-    yield fifth
+    yield fourth
     held_out = calibration.held_out(behind)
-    scores, sixth = measured(
+    scores, fifth = measured(
         calibration,
         f"naive grid of {len(STRENGTHS) ** 3} smoothings",
         lambda: [calibration.predicted(held_out, (), each).divergence for each in grid(calibration, held_out)],
     )
     best = int(np.argmin(scores))
-    yield ended(sixth, scores[best], list(grid(calibration, behind))[best])
+    yield ended(fifth, scores[best], list(grid(calibration, behind))[best])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -147,7 +142,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     job = job_calibration(table_calibration(open_checkpoint(str(smollm2_path()))), given.samples)
     found: list[Cost] = []
-    for cost in costs(Calibration(job.checkpoint, job.windows, job.options)):
+    options = replace(job.options, activations="static")  # as the grid's
+    for cost in costs(Calibration(job.checkpoint, job.windows, options)):
         found.append(cost)
         ended = ""
         if cost.perplexity is not None:

@@ -5,12 +5,13 @@ between the two products of a feed-forward block, each token's own scale is near
 budget is spent: a constant that suffices for the text of the search need not suffice for others.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from spike_export.artifacts.progress import Progress, silent
 from spike_export.artifacts.recipe import ActivationCandidate
 from spike_export.calibration.decoder.perplexity import Score
-from spike_export.calibration.methods.context import Calibration, Transform
+from spike_export.calibration.methods.context import NO_TRANSFORM, Calibration, Transform
 from spike_export.calibration.methods.qfem import Scores, linear_count
 from spike_export.calibration.statistics.spikes import SpikeStatistics
 
@@ -32,7 +33,11 @@ class ActivationChoice:
 
 
 def choose_activations(
-    calibration: Calibration, statistics: SpikeStatistics, transform: Transform, progress: Progress = silent
+    calibration: Calibration,
+    statistics: SpikeStatistics,
+    transform: Transform,
+    score: Callable[[tuple[str, ...]], Score],
+    progress: Progress = silent,
 ) -> ActivationChoice:
     """Choose the inputs with a scale per token, where the options leave it open.
 
@@ -41,9 +46,10 @@ def choose_activations(
     `max_per_token_share`, unless they save too little divergence together.
 
     Args:
-        calibration: The model and its windows.
-        statistics: Of the transformed model behind the prefix, of all calibration windows.
-        transform: What was done to the weights.
+        calibration: The model and its options.
+        statistics: Of all calibration windows behind the prefix; their ratios order the inputs.
+        transform: Has the noise that was estimated.
+        score: Evaluates the model whose representatives of that name have a scale per token, the others a constant.
         progress: Told after each of the two evaluated sets.
     """
     if calibration.options.activations != "auto":
@@ -52,10 +58,9 @@ def choose_activations(
     most = order.keep_share(calibration.options.max_per_token_share).kept
     if not most:
         return ActivationChoice()
-    compared = calibration.held_out(statistics)
     scores: list[Score] = []
     for per_token in ((), most):
-        scores.append(calibration.predicted(compared, (), transform, per_token=per_token, measured=True))
+        scores.append(score(per_token))
         progress("sets of inputs", len(scores), 2)
     static, mixed = scores
     pays = static.divergence - mixed.divergence > WORTH * static.divergence
@@ -64,6 +69,24 @@ def choose_activations(
         _candidate(order, most, mixed, "chosen" if pays else "saves too little"),
     )
     return ActivationChoice(most if pays else (), candidates)
+
+
+def choose_measured_activations(
+    calibration: Calibration, statistics: SpikeStatistics, progress: Progress = silent
+) -> ActivationChoice:
+    """Choose the inputs with a scale per token in a model as it is, of which nothing but statistics is known.
+
+    Args:
+        calibration: The model and its windows.
+        statistics: Of the model behind the prefix, of all calibration windows.
+        progress: Told after each of the two evaluated sets.
+    """
+    compared = calibration.held_out(statistics)
+
+    def score(per_token: tuple[str, ...]) -> Score:
+        return calibration.predicted(compared, (), NO_TRANSFORM, per_token=per_token, measured=True)
+
+    return choose_activations(calibration, statistics, NO_TRANSFORM, score, progress)
 
 
 def _candidate(order: Scores, per_token: tuple[str, ...], score: Score, verdict: str) -> ActivationCandidate:

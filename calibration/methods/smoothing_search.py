@@ -60,6 +60,15 @@ _ROWS = 1024
 
 
 @dataclass(frozen=True)
+class TokenChoice:
+    """The best candidate of one input whose tokens have each a scale of their own; attributes as in `SiteChoice`."""
+
+    smoothing: SmoothingPlan | None
+    final: SmoothingPlan | None
+    noise: float
+
+
+@dataclass(frozen=True)
 class SiteChoice:
     """The best candidate of one input.
 
@@ -69,14 +78,14 @@ class SiteChoice:
         clip: Share of the calibrated range that the static scale covers.
         noise: Mean over tokens of the squared error that INT8 adds here to the residual stream, relative to the
             stream; estimated to first order.
-        token_noise: The same where each token has a scale of its own.
+        tokens: What is best where each token has a scale of its own.
     """
 
     smoothing: SmoothingPlan | None
     final: SmoothingPlan | None
     clip: float
     noise: float
-    token_noise: float = 0.0
+    tokens: TokenChoice
 
 
 def default_smoothing(
@@ -190,15 +199,15 @@ class SmoothingSearch:
             for site in group
             if not is_router(site.representative) and site.representative in seen.inputs
         ]
-        best: dict[str, SiteChoice] = {}
-        for plans in self._plans(group, layer, names):
-            found = {site.site.representative: site.best(plans, self, branch_share) for site in sites}
-            if not best or _total(found) < _total(best):
-                best = found
-        for each in sites:
-            choice = best[each.site.representative]
-            token_noise = each.token_noise(choice.smoothing, self, branch_share)
-            self.choices[names[each.site.representative]] = replace(choice, token_noise=token_noise)
+        found = [
+            {names[site.site.representative]: site.judged(plans, self, branch_share) for site in sites}
+            for plans in self._plans(group, layer, names)
+        ]
+        best = min(found, key=lambda choices: sum(choice.noise for choice in choices.values()))
+        if sum(not is_router(site.representative) for site in group) == 1:
+            # Several inputs share the scales of a norm, whatever the kinds of their own scales.
+            best = {name: replace(choice, tokens=_best_tokens(name, found)) for name, choice in best.items()}
+        self.choices |= best
 
     def _plans(self, group: Sequence[InputSite], layer: "nn.Module", names: Mapping[str, str]) -> "Iterator[_Plans]":
         yield _Plans(None, None)
@@ -221,8 +230,8 @@ class _Plans(NamedTuple):
     final: SmoothingPlan | None
 
 
-def _total(choices: Mapping[str, SiteChoice]) -> float:
-    return sum(choice.noise for choice in choices.values())
+def _best_tokens(name: str, found: Sequence[Mapping[str, SiteChoice]]) -> TokenChoice:
+    return min((choices[name].tokens for choices in found), key=lambda choice: choice.noise)
 
 
 def _weight(layer: "nn.Module", site: InputSite) -> "torch.Tensor":
@@ -314,27 +323,23 @@ class _Site:
             self._scale = self._expected.pow(2).sum(-1)
         self._scale = self._scale.clamp(min=torch.finfo(torch.float32).tiny)
 
-    def best(self, plans: _Plans, search: SmoothingSearch, branch_share: float) -> SiteChoice:
-        """Return the best clip under a plan, and its noise."""
+    def judged(self, plans: _Plans, search: SmoothingSearch, branch_share: float) -> SiteChoice:
+        """Return the noise under a plan: with the best clip of a constant scale, and with a scale per token."""
         rows, weight, scales = self._smoothed(plans.compared, search)
         share = self._share(branch_share)
+        tokens = TokenChoice(*plans, share * self._noise(fake_quantize_tokens(rows) @ weight))
         if search.activations == "per-token":
-            return SiteChoice(*plans, 1.0, share * self._noise(fake_quantize_tokens(rows) @ weight))
+            return SiteChoice(*plans, 1.0, tokens.noise, tokens)
         covered = self._spikes.smoothed_range(scales, search.activation_range)
         best: SiteChoice | None = None
         for clip in CLIPS if search.activation_range == "mse" else (1.0,):
             noise = share * self._noise(fake_quantize(rows, max(clip * covered, 1e-5) / QMAX) @ weight)
             if best is None or noise < best.noise:
-                best = SiteChoice(*plans, clip, noise)
+                best = SiteChoice(*plans, clip, noise, tokens)
             elif noise > 2 * best.noise:
                 break  # narrower scales only saturate more
         assert best is not None
         return best
-
-    def token_noise(self, plan: SmoothingPlan | None, search: SmoothingSearch, branch_share: float) -> float:
-        """Return the noise under a plan with a scale per token."""
-        rows, weight, _ = self._smoothed(plan, search)
-        return self._share(branch_share) * self._noise(fake_quantize_tokens(rows) @ weight)
 
     def _smoothed(
         self, plan: SmoothingPlan | None, search: SmoothingSearch

@@ -1,8 +1,12 @@
-"""How the weights are transformed before they are quantized: rotated or not, and each input smoothed and clipped."""
+"""How the weights are transformed before they are quantized: rotated or not, and each input smoothed and clipped.
+
+Which inputs get a scale per token is chosen here too: they are smoothed otherwise than inputs with a constant, whose
+smoothing has to level the tokens as well as the channels, and stretches the weights for that.
+"""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 
 from spike_export.artifacts.errors import CalibrationError, RecipeError
 from spike_export.artifacts.progress import Progress, silent
@@ -11,9 +15,10 @@ from spike_export.calibration.decoder.equivalent_weights import rotation_obstacl
 from spike_export.calibration.decoder.layerwise import BATCH_TOKENS
 from spike_export.calibration.decoder.perplexity import Score
 from spike_export.calibration.decoder.rotation import rotation_plan
+from spike_export.calibration.methods.activation_choice import ActivationChoice, choose_activations
 from spike_export.calibration.methods.context import NO_TRANSFORM, Calibration, Transform
 from spike_export.calibration.methods.options import CalibrationOptions
-from spike_export.calibration.methods.smoothing_search import SmoothingSearch
+from spike_export.calibration.methods.smoothing_search import SiteChoice, SmoothingSearch, TokenChoice
 from spike_export.calibration.statistics.spikes import SpikeStatistics
 from spike_export.checkpoint.decoder_config import DecoderConfig
 from spike_export.checkpoint.modules import split_name
@@ -28,10 +33,11 @@ rotated head is another matrix, so that the bundle grows by one."""
 
 @dataclass(frozen=True)
 class TransformChoice:
-    """The chosen transform, and what it competed with."""
+    """The chosen transform, what it competed with, and the inputs with a scale per token, for which it is made."""
 
     transform: Transform = NO_TRANSFORM
     candidates: tuple[TransformCandidate, ...] = ()
+    kinds: ActivationChoice = field(default_factory=ActivationChoice)
 
 
 def choose_transform(calibration: Calibration, behind: SpikeStatistics, progress: Progress = silent) -> TransformChoice:
@@ -52,20 +58,27 @@ def choose_transform(calibration: Calibration, behind: SpikeStatistics, progress
         statistics = behind
         if rotation is not None:
             statistics = calibration.measure(behind.prefix_ids, Transform(rotation=rotation))
-        compared = calibration.held_out(statistics)
-        found = _searched(calibration, statistics, compared, rotation, progress)
-        tried.append((name, found, calibration.predicted(compared, (), found.compared)))
-    best = min(tried, key=lambda each: _cost(calibration, each[1].compared, each[2]))
+        found = _searched(calibration, statistics, rotation, progress)
+        tried.append(_Tried(name, statistics, found, found.score(calibration, statistics)))
+    best = min(tried, key=lambda each: _cost(calibration, each.found.rotation, each.score))
     candidates = tuple(
         TransformCandidate(
-            name=name,
-            perplexity=score.perplexity,
-            divergence=score.divergence,
-            verdict="chosen" if found is best[1] else "further from the unquantized model",
+            name=each.name,
+            perplexity=each.score.perplexity,
+            divergence=each.score.divergence,
+            verdict="chosen" if each is best else "further from the unquantized model",
         )
-        for name, found, score in tried
+        for each in tried
     )
-    return TransformChoice(best[1].final, candidates)
+    kinds = _kinds(calibration, best, progress)
+    return TransformChoice(best.found.final(kinds.per_token), candidates, kinds)
+
+
+def _kinds(calibration: Calibration, tried: "_Tried", progress: Progress) -> ActivationChoice:
+    def score(per_token: tuple[str, ...]) -> Score:
+        return tried.found.score(calibration, tried.statistics, per_token) if per_token else tried.score
+
+    return choose_activations(calibration, tried.statistics, tried.found.final(), score, progress)
 
 
 def require_rotation(options: CalibrationOptions, config: DecoderConfig) -> None:
@@ -79,8 +92,8 @@ def require_rotation(options: CalibrationOptions, config: DecoderConfig) -> None
         raise RecipeError(f"--rotation always: {config.family.model_type} cannot be rotated: {obstacle}")
 
 
-def _cost(calibration: Calibration, transform: Transform, score: Score) -> float:
-    unties = transform.rotation is not None and calibration.checkpoint.config.tie_word_embeddings
+def _cost(calibration: Calibration, rotation: RotationPlan | None, score: Score) -> float:
+    unties = rotation is not None and calibration.checkpoint.config.tie_word_embeddings
     return score.divergence + (UNTYING if unties and calibration.options.rotation == "auto" else 0.0)
 
 
@@ -100,18 +113,50 @@ def _rotations(calibration: Calibration) -> list[tuple[str, RotationPlan | None]
 
 @dataclass(frozen=True)
 class _Found:
-    """What a search ends at: made of the windows that no candidate is judged on, and of all."""
+    """What a search ends at: of each input, by its representative, the best scales for either kind."""
 
-    compared: Transform
-    final: Transform
+    rotation: RotationPlan | None
+    choices: Mapping[str, SiteChoice]
+
+    def compared(self, per_token: Collection[str] = ()) -> Transform:
+        """Return the transform for inputs of these kinds, made of the windows that no candidate is judged on."""
+        return self._transform({name: each.smoothing for name, each in self._chosen(per_token).items()})
+
+    def final(self, per_token: Collection[str] = ()) -> Transform:
+        """Return the same transform, made of all windows."""
+        return self._transform({name: each.final for name, each in self._chosen(per_token).items()})
+
+    def _chosen(self, per_token: Collection[str]) -> dict[str, SiteChoice | TokenChoice]:
+        return {name: choice.tokens if name in per_token else choice for name, choice in self.choices.items()}
+
+    def _transform(self, plans: Mapping[str, SmoothingPlan | None]) -> Transform:
+        choices = self.choices
+        return Transform(
+            self.rotation,
+            _once_per_norm(plans),
+            clips={name: choice.clip for name, choice in choices.items()},
+            noise={name: choice.noise for name, choice in choices.items()},
+            token_noise={name: choice.tokens.noise for name, choice in choices.items()},
+        )
+
+    def score(self, calibration: Calibration, statistics: SpikeStatistics, per_token: tuple[str, ...] = ()) -> Score:
+        """Return what the model is worth with a scale per token at some inputs, on windows that no scale is made of."""
+        compared = calibration.held_out(statistics)
+        return calibration.predicted(compared, (), self.compared(per_token), per_token=per_token)
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """A competitor: its statistics, what the search found in them, and what that is worth with constants alone."""
+
+    name: str
+    statistics: SpikeStatistics
+    found: _Found
+    score: Score
 
 
 def _searched(
-    calibration: Calibration,
-    statistics: SpikeStatistics,
-    compared: SpikeStatistics,
-    rotation: RotationPlan | None,
-    progress: Progress,
+    calibration: Calibration, statistics: SpikeStatistics, rotation: RotationPlan | None, progress: Progress
 ) -> _Found:
     options, config = calibration.options, calibration.checkpoint.config
     windows, prefix = calibration.search_windows, statistics.prefix_ids
@@ -119,7 +164,7 @@ def _searched(
     search = SmoothingSearch(
         config=config,
         statistics=statistics,
-        compared=compared,
+        compared=calibration.held_out(statistics),
         weights=options.weights,
         activations=options.searched_activations,
         activation_range=options.activation_range,
@@ -131,19 +176,8 @@ def _searched(
     # One device: a site's candidates are compared on all rows.
     one = replace(decoder, execution=replace(decoder.execution, devices=decoder.execution.devices[:1]))
     one.run(fed, prefix, visits=(search.visit,), batch_tokens=BATCH_TOKENS, progress=progress)
-    choices = search.choices
-    clips = {name: choice.clip for name, choice in choices.items()}
-    noise = {name: choice.noise for name, choice in choices.items()}
-    token_noise = {name: choice.token_noise for name, choice in choices.items()}
-    _require_finite(noise)
-    first, second = (
-        Transform(rotation, _once_per_norm(plans), clips, noise, token_noise)
-        for plans in (
-            {name: choice.smoothing for name, choice in choices.items()},
-            {name: choice.final for name, choice in choices.items()},
-        )
-    )
-    return _Found(compared=first, final=second)
+    _require_finite({name: choice.noise for name, choice in search.choices.items()})
+    return _Found(rotation, search.choices)
 
 
 def _require_finite(noise: Mapping[str, float]) -> None:

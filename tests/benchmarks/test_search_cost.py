@@ -59,7 +59,7 @@ def test_all_steps_are_run_and_told(
     monkeypatch.setattr(search_cost, "job_calibration", lambda *_: calibration)
     search_cost.main(["--json", str(tmp_path / "figures.json")])
     costs = json.loads((tmp_path / "figures.json").read_text())
-    steps = ["calibration pass", "prefix", "smoothing", "scales per token", "modules", "naive grid of 27 smoothings"]
+    steps = ["calibration pass", "prefix", "smoothing", "modules", "naive grid of 27 smoothings"]
     assert [cost["step"] for cost in costs] == steps
     assert [line[:32].strip() for line in capsys.readouterr().out.splitlines()] == steps
     assert costs[0]["forward_tokens"] == 12 * 25

@@ -14,7 +14,7 @@ from spike_export.artifacts.recipe import RotationPlan, SmoothingPlan
 from spike_export.calibration.corpus.token_windows import TokenWindows
 from spike_export.calibration.decoder.perplexity import Score
 from spike_export.calibration.methods import activation_choice, context, transform_choice
-from spike_export.calibration.methods.activation_choice import WORTH, choose_activations
+from spike_export.calibration.methods.activation_choice import WORTH, choose_measured_activations
 from spike_export.calibration.methods.context import NO_TRANSFORM, Calibration, Transform, attention_plans, module_plans
 from spike_export.calibration.methods.module_choice import choose_kept
 from spike_export.calibration.methods.options import CalibrationOptions
@@ -106,7 +106,7 @@ def test_scales_per_token_have_to_save_enough(mixed: float, verdicts: list[str])
     calibration.held_out = lambda measured: measured
     calibration.predicted = lambda *_, per_token, measured: Score(9.0, mixed if per_token and measured else 1.0)
     measured = statistics_of({UP: 3, DOWN: 5})
-    chosen = choose_activations(calibration, measured, NO_TRANSFORM, lambda *step: told.append(step))
+    chosen = choose_measured_activations(calibration, measured, lambda *step: told.append(step))
     assert chosen.per_token == ((DOWN, UP) if verdicts[1] == "chosen" else ())
     assert [(each.per_token_linears, each.per_token_share) for each in chosen.candidates] == [(0, 0.0), (3, 1.0)]
     assert [(each.divergence, each.verdict) for each in chosen.candidates] == [(1.0, verdicts[0]), (mixed, verdicts[1])]

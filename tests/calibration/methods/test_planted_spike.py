@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from spike_export.artifacts.recipe import ActivationRange, Recipe, Search, activation_scale, load_recipe, save_recipe
 from spike_export.calibration.corpus.corpus import Corpus
 from spike_export.calibration.corpus.token_windows import TokenWindows
-from spike_export.calibration.methods.activation_choice import ActivationChoice, choose_activations
-from spike_export.calibration.methods.context import NO_TRANSFORM, Calibration
+from spike_export.calibration.methods.activation_choice import ActivationChoice, choose_measured_activations
+from spike_export.calibration.methods.context import NO_TRANSFORM, Calibration, Transform
 from spike_export.calibration.methods.module_choice import NOTHING_KEPT, choose_kept
 from spike_export.calibration.methods.options import CalibrationOptions
 from spike_export.calibration.methods.prefix_choice import NEUTRALITY, PrefixChoice, choose_prefix
@@ -147,18 +147,24 @@ def test_the_planted_module_is_the_first_to_get_a_scale_per_token(
     ranges: ActivationRange = "mse" if searched else "max"
     share = mac_shares(calibration.checkpoint.config, tuple(plain.modules))[PLANTED_MODULE]
     automatic = with_options(calibration, activations="auto", activation_range=ranges, max_per_token_share=share)
-    transform = choose_transform(automatic, plain).transform
-    assert bool(transform.noise) == searched
     seen: list[tuple[str, int, int]] = []
-    found = choose_activations(automatic, plain, transform, lambda *event: seen.append(event))
+
+    def chosen_by(calibration: Calibration) -> tuple[Transform, ActivationChoice]:
+        if not searched:
+            return NO_TRANSFORM, choose_measured_activations(calibration, plain, lambda *event: seen.append(event))
+        choice = choose_transform(calibration, plain, lambda *event: seen.append(event))
+        return choice.transform, choice.kinds
+
+    transform, found = chosen_by(automatic)
+    assert bool(transform.noise) == searched
     assert found.per_token == (PLANTED_MODULE,)
-    assert seen == [("sets of inputs", 1, 2), ("sets of inputs", 2, 2)]
+    assert seen[-2:] == [("sets of inputs", 1, 2), ("sets of inputs", 2, 2)]
     assert [each.verdict for each in found.candidates] == ["further from the unquantized model", "chosen"]
     static, chosen = found.candidates
     assert (static.per_token_linears, static.per_token_share, chosen.per_token_linears) == (0, 0, 1)
     assert chosen.divergence < 0.1 * static.divergence
     # A larger budget is spent, although the other inputs hardly matter for this text.
-    wider = choose_activations(with_options(automatic, max_per_token_share=3 * share), plain, transform)
+    _, wider = chosen_by(with_options(automatic, max_per_token_share=3 * share))
     assert wider.per_token[0] == PLANTED_MODULE
     assert len(wider.per_token) > 1
     recipe = build_recipe(
@@ -171,10 +177,10 @@ def test_constants_stay_where_nothing_is_gained_or_nothing_fits(
     calibration: Calibration, plain: SpikeStatistics
 ) -> None:
     nothing_fits = with_options(calibration, activations="auto", max_per_token_share=0.0)
-    assert choose_activations(nothing_fits, plain, NO_TRANSFORM) == ActivationChoice()
+    assert choose_measured_activations(nothing_fits, plain) == ActivationChoice()
     for kind in ("static", "per-token"):
         fixed = with_options(calibration, activations=kind)
-        assert choose_activations(fixed, plain, NO_TRANSFORM) == ActivationChoice()
+        assert choose_measured_activations(fixed, plain) == ActivationChoice()
 
 
 def test_the_automatic_choice_keeps_the_planted_module_alone(calibration: Calibration, plain: SpikeStatistics) -> None:

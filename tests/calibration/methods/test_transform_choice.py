@@ -33,6 +33,7 @@ from spike_export.calibration.methods.smoothing_search import (
     CLIPS,
     SiteChoice,
     SmoothingSearch,
+    TokenChoice,
     _Rows,
     default_smoothing,
 )
@@ -213,7 +214,29 @@ def test_the_winners_scales_are_made_of_all_windows() -> None:
     inputs, weights = statistics.modules[DOWN].channel_amax, calibration.column_amax(DOWN)
     scales = smoothing_scales(choice.final.form, choice.final.parameter, np.maximum(inputs, np.median(inputs)), weights)
     assert choice.final == smoothing_plan(choice.final.form, choice.final.parameter, scales)
-    assert choose_transform(calibration, statistics).transform.smoothing[DOWN] == choice.final
+    chosen = choose_transform(calibration, statistics)
+    assert DOWN in chosen.kinds.per_token
+    assert chosen.transform.smoothing[DOWN] == choice.tokens.final != choice.final
+    static = calibration.with_options(replace(calibration.options, activations="static"))
+    assert choose_transform(static, statistics).transform.smoothing[DOWN] == choice.final
+
+
+@pytest.mark.parametrize(("name", "outlier"), [("llama", 200.0), ("mixtral", 1.0)])
+def test_inputs_with_a_scale_per_token_are_smoothed_for_that(name: str, outlier: float) -> None:
+    """What a search for scales per token everywhere finds; inputs that share a norm keep the scales of constants."""
+    static, own = (
+        searched(calibration, True, calibration.measure(()))
+        for calibration in (calibration_of(name, outlier=outlier, activations=kind) for kind in ("static", "per-token"))
+    )
+    sites = [site for site in input_sites(tiny_family(name).checkpoint.config) if not is_router(site.representative)]
+    shared = {each.representative for each in sites if sum(each.producer == other.producer for other in sites) > 1}
+    for module, choice in static.items():
+        if split_name(module)[1] in shared:
+            assert (choice.tokens.smoothing, choice.tokens.final) == (choice.smoothing, choice.final)
+        else:
+            expected = own[module]
+            assert choice.tokens == TokenChoice(expected.smoothing, expected.final, expected.noise)
+    assert any(choice.tokens.smoothing != choice.smoothing for choice in static.values())
 
 
 def test_rotations_compete_where_they_may() -> None:
