@@ -228,13 +228,13 @@ class SmoothingPlan(_Document):
     """Scales by which the channels of one input are divided, and its readers' columns multiplied.
 
     Attributes:
-        form: Formula: SmoothQuant's, or the threshold of Outlier Suppression+.
+        form: Formula: SmoothQuant's, of the largest or of typical magnitudes, or the threshold of Outlier Suppression+.
         parameter: Its strength (SmoothQuant), or its threshold as a share of the input's range.
         exponents: Base64 of one signed byte k per channel: the scale is 2 ** (k / 8). For `o_proj` one per channel of
             the key/value heads, which the query heads of a group share.
     """
 
-    form: Literal["smoothquant", "outlier-suppression"]
+    form: Literal["smoothquant", "smoothquant-typical", "outlier-suppression"]
     parameter: float
     exponents: str
 

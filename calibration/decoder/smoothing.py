@@ -17,7 +17,7 @@ from spike_export.checkpoint.decoder_config import DecoderConfig
 from spike_export.checkpoint.modules import InputSite
 
 Floats = NDArray[np.float32]
-Form = Literal["smoothquant", "outlier-suppression"]
+Form = Literal["smoothquant", "smoothquant-typical", "outlier-suppression"]
 
 _STEPS_PER_OCTAVE = 8
 _LARGEST_EXPONENT = 15 * _STEPS_PER_OCTAVE
@@ -49,15 +49,16 @@ def smoothing_scales(form: Form, parameter: float, inputs: Floats, weights: Floa
     """Return the scale per channel.
 
     Args:
-        form: `smoothquant`: a ** p / w ** (1 - p). `outlier-suppression`: max(1, a / t), with t = p * max a.
+        form: `smoothquant`: a ** p / w ** (1 - p). `smoothquant-typical`: the same of other magnitudes.
+            `outlier-suppression`: max(1, a / t), with t = p * max a.
         parameter: p.
-        inputs: [channels] abs-max of the input, a.
-        weights: [channels] abs-max of the readers' columns, w.
+        inputs: [channels] magnitude of the input, a: the abs-max, or, typical, the mean of the samples' abs-maxima.
+        weights: [channels] magnitude of the readers' columns, w: the abs-max, or, typical, the root mean square.
     """
     inputs, weights = np.maximum(inputs, _SMALLEST), np.maximum(weights, _SMALLEST)
-    if form == "smoothquant":
-        return np.asarray(inputs**parameter / weights ** (1 - parameter), np.float32)
-    return np.asarray(np.maximum(1, inputs / (parameter * inputs.max())), np.float32)
+    if form == "outlier-suppression":
+        return np.asarray(np.maximum(1, inputs / (parameter * inputs.max())), np.float32)
+    return np.asarray(inputs**parameter / weights ** (1 - parameter), np.float32)
 
 
 def smoothing_plan(form: Form, parameter: float, scales: Floats) -> SmoothingPlan:

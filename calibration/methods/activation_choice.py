@@ -55,7 +55,7 @@ def choose_activations(
     if calibration.options.activations != "auto":
         return ActivationChoice()
     order = _order(calibration, statistics, transform)
-    most = order.keep_share(calibration.options.max_per_token_share).kept
+    most = _fitting(order, calibration.options.max_per_token_share)
     if not most:
         return ActivationChoice()
     scores: list[Score] = []
@@ -87,6 +87,16 @@ def choose_measured_activations(
         return calibration.predicted(compared, (), NO_TRANSFORM, per_token=per_token, measured=True)
 
     return choose_activations(calibration, statistics, NO_TRANSFORM, score, progress)
+
+
+def _fitting(order: Scores, most: float) -> tuple[str, ...]:
+    """Return the inputs that fit into a share of the multiply-accumulates, in order; smaller ones follow larger ones
+    that do not fit, because the choice need not be a threshold."""
+    taken: tuple[str, ...] = ()
+    for name in order.values:
+        if order.share((*taken, name)) <= most:
+            taken = (*taken, name)
+    return taken
 
 
 def _candidate(order: Scores, per_token: tuple[str, ...], score: Score, verdict: str) -> ActivationCandidate:

@@ -45,6 +45,7 @@ CANDIDATES: tuple[tuple[Form, float], ...] = (
     ("smoothquant", 0.9),
     ("outlier-suppression", 0.25),
     ("outlier-suppression", 0.1),
+    ("smoothquant-typical", 0.4),
 )
 """Formulas and parameters that compete, besides no smoothing at all."""
 
@@ -214,13 +215,14 @@ class SmoothingSearch:
         site = group[0]
         if not self.smoothing or site.producer is None or (self.rotated and site.behind_norm):
             return
-        weights = np.max([_column_amax(_weight(layer, site)) for site in group], axis=0)
-        inputs = [
-            np.max([statistics.modules[name].channel_amax for name in names.values()], axis=0)
-            for statistics in (self.compared, self.statistics)
-        ]
+        weights = [_weight(layer, site) for site in group]
         for form, parameter in CANDIDATES:
-            yield _Plans(*(_plan(form, parameter, each, weights, site, self.config) for each in inputs))
+            columns = np.max([_column_magnitudes(form, weight) for weight in weights], axis=0)
+            inputs = (
+                np.max([_channel_magnitudes(form, statistics.modules[name]) for name in names.values()], axis=0)
+                for statistics in (self.compared, self.statistics)
+            )
+            yield _Plans(*(_plan(form, parameter, each, columns, site, self.config) for each in inputs))
 
 
 class _Plans(NamedTuple):
@@ -242,9 +244,17 @@ def _weight(layer: "nn.Module", site: InputSite) -> "torch.Tensor":
     return torch.cat(weights).float()
 
 
-def _column_amax(weight: "torch.Tensor") -> Floats:
-    amax: Floats = weight.abs().amax(0).cpu().numpy()
-    return amax
+def _column_magnitudes(form: Form, weight: "torch.Tensor") -> Floats:
+    """Return what a formula takes of each column of a weight [outputs, in_features]."""
+    typical = form == "smoothquant-typical"
+    found: Floats = (weight.square().mean(0).sqrt() if typical else weight.abs().amax(0)).cpu().numpy()
+    return found
+
+
+def _channel_magnitudes(form: Form, spikes: ModuleSpikes) -> Floats:
+    """Return what a formula takes of each channel of an input."""
+    found: Floats = spikes.sample_channel_amax.mean(0) if form == "smoothquant-typical" else spikes.channel_amax
+    return found
 
 
 class _Rows:

@@ -52,7 +52,7 @@ def test_half_strength_makes_input_and_weight_alike() -> None:
     np.testing.assert_allclose(inputs / scales, weights * scales, rtol=1e-6)
 
 
-@pytest.mark.parametrize("form", ["smoothquant", "outlier-suppression"])
+@pytest.mark.parametrize("form", ["smoothquant", "smoothquant-typical", "outlier-suppression"])
 def test_dead_channels_have_a_finite_scale(form: str) -> None:
     inputs, weights = np.array([0, 1, 0], np.float32), np.array([0, 0, 1], np.float32)
     scales = smoothing_scales(form, 0.5, inputs, weights)  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ from spike_export.calibration.methods.activation_choice import WORTH, choose_mea
 from spike_export.calibration.methods.context import NO_TRANSFORM, Calibration, Transform, attention_plans, module_plans
 from spike_export.calibration.methods.module_choice import choose_kept
 from spike_export.calibration.methods.options import CalibrationOptions
-from spike_export.calibration.methods.qfem import mac_shares
+from spike_export.calibration.methods.qfem import Scores, mac_shares
 from spike_export.calibration.methods.transform_choice import ROTATION_SEEDS, UNTYING
 from spike_export.calibration.statistics.spikes import ModuleSpikes, SpikeStatistics
 from tests.support.tiny_families import tiny_family, tokens
@@ -91,6 +91,13 @@ def test_inputs_are_ordered_by_the_noise_that_they_save_for_their_size() -> None
     assert (order.criterion, order.macs) == ("noise", macs)
     # up_proj's readers are twice as large as down_proj; o_proj's input saves nothing.
     assert list(order.values.items()) == [(DOWN, 5 / macs[DOWN]), (UP, 8 / macs[UP])]
+
+
+def test_smaller_inputs_fill_what_a_larger_one_leaves_of_the_budget() -> None:
+    macs = {"half": 0.5, "large": 0.4, "small": 0.2, "smaller": 0.1}
+    order = Scores("noise", dict.fromkeys(macs, 1.0), macs)
+    assert activation_choice._fitting(order, 0.8) == ("half", "small", "smaller")
+    assert activation_choice._fitting(order, 0.05) == ()
 
 
 @pytest.mark.parametrize(

@@ -111,9 +111,17 @@ def test_when_inputs_are_searched(fields: dict[str, Any], searches: bool) -> Non
     assert CalibrationOptions(**fields).searches_smoothing is searches
 
 
-@pytest.mark.parametrize("candidates", [smoothing_search.CANDIDATES, head_smoothing.CANDIDATES])
-def test_candidates_are_formulas_with_strengths_in_order(candidates: tuple[tuple[str, float], ...]) -> None:
-    assert {form for form, _ in candidates} == {"smoothquant", "outlier-suppression"}
+@pytest.mark.parametrize(
+    ("candidates", "forms"),
+    [
+        (smoothing_search.CANDIDATES, {"smoothquant", "smoothquant-typical", "outlier-suppression"}),
+        (head_smoothing.CANDIDATES, {"smoothquant", "outlier-suppression"}),
+    ],
+)
+def test_candidates_are_formulas_with_strengths_in_order(
+    candidates: tuple[tuple[str, float], ...], forms: set[str]
+) -> None:
+    assert {form for form, _ in candidates} == forms
     assert all(0 < strength < 1 for _, strength in candidates)
     assert len(set(candidates)) == len(candidates)
 

@@ -16,6 +16,7 @@ from spike_export.calibration.corpus.corpus import Corpus
 from spike_export.calibration.corpus.token_windows import TokenWindows
 from spike_export.calibration.decoder.perplexity import Likelihood
 from spike_export.calibration.decoder.smoothing import plan_scales, smoothing_plan, smoothing_scales
+from spike_export.calibration.methods import smoothing_search
 from spike_export.calibration.methods.context import NO_TRANSFORM, Calibration, channel_scales, module_plans
 from spike_export.calibration.methods.module_choice import NOTHING_KEPT
 from spike_export.calibration.methods.options import CalibrationOptions
@@ -196,7 +197,9 @@ def test_another_kind_of_text_judges_than_the_scales_come_from() -> None:
     assert (entered.worst_module, entered.ratio) == worst_ratio(expected)
 
 
-def test_the_winners_scales_are_made_of_all_windows() -> None:
+def test_the_winners_scales_are_made_of_all_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    largest = tuple(each for each in smoothing_search.CANDIDATES if each[0] != "smoothquant-typical")
+    monkeypatch.setattr(smoothing_search, "CANDIDATES", largest)
     calibration = calibration_of(outlier=200.0)
     statistics = calibration.measure(())
     assert 0 in calibration.search_rows
@@ -219,6 +222,19 @@ def test_the_winners_scales_are_made_of_all_windows() -> None:
     assert chosen.transform.smoothing[DOWN] == choice.tokens.final != choice.final
     static = calibration.with_options(replace(calibration.options, activations="static"))
     assert choose_transform(static, statistics).transform.smoothing[DOWN] == choice.final
+
+
+def test_typical_magnitudes_are_means_of_the_windows_maxima_and_of_the_columns_squares(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calibration = calibration_of(outlier=200.0)
+    statistics = calibration.measure(())
+    monkeypatch.setattr(smoothing_search, "CANDIDATES", (("smoothquant-typical", 0.4),))
+    choice = searched(calibration, True, statistics)[DOWN]
+    inputs = statistics.modules[DOWN].sample_channel_amax.mean(axis=0)
+    weight = calibration.checkpoint.tensor(f"{DOWN}.weight")
+    scales = np.maximum(inputs, np.median(inputs)) ** 0.4 / np.sqrt(np.mean(weight**2, axis=0)) ** 0.6
+    assert choice.final == smoothing_plan("smoothquant-typical", 0.4, scales.astype(np.float32))
 
 
 @pytest.mark.parametrize(("name", "outlier"), [("llama", 200.0), ("mixtral", 1.0)])
