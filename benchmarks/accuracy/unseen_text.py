@@ -2,9 +2,11 @@
 
 For each text, each recipe and each variant: the perplexity's increase over the unquantized model's behind the same
 prefix, its 95 % interval over the windows, and the divergence. Variants: INT8 weights alone and a scale per token
-everywhere (what no choice of scales goes below), the recipe as it is, and a constant scale everywhere. Further recipes
-are also compared with the first one, window by window. Simulated in torch, computing what the bundle computes. A text
-is a .txt, .jsonl or .parquet file; its windows of 511 tokens are evenly spaced.
+everywhere (what no choice of scales goes below), the recipe as it is, and a constant scale everywhere. All variants
+have the recipe's smoothing: that of an input with a scale per token does not suit a constant, so that the last variant
+tells what `--activations static` is worth only in a recipe of that option. Further recipes are also compared with the
+first one, window by window. Simulated in torch, computing what the bundle computes. A text is a .txt, .jsonl or
+.parquet file; its windows of 511 tokens are evenly spaced.
 Run: python -m benchmarks.accuracy.unseen_text --recipe RUN/recipe.json [--model PATH|gemma3] [--windows N] TEXT ...
 """
 
