@@ -44,7 +44,7 @@ def calibrate(
         int,
         Parameter(
             help="Windows on which to measure how much of the divergence each input's quantization causes, for "
-            "`inspect` to show; each takes about as long as one forward pass per linear (default: none)."
+            "`inspect` to show; a window costs about one forward pass per input (default: none)."
         ),
     ] = 0,
     threads: ThreadArguments = ThreadArguments(),
