@@ -215,14 +215,16 @@ class SmoothingSearch:
         site = group[0]
         if not self.smoothing or site.producer is None or (self.rotated and site.behind_norm):
             return
-        weights = [_weight(layer, site) for site in group]
+        columns = {
+            form: np.max([_column_magnitudes(form, _weight(layer, site)) for site in group], axis=0)
+            for form in dict(CANDIDATES)
+        }
         for form, parameter in CANDIDATES:
-            columns = np.max([_column_magnitudes(form, weight) for weight in weights], axis=0)
             inputs = (
                 np.max([_channel_magnitudes(form, statistics.modules[name]) for name in names.values()], axis=0)
                 for statistics in (self.compared, self.statistics)
             )
-            yield _Plans(*(_plan(form, parameter, each, columns, site, self.config) for each in inputs))
+            yield _Plans(*(_plan(form, parameter, each, columns[form], site, self.config) for each in inputs))
 
 
 class _Plans(NamedTuple):
