@@ -134,7 +134,7 @@ def test_a_rotation_that_unties_the_head_has_to_pay_for_it(
 ) -> None:
     checkpoint = SimpleNamespace(config=SimpleNamespace(tie_word_embeddings=tied))
     calibration: Any = SimpleNamespace(options=CalibrationOptions(rotation=asked), checkpoint=checkpoint)
-    assert transform_choice._cost(calibration, Transform(rotation=rotation), Score(9.0, 0.25)) == 0.25 + more
+    assert transform_choice._cost(calibration, rotation, Score(9.0, 0.25)) == 0.25 + more
 
 
 @pytest.mark.parametrize(
