@@ -48,10 +48,10 @@ class Noise(NamedTuple):
     mixed: float
 
     @classmethod
-    def of(cls, static: "FixedSmoothing", own: "FixedSmoothing") -> "Noise":
+    def of(cls, static: Mapping[str, SiteChoice], own: Mapping[str, SiteChoice]) -> "Noise":
         """Sum up the inputs' noise, with the smoothing for constants and with that for scales per token."""
-        constant = {name: each.noise for name, each in static.choices.items()}
-        tokens = {name: each.tokens.noise for name, each in own.choices.items() if name.endswith("down_proj")}
+        constant = {name: each.noise for name, each in static.items()}
+        tokens = {name: each.tokens.noise for name, each in own.items() if name.endswith("down_proj")}
         return cls(sum(constant.values()), sum((constant | tokens).values()))
 
 
@@ -110,8 +110,8 @@ def noises(
             for name, search in searches.items()
         }
         decoder.run(fed(windows), prefix, visits=[judge.visit for pair in judges.values() for judge in pair])
-        for name, pair in judges.items():
-            yield name, text, Noise.of(*pair)
+        for name, (static, own) in judges.items():
+            yield name, text, Noise.of(static.choices, own.choices)
 
 
 def _options(decoder: Decoder, statistics: SpikeStatistics) -> dict[str, Any]:

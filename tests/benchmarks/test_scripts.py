@@ -41,6 +41,7 @@ from spike_export.calibration.corpus.corpus import Corpus
 from spike_export.calibration.corpus.token_windows import TokenWindows
 from spike_export.calibration.decoder.layerwise import Decoder
 from spike_export.calibration.methods.context import Calibration
+from spike_export.calibration.methods.smoothing_search import SmoothingSearch
 from spike_export.calibration.statistics.measure import measure_spikes
 from spike_export.checkpoint.checkpoint import Checkpoint
 from spike_export.checkpoint.decoder_config import tensor_shapes
@@ -465,9 +466,10 @@ def test_texts_to_calibrate_on_are_compared_on_other_texts() -> None:
     # A search that has one candidate finds what the search among all of them found of it.
     alone = list(calibration_text.noises(checkpoint, {"one": kinds["one"]}, kinds["two"], kinds, (1,)))
     decoder = Decoder(checkpoint)
-    search = calibration_text._search(decoder, measure_spikes(decoder, kinds["one"], (1,)))
+    statistics = measure_spikes(decoder, kinds["one"], (1,))
+    search = SmoothingSearch(**calibration_text._options(decoder, statistics))
     decoder.run(kinds["two"], (1,), visits=(search.visit,))
-    assert alone[1] == ("one", "two", calibration_text.Noise.of(search.choices))
+    assert alone[1] == ("one", "two", calibration_text.Noise.of(search.choices, search.choices))
     assert 0 < alone[1][2].mixed < alone[1][2].static
 
 
