@@ -31,7 +31,7 @@ PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 help:
 	@echo "make demo   fetch a small model, export and build it, say where plan, bundle and report lie"
 	@echo "make test   lint, format check, types, import contracts, tests"
-	@echo "make fuzz   give damaged files of every format to their readers, for FUZZ_SECONDS (now: $(FUZZ_SECONDS))"
+	@echo "make fuzz   give damaged files to their readers and to whole commands, for FUZZ_SECONDS (now: $(FUZZ_SECONDS))"
 	@echo "make test-newest, make test-lowest"
 	@echo "            tests and main job with the newest and the lowest versions that pyproject.toml allows"
 	@echo "make mutants"

@@ -24,7 +24,10 @@ from tests.fuzz.tally import Tally
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "0"))
-"""For all formats together; 0 for the short run."""
+"""For all formats and whole commands together; 0 for the short run."""
+
+OF_COMMANDS = SECONDS / 4
+"""What of this time `test_commands.py` takes."""
 
 KEPT = Path(".fuzz")
 """Where inputs that failed are kept."""
@@ -58,7 +61,7 @@ def explore(form: Format, tally: Tally) -> None:
     def one(files: Files) -> None:
         try_one(form, files, tally)
 
-    end = time.monotonic() + SECONDS / len(FORMATS)
+    end = time.monotonic() + (SECONDS - OF_COMMANDS) / len(FORMATS)
     one()
     while time.monotonic() < end:
         one()
