@@ -16,8 +16,9 @@ from spike_export.serving.openai.errors import RequestError
 from spike_export.serving.openai.exchange import JsonAnswer
 from spike_export.serving.service import Log
 
-OPEN_PATHS = frozenset({"/", "/health", "/ready", "/v1/health", "/v1/health/live", "/v1/health/ready"})
-"""Answered without a key: what a load balancer asks, and the page, which asks its reader for a key."""
+OPEN_PATHS = frozenset({"/", "/health", "/ready", "/v1/health", "/v1/health/live", "/v1/health/ready", "/models"})
+"""Answered without a key: what a load balancer asks, the page, which asks its reader for a key, and llama.cpp's list of
+models, which its clients read before they show one. OpenAI's `/v1/models` needs a key."""
 
 BODY_SECONDS = 60.0
 """Longest time for a body to arrive."""

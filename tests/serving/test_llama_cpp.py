@@ -176,7 +176,8 @@ def test_pages_of_all_origins(bundle: Path) -> None:
             assert (told["origin"], told["credentials"]) == (origin, "true")
             assert (told["methods"], told["headers"]) == ("GET, POST, DELETE, OPTIONS", "*")
         assert server.get("/v1/health").status_code == 200
-        assert server.get("/models").status_code == 401
+        assert [model["id"] for model in server.get("/models").json()["data"]] == ["tiny"]
+        assert server.get("/v1/models").status_code == 401
 
 
 @pytest.mark.parametrize(
