@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from spike_export.artifacts.errors import EngineError
 from spike_export.engines.generation.options import GenerationOptions
@@ -14,6 +15,7 @@ from spike_export.engines.plan.safety import CheckedPlan
 from spike_export.engines.tensorrt.decoding import TensorRtDecoding
 from spike_export.engines.tensorrt.device import CudaDevice
 from spike_export.engines.tensorrt.engines import RuntimeOptions
+from spike_export.engines.tensorrt.plan_io import FRESH
 from spike_export.engines.tensorrt.runtime_cache import runtime_cache_path
 from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.cache_options import CacheOptions
@@ -82,6 +84,31 @@ def test_graphs_change_nothing_and_rows_do_not_depend_on_the_batch(plan: Checked
     assert decoded(graphs, PROMPTS, 16) == expected
     assert [decoded(graphs, [prompt], 16)[0] for prompt in PROMPTS] == expected
     assert decoded(graphs, PROMPTS, 16) == expected
+
+
+def test_rows_come_and_go(plan: CheckedPlan, model: TinyModel) -> None:
+    """As a server has them: logits are transformers', whatever the other rows do."""
+    with TensorRtDecoding([plan], Greedy) as runtime:
+        if FRESH not in plan.sidecar.profiles[0].inputs:
+            with pytest.raises(EngineError, match="growing cache"):
+                runtime.open_slots(4)
+            return
+        slots, fed = runtime.open_slots(4), dict[int, list[int]]()
+
+        def compare(row: int, logits: NDArray[np.float32]) -> None:
+            expected = graph_parity.reference_logits(model, np.array([fed[row]]), PREFIX)[0, -1]
+            graph_parity.assert_close(logits, expected, TOLERANCE)
+
+        for turn, row in enumerate((0, 1, 2, 3, 1, 0, 2)):
+            if row in fed:
+                slots.release(row)
+            fed[row] = PROMPTS[row].tolist()
+            compare(row, slots.admit(row, PROMPTS[row]))
+            rows = sorted(fed)
+            tokens = np.full(len(rows), turn)
+            for each, logits in zip(rows, slots.step(rows, tokens), strict=True):
+                fed[each].append(turn)
+                compare(each, logits)
 
 
 def test_no_step_waits_for_the_gpu(plan: CheckedPlan) -> None:
