@@ -106,9 +106,9 @@ class EngineProcess:
         return self._received()
 
     def logits(self, method: str, *arguments: Any, rows: int = 1) -> NDArray[np.float32]:
-        """Return the logits [rows, vocab] that a request leaves; raises as `call` does."""
+        """Return the logits [rows, vocab] that a request leaves, until the next one does; raises as `call` does."""
         self.call(method, *arguments)
-        return self._logits[:rows].copy()
+        return self._logits[:rows]
 
     def block(self, name: int) -> _Block:
         """Return a block that the process holds until nobody holds what is returned."""

@@ -25,7 +25,9 @@ class KeyValues:
 
 
 class Slots(Protocol):
-    """Rows that hold one sequence each. Logits are those behind the last token fed, float32.
+    """Rows that hold one sequence each.
+
+    Logits are those behind the last token fed, float32; the next call that gives some may overwrite them.
 
     Attributes:
         rows: Most sequences at once.
