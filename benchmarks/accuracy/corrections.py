@@ -135,7 +135,7 @@ class InputProducts:
 
 
 @contextmanager
-def _around(linear: Any, around: Callable[[Forward], Forward]) -> Iterator[None]:
+def forward_around(linear: Any, around: Callable[[Forward], Forward]) -> Iterator[None]:
     """Within the block, replace a linear's forward, which may be replaced already, by one that is around it."""
     inner = linear.forward
     linear.forward = around(inner)
@@ -198,7 +198,7 @@ class MeanErrors:
                 number, inner = split_name(name)
                 if number == index and (plan.number_format or plan.weights):
                     linear = layer.get_submodule(inner)
-                    stack.enter_context(_around(linear, around(name, linear)))
+                    stack.enter_context(forward_around(linear, around(name, linear)))
             yield
 
 

@@ -363,26 +363,22 @@ class Head:
 
     def normed(self, states: "torch.Tensor") -> "torch.Tensor":
         """Return the final norm's output for the last layer's [..., hidden], before any smoothing."""
-        import torch
-
-        with torch.inference_mode():
-            return cast("torch.Tensor", self._norm(states.to(self._device)))
+        return cast("torch.Tensor", self._norm(states.to(self._device)))
 
     def logits(self, states: "torch.Tensor") -> "torch.Tensor":
-        """Return [..., vocab] for the last layer's output [..., hidden]."""
+        """Return [..., vocab] for the last layer's output [..., hidden]; gradients pass an unquantized head."""
         import torch
 
-        with torch.inference_mode():
-            normed = self.normed(states).to(self._weight.dtype)
-            if self._scales is not None:
-                normed = normed / self._scales
-            if self._scheme == "int8-per-token-dynamic":
-                normed = fake_quantize_tokens(normed)
-            logits = torch.nn.functional.linear(normed, self._weight)
-            softcap = self._factors.final_softcap
-            if self._factors.logits != 1:
-                logits = logits / self._factors.logits
-            return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        normed = self.normed(states).to(self._weight.dtype)
+        if self._scales is not None:
+            normed = normed / self._scales
+        if self._scheme == "int8-per-token-dynamic":
+            normed = fake_quantize_tokens(normed)
+        logits = torch.nn.functional.linear(normed, self._weight)
+        softcap = self._factors.final_softcap
+        if self._factors.logits != 1:
+            logits = logits / self._factors.logits
+        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def _drop(module: "nn.Module") -> None:
