@@ -114,13 +114,18 @@ def count_clipped(graph: onnx.GraphProto, bundle: Path) -> tuple[str, ...]:
 
 
 def _sites(graph: onnx.GraphProto, bundle: Path) -> Iterator[_Site]:
-    """Yield each tensor that is quantized by a constant once, whichever linears read it, in the graph's order."""
+    """Yield each tensor that is quantized by a constant once, whichever linears read it, in the graph's order.
+
+    A scale per token is none, although the quantizer behind the division by it has a constant one.
+    """
     constants = {tensor.name: tensor for tensor in graph.initializer}
+    names = {node.name for node in graph.node}
     found: set[tuple[str, float]] = set()
     for place, node in enumerate(graph.node):
         if node.op_type != "QuantizeLinear" or node.input[1] not in constants:
             continue
-        group = GROUPS.get(node.name.removesuffix(".QuantizeLinear").rsplit(".", 1)[-1])
+        module = node.name.removesuffix(".QuantizeLinear")
+        group = None if f"{module}.token_rescale" in names else GROUPS.get(module.rsplit(".", 1)[-1])
         zero = constants.get(node.input[2]) if len(node.input) > 2 else None
         if group is None or zero is None or zero.data_type != TensorProto.INT8:
             continue

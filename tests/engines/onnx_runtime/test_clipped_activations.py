@@ -20,6 +20,7 @@ from tests.support.tiny_models import TinyModel, input_scales, tiny_llama, tiny_
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+PER_TOKEN = "model.layers.0.self_attn.o_proj"
 PROMPT = np.random.default_rng(0).integers(3, 99, 20)
 
 
@@ -30,11 +31,14 @@ def model() -> TinyModel:
 
 @pytest.fixture(scope="module")
 def bundle(model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose scales cover a third of what its inputs reach."""
+    """A model whose scales cover a third of what its inputs reach; one input has a scale per token."""
     scales = {name: scale / 3 for name, scale in input_scales(model, PROMPT[None]).items()}
     folder = tmp_path_factory.mktemp("clipped")
     options = ExportOptions("float32", logits="last", cache=CacheOptions("static", 64))
-    export_bundle(model.checkpoint, tiny_recipe(model.checkpoint, scales, prefix=(5, 1)), options, folder)
+    recipe = tiny_recipe(model.checkpoint, scales, prefix=(5, 1))
+    own = {"activation_scale": None, "activations": "per-token"}
+    modules = recipe.modules | {PER_TOKEN: recipe.modules[PER_TOKEN].model_copy(update=own)}
+    export_bundle(model.checkpoint, recipe.model_copy(update={"modules": modules}), options, folder)
     return folder
 
 
@@ -42,7 +46,8 @@ def counted(bundle: Path, tokens: NDArray[np.int64]) -> dict[str, tuple[int, int
     """Return what numpy counts in a fresh sequence, from the bundle's own graph with its activations as outputs."""
     graph = onnx.load(bundle / GRAPH_FILE)
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.graph.initializer}
-    quantized = {node.input[0]: node for node in graph.graph.node if node.op_type == "QuantizeLinear"}
+    quantizers = [node for node in graph.graph.node if node.op_type == "QuantizeLinear"]
+    quantized = {node.input[0]: node for node in quantizers if not node.name.startswith(PER_TOKEN)}
     graph.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in quantized)
     session = ort.InferenceSession(graph.SerializeToString(), session_options(1))
     kinds = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(bool)": np.bool_}
