@@ -20,13 +20,14 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "presence_penalty": ([-2.0, 0, 2.0], [NAN, INFINITE, None, True]),
     "frequency_penalty": ([-2.0, 0, 2.0], [NAN, INFINITE, None, True]),
     "logit_bias": (
-        [(), ((0, 1.0), (5, -1))],
-        [[(0, 1.0)], ((-1, 1.0),), ((0.0, 1.0),), ((0, NAN),), ((0, "1"),), None],
+        [(), ((0, 1.0), (5, -1)), ((0, -INFINITE),)],
+        [[(0, 1.0)], ((-1, 1.0),), ((0.0, 1.0),), ((0, NAN),), ((0, INFINITE),), ((0, "1"),), None],
     ),
     "seed": ([None, 0, 2**62 - 1], [-1, 2**62, 0.0, True]),
     "logprobs": ([None, 0, 5], [-1, 1.0, False]),
     "stop_strings": ([(), ("a", "bc")], [("a", "")]),
     "ignore_eos": ([True, False], [0, None]),
+    "logprobs_as_drawn": ([True, False], [1, None]),
 }
 """Option → values that it takes, up to the ends of its range; values outside, and of other types."""
 
@@ -62,6 +63,7 @@ def test_the_defaults_change_nothing() -> None:
         eos_token_ids=(),
         ignore_eos=False,
         logprobs=None,
+        logprobs_as_drawn=False,
     )
 
 
