@@ -18,7 +18,13 @@ from spike_export.calibration.decoder.layerwise import BATCH_TOKENS, Decoder
 from spike_export.calibration.methods.context import NO_TRANSFORM, module_plans
 from spike_export.calibration.methods.options import CalibrationOptions
 from spike_export.calibration.methods.overflow_guard import stream_dtype
-from spike_export.calibration.statistics.measure import measure_spikes
+from spike_export.calibration.statistics.measure import (
+    _maxima,
+    _require_finite,
+    _routed_maxima,
+    _sample_amax,
+    measure_spikes,
+)
 from spike_export.calibration.statistics.spikes import ModuleSpikes, SpikeStatistics, merge_statistics
 from spike_export.checkpoint.checkpoint import Checkpoint
 from spike_export.checkpoint.modules import representatives
@@ -213,6 +219,18 @@ def test_a_restricted_record_is_part_of_the_whole() -> None:
     )
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_magnitudes_are_those_of_values_of_either_sign(sign: int) -> None:
+    states = sign * torch.tensor([[[3.0, -1], [-9, 2]], [[0, 4], [1, -5]]])
+    tokens_of, channels_of = _maxima(states)
+    assert tokens_of.tolist() == [[3, 9], [4, 5]]
+    assert channels_of.tolist() == [[9, 2], [1, 5]]
+    assert _sample_amax(states).tolist() == [9, 5]
+    routed = _routed_maxima(states.reshape(4, 2)[[0, 3]], torch.tensor([1, 3]), (2, 2))
+    np.testing.assert_array_equal(routed[0], [[np.nan, 3], [np.nan, 5]])
+    assert routed[1].tolist() == [[3, 1], [1, 5]]
+
+
 def test_two_maxima_of_one_input_agree_and_the_prefix_is_not_recorded() -> None:
     windows = tokens()
     found = measure_spikes(Decoder(tiny_family("gemma3_text").checkpoint), windows, PREFIX)
@@ -263,6 +281,12 @@ def test_a_nan_is_named_with_its_module_window_and_token() -> None:
     assert "float32" in str(caught.value)
     # Windows without the token are fine.
     measure_spikes(decoder, windows[[0, 2]])
+
+
+def test_a_fault_without_a_token_names_the_window_alone() -> None:
+    channels, finite = np.array([[1, 2], [np.inf, 1]], np.float32), np.ones((2, 3), np.float32)
+    with pytest.raises(CalibrationError, match=r"^m: its input is infinite in calibration window 8; the weights"):
+        _require_finite("m", channels, finite, np.array([4, 8]))
 
 
 @pytest.mark.parametrize("batch_tokens", [1, BATCH_TOKENS])

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from numpy.typing import NDArray
+from pydantic import ValidationError
 from safetensors.numpy import load_file, save_file
 
 from spike_export.artifacts import host_memory
@@ -19,6 +20,7 @@ from spike_export.artifacts.errors import ArtifactError, RecipeError
 from spike_export.artifacts.recipe import ActivationRange, activation_scale
 from spike_export.calibration.decoder.layerwise import Decoder
 from spike_export.calibration.statistics import room
+from spike_export.calibration.statistics.description import load_description
 from spike_export.calibration.statistics.measure import measure_spikes
 from spike_export.calibration.statistics.room import require_statistics_room
 from spike_export.calibration.statistics.spikes import ModuleSpikes, SpikeStatistics, load_spikes, save_spikes
@@ -263,6 +265,12 @@ def test_damaged_files_are_refused_with_the_remedy(tmp_path: Path, file: str, da
     with pytest.raises(ArtifactError, match=r"cannot read the spike statistics .*; calibrate again") as caught:
         load_spikes(tmp_path / "spikes")
     assert str(tmp_path / "spikes") in str(caught.value)
+
+
+def test_a_description_is_read_only(tmp_path: Path) -> None:
+    save_spikes(statistics(), tmp_path / "spikes", {"key": "k", "unknown": 1})
+    with pytest.raises(ValidationError, match="frozen"):
+        load_description(tmp_path / "spikes").key = "l"  # type: ignore[misc]
 
 
 def test_a_damaged_description_is_named_by_its_key(tmp_path: Path) -> None:
