@@ -224,6 +224,7 @@ def test_a_record_of_few_modules_round_trips(tmp_path: Path) -> None:
     save_spikes(written, tmp_path / "spikes", {})
     read = load_spikes(tmp_path / "spikes")
     assert (read.hidden_amax.shape, read.operand_amax, read.sample_ids.tolist()) == ((0, 0), {}, [0])
+    assert (written.hidden_amax.dtype, written.sample_ids.dtype) == (np.float32, np.int64)
 
 
 def test_the_summary_says_quantiles_and_names_the_largest_tokens(tmp_path: Path) -> None:
