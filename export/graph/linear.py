@@ -50,9 +50,9 @@ class QuantizedWeight:
     checkpoint: Checkpoint
     module: str
     scheme: WeightScheme
-    number_format: NumberFormat = "int8"
-    transposed: bool = True
-    column_factors: NDArray[np.float32] | None = None
+    number_format: NumberFormat
+    transposed: bool
+    column_factors: NDArray[np.float32] | None
     _scale: NDArray[np.float32] | None = field(default=None, init=False)
     _lock: threading.RLock = field(default_factory=threading.RLock, init=False, repr=False)
 

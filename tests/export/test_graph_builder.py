@@ -80,7 +80,7 @@ def test_columns_are_multiplied_in_every_block(transposed: bool) -> None:
     weight = random.normal(size=(2 * PANEL_ROWS + 7, 5)).astype(np.float32)
     factors = np.array([1, 2, 0.5, 3, 0.1], np.float32)
     checkpoint = replace(tiny_llama().checkpoint, tensors=MemoryTensors({"m.weight": weight}))
-    source = QuantizedWeight(checkpoint, "m", "int8-per-channel", transposed=transposed, column_factors=factors)
+    source = QuantizedWeight(checkpoint, "m", "int8-per-channel", "int8", transposed, factors)
     scale = source.scale()
     out = np.empty(weight.shape[::-1] if transposed else weight.shape, np.int8)
     source.fill(out)
