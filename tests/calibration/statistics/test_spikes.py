@@ -268,6 +268,13 @@ def test_damaged_files_are_refused_with_the_remedy(tmp_path: Path, file: str, da
     assert str(tmp_path / "spikes") in str(caught.value)
 
 
+def test_what_a_description_does_not_say(tmp_path: Path) -> None:
+    (tmp_path / "spikes.json").write_text('{"modules": {}}')
+    found = load_description(tmp_path / "spikes")
+    assert (found.key, found.samples, found.model, found.corpus) == (None, None, None, None)
+    assert (found.prefix_ids, found.attentions, found.modules) == ((), (), {})
+
+
 def test_a_description_is_read_only(tmp_path: Path) -> None:
     save_spikes(statistics(), tmp_path / "spikes", {"key": "k", "unknown": 1})
     with pytest.raises(ValidationError, match="frozen"):
