@@ -1,26 +1,26 @@
 """What the search predicts is what the exported graph computes, whatever the options."""
 
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
-from spike_export.artifacts.recipe import RotationPlan, SmoothingPlan
+from spike_export.artifacts.recipe import Recipe, RotationPlan, SmoothingPlan
 from spike_export.calibration.corpus.corpus import Corpus
 from spike_export.calibration.corpus.token_windows import TokenWindows
-from spike_export.calibration.decoder.perplexity import Likelihood
 from spike_export.calibration.decoder.rotation import rotation_plan
 from spike_export.calibration.decoder.smoothing import smoothing_plan
 from spike_export.calibration.methods.context import Calibration, Transform
 from spike_export.calibration.methods.options import CalibrationOptions
 from spike_export.calibration.methods.qfem import ModuleChoice
 from spike_export.calibration.recipe_writer import build_recipe
+from spike_export.calibration.statistics.spikes import SpikeStatistics
 from spike_export.checkpoint.checkpoint import Checkpoint
 from spike_export.checkpoint.modules import representatives, siblings
 from spike_export.engines.accuracy.comparison import likelihood
@@ -101,16 +101,37 @@ def transform_of(case: Case) -> Transform:
     return Transform(case.rotation, plans)
 
 
-def computed(calibration: Calibration, recipe: Any) -> float:
-    """The exported graph's perplexity on the windows that candidates are compared on."""
+@dataclass(frozen=True)
+class Narrowed(Calibration):
+    """A calibration whose candidates are compared on the windows of these places, which change between predictions."""
+
+    places: list[int] = field(default_factory=list)
+
+    @property
+    def search_windows(self) -> NDArray[np.int64]:
+        """[windows, tokens] The windows at the places."""
+        return super().search_windows[self.places]
+
+
+def computed(checkpoint: Checkpoint, recipe: Recipe, windows: NDArray[np.int64]) -> list[float]:
+    """The exported graph's perplexity on each window [windows, tokens]."""
     with TemporaryDirectory() as folder:
         bundle = Path(folder) / "bundle"
-        export_bundle(calibration.checkpoint, recipe, ExportOptions("float32"), bundle)
+        export_bundle(checkpoint, recipe, ExportOptions("float32"), bundle)
         session = open_bundle(bundle)
-        found = Likelihood(0.0, 0)
-        for window in calibration.search_windows:
-            found += likelihood(session.prefill(window[None])[0, :-1], window[1:])
-    return found.perplexity
+        return [likelihood(session.prefill(each[None])[0, :-1], each[1:]).perplexity for each in windows]
+
+
+def require_same(found: Sequence[float], predicted: Sequence[float]) -> None:
+    """Require that perplexities, window by window, are those of one function.
+
+    Float32 sums in another order move a value over the middle between two steps now and then. Such a flip moves its
+    window by up to some percent in this tiny model, and leaves the others alone, which then agree to 1e-6; seldom two
+    of three windows have one. Another function, or another scale, would move all of them.
+    """
+    differences = np.abs(np.array(found) / np.array(predicted) - 1)
+    assert differences.min() < 1e-5, differences
+    assert differences.max() < 0.2, differences
 
 
 CHECKPOINT = tiny_family("llama").checkpoint
@@ -119,10 +140,10 @@ CHECKPOINT = tiny_family("llama").checkpoint
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(_cases(CHECKPOINT))
 def test_a_prediction_is_what_the_graph_computes(case: Case) -> None:
-    """Half a percent is what steps may do that rounding flips: see docs/decisions/head.md."""
     content = tokens(rows=18, length=24)
     checkpoint = with_uneven_values(CHECKPOINT, case.spread)
-    calibration = Calibration(checkpoint, TokenWindows(content[:12], content[12:]), case.options)
+    calibration = Narrowed(checkpoint, TokenWindows(content[:12], content[12:]), case.options)
+    searched = content[calibration.search_rows]
     transform = transform_of(case)
     after = calibration.measure(case.prefix, transform)
     choice, corpus = ModuleChoice(1.0, case.kept), Corpus("test", ("text",))
@@ -130,9 +151,19 @@ def test_a_prediction_is_what_the_graph_computes(case: Case) -> None:
     own = {name for name, plan in recipe.modules.items() if plan.per_token}
     if case.options.activations == "static":
         assert own == {each for name in case.per_token if name not in case.kept for each in siblings(name)}
-    predict = partial(calibration.predicted, kept=case.kept, transform=transform, per_token=case.per_token)
-    predicted = predict(after, measured=True, compare=False).perplexity
-    assert computed(calibration, recipe) == pytest.approx(predicted, rel=0.005)
+
+    def predicted(statistics: SpikeStatistics, *, measured: bool) -> list[float]:
+        found = []
+        for place in range(len(searched)):
+            calibration.places[:] = [place]
+            found.append(
+                calibration.predicted(
+                    statistics, case.kept, transform, per_token=case.per_token, measured=measured, compare=False
+                ).perplexity
+            )
+        return found
+
+    expected = predicted(after, measured=True)
+    require_same(computed(checkpoint, recipe, searched), expected)
     # Before smoothing, the same choice is predicted from the statistics of the model as it was.
-    before = calibration.measure(case.prefix, Transform(transform.rotation))
-    assert predict(before, compare=False).perplexity == pytest.approx(predicted, rel=0.005)
+    require_same(predicted(calibration.measure(case.prefix, Transform(transform.rotation)), measured=False), expected)
