@@ -162,7 +162,7 @@ def test_a_recipe_of_the_first_format_keeps_its_meaning(tmp_path: Path) -> None:
         (lambda d: d["attention"][ATTENTION].pop("key"), f"attention.{ATTENTION}.key: Field required"),
         (lambda d: d["attention"][ATTENTION].update(query=0), f"attention.{ATTENTION}.query: "),
         (lambda d: d["rotation"].update(kind="fourier"), "rotation.kind: Input should be 'hadamard' or 'orthogonal'"),
-        (lambda d: d["smoothing"][UP].update(form="x"), f"smoothing.{UP}.form: Input should be 'smoothquant' or"),
+        (lambda d: d["smoothing"][UP].update(form="x"), f"smoothing.{UP}.form: Input should be 'smoothquant', "),
         (lambda d: d["smoothing"][UP].update(scales=[1]), f"smoothing.{UP}.scales: Extra inputs"),
         (lambda d: d["modules"][DOWN].update(weights="int4"), f"modules.{DOWN}.weights: Input should be 'int8'"),
         (lambda d: d["scheme"].update(activations="static"), "scheme.activations: Extra inputs"),
