@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("coverage", reason="`make mutants` installs it")
+
 from tests.mutants.accepted import Accepted, load_accepted, stale
 from tests.mutants.covering_tests import CoveringTests
 from tests.mutants.mutant import Mutant
