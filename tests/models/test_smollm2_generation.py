@@ -16,7 +16,7 @@ from spike_export.export.cache_options import CacheOptions
 
 pytestmark = [pytest.mark.model, pytest.mark.usefixtures("one_thread")]
 
-NEW_TOKENS = 10
+NEW_TOKENS = 7
 
 PROMPTS = (
     "The capital of France is",
