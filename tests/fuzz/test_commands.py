@@ -79,13 +79,13 @@ def run(folder: Path, name: str) -> Outcome:
 
 
 @st.composite
-def damage(draw: st.DrawFn, folder: Path) -> tuple[str, dict[Path, bytes | None]]:
+def damage(draw: st.DrawFn, folder: Path) -> tuple[str, Path, bytes | None]:
     """Draw a command and the damaged content of a file that it reads; None for a file that is gone."""
     name = draw(st.sampled_from(tuple(COMMANDS)))
     tops = (folder / place for place in COMMANDS[name].reads)
     files = sorted(file for top in tops for file in (top.rglob("*") if top.is_dir() else [top]) if file.is_file())
     file = draw(st.sampled_from(files))
-    return name, {file.relative_to(folder): draw(_contents(file))}
+    return name, file.relative_to(folder), draw(_contents(file))
 
 
 def _contents(file: Path) -> st.SearchStrategy[bytes | None]:
@@ -113,16 +113,15 @@ def test_a_command_does_its_work_or_says_one_line(
         suppress_health_check=list(HealthCheck),
     )
     @given(damage(finished))
-    def one(damaged: tuple[str, dict[Path, bytes | None]]) -> None:
-        name, files = damaged
+    def one(damaged: tuple[str, Path, bytes | None]) -> None:
+        name, file, content = damaged
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place) / "copy"
             shutil.copytree(finished, folder)
-            for file, content in files.items():
-                if content is None:
-                    (folder / file).unlink()
-                else:
-                    (folder / file).write_bytes(content)
+            if content is None:
+                (folder / file).unlink()
+            else:
+                (folder / file).write_bytes(content)
             try_one(folder, name, tally)
 
     try:

@@ -13,12 +13,10 @@ from spike_export.checkpoint.checkpoint import Checkpoint
 from spike_export.checkpoint.opening import open_checkpoint
 from spike_export.engines.accuracy.comparison import likelihood
 from spike_export.export.bundle import ExportOptions, export_bundle
+from tests.support.help_topics import FIGURES_CORPUS
 from tests.support.tiny_models import CachedSession
 
 pytestmark = pytest.mark.model
-
-# The help topics are worded differently by each Python release; figures were taken on this one's.
-FIGURES_CORPUS = "71f2ff5d99bdc1f9c48c5c2353ad138201c5ca1c377e0226857ef8fa89b8bcee"
 
 CONTENT = 255
 

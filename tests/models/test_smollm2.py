@@ -1,6 +1,5 @@
 """The real model: SmolLM2-135M-Instruct against transformers and against the table of figures."""
 
-import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -35,15 +34,12 @@ from spike_export.checkpoint.checkpoint import Checkpoint
 from spike_export.checkpoint.opening import open_checkpoint
 from spike_export.engines.accuracy.variants import Variant, check_variants
 from spike_export.export.bundle import ExportOptions, export_bundle
+from tests.support.help_topics import FIGURES_CORPUS
 from tests.support.tiny_models import CachedSession
 
 pytestmark = pytest.mark.model
 
 BOS = 1
-
-FIGURES_CORPUS = "71f2ff5d99bdc1f9c48c5c2353ad138201c5ca1c377e0226857ef8fa89b8bcee"
-"""SHA-256 of the default corpus that the table's figures were taken on; other Python releases word it differently."""
-
 
 SAMPLES, LENGTH = 4, 127
 """Windows and tokens of the quick calibrations, which do not search the prefix; the table's own take many minutes."""
@@ -224,7 +220,7 @@ def test_onnx_runtime_fuses_all_linears(
 
 
 def figures_corpus() -> None:
-    if hashlib.sha256(default_corpus().text.encode()).hexdigest() != FIGURES_CORPUS:
+    if default_corpus().sha256 != FIGURES_CORPUS:
         pytest.skip("this Python's pydoc topics are not those the figures were taken on")
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from spike_export.artifacts.errors import CorpusError
 from spike_export.calibration.corpus.corpus import DEFAULT_CORPUS, Corpus, default_corpus
 from spike_export.calibration.corpus.token_windows import EVALUATION_WINDOWS, TokenWindows, token_windows
+from tests.support.help_topics import FIGURES_CORPUS
 from tests.support.tiny_checkpoints import byte_tokenizer
 
 
@@ -122,8 +123,6 @@ def byte_windows(corpus: Corpus, samples: int, length: int, seed: int, kind: Lit
     return token_windows(corpus, tokenizer, samples, length, seed, kind, 0)
 
 
-# The help topics are worded differently by each Python release; figures were taken on this one's.
-PYDOC_SHA256 = "71f2ff5d99bdc1f9c48c5c2353ad138201c5ca1c377e0226857ef8fa89b8bcee"
 GOLDEN = {
     (32, 0): "04563f8fa13eb4cee9434cc9660b1a2c63edab8fb1645e9c77b86e8d2092c412",
     (8, 3): "0af619bac0d811fac15ea8434cd85944c069146b9a66ca24d04499737f5d822b",
@@ -134,7 +133,7 @@ GOLDEN_EVALUATION = "60bed7cf0c6f7f4f214bd87a0a51beaf6a6b09b46fdf6d5bfb5c6ad5677
 @pytest.mark.parametrize(("samples", "seed"), GOLDEN)
 def test_the_default_corpus_has_the_windows_that_the_figures_were_taken_on(samples: int, seed: int) -> None:
     corpus = default_corpus()
-    if corpus.sha256 != PYDOC_SHA256:
+    if corpus.sha256 != FIGURES_CORPUS:
         pytest.skip("this Python's help topics are not those of the figures")
     cut = byte_windows(corpus, samples, 511, seed, "packed")
     assert hashlib.sha256(cut.calibration.tobytes()).hexdigest() == GOLDEN[samples, seed]
