@@ -357,6 +357,10 @@ class ServerArguments:
     """Compute in a process of its own, so that a crash of native code does not end the server (default: yes; no saves
     about 100 MB)."""
 
+    engine_idle: float | None = None
+    """Seconds after which the engine's process hangs and is ended: it owes an answer and uses no processor time
+    (default: 30)."""
+
 
 @Parameter(name="*", group=_LOAD)
 @dataclass(frozen=True, kw_only=True)

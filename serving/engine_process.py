@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from mmap import mmap
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -21,6 +22,7 @@ from spike_export.artifacts.errors import EngineError
 from spike_export.engines.generation.slots import KeyValues
 from spike_export.engines.runtime_choice import RuntimeChoice
 from spike_export.serving.engine_protocol import Order, Shape, shared_logits
+from spike_export.serving.hang_watch import HangWatch, cpu_ticks
 
 _COMMAND = (sys.executable, "-P", "-m", "spike_export.serving.engine_child")
 """-P: a file in the working directory must not stand in for a module."""
@@ -42,17 +44,21 @@ class _Block:
 class EngineProcess:
     """The process, seen from the server's. Whatever ends it, also between two calls, is told by the next call.
 
+    A process that hangs in a call is ended.
+
     Attributes:
         clipped: Counts as of the last call; see `CountingSlots`.
     """
 
-    def __init__(self, choice: RuntimeChoice, rows: int, vocab: int) -> None:
+    def __init__(self, choice: RuntimeChoice, rows: int, vocab: int, idle_limit: float, call_limit: float) -> None:
         """Start the process, which opens the runtime meanwhile; `open_slots` comes next.
 
         Args:
             choice: The runtime.
             rows: Most sequences at once.
             vocab: Size of the vocabulary.
+            idle_limit: Seconds without processor time within a call, after which the process hangs.
+            call_limit: Most seconds of a call.
         """
         memory = _shared_memory(rows * vocab * np.dtype(np.float32).itemsize)
         self._connection, theirs = Pipe()
@@ -64,6 +70,7 @@ class EngineProcess:
         os.close(memory)
         self._dropped: list[int] = []
         self.clipped: Mapping[str, tuple[int, int]] = {}
+        self._watch = HangWatch(idle_limit, call_limit, partial(cpu_ticks, self._process.pid))
         finalize(self, _end, self._process, self._connection)
         with suppress(OSError):  # it has ended; the next call says why
             self._connection.send(Order(choice, rows, vocab))
@@ -87,22 +94,24 @@ class EngineProcess:
         """Look whether the process is there, while nothing is asked of it.
 
         Raises:
-            EngineError: It has ended.
+            EngineError: It has ended, or hangs.
         """
-        if self._process.poll() is not None:
-            raise self._death()
+        self.call("confirm")
 
     def call(self, method: str, *arguments: Any) -> Any:
         """Return the answer to a request.
 
         Raises:
-            EngineError: The runtime fails, or the process has ended.
+            EngineError: The runtime fails, or the process has ended or hangs.
         """
         dropped = [self._dropped.pop() for _ in range(len(self._dropped))]
         try:
             self._connection.send((method, arguments, dropped))
         except OSError as error:
             raise self._death() from error
+        if reason := self._watch.hang(self._arrived):
+            self._process.kill()
+            raise EngineError(f"the engine's process {reason}, and was ended")
         return self._received()
 
     def logits(self, method: str, *arguments: Any, rows: int = 1) -> NDArray[np.float32]:
@@ -115,6 +124,12 @@ class EngineProcess:
         block = _Block(name)
         finalize(block, self._dropped.append, name).atexit = False
         return block
+
+    def _arrived(self, seconds: float) -> bool:
+        try:
+            return self._connection.poll(seconds)
+        except OSError as error:
+            raise self._death() from error
 
     def _received(self) -> Any:
         try:

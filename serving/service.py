@@ -110,15 +110,16 @@ class _Opening:
     """Opens the rows of a runtime, as often as it fails: in this process, or in one that starts at once."""
 
     def __init__(self, choice: RuntimeChoice, settings: Settings, vocab: int) -> None:
-        self._choice, self._rows, self._vocab = choice, settings.rows, vocab
+        self._choice, self._settings, self._vocab = choice, settings, vocab
         self._apart = settings.engine_process and can_start
         self._started = [self._start()] if self._apart else []
 
     def slots(self) -> Slots:
         if not self._apart:
-            return self._choice.open_rows(self._rows)[1]
+            return self._choice.open_rows(self._settings.rows)[1]
         process = self._started.pop() if self._started else self._start()
         return process.open_slots()
 
     def _start(self) -> EngineProcess:
-        return EngineProcess(self._choice, self._rows, self._vocab)
+        settings = self._settings
+        return EngineProcess(self._choice, settings.rows, self._vocab, settings.engine_idle, settings.timeout)

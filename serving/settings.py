@@ -29,6 +29,8 @@ class Settings:
         allowed_origins: Web origins whose pages may ask, `*` for all; none by default.
         engine_process: Whether the runtime computes in a process of its own, so that a crash of native code ends that
             process and not the server.
+        engine_idle: Time without processor time within a call, after which that process hangs and is ended. It hangs
+            too where a call takes longer than `timeout`: no request can wait for it.
     """
 
     model: str
@@ -46,6 +48,7 @@ class Settings:
     drain: float = 30.0
     allowed_origins: tuple[str, ...] = ()
     engine_process: bool = True
+    engine_idle: float = 30.0
 
     def __post_init__(self) -> None:
         checks = (
@@ -63,6 +66,7 @@ class Settings:
             ),
             ("max_body", self.max_body, self.max_body >= _SMALLEST_BODY, f"at least {_SMALLEST_BODY} bytes"),
             ("timeout", self.timeout, self.timeout > 0, "above 0"),
+            ("engine_idle", self.engine_idle, self.engine_idle > 0, "above 0"),
             ("drain", self.drain, self.drain >= 0, "at least 0"),
         )
         for name, value, holds, expected in checks:

@@ -55,7 +55,7 @@ def write_generated(
 
 
 def _drafted(engine: "Engine") -> dict[str, int] | None:
-    drafts = getattr(engine, "drafts", None)
+    drafts = engine.drafts
     return None if drafts is None else {"drafted": drafts.drafted, "accepted": drafts.accepted}
 
 

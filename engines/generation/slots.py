@@ -121,7 +121,7 @@ class WatchedSlots(Slots, Protocol):
         """Look whether the runtime is there.
 
         Raises:
-            EngineError: It has ended.
+            EngineError: It has ended, or hangs.
         """
 
 

@@ -379,10 +379,14 @@ class StaticSequences:
         return self.manifest.prefix_length + min(self.capacity, -(-own // BUCKET) * BUCKET)
 
     def _resize(self, slots: int) -> None:
-        kept = min(slots, self.buffers[0].shape[2])
+        """Give the buffers another length; of each row only what it holds is copied, and takes memory."""
+        prefix, kept = self.manifest.prefix_length, min(slots, self.buffers[0].shape[2])
+        held = [(row, min(kept, prefix + length)) for row, length in enumerate(self.lengths.tolist()) if length]
         for index, old in enumerate(self.buffers):  # one by one: never two whole caches in memory
             new = _zeros((*old.shape[:2], slots, old.shape[3]), self.manifest, self.provider)
-            new[:, :, :kept] = old[:, :, :kept]
+            new[:, :, :prefix] = old[:, :, :prefix]
+            for row, end in held:
+                new[row, :, :end] = old[row, :, :end]
             self.buffers[index] = new
         self._bindings.clear()
 

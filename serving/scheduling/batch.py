@@ -191,7 +191,7 @@ class Batch:
         Raises:
             EngineError: The runtime fails; nothing of this object is of use then.
         """
-        if isinstance(self._slots, WatchedSlots):
+        if not self._sequences and isinstance(self._slots, WatchedSlots):
             self._slots.require_alive()
         events: list[tuple[int, Event]] = []
         while (part := self._scheduler.next_part()) is not None:

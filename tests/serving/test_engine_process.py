@@ -3,10 +3,18 @@
 import os
 import re
 import signal
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
+
+from spike_export.artifacts.errors import EngineError
 from spike_export.engines.engine import Engine
+from spike_export.engines.runtime_choice import RuntimeChoice
+from spike_export.serving import engine_process
 from spike_export.serving.engine_process import EngineProcess, SavingProcessSlots
+from spike_export.serving.hang_watch import HangWatch
 from spike_export.serving.scheduling.batch import Batch
 from tests.serving.test_operation import LONG, wait_for
 from tests.support.tiny_service import Running, running
@@ -21,13 +29,9 @@ def process_of(server: Running) -> EngineProcess:
     return batch._slots.process
 
 
-def kill(server: Running) -> None:
-    os.kill(process_of(server).pid, signal.SIGKILL)
-
-
-def test_a_killed_engine_begins_anew_once(bundle: Path) -> None:
+def test_an_engine_that_hangs_or_ends_begins_anew_once(bundle: Path) -> None:
     """While it computes: requests end with an error. While nobody asks: the server is unready all the same."""
-    with running(bundle, engine_process=True, prefix_cache=1 << 16, sample_clipping=1.0) as server:
+    with running(bundle, engine_process=True, engine_idle=1.0, prefix_cache=1 << 16, sample_clipping=1.0) as server:
         expected = Engine.open(bundle, threads=1).generate("a" * 70, max_new_tokens=8, ignore_eos=True)[0].text
         answers = [
             server.post("/v1/completions", json={"prompt": "a" * 70, "max_tokens": 8, "ignore_eos": True}).json()
@@ -48,18 +52,77 @@ def test_a_killed_engine_begins_anew_once(bundle: Path) -> None:
 
         with server.client().completions.create(model="tiny", prompt="a", stream=True, **STREAM) as stream:
             next(iter(stream))
-            kill(server)
+            os.kill(process_of(server).pid, signal.SIGSTOP)
             wait_for(lambda: server.get("/ready").status_code == 503)
             assert server.post("/v1/completions", json=LONG).status_code == 503
         wait_for(lambda: server.get("/ready").status_code == 200)
         answer = server.post("/v1/completions", json={"prompt": "a" * 70, "max_tokens": 8, "ignore_eos": True})
         assert answer.json()["choices"][0]["text"] == expected
 
-        kill(server)
+        os.kill(process_of(server).pid, signal.SIGKILL)
         wait_for(lambda: server.service.worker.state == "stopped")
         assert server.get("/ready").status_code == 503
-        reasons = [fields["reason"] for event, fields in server.log if event == "engine failed"]
-        assert reasons == ["the engine's process was ended by SIGKILL; perhaps memory ran out"] * 2
+        hangs, ended = [fields["reason"] for event, fields in server.log if event == "engine failed"]
+        assert (
+            hangs == "the engine's process has not answered and has used no processor time for 1 seconds, and was ended"
+        )
+        assert ended == "the engine's process was ended by SIGKILL; perhaps memory ran out"
+
+
+ANSWERING = """
+import sys
+from multiprocessing.connection import Connection
+from spike_export.serving.engine_protocol import Shape
+connection = Connection(int(sys.argv[1]))
+connection.recv()
+connection.send((True, Shape(1, 8, 8, 8, None), {}))
+while connection.recv():
+    connection.send((True, None, {}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("planted", "told"),
+    [
+        (signal.SIGSTOP, "has not answered and has used no processor time for 0.2 seconds, and was ended"),
+        (signal.SIGKILL, "was ended by SIGKILL; perhaps memory ran out"),
+    ],
+)
+def test_a_call_says_what_became_of_the_process(
+    planted: signal.Signals, told: str, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_process, "_COMMAND", (sys.executable, "-P", "-c", ANSWERING))
+    process = EngineProcess(RuntimeChoice.of(bundle), 1, 8, idle_limit=0.2, call_limit=9)
+    slots = process.open_slots()
+    slots.require_alive()
+    os.kill(process.pid, planted)
+    with pytest.raises(EngineError, match=f"^the engine's process {told}$"):
+        slots.release(0)
+    with pytest.raises(EngineError, match="was ended by SIGKILL"):
+        slots.require_alive()
+
+
+@pytest.mark.parametrize(
+    ("ticks", "looks", "hang"),
+    [
+        ([7], 10, "used no processor time for 5 seconds"),
+        ([7, 7, 7, 7, 7, 8], 15, "used no processor time for 5 seconds"),
+        (range(99), 60, "has not answered for 30 seconds"),
+        ([None], 60, "has not answered for 30 seconds"),
+    ],
+    ids=["stands still", "stops working", "works for ever", "nothing is known"],
+)
+def test_a_process_hangs_where_it_does_nothing(ticks: Sequence[int | None], looks: int, hang: str) -> None:
+    """The last reading stays; an answer that comes one look earlier is waited for."""
+
+    def answers_after(pauses: int) -> str | None:
+        read, arrived = iter(ticks), iter([*[False] * pauses, True])
+        last = ticks[-1]
+        watch = HangWatch(idle=5, longest=30, cpu_ticks=lambda: next(read, last))
+        return watch.hang(lambda seconds: next(arrived) if seconds == 0.5 else pytest.fail("another pause"))
+
+    assert hang in str(answers_after(looks))
+    assert answers_after(looks - 1) is None
 
 
 STREAM = {"max_tokens": 150, "extra_body": {"ignore_eos": True}}

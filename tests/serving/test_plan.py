@@ -78,4 +78,4 @@ def test_what_a_plan_needs_is_told_in_one_line(plan: Path, monkeypatch: pytest.M
     with pytest.raises(EngineError, match="several are given; name one of them"):
         RuntimeChoice.of([plan, plan]).open_rows(1)
     with pytest.raises(EngineError, match="not a TensorRT or TensorRT-RTX plan"):
-        EngineProcess(RuntimeChoice.of(plan), 1, 8).open_slots()
+        EngineProcess(RuntimeChoice.of(plan), 1, 8, idle_limit=30, call_limit=600).open_slots()

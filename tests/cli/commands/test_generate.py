@@ -85,6 +85,7 @@ def test_what_the_outputs_encoding_lacks_is_no_traceback() -> None:
     told: Any = SimpleNamespace(
         stream=lambda prompts, **_: iter([Piece(row, 1, text) for row in range(len(prompts))]),
         generate=lambda prompts, **_: [Generation(text, (1,), "stop", 1)],
+        drafts=None,
     )
 
     def written(encoding: str, prompts: int = 1, **how: Any) -> str:
