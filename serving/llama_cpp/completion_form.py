@@ -8,7 +8,8 @@ from spike_export.serving.openai.sampling_form import SamplingForm
 
 _MOST_PROMPTS = 1024
 
-Part = Annotated[int, Field(ge=0)] | str
+PromptText = Annotated[str, Field(json_schema_extra={"minLength": 1})]
+Part = Annotated[int, Field(ge=0)] | Annotated[str, Field(min_length=1)]
 Mixed = Annotated[list[Part], Field(min_length=1)]
 """A prompt in parts, each of them a token or a text."""
 
@@ -24,8 +25,8 @@ class CompletionForm(SamplingForm):
         response_fields: The fields of the answer that are wanted, inner ones behind a slash; all when empty.
     """
 
-    prompt: str | Mixed | Annotated[list[str | Mixed], Field(min_length=1, max_length=_MOST_PROMPTS)]
-    n_predict: Annotated[int, Field(ge=-1)] = -1
+    prompt: PromptText | Mixed | Annotated[list[PromptText | Mixed], Field(min_length=1, max_length=_MOST_PROMPTS)]
+    n_predict: Annotated[int, Field(ge=-1, json_schema_extra={"not": {"const": 0}})] = -1
     n_probs: Annotated[int, Field(ge=0, le=20)] = 0
     post_sampling_probs: bool = False
     return_tokens: bool = False

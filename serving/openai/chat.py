@@ -12,7 +12,7 @@ from starlette.responses import Response
 from spike_export.engines.generation.generated_text import Generation, Piece
 from spike_export.serving.openai.errors import RequestError
 from spike_export.serving.openai.exchange import Identity, answered, counts, followed, told_progress
-from spike_export.serving.openai.form import Form
+from spike_export.serving.openai.form import Form, needed_if
 from spike_export.serving.openai.json_text import DONE, event_bytes
 from spike_export.serving.openai.logprobs import chat_logprob
 from spike_export.serving.openai.requests import encoded, new_tokens, require_model, works_of
@@ -30,11 +30,13 @@ from spike_export.serving.scheduling.answer import Answer, Progress
 from spike_export.serving.scheduling.batch import Work
 from spike_export.serving.service import Service
 
+_TEXT_PARTS = ("text", "input_text", "output_text")
+
 
 class TextPart(Form):
     """A part of a message; parts other than text are refused."""
 
-    type: str
+    type: Annotated[str, Field(json_schema_extra={"enum": list(_TEXT_PARTS)})]
     text: str = ""
 
 
@@ -55,7 +57,7 @@ class Message(Form):
         fields = self.model_dump(exclude_none=True)
         if isinstance(self.content, list):
             for part in self.content:
-                if part.type not in ("text", "input_text", "output_text"):
+                if part.type not in _TEXT_PARTS:
                     raise RequestError(f"a message has content of type {part.type!r}; expected text", param="messages")
             fields["content"] = "".join(part.text for part in self.content)
         return {"content": ""} | fields | self._calls()
@@ -117,6 +119,10 @@ class NamedTool(Form):
 
 class ChatForm(SamplingForm):
     """The body of a request."""
+
+    model_config = ConfigDict(
+        json_schema_extra=needed_if({"top_logprobs": {"type": "integer"}}, {"logprobs": {"const": True}})
+    )
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None

@@ -9,7 +9,6 @@ from pydantic import Field
 from starlette.responses import Response
 
 from spike_export.engines.generation.generated_text import Generation, Piece, TokenLogprob
-from spike_export.serving.openai.errors import RequestError
 from spike_export.serving.openai.exchange import Identity, answered, counts, followed, told_progress
 from spike_export.serving.openai.json_text import DONE, event_bytes
 from spike_export.serving.openai.logprobs import CompletionLogprobs
@@ -24,6 +23,7 @@ _DEFAULT_TOKENS = 16
 
 _MOST_PROMPTS = 1024
 
+PromptText = Annotated[str, Field(json_schema_extra={"minLength": 1})]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
 
@@ -31,16 +31,16 @@ class CompletionForm(SamplingForm):
     """The body of a request."""
 
     prompt: (
-        str
+        PromptText
         | TokenIds
-        | Annotated[list[str], Field(min_length=1, max_length=_MOST_PROMPTS)]
+        | Annotated[list[PromptText], Field(min_length=1, max_length=_MOST_PROMPTS)]
         | Annotated[list[TokenIds], Field(min_length=1, max_length=_MOST_PROMPTS)]
     )
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool = False
     suffix: Literal[""] | None = None
-    best_of: int | None = None
+    best_of: Literal[1] | None = None
 
     @property
     def prompts(self) -> list[Any]:
@@ -59,8 +59,6 @@ class Completions:
     async def create(self, form: CompletionForm, request: Request) -> Response:
         """Answer one or several prompts, in one piece or as a stream."""
         require_model(self._service, form.model)
-        if form.best_of not in (None, form.choices):
-            raise RequestError(f"best_of is {form.best_of}; expected n, all answers are returned", param="best_of")
         prompts = await encoded(self._service, form.prompts, "prompt")
         asked = None if form.max_tokens is None else max(form.max_tokens, 1)
         sizes = [new_tokens(self._service, len(prompt), asked, _DEFAULT_TOKENS, "max_tokens") for prompt in prompts]

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, model_validator
 
 from spike_export.serving.grammars import GrammarKind
-from spike_export.serving.openai.form import Form
+from spike_export.serving.openai.form import Form, needed_if, one_given
 
 MOST_GRAMMAR = 1 << 16
 """Most characters of a grammar."""
@@ -23,6 +23,10 @@ class SchemaFormat(Form):
 
 class ResponseFormat(Form):
     """OpenAI's `response_format`."""
+
+    model_config = ConfigDict(
+        json_schema_extra=needed_if({"type": {"const": "json_schema"}}, {"json_schema": {"type": "object"}})
+    )
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: SchemaFormat | None = None
@@ -47,7 +51,9 @@ class ResponseFormat(Form):
 class StructuredOutputs(Form):
     """vLLM's `structured_outputs`: exactly one of its fields."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(
+        extra="forbid", json_schema_extra=one_given(json="object", regex="string", grammar="string", choice="array")
+    )
 
     json_: Annotated[dict[str, Any] | None, Field(alias="json")] = None
     regex: Annotated[str, Field(max_length=MOST_GRAMMAR)] | None = None

@@ -8,14 +8,14 @@ from itertools import count
 from typing import Annotated, Any, Literal, Self
 
 from fastapi import Request
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 from starlette.responses import Response
 
 from spike_export.engines.generation.generated_text import FinishReason, Generation
 from spike_export.serving.openai.chat import Message
 from spike_export.serving.openai.errors import RequestError
 from spike_export.serving.openai.exchange import Identity, answered, followed, timings, told_progress
-from spike_export.serving.openai.form import Form
+from spike_export.serving.openai.form import Form, needed_if
 from spike_export.serving.openai.format_form import Source
 from spike_export.serving.openai.json_text import event_bytes
 from spike_export.serving.openai.requests import encoded, new_tokens, require_model, works_of
@@ -33,6 +33,11 @@ class InputMessage(Message):
 
 class TextFormat(Form):
     """A form of the text; its schema has no envelope of its own here."""
+
+    model_config = ConfigDict(
+        json_schema_extra=needed_if({"type": {"const": "json_schema"}}, {"schema": {"type": "object"}})
+        | {"else": {"properties": {"schema": {"type": "null"}}}}
+    )
 
     type: Literal["text", "json_object", "json_schema"] = "text"
     name: str | None = None
@@ -66,7 +71,8 @@ class ResponseForm(SamplingForm):
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     previous_response_id: None = None
     conversation: None = None
-    background: bool | None = None
+    background: Annotated[bool, Field(json_schema_extra={"const": False})] | None = None
+    n: Literal[1] | None = None
     text: TextForm = TextForm()
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
 
@@ -92,8 +98,6 @@ class Responses:
     async def create(self, form: ResponseForm, request: Request) -> Response:
         """Answer, in one piece or as a stream of named events."""
         require_model(self._service, form.model)
-        if form.choices != 1:
-            raise RequestError("n is not a field of responses; leave it out", param="n")
         if form.background:
             raise RequestError("nothing is kept here for later; leave background out", param="background")
         prompts = await encoded(self._service, [form.chat], "input")

@@ -2,13 +2,13 @@
 
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 from starlette.responses import Response
 
 from spike_export.serving.openai.chat import Message
 from spike_export.serving.openai.errors import RequestError
 from spike_export.serving.openai.exchange import JsonAnswer
-from spike_export.serving.openai.form import Form
+from spike_export.serving.openai.form import Form, one_given
 from spike_export.serving.openai.requests import encoded, plain_tokens, require_model
 from spike_export.serving.service import Service
 
@@ -21,8 +21,10 @@ class TokenizeForm(Form):
         with_pieces: Whether each token of `content` is told with its text.
     """
 
+    model_config = ConfigDict(json_schema_extra=one_given(prompt="string", messages="array", content="string"))
+
     model: str | None = None
-    prompt: str | None = None
+    prompt: Annotated[str, Field(min_length=1)] | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096)] | None = None
     content: str | None = None
     add_special: bool = False
