@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -48,6 +48,7 @@ class EngineProcess:
 
     Attributes:
         clipped: Counts as of the last call; see `CountingSlots`.
+        meanwhile: See `ApartSlots`.
     """
 
     def __init__(self, choice: RuntimeChoice, rows: int, vocab: int, idle_limit: float, call_limit: float) -> None:
@@ -70,6 +71,7 @@ class EngineProcess:
         os.close(memory)
         self._dropped: list[int] = []
         self.clipped: Mapping[str, tuple[int, int]] = {}
+        self.meanwhile: Callable[[], None] = lambda: None
         self._watch = HangWatch(idle_limit, call_limit, partial(cpu_ticks, self._process.pid))
         finalize(self, _end, self._process, self._connection)
         with suppress(OSError):  # it has ended; the next call says why
@@ -109,6 +111,7 @@ class EngineProcess:
             self._connection.send((method, arguments, dropped))
         except OSError as error:
             raise self._death() from error
+        self.meanwhile()
         if reason := self._watch.hang(self._arrived):
             self._process.kill()
             raise EngineError(f"the engine's process {reason}, and was ended")
@@ -183,8 +186,17 @@ class ProcessSlots:
         return self.process.clipped
 
     def require_alive(self) -> None:
-        """See `WatchedSlots`."""
+        """See `ApartSlots`."""
         self.process.require_alive()
+
+    @property
+    def meanwhile(self) -> Callable[[], None]:
+        """See `ApartSlots`."""
+        return self.process.meanwhile
+
+    @meanwhile.setter
+    def meanwhile(self, call: Callable[[], None]) -> None:
+        self.process.meanwhile = call
 
     def _of_one(self, method: str, row: int, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
         logits: NDArray[np.float32] = self.process.logits(method, row, tokens)[0]

@@ -1,6 +1,6 @@
 """What a scheduler needs of a runtime: places for sequences that come and go independently of each other."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -114,8 +114,14 @@ class CountingSlots(Slots, Protocol):
 
 
 @runtime_checkable
-class WatchedSlots(Slots, Protocol):
-    """Rows of a runtime that can end while nobody asks it anything."""
+class ApartSlots(Slots, Protocol):
+    """Rows of a runtime in another process: it can end while nobody asks it anything, and computes beside this one.
+
+    Attributes:
+        meanwhile: Called in each call, once the runtime has been told what to do and before its answer is waited for.
+    """
+
+    meanwhile: Callable[[], None]
 
     def require_alive(self) -> None:
         """Look whether the runtime is there.

@@ -1,6 +1,6 @@
 """Sequences in progress over an engine's rows: a turn of the scheduler computed, drawn and turned into text."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,7 +12,7 @@ from spike_export.artifacts.errors import EngineError, one_line
 from spike_export.engines.generation.generated_text import Piece, Row, TokenLogprob
 from spike_export.engines.generation.options import GenerationOptions
 from spike_export.engines.generation.sampling import Sampler, seen_tokens
-from spike_export.engines.generation.slots import CountingSlots, KeyValues, SavingSlots, Slots, WatchedSlots
+from spike_export.engines.generation.slots import ApartSlots, CountingSlots, KeyValues, SavingSlots, Slots
 from spike_export.serving.scheduling.limits import Limits
 from spike_export.serving.scheduling.prefix_store import PrefixStore
 from spike_export.serving.scheduling.scheduler import Part, Scheduler
@@ -169,6 +169,13 @@ class Batch:
         """Activations that were clipped; see `CountingSlots`."""
         return self._slots.clipped if isinstance(self._slots, CountingSlots) else {}
 
+    def overlap(self, call: Callable[[], None]) -> bool:
+        """Let something be done while the runtime computes; return whether the runtime does so beside this thread."""
+        if not isinstance(self._slots, ApartSlots):
+            return False
+        self._slots.meanwhile = call
+        return True
+
     def submit(self, key: int, work: Work) -> None:
         """Let a sequence take part from the next turn on, or as soon as a row is free.
 
@@ -191,7 +198,7 @@ class Batch:
         Raises:
             EngineError: The runtime fails; nothing of this object is of use then.
         """
-        if not self._sequences and isinstance(self._slots, WatchedSlots):
+        if not self._sequences and isinstance(self._slots, ApartSlots):
             self._slots.require_alive()
         events: list[tuple[int, Event]] = []
         while (part := self._scheduler.next_part()) is not None:

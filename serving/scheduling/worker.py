@@ -40,6 +40,9 @@ class Ticket:
 class Worker:
     """Runs a batch on a thread of its own.
 
+    Where the runtime has a process of its own, the events of a turn are handed out while that process computes the next
+    turn: who receives them takes the interpreter for itself, and the runtime would stand still meanwhile.
+
     A failure of the runtime ends every sequence with an error. The batch is then opened anew; after a second failure
     the worker stays stopped.
     """
@@ -53,7 +56,9 @@ class Worker:
             on_failure: Told of each failure of the runtime, in a line.
         """
         self._open_batch, self._places, self._on_failure = open_batch, places, on_failure
-        self._batch: Batch | None = open_batch()
+        self._batch: Batch | None = None
+        self._events: list[tuple[int, Event]] = []
+        self._open()
         self._inbox: SimpleQueue[_Command] = SimpleQueue()
         self._deliver: dict[int, tuple[Deliver, int]] = {}
         self._keys = count()
@@ -109,11 +114,16 @@ class Worker:
         self._thread.join()
         self._let_go()
 
+    def _open(self) -> None:
+        self._batch = self._open_batch()
+        self._overlaps = self._batch.overlap(self._hand_out_events)
+
     def _run(self) -> None:
         while not self._closing:
             reason = self._turn_failure()
             if reason is not None:
                 self._restart(reason)
+        self._hand_out_events()
 
     def _turn_failure(self) -> str | None:
         """Compute a turn; return why it failed.
@@ -131,7 +141,14 @@ class Worker:
         self._obey()
         if self._batch is None or self._closing:
             return
-        for key, event in self._batch.turn():
+        events = self._batch.turn()  # which hands out those of the turn before
+        self._events += events
+        if not (self._overlaps and self._batch.running):
+            self._hand_out_events()
+
+    def _hand_out_events(self) -> None:
+        events, self._events = self._events, []
+        for key, event in events:
             self._hand_out(key, event)
 
     def _obey(self) -> None:
@@ -182,6 +199,7 @@ class Worker:
         gc.collect()  # a batch and its scheduler know each other
 
     def _restart(self, reason: str) -> None:
+        self._hand_out_events()
         self.state = "restarting" if not self.restarts else "stopped"
         self._let_go()
         self._on_failure(reason)
@@ -191,7 +209,7 @@ class Worker:
             return
         self.restarts += 1
         try:
-            self._batch = self._open_batch()
+            self._open()
         except BaseException as again:
             self.state = "stopped"
             self._on_failure(one_line(again))
