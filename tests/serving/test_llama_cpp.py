@@ -69,6 +69,9 @@ def test_prompts_of_tokens_and_of_parts(server: Running, text: str) -> None:
     assert asked(server, **ASK | {"prompt": tokens})["content"] == text
     assert [found["content"] for found in asked(server, **ASK | {"prompt": [tokens, PROMPT, parts]})] == [text] * 3
     assert asked(server, **ASK | {"prompt": parts})["content"] == text
+    envelope = {"prompt_string": PROMPT}
+    assert asked(server, **ASK | {"prompt": envelope})["content"] == text
+    assert [found["content"] for found in asked(server, **ASK | {"prompt": [tokens, envelope]})] == [text] * 2
 
 
 def test_chosen_fields(server: Running) -> None:
@@ -187,6 +190,8 @@ def test_pages_of_all_origins(bundle: Path) -> None:
         {"n_predict": -2},
         {"prompt": []},
         {"prompt": [[]]},
+        {"prompt": {"prompt_string": ""}},
+        {"prompt": {"prompt_string": "a", "multimodal_data": ["picture"]}},
         {"prompt": [5, 99999]},
         {"logit_bias": [["", 1]]},
         {"logit_bias": [[-1, 1]]},

@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 
+from spike_export.checkpoint.opening import open_checkpoint
 from spike_export.engines.onnx_runtime.slots import StaticSlots
+from spike_export.export.bundle import ExportOptions, export_bundle
+from spike_export.export.cache_options import CacheOptions
 from tests.support.browser import CHROMIUM, Browser, browser
-from tests.support.tiny_service import Running
+from tests.support.tiny_service import Running, running
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
 
@@ -64,6 +67,28 @@ def test_a_chat_in_the_browser(server: Running, tmp_path: Path, monkeypatch: pyt
         assert page.run("document.querySelector('.message pre').textContent") == "1 < 2\n"
         assert page.run("[...document.querySelectorAll('input, textarea')].every(each => each.labels.length > 0)")
         assert [url for url in page.requested if not url.startswith((server.url, "about:", "blob:"))] == []
+
+
+@pytest.mark.slow
+@pytest.mark.model
+def test_a_chat_with_the_real_model(smollm2: Path, tmp_path: Path) -> None:
+    """In light and dark; SmolLM2 knows the colours. The pictures are for who looks at them: screenshot-*.png."""
+    checkpoint = open_checkpoint(str(smollm2))
+    bundle = tmp_path / "bundle"
+    export_bundle(checkpoint, None, ExportOptions("float32", cache=CacheOptions("static", 256)), bundle)
+    grounds = set()
+    with running(bundle, threads=None, engine_process=True) as real:
+        for scheme in ("light", "dark"):
+            with browser(tmp_path / scheme, dark=scheme == "dark") as page:
+                page.open(real.url)
+                page.run("document.getElementById('max_completion_tokens').value = 40")
+                page.press("Name the three primary colours.")
+                page.enter()
+                page.wait("document.querySelector('.message.assistant .figures')?.textContent.includes('tokens/s')")
+                assert "blue" in page.run(ANSWER).lower()
+                page.screenshot(tmp_path / f"screenshot-{scheme}.png")
+                grounds.add(page.run("getComputedStyle(document.body).backgroundColor"))
+    assert len(grounds) == 2
 
 
 def test_the_page_names_no_other_server(server: Running) -> None:
