@@ -136,7 +136,9 @@ def _send(events: IO[bytes], event: BaseModel) -> None:
 
 
 def _watch_caller(cancelled: threading.Event) -> None:
-    sys.stdin.buffer.read()
+    # Not through `sys.stdin`: Python would wait a second at its end for the lock of a file that a thread still reads.
+    while os.read(0, 4096):
+        pass
     cancelled.set()
     time.sleep(_GRACE)
     os._exit(_CANCELLED)
