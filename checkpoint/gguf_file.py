@@ -1,5 +1,6 @@
 """Checkpoints in GGUF files: metadata become an HF configuration, tensors dequantize when they are asked for."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -47,6 +48,8 @@ _TOKEN_KEYS: Mapping[str, str] = {
 }
 _EMBEDDING = "token_embd.weight"
 _THETA = 10000.0
+_JOINED_ROWS = 16
+"""Most rows that are dequantized as one; more leave the processor's cache."""
 """Rope base where a file names none; ggml's default, also for the sliding layers of Gemma 3."""
 
 _ROTATED_KEYS = ("rope.dimension_count", "rope.dimension_count_swa")
@@ -117,14 +120,14 @@ class _Architecture:
     Attributes:
         model_type: HF's `model_type`.
         settings: What the family's HF configuration holds besides `_CONFIG_KEYS`; rope always.
-        interleaved_rope: Whether rows of query and key weights are stored in the order of ggml's own rope.
         tokenizer: transformers' class that reads the tokenizer.
+        interleaved_rope: Whether rows of query and key weights are stored in the order of ggml's own rope.
     """
 
     model_type: str
     settings: Callable[[_File], Settings]
+    tokenizer: str
     interleaved_rope: bool = False
-    tokenizer: str = "AutoTokenizer"
 
 
 @dataclass(frozen=True)
@@ -187,15 +190,23 @@ class GgufSource(HashedSource):
 
 
 def _dequantized(record: Any, data: NDArray[Any], path: Path) -> NDArray[np.float32]:
+    """Dequantize rows of a tensor; the result is a copy with the same rows."""
     import gguf
 
     try:
-        return np.array(gguf.dequantize(data, record.tensor_type), dtype=np.float32)
+        values = gguf.dequantize(_joined_rows(data), record.tensor_type)
+        return np.array(values.reshape(*data.shape[:-1], -1), dtype=np.float32)
     except NotImplementedError as error:
         raise CheckpointError(
             f"{path}: tensor {record.name}: type {record.tensor_type.name} cannot be dequantized; take a file of "
             "another type, such as Q8_0"
         ) from error
+
+
+def _joined_rows(data: NDArray[Any]) -> NDArray[Any]:
+    """Join rows of whole blocks, where their number allows that: gguf calls Python for every 16 rows."""
+    joined = math.gcd(math.prod(data.shape[:-1]), _JOINED_ROWS)
+    return data.reshape(-1, joined * data.shape[-1])
 
 
 def rope_halves_from_pairs(weight: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
@@ -336,13 +347,14 @@ def _gemma3(file: _File) -> Settings:
     return rope | _sliding(file, 6) | _query_scale(file, 62) | ({"final_logit_softcapping": cap} if cap else {})
 
 
-# AutoTokenizer has the class reread the whole file for a configuration first, which it cannot for the first Gemma.
+# Not AutoTokenizer, which takes seconds to read a configuration from the file first, and cannot for the first Gemma.
 _GEMMA_TOKENIZER = "GemmaTokenizer"
+_QWEN_TOKENIZER = "Qwen2Tokenizer"
 
 ARCHITECTURES: Mapping[str, _Architecture] = {
-    "llama": _Architecture("llama", _plain, interleaved_rope=True),
-    "qwen2": _Architecture("qwen2", _plain),
-    "qwen3": _Architecture("qwen3", _plain),
+    "llama": _Architecture("llama", _plain, tokenizer="PreTrainedTokenizerFast", interleaved_rope=True),
+    "qwen2": _Architecture("qwen2", _plain, tokenizer=_QWEN_TOKENIZER),
+    "qwen3": _Architecture("qwen3", _plain, tokenizer=_QWEN_TOKENIZER),
     "gemma": _Architecture("gemma", _plain, tokenizer=_GEMMA_TOKENIZER),
     "gemma2": _Architecture("gemma2", _gemma2, tokenizer=_GEMMA_TOKENIZER),
     "gemma3": _Architecture("gemma3_text", _gemma3, tokenizer=_GEMMA_TOKENIZER),

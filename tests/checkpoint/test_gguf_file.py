@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from transformers import AutoTokenizer
 
 from spike_export.artifacts.errors import CheckpointError
 from spike_export.calibration.decoder.layerwise import Decoder
@@ -129,6 +130,16 @@ def test_the_tokenizer_is_read(written: WrittenGguf) -> None:
     assert encoded == [byte + 2 for byte in "a\nü".encode()]
     assert tokenizer.decode(encoded) == "a\nü"
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (BOS, EOS)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_the_tokenizer_is_the_one_that_transformers_chooses(tmp_path: Path, family: str) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", random_decoder(family)).path
+    chosen = AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name, local_files_only=True)
+    tokenizer: Any = open_checkpoint(str(path)).tokenizer
+    assert type(tokenizer) is type(chosen)
+    assert tokenizer.backend_tokenizer.to_str() == chosen.backend_tokenizer.to_str()
+    assert tokenizer.init_kwargs == chosen.init_kwargs
 
 
 def decoder_logits(checkpoint: Checkpoint, ids: NDArray[np.int64]) -> torch.Tensor:
