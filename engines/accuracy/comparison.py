@@ -161,7 +161,8 @@ def kl_divergence(reference: Logits, logits: Logits) -> float:
     total = 0.0
     for start in range(0, len(logits), _ROWS):
         expected, actual = (log_softmax(part[start : start + _ROWS]) for part in (reference, logits))
-        total += float((np.exp(expected) * (expected - actual)).sum())
+        np.subtract(expected, actual, out=actual)
+        total += float(np.multiply(np.exp(expected, out=expected), actual, out=actual).sum())
     return total
 
 
@@ -169,4 +170,5 @@ def log_softmax(logits: Logits) -> NDArray[np.float64]:
     """Return log-probabilities over the last axis, in float64."""
     rows = logits.astype(np.float64)
     rows -= rows.max(axis=-1, keepdims=True)
-    return np.asarray(rows - np.log(np.exp(rows).sum(axis=-1, keepdims=True)))
+    rows -= np.log(np.exp(rows).sum(axis=-1, keepdims=True))
+    return rows
