@@ -18,7 +18,7 @@ from tests.support.tiny_models import CachedSession
 
 pytestmark = pytest.mark.model
 
-CONTENT = 255
+CONTENT = 127
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +73,10 @@ def test_perplexity_is_the_known_one_also_in_onnx_runtime(checkpoint: Checkpoint
     fed = with_bos(content, checkpoint.bos_token_id)
     expected = model_perplexity(Decoder(checkpoint), fed, CONTENT)
     if corpus.sha256 == FIGURES_CORPUS:
-        assert expected == pytest.approx(17.9034, rel=1e-3)
+        assert expected == pytest.approx(30.027, rel=1e-3)
     export_bundle(checkpoint, None, ExportOptions("float32"), tmp_path / "bundle")
     session = CachedSession(tmp_path / "bundle")
-    for chunks in [(), (100, 1, CONTENT - 100)]:
+    for chunks in [(), (50, 1, CONTENT - 50)]:
         # The first content token is not scored, and nothing follows the last.
         logits = session.run(fed, chunks)[0, 1:-1]
         assert likelihood(logits, content[0, 1:]).perplexity == pytest.approx(expected, rel=1e-3)

@@ -41,10 +41,10 @@ pytestmark = pytest.mark.model
 
 BOS = 1
 
-SAMPLES, LENGTH = 4, 127
+SAMPLES, LENGTH = 2, 127
 """Windows and tokens of the quick calibrations, which do not search the prefix; the table's own take many minutes."""
 
-EVALUATED = 4
+EVALUATED = 2
 """Windows that the quick recipes are judged on; the table's figures are of all eight."""
 
 NOISE: Mapping[str, float] = {"w8a8": 0.0095, "10": 0.0058, "automatic": 0.0013}
@@ -143,7 +143,8 @@ def reference_logits(model: Decoder, tokens: NDArray[np.int64], prefix: tuple[in
 
 
 def prompts(calibration: Calibration, rows: int, length: int) -> NDArray[np.int64]:
-    return with_bos(calibration.windows.evaluation[:rows, : length - 1], BOS)
+    content = calibration.windows.evaluation.ravel()[: rows * (length - 1)]
+    return with_bos(content.reshape(rows, length - 1), BOS)
 
 
 def test_worst_module_is_the_textbook_spike(plain: SpikeStatistics) -> None:
@@ -226,7 +227,7 @@ def figures_corpus() -> None:
 
 def test_a_quick_calibration_is_nearly_as_good_as_the_table_s(computed: dict[str, float]) -> None:
     figures_corpus()
-    assert computed["fp32"] == pytest.approx(11.852, abs=0.01)
+    assert computed["fp32"] == pytest.approx(10.054, abs=0.01)
     spread = math.sqrt(8 / EVALUATED)
     assert computed["10"] / computed["fp32"] <= 12.66 / 11.546 * (1 + 4 * spread * NOISE["10"])
     assert computed["automatic"] / computed["fp32"] <= 11.814 / 11.546 * (1 + 4 * spread * NOISE["automatic"])

@@ -1,18 +1,20 @@
-"""SmolLM2 generates what transformers' `generate` does, token for token, over either cache."""
+"""SmolLM2 generates what transformers does greedily, token for token, over either cache."""
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from spike_export.checkpoint.checkpoint import EMBEDDING, Checkpoint
+from spike_export.checkpoint.checkpoint import Checkpoint
 from spike_export.checkpoint.opening import open_checkpoint
 from spike_export.engines.engine import Engine
 from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.cache_options import CacheOptions
+from tests.support.reference_models import most_likely, reference_model
 
 pytestmark = [pytest.mark.model, pytest.mark.usefixtures("one_thread")]
 
@@ -49,45 +51,59 @@ def checkpoint(smollm2: Path) -> Checkpoint:
 
 @pytest.fixture(scope="module")
 def reference(checkpoint: Checkpoint) -> Any:
-    """transformers' own model with the file's weights."""
-    model = LlamaForCausalLM(LlamaConfig(**{**checkpoint.config.hf, "dtype": "float32"}))
-    tensors = {name: torch.from_numpy(checkpoint.tensors.read(name)) for name in checkpoint.tensors.shapes}
-    tensors.setdefault("lm_head.weight", tensors[EMBEDDING])
-    model.load_state_dict(tensors, assign=True)
-    return model.eval()
+    return reference_model(checkpoint)
 
 
 @pytest.fixture(scope="module", params=["dynamic", "static"])
 def engine(request: pytest.FixtureRequest, checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    cache = CacheOptions("static", 128) if request.param == "static" else CacheOptions()
+    kind = CacheOptions("static", 128) if request.param == "static" else CacheOptions()
     bundle = tmp_path_factory.mktemp("generation") / request.param
-    export_bundle(checkpoint, None, ExportOptions("float32", cache=cache), bundle)
+    export_bundle(checkpoint, None, ExportOptions("float32", cache=kind), bundle)
     return Engine.open(bundle, threads=1)
 
 
 @pytest.fixture(scope="module")
-def expected(reference: Any, checkpoint: Checkpoint) -> list[tuple[str, list[int]]]:
-    """Per prompt the text and the tokens that transformers adds to it, each prompt alone."""
-    tokenizer, bos, results = checkpoint.tokenizer, checkpoint.bos_token_id, []
+def prompts(checkpoint: Checkpoint) -> list[list[int]]:
+    """Token ids of the prompts."""
+    tokenizer, bos = checkpoint.tokenizer, checkpoint.bos_token_id
     assert tokenizer is not None
-    for prompt in PROMPTS:
-        ids = torch.tensor([[bos, *tokenizer.encode(prompt, add_special_tokens=False)]])
-        with torch.inference_mode():
-            whole = reference.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0
-            )
-        tokens = whole[0, ids.shape[1] :].tolist()
-        results.append((tokenizer.decode(tokens, skip_special_tokens=True), tokens))
-    return results
+    assert bos is not None
+    return [[bos, *tokenizer.encode(prompt, add_special_tokens=False)] for prompt in PROMPTS]
 
 
-def test_greedy_tokens_and_text_are_transformers(engine: Engine, expected: list[tuple[str, list[int]]]) -> None:
+def generated(model: Any, prompt: list[int]) -> list[int]:
+    """Return the tokens that transformers' `generate` appends to a prompt."""
+    ids = torch.tensor([prompt])
+    with torch.inference_mode():
+        whole = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0
+        )
+    tokens: list[int] = whole[0, len(prompt) :].tolist()
+    return tokens
+
+
+@pytest.fixture(scope="module")
+def likely(reference: Any, prompts: list[list[int]]) -> Callable[[int, tuple[int, ...]], list[int]]:
+    """Tells what transformers' model follows a prompt with, and each token of a continuation; once for both caches."""
+    return cache(lambda place, continuation: most_likely(reference, prompts[place], continuation))
+
+
+def test_greedy_tokens_and_text_are_transformers(
+    engine: Engine,
+    reference: Any,
+    checkpoint: Checkpoint,
+    prompts: list[list[int]],
+    likely: Callable[[int, tuple[int, ...]], list[int]],
+) -> None:
     """20 prompts of different lengths in one batch."""
     results = engine.generate(PROMPTS, max_new_tokens=NEW_TOKENS)
-    for prompt, result, (text, tokens) in zip(PROMPTS, results, expected, strict=True):
-        assert list(result.token_ids) == tokens, prompt
-        assert result.text == text, prompt
+    assert checkpoint.tokenizer is not None
+    for place, (prompt, result) in enumerate(zip(PROMPTS, results, strict=True)):
+        assert len(result.token_ids) == NEW_TOKENS, prompt
+        assert likely(place, result.token_ids)[:-1] == list(result.token_ids), prompt
+        assert result.text == checkpoint.tokenizer.decode(result.token_ids, skip_special_tokens=True), prompt
     assert len({result.token_ids for result in results}) == len(PROMPTS)
+    assert generated(reference, prompts[0]) == list(results[0].token_ids)
 
 
 def test_a_sampled_row_is_as_it_is_alone(engine: Engine) -> None:
