@@ -13,6 +13,7 @@ from benchmarks.fetch_models import GEMMA3, SMOLLM2, FetchError, PackagedModel, 
 from spike_export.artifacts.threads import allow_threads
 from spike_export.cli.repeatable import multiply_repeatably
 from spike_export.engines.onnx_runtime.denormals import denormals_flushed
+from tests.support.blank_pictures import pictures_left_blank
 
 
 def fetched(model: PackagedModel) -> Path:
@@ -78,6 +79,13 @@ def one_thread() -> Iterator[None]:
 def denormals_as_before() -> Iterator[None]:
     """Restore how this thread treats denormals: a foreign session of a bundle flushes them on it, for good."""
     with denormals_flushed():
+        yield
+
+
+@pytest.fixture(scope="module")
+def blank_pictures() -> Iterator[None]:
+    """Let no report draw its pictures: tests/report and the main job's test see them."""
+    with pictures_left_blank():
         yield
 
 

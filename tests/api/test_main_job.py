@@ -38,7 +38,7 @@ pytestmark = [
         importlib.util.find_spec(TENSORRT_RTX.module) is None,
         reason=f"TensorRT-RTX is not installed: {TENSORRT_RTX.install}",
     ),
-    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.usefixtures("one_thread", "blank_pictures"),
 ]
 
 CALIBRATION = CalibrationOptions(samples=4, length=LENGTH)

@@ -12,7 +12,7 @@ from spike_export.engines.onnx_runtime.session import open_bundle
 from tests.support.tiny_checkpoints import BOS, PLANTED_MODULE
 from tests.support.tiny_cli_models import SMALL, call, write_inputs
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "blank_pictures")
 
 
 @pytest.fixture(scope="module")

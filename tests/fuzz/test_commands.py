@@ -22,7 +22,7 @@ from tests.fuzz.tally import Tally
 from tests.fuzz.test_readers import KEPT, MEMORY, OF_COMMANDS, limited_memory, limited_time
 from tests.support.tiny_cli_models import SMALL, Outcome, call, write_inputs
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "blank_pictures")
 
 EXAMPLES = 12
 

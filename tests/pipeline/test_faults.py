@@ -17,7 +17,7 @@ from spike_export.pipeline.stage_display import StageCallback
 from tests.support.killed_runs import job
 from tests.support.tiny_cli_models import artifacts, write_inputs
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "blank_pictures")
 
 STAGES = {SPIKES, PREFIX, BEHIND, SMOOTHING, AFTER, RECIPE, BUNDLE, CHECK}
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.tiny_cli_models import call, write_inputs
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "blank_pictures")
 
 _watching: list[list[str]] = []
 """The list that events go to, while one is watched: an audit hook cannot be removed."""

@@ -27,7 +27,7 @@ from tests.support.killed_runs import job, pipeline_of, run_to_the_report
 from tests.support.tiny_checkpoints import BOS, PLANTED_MODULE
 from tests.support.tiny_cli_models import artifacts, corpus_text, write_corpus, write_model
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "blank_pictures")
 
 CALIBRATION = {SPIKES, PREFIX, BEHIND, SMOOTHING, AFTER, RECIPE}
 

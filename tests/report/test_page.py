@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from io import StringIO
 from pathlib import Path
@@ -39,6 +40,7 @@ from spike_export.report.figures import (
     svg_text,
 )
 from spike_export.report.page import spiking_tokens, write_report
+from tests.support.blank_pictures import pictures_left_blank
 from tests.support.tiny_models import tiny_llama
 
 LAYERS = 4
@@ -152,6 +154,13 @@ def run(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def no_pictures() -> Iterator[None]:
+    """For tests of the page's text."""
+    with pictures_left_blank():
+        yield
+
+
 class Elements(HTMLParser):
     """Collects tags with their attributes and the text that a reader sees."""
 
@@ -190,6 +199,7 @@ def test_the_page_needs_nothing_from_outside(run: Path) -> None:
     assert all(value.startswith("#") for value in styles)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_the_page_names_result_planted_module_and_token(run: Path) -> None:
     _, elements = read(run)
     text = elements.text
@@ -224,6 +234,7 @@ def test_writing_twice_gives_the_same_bytes(run: Path) -> None:
     assert write_report(run).read_bytes() == first
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize(
     ("missing", "sentence"),
     [
@@ -244,6 +255,7 @@ def test_a_missing_part_is_said_in_one_sentence(run: Path, missing: list[str], s
     assert sentence in elements.text
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_damaged_part_is_said_and_the_rest_is_shown(run: Path) -> None:
     (run / "check.json").write_text('{"reference": {}}')
     (run / "engine.json").write_text("[1]")
@@ -253,6 +265,7 @@ def test_a_damaged_part_is_said_and_the_rest_is_shown(run: Path) -> None:
     assert PLANTED in elements.text
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_statistics_of_another_prefix_are_left_out(run: Path) -> None:
     save_recipe(recipe(prefix=(7,)), run / "recipe.json")
     _, elements = read(run)
@@ -265,12 +278,14 @@ def test_a_directory_without_a_run_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_without_a_tokenizer_ids_are_shown(run: Path) -> None:
     (run / "bundle" / "tokenizer.json").unlink()
     _, elements = read(run)
     assert f"token {HOSTILE_ID}" in elements.text
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_the_engine_sidecar_may_lie_elsewhere(run: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     elsewhere = tmp_path_factory.mktemp("plan") / "engine.json"
     elsewhere.write_text('{"backend": "tensorrt-11"}')

@@ -22,6 +22,7 @@ from spike_export.cli.terminal.progress_display import ProgressDisplay
 from spike_export.pipeline.job import Job
 from spike_export.pipeline.pipeline import Pipeline, stages_of
 from spike_export.pipeline.run_directory import RunDirectory
+from tests.support.blank_pictures import pictures_left_blank
 
 
 def job(model: Path, corpus: Path, work_dir: Path, **options: Any) -> Job:
@@ -88,19 +89,18 @@ def attempt(work: Job, spared: list[str] | None) -> str | None:
 
 def main(model: Path, corpus: Path, whole: Path, killed: Path) -> None:
     """Make both runs."""
-    import onnx  # noqa: F401 - this and the next ones are imported once for all attempts
+    import onnx  # noqa: F401 - this and the next one are imported once for all attempts
     import onnxruntime  # noqa: F401
     import torch
 
-    import spike_export.report.page  # noqa: F401
-
     torch.set_num_threads(1)  # the tiny products would wait for threads that other tests keep busy
     Decoder(open_checkpoint(str(model))).run(np.arange(8)[None])
-    attempt(job(model, corpus, whole), None)
-    deaths: list[str] = []
-    while target := attempt(job(model, corpus, killed), deaths):
-        deaths.append(target)
-        print(Path(target).relative_to(killed), flush=True)
+    with pictures_left_blank():
+        attempt(job(model, corpus, whole), None)
+        deaths: list[str] = []
+        while target := attempt(job(model, corpus, killed), deaths):
+            deaths.append(target)
+            print(Path(target).relative_to(killed), flush=True)
 
 
 if __name__ == "__main__":
