@@ -1,7 +1,7 @@
 """One layer of the decode program: how many kernels it compiles to on every target, and what they compute."""
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -89,8 +89,17 @@ def computed(kernels: Sequence[Kernel]) -> list[set[str]]:
     return [{module.removeprefix(f"{MIDDLE}.") for module in kernel.computes} for kernel in kernels if kernel.computes]
 
 
+def cells() -> Iterator[Any]:
+    """Yield either cache for all targets at once and for each alone; `--slow` builds each alone with both caches."""
+    for index, cache in enumerate(CACHES):
+        yield pytest.param(cache, (), id=f"{cache}-all")
+        for place, targets in enumerate(EVERY_TARGET):
+            slow = (place + index) % 2 == 1
+            yield pytest.param(cache, targets, id=f"{cache}-{targets[0]}", marks=[pytest.mark.slow] if slow else [])
+
+
 @needs_rtx
-@pytest.mark.parametrize("targets", [(), *EVERY_TARGET], ids=lambda targets: "+".join(targets) or "all")
+@pytest.mark.parametrize(("bundle", "targets"), list(cells()), indirect=["bundle"], scope="module")
 def test_a_decode_layer_is_at_most_twelve_kernels(bundle: tuple[CacheKind, Path], targets: tuple[str, ...]) -> None:
     cache, folder = bundle
     result = build(folder, targets)

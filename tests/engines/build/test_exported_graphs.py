@@ -1,4 +1,7 @@
-"""What the exporter writes, the compiler takes: every variant of the graph, each linear in its planned precision."""
+"""What the exporter writes, the compiler takes: every variant of the graph, each linear in its planned precision.
+
+By default every variant is built in one of the precisions, and every precision in some variant; `--slow` builds all.
+"""
 
 import importlib.util
 from collections.abc import Callable
@@ -32,10 +35,14 @@ CPU = BuildEnvironment(Machine(frozenset({"tensorrt-rtx"}), gpu=None), available
 KEPT = "model.layers.1.mlp.down_proj"
 
 
+def slow(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("case", "dtype", "weights", "prefix"),
     [
-        ({}, "float16", "int8-per-channel", (1, 5, 7)),
+        slow({}, "float16", "int8-per-channel", (1, 5, 7)),
         ({}, "float16", "int8-per-channel", ()),
         ({}, "bfloat16", "int8-per-channel", (1,)),
         ({}, "float32", "int8-per-channel", (1,)),
@@ -83,8 +90,17 @@ def int8_attention(_: Recipe) -> dict[str, Any]:
     return {"attention": {f"model.layers.{layer}.self_attn": plan for layer in range(2)}}
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
-@pytest.mark.parametrize("change", [per_token, mixed, int8_attention])
+@pytest.mark.parametrize(
+    ("change", "dtype"),
+    [
+        (per_token, "float32"),
+        (mixed, "float16"),
+        (int8_attention, "float16"),
+        slow(per_token, "float16"),
+        slow(mixed, "float32"),
+        slow(int8_attention, "float32"),
+    ],
+)
 def test_per_token_scales_and_int8_attention_leave_every_linear_in_int8(
     tmp_path: Path, change: Callable[[Recipe], dict[str, Any]], dtype: Dtype
 ) -> None:
@@ -100,7 +116,7 @@ def test_per_token_scales_and_int8_attention_leave_every_linear_in_int8(
     assert first == second
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["float16", slow("bfloat16"), "float32"])
 def test_int8_weights_alone_are_told_from_int8_and_from_floating_point(tmp_path: Path, dtype: Dtype) -> None:
     def weights(recipe: Recipe) -> dict[str, Any]:
         layer = [name for name in recipe.modules if name.startswith("model.layers.1.")]
@@ -133,7 +149,7 @@ def wide_llama(vocabulary: int = 96) -> Checkpoint:
     return Checkpoint("wide", decoder_config(config.to_dict(), "wide"), MemoryTensors(tensors), None, {})
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("dtype", ["float16", slow("float32")])
 def test_weights_dequantized_by_a_kernel_of_their_own_are_still_int8(tmp_path: Path, dtype: Dtype) -> None:
     checkpoint = wide_llama()
     kept = "model.layers.0.mlp.down_proj"
@@ -159,10 +175,10 @@ HEADS: dict[HeadScheme, tuple[str, str]] = {
     ("head", "dtype", "logits"),
     [
         ("int8-weights", "float16", "last"),
-        ("int8-weights", "float32", "all"),
-        ("int8-per-token-dynamic", "float16", "all"),
         ("int8-per-token-dynamic", "bfloat16", "last"),
-        ("int8-per-token-dynamic", "float32", "last"),
+        ("int8-per-token-dynamic", "float32", "all"),
+        slow("int8-weights", "float32", "all"),
+        slow("int8-per-token-dynamic", "float16", "all"),
     ],
 )
 def test_a_quantized_head_runs_as_planned(tmp_path: Path, head: HeadScheme, dtype: Dtype, logits: LogitsScope) -> None:
