@@ -26,6 +26,7 @@ from spike_export.checkpoint.row_blocks import PANEL_ROWS, block_rows, fill_by_r
 from spike_export.export import bundle as bundle_module
 from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.graph.weight_layout import read_matrix
+from tests.support.process_in_place import in_this_process
 from tests.support.tiny_checkpoints import random_llama, write_hf
 from tests.support.tiny_families import NAMES, tiny_family
 from tests.support.tiny_models import tiny_llama
@@ -135,6 +136,8 @@ def test_the_large_export_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: list[str]
 ) -> None:
     monkeypatch.setattr(large_export, "Shape", lambda layers: TINY)
+    if options:  # one of the two has processes of its own
+        monkeypatch.setattr(large_export, "in_own_process", in_this_process)
     written = [f"--scratch={tmp_path}", f"--json={tmp_path / 'figures.json'}"]
     monkeypatch.setattr(sys, "argv", ["large_export", *written, *options])
     assert large_export.main() == 0

@@ -48,6 +48,7 @@ from spike_export.checkpoint.decoder_config import tensor_shapes
 from spike_export.checkpoint.modules import linears
 from spike_export.checkpoint.opening import open_checkpoint
 from spike_export.export.bundle import ExportOptions, export_bundle
+from tests.support.process_in_place import in_this_process
 from tests.support.tiny_checkpoints import random_llama, write_hf
 from tests.support.tiny_models import tiny_llama, tiny_recipe
 
@@ -565,9 +566,11 @@ def test_impossible_sizes_are_one_line(
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_a_tiny_large_model_is_measured_at_two_depths(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(large_model, "in_own_process", in_this_process)
     sizes = [f"--{name.replace('_', '-')}={getattr(TINY, name)}" for name in Shape.__dataclass_fields__]
     options = ["--windows=2", "--length=8", "--threads=1", f"--json={tmp_path / 'figures.json'}"]
     monkeypatch.setattr(sys, "argv", ["large_model", *sizes, *options])

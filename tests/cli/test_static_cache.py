@@ -1,8 +1,6 @@
 """`--kv-cache static --capacity N` from the command line: the whole job, what runs again, and what is refused."""
 
 import importlib.util
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +13,8 @@ from spike_export.engines.plan.backend import TENSORRT_RTX
 from spike_export.engines.plan.sidecar import load_sidecar
 from tests.support.tiny_cli_models import LENGTH, SMALL, call, write_inputs
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "blank_pictures")
 
-PROGRAM = [sys.executable, "-c", "from spike_export.cli.main import main; main()"]
 STATIC = ("--kv-cache", "static", "--capacity", str(LENGTH))
 
 
@@ -36,9 +33,8 @@ def test_the_whole_job(folder: Path) -> None:
         *("--no-smoothing", "--dtype", "float32"),
         *("--backend", "tensorrt-rtx", "--target", "SM86"),
     ]
-    program = [*PROGRAM, *map(str, arguments), *STATIC]
-    finished = subprocess.run(program, capture_output=True, check=False, text=True)
-    assert finished.returncode == 0, finished.stderr
+    finished = call(*arguments, *STATIC)
+    assert finished.code == 0, finished.err
     run = folder / "engine.plan.run"
     manifest = load_manifest(run / "bundle")
     assert (manifest.kv_cache, manifest.capacity) == ("static", LENGTH)

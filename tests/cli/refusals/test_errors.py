@@ -19,6 +19,7 @@ from pyarrow import parquet
 from spike_export.artifacts.errors import EngineError
 from spike_export.engines.onnx_runtime import session as onnx_session
 from spike_export.engines.plan import backend as plan_backend
+from tests.support.small_disk import small_disk
 from tests.support.tiny_checkpoints import (
     VOCAB,
     planted_spike_llama,
@@ -480,28 +481,11 @@ def test_no_room_for_the_check_keeps_the_previous_one(folder: Path, tmp_path: Pa
     assert artifacts(tmp_path) == {"c.json": former}
 
 
-_ON_A_FULL_DISK = """
-mount -t tmpfs -o size=96k none "$1" || exit 77
-shift
-exec "$@"
-"""
-
-
 def test_a_full_disk(folder: Path, tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    command = ["calibrate", folder / "model", "--work-dir", disk, "--corpus", folder / "corpus.txt"]
-    unshared = ["unshare", "--mount", "--map-root-user", "sh", "-c", _ON_A_FULL_DISK, "sh", disk]
-    if shutil.which("unshare") is None:
-        pytest.skip("there is no unshare to mount a small disk with")
-    probe = subprocess.run([*unshared, "true"], capture_output=True, check=False)
-    if probe.returncode != 0:
-        pytest.skip("this machine lets nobody mount a small disk")
-    options = ["--samples", "64", "--length", "32", "--quiet"]
-    done = subprocess.run([*unshared, *PROGRAM, *command, *options], capture_output=True, text=True, check=False)
-    assert done.returncode == 2, done.stderr
-    assert_says(done.stderr, disk / ".spikes.parts", ".safetensors: cannot write", "the disk is full")
-    assert done.stderr.count("\n") == 1
+    options = ("--corpus", folder / "corpus.txt", "--samples", "64", "--length", "32", "--quiet")
+    with small_disk(tmp_path / "disk", "96k") as disk:
+        line = call("calibrate", folder / "model", "--work-dir", disk, *options).error
+        assert_says(line, disk / ".spikes.parts", ".safetensors: cannot write", "the disk is full")
 
 
 def test_a_gguf_file_is_calibrated_like_a_directory(folder: Path, tmp_path: Path) -> None:
