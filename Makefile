@@ -63,7 +63,6 @@ test: $(INSTALLED)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/mypy benchmarks
 	PYTHONPATH=.links $(BIN)/lint-imports --no-logo
 	$(BIN)/python -m pytest $(PARALLEL)
 

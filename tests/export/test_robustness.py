@@ -175,6 +175,7 @@ def test_one_line_says_what_is_wrong(folder: Path, tmp_path: Path, name: str) ->
 _ON_A_FULL_DISK = """
 import os, shutil, sys
 from pathlib import Path
+from types import SimpleNamespace
 from spike_export.cli.main import run
 from tests.support.tiny_cli_models import artifacts
 

@@ -7,6 +7,7 @@ import pytest
 
 from spike_export.artifacts.errors import EngineError
 from spike_export.artifacts.progress import silent
+from spike_export.engines.build import child_process
 from spike_export.engines.build.child_process import BuildFaultError, run_build
 from spike_export.engines.build.request import BuildRequest
 
@@ -92,7 +93,11 @@ def test_a_full_disk_stays_an_os_error() -> None:
     ["sys.stdin.read(); open(mark, 'w').write('asked')", "signal.pause()"],
     ids=["obeys", "has to be killed"],
 )
-def test_an_interrupt_ends_the_process_and_goes_on(reaction: str, tmp_path: Path) -> None:
+def test_an_interrupt_ends_the_process_and_goes_on(
+    reaction: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "asked" not in reaction:
+        monkeypatch.setattr(child_process, "_PATIENCE", 0.3)
     mark, pid_file = tmp_path / "mark", tmp_path / "pid"
     event = "{'event': 'progress', 'what': 'x', 'done': 1, 'total': 2}"
     text = (
