@@ -1,6 +1,6 @@
 """Sequences in progress over an engine's rows: a turn of the scheduler computed, drawn and turned into text."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -192,29 +192,27 @@ class Batch:
         if key in self._sequences:
             self._leave(key)
 
-    def turn(self) -> list[tuple[int, Event]]:
-        """Compute one turn; return what it adds to each sequence that it gave a token.
+    def turn(self) -> Iterator[tuple[int, Event]]:
+        """Compute one turn; yield what it adds to each sequence, as soon as it is known.
 
         Raises:
             EngineError: The runtime fails; nothing of this object is of use then.
         """
         if not self._sequences and isinstance(self._slots, ApartSlots):
             self._slots.require_alive()
-        events: list[tuple[int, Event]] = []
         while (part := self._scheduler.next_part()) is not None:
             first = not self._sequences[part.key].begun
             logits = self._read(part)
             if first:
-                events.append((part.key, Reused(part.reused)))
-            events.append((part.key, Read(part.stop)))
+                yield part.key, Reused(part.reused)
+            yield part.key, Read(part.stop)
             if part.last:
-                events += self._draw([part.key], logits[None])
+                yield from self._draw([part.key], logits[None])
         decoding = self._scheduler.decoding()
         if decoding:
             keys = [key for key, _ in decoding]
             tokens = np.array([self._sequences[key].next for key in keys])
-            events += self._draw(keys, self._slots.step([row for _, row in decoding], tokens))
-        return events
+            yield from self._draw(keys, self._slots.step([row for _, row in decoding], tokens))
 
     def _reusable(self, key: int) -> int:
         sequence = self._sequences[key]

@@ -40,8 +40,8 @@ class Ticket:
 class Worker:
     """Runs a batch on a thread of its own.
 
-    Where the runtime has a process of its own, the events of a turn are handed out while that process computes the next
-    turn: who receives them takes the interpreter for itself, and the runtime would stand still meanwhile.
+    Where the runtime has a process of its own, events are handed out while that process carries out its next call: who
+    receives them takes the interpreter for itself, and the runtime would stand still meanwhile.
 
     A failure of the runtime ends every sequence with an error. The batch is then opened anew; after a second failure
     the worker stays stopped.
@@ -141,8 +141,8 @@ class Worker:
         self._obey()
         if self._batch is None or self._closing:
             return
-        events = self._batch.turn()  # which hands out those of the turn before
-        self._events += events
+        for each in self._batch.turn():
+            self._events.append(each)
         if not (self._overlaps and self._batch.running):
             self._hand_out_events()
 
