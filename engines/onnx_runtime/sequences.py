@@ -35,6 +35,10 @@ held. That is least at b = sqrt(2 n c), if copying a slot costs c times reading 
 8,192 and c from 2.5 to 3.
 """
 
+LOWERED_BUCKETS = 4
+"""Such steps that the buffers of a lowered graph grow by at once: its attention reads the tokens that a row holds, so
+that free slots cost no time, and they take no memory before something is written there."""
+
 
 class Sequences(Protocol):
     """A batch of sequences and their cache.
@@ -126,7 +130,8 @@ class StaticSequences:
     together by the first `step`, or else each by `admit`; what a row says before that is of no use.
 
     The buffers have the bundle's capacity. Where the session's graph takes buffers of any length (`generation_graph`)
-    they are only as long as the longest row needs, in steps of `BUCKET`, and are copied when that outgrows them.
+    they are only as long as the longest row needs, in steps of `BUCKET`, and are copied when that outgrows
+    them; in longer steps where the graph is lowered.
 
     Attributes:
         buffers: Per layer key, value: [batch, kv_heads, slots, head_dim]; finite everywhere, because a slot that a
@@ -166,7 +171,7 @@ class StaticSequences:
     ) -> "StaticSequences":
         """Return `batch` sequences without tokens; `prefix` is a `GenerationGraph`'s, as is what `clipped` counts."""
         growing, capacity = not isinstance(_past_shape(session)[2], int), _capacity(manifest)
-        own = min(BUCKET, capacity) if growing else capacity
+        own = min(_bucket(lowered=prefix is not None), capacity) if growing else capacity
         shape = (batch, manifest.num_key_value_heads, manifest.prefix_length + own, manifest.head_dim)
         names = [past for past, _ in _cache_names(manifest)]
         buffers = [_zeros(shape, manifest, provider) for _ in names]
@@ -300,7 +305,7 @@ class StaticSequences:
         """Let the buffers be as long as the longest row needs, where they are longer by more than a bucket."""
         held = self.buffers[0].shape[2]
         slots = self._slots(int(self.lengths.max()) + 1)
-        if self._growing and held > slots + BUCKET:
+        if self._growing and held > slots + _bucket(lowered=self.prefix is not None):
             self._resize(slots)
 
     def _run_row(self, row: int, tokens: NDArray[np.int64], *, fresh: bool, positions: int = 1) -> NDArray[np.float32]:
@@ -377,7 +382,8 @@ class StaticSequences:
 
     def _slots(self, own: int) -> int:
         """Return the length of buffers that hold so many own tokens of a row."""
-        return self.manifest.prefix_length + min(self.capacity, -(-own // BUCKET) * BUCKET)
+        bucket = _bucket(lowered=self.prefix is not None)
+        return self.manifest.prefix_length + min(self.capacity, -(-own // bucket) * bucket)
 
     def _resize(self, slots: int) -> None:
         """Give the buffers another length; of each row only what it holds is copied, and takes memory."""
@@ -435,6 +441,10 @@ def _bound(session: Any, manifest: Manifest, outputs: Sequence[str], buffers: li
         binding.bind_input(past, *device, *memory)
         binding.bind_output(present, *device, *memory)
     return binding
+
+
+def _bucket(*, lowered: bool) -> int:
+    return BUCKET * LOWERED_BUCKETS if lowered else BUCKET
 
 
 def _capacity(manifest: Manifest) -> int:

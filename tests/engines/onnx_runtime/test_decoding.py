@@ -24,7 +24,7 @@ from spike_export.engines.onnx_runtime import decoding as onnx_decoding
 from spike_export.engines.onnx_runtime import sequences
 from spike_export.engines.onnx_runtime.decoding import OnnxDecoding
 from spike_export.engines.onnx_runtime.generation_graph import generation_graph
-from spike_export.engines.onnx_runtime.sequences import StaticSequences
+from spike_export.engines.onnx_runtime.sequences import LOWERED_BUCKETS, StaticSequences
 from spike_export.engines.onnx_runtime.session import open_bundle, open_for_generation
 from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.cache_options import CacheOptions
@@ -164,9 +164,12 @@ def test_sequences_that_come_and_go_are_as_they_are_alone(static: OnnxDecoding, 
         assert drawn(static.decode([np.array(tokens[:start])], options))[0] == tokens[start:]
 
 
-def test_buffers_are_as_long_as_the_longest_row_needs(model: TinyModel, tmp_path: Path) -> None:
-    batch = open_for_generation(exported(model, tmp_path, CAPACITY), threads=1).begin(2)
+@pytest.mark.parametrize("lowering", [False, True])
+def test_buffers_are_as_long_as_the_longest_row_needs(model: TinyModel, tmp_path: Path, lowering: bool) -> None:
+    batch = open_for_generation(exported(model, tmp_path, CAPACITY), threads=1, lowering=lowering).begin(2)
     assert isinstance(batch, StaticSequences)
+    lowered = lowering and batch.manifest.sliding_window is None
+    bucket = BUCKET * LOWERED_BUCKETS if lowered else BUCKET
     ids = prompts_of((30, 30))
     seen = []
     for row in range(2):
@@ -176,7 +179,7 @@ def test_buffers_are_as_long_as_the_longest_row_needs(model: TinyModel, tmp_path
         logits.append(batch.step(np.array([[ids[0][step]], [ids[1][step]]])))
         seen.append(batch.buffers[0].shape[2])
         assert {buffer.shape[2] for buffer in batch.buffers} == {seen[-1]}
-    assert seen == [len(PREFIX) + -(-length // BUCKET) * BUCKET for length in range(4, 31)]
+    assert seen == [len(PREFIX) + -(-length // bucket) * bucket for length in range(4, 31)]
     for row in range(2):
         assert_close(np.concatenate(logits, axis=1)[row], reference_logits(model, ids[row][None], PREFIX)[0, 3:])
 
