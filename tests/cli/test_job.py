@@ -2,10 +2,12 @@
 
 import importlib.util
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
@@ -18,7 +20,8 @@ from spike_export.calibration.statistics.spikes import load_spikes
 from spike_export.engines.plan.backend import TENSORRT_RTX
 from spike_export.engines.plan.bundle_identity import hash_bundle
 from spike_export.engines.plan.sidecar import load_sidecar
-from tests.support.tiny_cli_models import SMALL, Outcome, artifacts, call, write_corpus, write_model
+from tests.support.forked_command import ForkedCommands, forked_commands
+from tests.support.tiny_cli_models import SMALL, artifacts, call, write_corpus, write_model
 
 pytestmark = [
     pytest.mark.skipif(
@@ -161,24 +164,30 @@ def test_a_missed_limit_says_so_and_keeps_the_plan(folder: Path) -> None:
     assert (folder / "engine.plan").read_bytes() == plan
 
 
-def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkedCommands]:
+    with forked_commands(tmp_path_factory.mktemp("streams")) as commands:
+        yield commands
+
+
+def wait_for(path: Path, process: int) -> None:
     deadline = time.monotonic() + 120
     while not path.exists():
-        assert process.poll() is None, "it ended before it could be interrupted"
+        assert Path(f"/proc/{process}").exists(), "it ended before it could be interrupted"
         assert time.monotonic() < deadline, f"{path} did not appear"
         time.sleep(0.005)
 
 
 @pytest.mark.usefixtures("finished")
-def test_a_killed_process_is_resumed_by_the_same_command(folder: Path) -> None:
-    process = subprocess.Popen([*PROGRAM, *options(folder, "killed.plan")], stdout=subprocess.DEVNULL)
+def test_a_killed_process_is_resumed_by_the_same_command(folder: Path, commands: ForkedCommands) -> None:
+    process = commands.start(options(folder, "killed.plan"))
     wait_for(folder / "killed.plan.run" / ".stages" / "recipe.json", process)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    os.kill(process, signal.SIGKILL)
+    assert commands.end().code == -signal.SIGKILL
     assert not (folder / "killed.plan").exists()
     # A process like the first one: another number of threads adds up in another order, to other last digits.
-    arguments = [*PROGRAM, *options(folder, "killed.plan")]
-    resumed = Outcome.of(subprocess.run(arguments, capture_output=True, text=True, check=False))
+    commands.start(options(folder, "killed.plan"))
+    resumed = commands.end()
     assert resumed.code == 0, resumed.err
     assert "recipe" not in resumed.stages_run
     assert resumed.stages_run[-2:] == ("plan", "report")
@@ -193,16 +202,17 @@ def test_a_killed_process_is_resumed_by_the_same_command(folder: Path) -> None:
     assert first == second
 
 
-@pytest.mark.usefixtures("finished", "interruptible")
-def test_ctrl_c_during_the_build_keeps_the_stages_and_leaves_no_process(folder: Path) -> None:
-    arguments = options(folder, "stopped.plan")
-    process = subprocess.Popen([*PROGRAM, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+@pytest.mark.usefixtures("finished")
+def test_ctrl_c_during_the_build_keeps_the_stages_and_leaves_no_process(folder: Path, commands: ForkedCommands) -> None:
+    process = commands.start(options(folder, "stopped.plan"))
     run = folder / "stopped.plan.run"
     wait_for(folder / ".stopped.plan.partial", process)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert error == b"spike-export: interrupted; finished stages are kept, and the same command continues from there\n"
+    os.kill(process, signal.SIGINT)
+    stopped = commands.end()
+    assert stopped.code == 130
+    assert stopped.err == (
+        "spike-export: interrupted; finished stages are kept, and the same command continues from there\n"
+    )
     assert {path.stem for path in (run / ".stages").iterdir()} >= {"spikes", "recipe", "bundle", "check"}
     assert not (folder / ".stopped.plan.partial").exists()
     assert not (folder / "stopped.plan").exists()

@@ -19,8 +19,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from tests.support.forked_command import import_libraries, run_and_exit
 from tests.support.tiny_cli_models import SMALL, artifacts, write_inputs
 
 OUT = "engine.plan"
@@ -91,21 +92,11 @@ def _last_stage(said: str) -> str:
     return started[-1].split("] ")[1].removesuffix(": started") if started else "-"
 
 
-def _run(arguments: list[str], out: int, err: int, largest_file: int) -> None:
-    """Be the command line; does not return."""
-    code = 1
-    try:
-        os.dup2(out, 1)
-        os.dup2(err, 2)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        if largest_file >= 0:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
-        from spike_export.cli.main import run
-
-        code = run(arguments)
-        sys.stdout.flush()
-    finally:
-        os._exit(code)
+def _run(arguments: list[str], out: int, err: int, largest_file: int) -> NoReturn:
+    """Be the command line, with a limit on its files."""
+    if largest_file >= 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
+    run_and_exit(arguments, out, err)
 
 
 def after(seconds: float, sent: signal.Signals) -> Callable[[int], None]:
@@ -193,14 +184,9 @@ def _resumed(chaos: Chaos, expected: dict[str, str], folder: Path, *options: str
 
 def prepared(folder: Path, *, builds: bool) -> Chaos:
     """Return a job in an empty folder, with everything imported that a forked process needs."""
-    import onnx  # noqa: F401 - these are imported once for all attempts
-    import onnxruntime  # noqa: F401
     import torch
 
-    import spike_export.cli.terminal.progress_display
-    import spike_export.pipeline.run_job
-    import spike_export.report.page  # noqa: F401
-
+    import_libraries()
     torch.set_num_threads(1)  # the tiny products would wait for threads of other processes
     write_inputs(folder)
     return Chaos(folder, builds)
