@@ -2,15 +2,20 @@
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from spike_export.artifacts.accuracy_limits import AccuracyLimits
 from spike_export.artifacts.atomic_write import write_text
 from spike_export.artifacts.documents import read_document
 from spike_export.artifacts.errors import ArtifactError
 from spike_export.artifacts.ownership import is_document
+
+CHECK_FORMAT: Literal[2] = 2
+"""Written; the first format is read too, but for what each variant costs."""
 
 
 class _Part(BaseModel):
@@ -41,13 +46,78 @@ class CheckReference(_Part):
     dtype: str = "float32"
 
 
+class CheckInterval(_Part):
+    """A mean over the evaluation windows and half the width of its 95 % interval."""
+
+    mean: float
+    margin: float
+
+    @property
+    def low(self) -> float:
+        """Lower end of the interval."""
+        return self.mean - self.margin
+
+    @property
+    def high(self) -> float:
+        """Upper end of the interval."""
+        return self.mean + self.margin
+
+
+class CheckDivergence(_Part):
+    """How KL(reference || variant) is distributed over the positions, in nats."""
+
+    median: float
+    p90: float
+    p99: float
+    p999: float
+    max: float
+
+
+class CheckPosition(_Part):
+    """A position whose prediction is far from the reference's.
+
+    Attributes:
+        window: Of the evaluation, counted from 0.
+        position: Of the predicted token in the window's content.
+        divergence: KL(reference || variant), in nats.
+        text: The tokens before it and, behind `→`, the predicted one; empty without a tokenizer.
+    """
+
+    window: int
+    position: int
+    divergence: float
+    text: str = ""
+
+
+class CheckCost(_Part):
+    """What a variant differs in from the unquantized model behind the same prefix: the cost of quantization.
+
+    Attributes:
+        increase: Of the perplexity, as a fraction; paired over the windows.
+        divergence: KL(reference || variant), mean over positions, in nats.
+        quantiles: The same position by position.
+        probability_error: Root mean square of the difference of the probabilities that the two give the text's tokens.
+        top1_agreement: Share of positions with the same most likely token, 0 to 1.
+        top5_agreement: Share of positions whose most likely token of the reference is among the variant's five.
+        worst: The positions with the largest divergence.
+    """
+
+    increase: CheckInterval
+    divergence: CheckInterval
+    quantiles: CheckDivergence
+    probability_error: float
+    top1_agreement: CheckInterval
+    top5_agreement: CheckInterval
+    worst: tuple[CheckPosition, ...] = ()
+
+
 class CheckVariant(_Part):
     """One bundle in ONNX Runtime, against the reference.
 
     Attributes:
-        increase: Of the perplexity, as a fraction of the reference's.
-        top1_agreement: Share of positions with the same most likely token, 0 to 1.
-        kl_divergence: KL(reference || variant), mean over positions, in nats.
+        increase: Of the perplexity over the reference's without a prefix, as a fraction.
+        cost: Against the reference behind the prefix that is shipped, where the variant has it; else without a prefix.
+            None in a document of the first format.
         head: Number format of its language-model head.
         activation_range: What its static activation scales cover; None when nothing is quantized.
         shipped: Whether this is the bundle's own variant.
@@ -56,8 +126,7 @@ class CheckVariant(_Part):
     name: str
     perplexity: float
     increase: float | None = None
-    top1_agreement: float | None = None
-    kl_divergence: float | None = None
+    cost: CheckCost | None = None
     int8_linears: int | None = None
     fp8_linears: int | None = None
     kept_linears: int | None = None
@@ -66,9 +135,24 @@ class CheckVariant(_Part):
     activation_range: str | None = None
     shipped: bool = False
 
+    @property
+    def top1_agreement(self) -> float | None:
+        """Share of positions with the reference's most likely token; None where it was not measured."""
+        return None if self.cost is None else self.cost.top1_agreement.mean
+
+    @property
+    def kl_divergence(self) -> float | None:
+        """KL(reference || variant), mean over positions, in nats; None where it was not measured."""
+        return None if self.cost is None else self.cost.divergence.mean
+
 
 class CheckGate(_Part):
-    """A limit that the shipped variant had to keep."""
+    """A limit that the shipped variant had to keep.
+
+    Attributes:
+        name: Of the option.
+        value: The end of the 95 % interval that is nearer to the limit, or beyond it.
+    """
 
     name: str
     limit: float
@@ -84,7 +168,7 @@ class Check(_Part):
         note: Why that is not the shipped bundle's precision; None when it is.
     """
 
-    format: Literal[1] = 1
+    format: Literal[1, 2] = CHECK_FORMAT
     corpus: CheckCorpus = CheckCorpus()
     dtype: str = "float16"
     note: str | None = None
@@ -102,13 +186,24 @@ class Check(_Part):
         """Whether every gate was kept."""
         return all(gate.passed for gate in self.gates)
 
-    def gated(self, max_increase: float | None) -> "Check":
-        """Return the check with the shipped variant's perplexity increase held against a limit."""
-        if max_increase is None or self.shipped is None:
-            return self.model_copy(update={"gates": ()})
-        value = self.shipped.increase if self.shipped.increase is not None else math.inf
-        gate = CheckGate(name="max-ppl-increase", limit=max_increase, value=value, passed=value <= max_increase)
-        return self.model_copy(update={"gates": (gate,)})
+    def gated(self, limits: AccuracyLimits) -> "Check":
+        """Return the check with the shipped variant held against limits."""
+        gates = () if self.shipped is None else tuple(_gates(self.shipped.cost, limits))
+        return self.model_copy(update={"gates": gates})
+
+
+def _gates(cost: CheckCost | None, limits: AccuracyLimits) -> Iterator[CheckGate]:
+    """Yield a gate for each limit; what was not measured keeps none."""
+    for name, limit, value in (
+        ("max-ppl-increase", limits.max_ppl_increase, math.inf if cost is None else cost.increase.high),
+        ("max-kl", limits.max_kl, math.inf if cost is None else cost.divergence.high),
+    ):
+        if limit is not None:
+            yield CheckGate(name=name, limit=limit, value=value, passed=value <= limit)
+    least = limits.min_agreement
+    if least is not None:
+        value = 0.0 if cost is None else cost.top1_agreement.low
+        yield CheckGate(name="min-agreement", limit=least, value=value, passed=value >= least)
 
 
 def save_check(check: Check, path: Path) -> None:

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Group, Parameter
 
+from spike_export.artifacts.accuracy_limits import AccuracyLimits
+
 Dtype = Literal["float16", "bfloat16", "float32"]
 NumberFormat = Literal["int8", "fp8"]
 Model = Annotated[str, Parameter(help="Local HF directory, .gguf file, or hub id.")]
@@ -174,7 +176,16 @@ class GateArguments:
     """Limits on accuracy."""
 
     max_ppl_increase: Annotated[float | None, Parameter(name="--max-ppl-increase")] = None
-    "Largest relative perplexity increase over the unquantized model, such as 0.05; exit code 1 above it."
+    "Largest relative perplexity increase over the unquantized model behind the same prefix; exit code 1 above it."
+    max_kl: Annotated[float | None, Parameter(name="--max-kl")] = None
+    "Largest mean KL divergence from the same model, in nats per token; exit code 1 above it."
+    min_agreement: Annotated[float | None, Parameter(name="--min-agreement")] = None
+    "Smallest share of positions with the same most likely token, such as 0.95; exit code 1 below it."
+
+    @property
+    def limits(self) -> AccuracyLimits:
+        """The limits; checked here."""
+        return AccuracyLimits(self.max_ppl_increase, self.max_kl, self.min_agreement)
 
 
 Profiles = Literal["both", "split", "prefill", "decode"]

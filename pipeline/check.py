@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from spike_export.artifacts.accuracy_limits import AccuracyLimits
 from spike_export.artifacts.atomic_write import require_file_name
 from spike_export.artifacts.check_document import Check, is_check, save_check
 from spike_export.artifacts.errors import ArtifactError
@@ -17,7 +18,7 @@ from spike_export.engines.accuracy.variants import Variant, check_variants
 from spike_export.engines.onnx_runtime.session import runnable_manifest
 from spike_export.export.bundle import ExportOptions
 from spike_export.pipeline.evaluation_text import EvaluationText
-from spike_export.pipeline.job import require_length, require_limit, require_room
+from spike_export.pipeline.job import require_length, require_room
 
 
 def check(
@@ -26,6 +27,8 @@ def check(
     text: EvaluationText = EvaluationText(),
     *,
     max_ppl_increase: float | None = None,
+    max_kl: float | None = None,
+    min_agreement: float | None = None,
     out: Path | str | None = None,
     progress: Progress = silent,
     overwrite: bool = False,
@@ -36,8 +39,10 @@ def check(
         bundle: Folder that `export` wrote.
         reference: HF directory, `.gguf` file or hub id of the model.
         text: The corpus, and how its evaluation windows are cut.
-        max_ppl_increase: Largest relative perplexity increase, such as 0.05; `passed` of the result says whether the
-            bundle kept to it.
+        max_ppl_increase: Largest relative perplexity increase over the unquantized model behind the same prefix, such
+            as 0.05; `passed` of the result says whether the 95 % interval keeps to all limits.
+        max_kl: Largest mean divergence, in nats per token.
+        min_agreement: Smallest share of positions with the same most likely token.
         out: JSON file to write the result to.
         progress: Told of the windows evaluated.
         overwrite: Replace also a file at `out` that is no check's result.
@@ -46,14 +51,14 @@ def check(
         ArtifactError: The bundle was made of another checkpoint, or the result cannot be written.
         CheckpointError: The model cannot be read.
         CorpusError: The corpus cannot be used.
-        RecipeError: The limit is negative, or the windows are longer than the model's sequences or its static cache.
+        RecipeError: A limit is out of range, or the windows are longer than the model's sequences or its static cache.
         EngineError: ONNX Runtime cannot run the bundle.
     """
-    require_limit(max_ppl_increase)
+    limits = AccuracyLimits(max_ppl_increase, max_kl, min_agreement)
     if out is not None:
         require_file_name(Path(out))
         require_replaceable(Path(out), "the result of a check", is_check, overwrite=overwrite)
-    result = _compared(Path(bundle), str(reference), text, progress).gated(max_ppl_increase)
+    result = _compared(Path(bundle), str(reference), text, progress).gated(limits)
     if out is not None:
         save_check(result, Path(out))
     return result

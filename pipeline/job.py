@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from spike_export.artifacts.accuracy_limits import AccuracyLimits
 from spike_export.artifacts.errors import RecipeError
 from spike_export.artifacts.manifest import LogitsScope
 from spike_export.artifacts.recipe import NumberFormat
@@ -34,7 +35,7 @@ class Job:
         execution: Where and how calibration runs the model.
         cache: Which cache of keys and values the graph has.
         logits: Of which tokens the graph gives logits.
-        max_ppl_increase: Largest relative perplexity increase of the shipped bundle; None for no limit.
+        limits: On the shipped bundle's accuracy.
         build: How to build the plan.
         recompute_recipe: Discard a recipe that was edited by hand.
         attribution_windows: Windows on which to measure what each input causes of the divergence; 0 not to.
@@ -50,14 +51,13 @@ class Job:
     execution: ExecutionOptions = field(default_factory=ExecutionOptions)
     cache: CacheOptions = field(default_factory=CacheOptions)
     logits: LogitsScope = "all"
-    max_ppl_increase: float | None = None
+    limits: AccuracyLimits = field(default_factory=AccuracyLimits)
     build: BuildOptions = field(default_factory=BuildOptions)
     recompute_recipe: bool = False
     attribution_windows: int = 0
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
-        require_limit(self.max_ppl_increase)
         if self.attribution_windows < 0:
             raise RecipeError(f"--attribution-windows is {self.attribution_windows}; expected 0 or more")
         require_quantized(self.number_format, self.quantize)
@@ -67,16 +67,6 @@ class Job:
             )
         if self.plan is not None:
             require_file_names(self.plan, self.build.split)
-
-
-def require_limit(max_ppl_increase: float | None) -> None:
-    """Refuse a limit that is negative or not a number.
-
-    Raises:
-        RecipeError: Names the option and what is expected.
-    """
-    if max_ppl_increase is not None and not max_ppl_increase >= 0:
-        raise RecipeError(f"--max-ppl-increase is {max_ppl_increase}; expected a fraction such as 0.05")
 
 
 def require_buildable(options: BuildOptions, number_format: NumberFormat = "int8") -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from spike_export.artifacts.attribution import ATTRIBUTION_FILE, Attribution, load_attribution, save_attribution
-from spike_export.artifacts.check_document import Check, load_check, save_check
+from spike_export.artifacts.check_document import CHECK_FORMAT, Check, load_check, save_check
 from spike_export.artifacts.documents import read_document
 from spike_export.artifacts.errors import ArtifactError
 from spike_export.artifacts.manifest import DATA_FILE, GRAPH_FILE, MANIFEST_FILE, load_manifest
@@ -417,9 +417,11 @@ class Pipeline:
             save_check(checked, path)
 
         # The manifest stands for the recipe and the precision; the ablations take the rest from the statistics.
-        key = stage_key(spikes=self._spikes_key, manifest=manifest, weights=self.job.calibration.weights)
+        key = stage_key(
+            spikes=self._spikes_key, manifest=manifest, weights=self.job.calibration.weights, format=CHECK_FORMAT
+        )
         found = self._stage(CHECK, key, [path], work, partial(load_check, path))
-        check = found.gated(self.job.max_ppl_increase)
+        check = found.gated(self.job.limits)
         save_check(check, path)
         return check
 

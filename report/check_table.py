@@ -6,12 +6,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from spike_export.artifacts.check_document import Check, CheckGate, CheckVariant
+from spike_export.artifacts.check_document import Check, CheckGate, CheckInterval, CheckVariant
 from spike_export.artifacts.visible_text import visible
 
 NOT_MEASURED = "n/a"
 
-HEADINGS = ("variant", "perplexity", "increase", "top-1 agreement", "KL (nats)", "8-bit", "kept", "prefix")
+HEADINGS = ("variant", "perplexity", "cost", "top-1", "KL", "8-bit", "kept", "prefix")
+"""The cost is the perplexity's increase over the unquantized model behind the same prefix; top-1 is the agreement with
+that model, KL the divergence from it in nats."""
 
 
 def number(value: float | None, digits: int = 4) -> str:
@@ -26,6 +28,13 @@ def percent(fraction: float | None, signed: bool = False) -> str:
     if fraction is None or not math.isfinite(fraction):
         return NOT_MEASURED
     return f"{100 * fraction:+.2f} %" if signed else f"{100 * fraction:.2f} %"
+
+
+def with_margin(interval: CheckInterval) -> str:
+    """Return a mean fraction with half the width of its interval, in per cent."""
+    if not math.isfinite(interval.mean):
+        return NOT_MEASURED
+    return f"{100 * interval.mean:+.2f} +/- {100 * interval.margin:.2f} %"
 
 
 def count(value: int | None) -> str:
@@ -56,7 +65,7 @@ def _row(variant: CheckVariant) -> tuple[str, ...]:
     return (
         visible(variant.name) + (" (shipped)" if variant.shipped else ""),
         f"{variant.perplexity:.3f}",
-        percent(variant.increase, signed=True),
+        NOT_MEASURED if variant.cost is None else with_margin(variant.cost.increase),
         percent(variant.top1_agreement),
         number(variant.kl_divergence, 3),
         _quantized(variant),
@@ -81,10 +90,37 @@ def corpus_sentence(check: Check) -> str:
     )
 
 
+def cost_sentence(check: Check) -> str:
+    """Return what the shipped variant costs, with what a reader needs to judge the figures; empty if not measured."""
+    shipped = check.shipped
+    if shipped is None or shipped.cost is None:
+        return ""
+    cost, quantiles = shipped.cost, shipped.cost.quantiles
+    behind = "" if check.reference.behind_prefix is None else " behind the same prefix"
+    divergence = f"{number(cost.divergence.mean, 3)} +/- {number(cost.divergence.margin, 2)} nats per token"
+    tail = f"99 % of the positions up to {number(quantiles.p99, 2)}, the largest {number(quantiles.max, 2)}"
+    return (
+        f"{visible(shipped.name)} against the unquantized model{behind}: perplexity {with_margin(cost.increase)} (95 % "
+        f"interval over windows), KL divergence {divergence} ({tail}), the same most likely token at "
+        f"{percent(cost.top1_agreement.mean)} of the positions."
+    )
+
+
+def worst_lines(check: Check) -> list[str]:
+    """Return a line for each of the shipped variant's worst positions."""
+    cost = check.shipped.cost if check.shipped else None
+    return [
+        f"window {each.window}, token {each.position}: {number(each.divergence, 3)} nats  {visible(each.text)}".rstrip()
+        for each in (cost.worst if cost else ())
+    ]
+
+
 def gate_sentence(gate: CheckGate) -> str:
     """Return one line for a gate."""
     verdict = "passed" if gate.passed else "MISSED"
-    return f"{verdict}: {visible(gate.name)} is {number(gate.value)}, limit {number(gate.limit)}"
+    return (
+        f"{verdict}: {visible(gate.name)}: the 95 % interval ends at {number(gate.value)}, limit {number(gate.limit)}"
+    )
 
 
 def check_table(check: Check) -> Table:
@@ -102,7 +138,7 @@ def plain_lines(check: Check) -> list[str]:
     """Return the check as aligned plain text."""
     rows = [HEADINGS, *check_rows(check)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEADINGS))]
-    lines = [corpus_sentence(check)]
+    lines = [line for line in (cost_sentence(check), corpus_sentence(check)) if line]
     for row in rows:
         cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
         lines.append("  ".join(cells).rstrip())
@@ -112,6 +148,8 @@ def plain_lines(check: Check) -> list[str]:
 def print_check(check: Check, console: Console) -> None:
     """Print table and gates; without boxes and colours when the console is not a terminal."""
     if console.is_terminal:
+        if cost_sentence(check):
+            console.print(Text(cost_sentence(check)))
         console.print(check_table(check))
     else:
         for line in plain_lines(check):

@@ -28,10 +28,12 @@ from spike_export.report.check_table import (
     NOT_MEASURED,
     check_rows,
     corpus_sentence,
+    cost_sentence,
     gate_sentence,
     number,
-    percent,
     shipped_rows,
+    with_margin,
+    worst_lines,
 )
 from spike_export.report.figures import qfem_curve, ratio_chart, spike_picture, svg_text
 
@@ -214,6 +216,8 @@ def _page(loaded: Loaded) -> dict[str, Any]:
         "prefixes": _prefix_rows(recipe),
         "check_headings": HEADINGS,
         "check_rows": _check_rows(loaded.check),
+        "cost_sentence": cost_sentence(loaded.check) if loaded.check is not None else "",
+        "worst_positions": worst_lines(loaded.check) if loaded.check is not None else [],
         "check_sentence": corpus_sentence(loaded.check) if loaded.check is not None else "",
         "gates": [(gate.passed, gate_sentence(gate)) for gate in loaded.check.gates] if loaded.check else [],
         "manifest": list(_flat(loaded.manifest)) if loaded.manifest is not None else [],
@@ -257,12 +261,11 @@ def _accuracy_clause(check: Check | None) -> str:
     shipped = check.shipped
     if shipped is None:
         return f"Perplexity in {check.reference.dtype}: {check.reference.perplexity:.3f}."
-    increase = "" if shipped.increase is None else f" ({percent(shipped.increase, signed=True)})"
-    before, after = f"{check.reference.perplexity:.3f}", f"{shipped.perplexity:.3f}"
+    cost = "" if shipped.cost is None else f" ({with_margin(shipped.cost.increase)})"
     behind = check.reference.behind_prefix
-    prefixed = "" if behind is None else f" ({behind:.3f} behind the same prefix)"
+    before = f"{check.reference.perplexity:.3f}" if behind is None else f"{behind:.3f} behind the prefix"
     return (
-        f"Perplexity goes from {before}{prefixed} in {visible(check.reference.dtype)} to {after}{increase} as "
+        f"Perplexity goes from {before} in {visible(check.reference.dtype)} to {shipped.perplexity:.3f}{cost} as "
         f"{visible(shipped.name)}."
     )
 

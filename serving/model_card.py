@@ -39,7 +39,7 @@ def _accuracy(bundle: Path) -> dict[str, Any] | None:
         return None
     return {
         "perplexity": check.shipped.perplexity,
-        "unquantized": check.reference.perplexity,
+        "unquantized": check.reference.behind_prefix or check.reference.perplexity,
         "agreement": check.shipped.top1_agreement,
         "corpus": check.corpus.name,
     }

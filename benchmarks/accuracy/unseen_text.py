@@ -15,7 +15,6 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import NormalDist
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -34,6 +33,7 @@ from spike_export.calibration.methods.qfem import macs_per_token
 from spike_export.checkpoint.checkpoint import Checkpoint
 from spike_export.checkpoint.modules import split_name
 from spike_export.checkpoint.opening import open_checkpoint
+from spike_export.engines.accuracy.intervals import Interval
 
 if TYPE_CHECKING:
     import torch
@@ -51,30 +51,6 @@ Windows = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Interval:
-    """A mean over windows and half the width of its 95 % interval; 0 of one window."""
-
-    mean: float
-    margin: float
-
-    @classmethod
-    def of(cls, values: Windows) -> "Interval":
-        """Return the interval of independent values."""
-        deviation = values.std(ddof=1) if len(values) > 1 else 0.0
-        return cls(float(values.mean()), float(students_t(len(values) - 1) * deviation / math.sqrt(len(values))))
-
-
-def students_t(freedom: int) -> float:
-    """Return the 97.5 % quantile of Student's t; within 0.01 from 5 degrees of freedom on.
-
-    Source: the expansion around the normal quantile, Abramowitz and Stegun 26.7.5.
-    """
-    z, v = NormalDist().inv_cdf(0.975), max(1, freedom)
-    terms = ((z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384)
-    return float(z + sum(term / v**power for power, term in enumerate(terms, 1)))
-
-
-@dataclass(frozen=True)
 class Measured:
     """One variant of one recipe on one text, window by window.
 
@@ -89,8 +65,7 @@ class Measured:
     @property
     def increase(self) -> Interval:
         """The perplexity's increase, as a fraction."""
-        found = Interval.of(self.negative)
-        return Interval(math.expm1(found.mean), found.margin * math.exp(found.mean))
+        return Interval.of(self.negative).as_increase
 
     def over(self, other: "Measured") -> "Measured":
         """Return the differences from another recipe on the same windows."""

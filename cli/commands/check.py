@@ -54,6 +54,8 @@ def check(
             reference,
             evaluation_text(corpus),
             max_ppl_increase=gate.max_ppl_increase,
+            max_kl=gate.max_kl,
+            min_agreement=gate.min_agreement,
             out=path,
             progress=progress,
             overwrite=run_options.overwrite,

@@ -73,7 +73,7 @@ def job(
         execution=execution_options(execution),
         cache=cache_options(graph),
         logits=graph.logits,
-        max_ppl_increase=gate.max_ppl_increase,
+        limits=gate.limits,
         build=build_options(build),
         recompute_recipe=recompute == "recipe",
     )

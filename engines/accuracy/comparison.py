@@ -2,7 +2,7 @@
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +16,11 @@ from spike_export.artifacts.progress import Progress, silent
 from spike_export.calibration.decoder.heap import collect_and_return_memory
 from spike_export.calibration.decoder.layerwise import Decoder
 from spike_export.calibration.decoder.perplexity import Likelihood, with_bos
+from spike_export.engines.accuracy.distances import Accuracy, Logits, distances, likelihood
 from spike_export.engines.onnx_runtime.session import BundleSession
-
-Logits = NDArray[np.float32]
 
 LoadModel = Callable[[], Decoder]
 """Gives the reference model; whoever calls it may drop it when done."""
-
-_ROWS = 64
-"""Positions compared at once: a few vocabulary rows in float64 would otherwise take hundreds of MB."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +31,11 @@ class ReferenceLogits:
         content: [windows, tokens] int64.
         folder: Holds one `N.npy` per window: [tokens - 1, vocab] float32, of all positions that predict content.
         perplexity: Of the reference.
-        behind_prefix: Of the reference behind the prefix that it was given, or None.
     """
 
     content: NDArray[np.int64]
     folder: Path
     perplexity: float
-    behind_prefix: float | None = None
 
     def window(self, index: int) -> Logits:
         """Return one window's logits, mapped from the disk."""
@@ -49,18 +43,8 @@ class ReferenceLogits:
         return logits
 
 
-@dataclass(frozen=True, slots=True)
-class Accuracy:
-    """One bundle against the reference.
-
-    Attributes:
-        top1_agreement: Share of positions with the same most likely token.
-        kl_divergence: KL(reference || bundle), mean over positions, in nats.
-    """
-
-    perplexity: float
-    top1_agreement: float
-    kl_divergence: float
+References = Mapping[tuple[int, ...], ReferenceLogits]
+"""Prefix → the logits behind it."""
 
 
 @contextmanager
@@ -70,48 +54,61 @@ def reference_logits(
     bos: int | None,
     progress: Progress = silent,
     scratch: Path | None = None,
-    prefix: Sequence[int] = (),
-) -> Iterator[ReferenceLogits]:
-    """Run the reference model over the windows and keep its logits in a temporary folder for the block.
+    prefixes: Sequence[tuple[int, ...]] = ((),),
+) -> Iterator[References]:
+    """Run the reference model over the windows, once behind each prefix, and keep its logits for the block.
 
-    The model is let go before the block begins: the variants need the memory. `scratch` is an existing folder to keep
-    the logits in; the system's temporary folder by default. With a `prefix` the perplexity behind it is taken too.
+    The model is let go before the block begins: the variants need the memory. The logits lie in a temporary folder, in
+    `scratch`, an existing folder, or in the system's by default.
 
     Raises:
         ArtifactError: The temporary folder's disk has too little room.
     """
     with tempfile.TemporaryDirectory(prefix="spike-export-", dir=scratch) as name:
-        total, behind = _write_logits(load(), content, bos, Path(name), progress, prefix)
+        model, folder = load(), Path(name)
+        _require_room(folder, len(prefixes) * content.shape[0] * (content.shape[1] - 1) * model.config.vocab_size * 4)
+        found = {}
+        for index, prefix in enumerate(prefixes):
+            told = part_of(progress, index, len(prefixes), "reference windows")
+            found[prefix] = _written(model, content, bos, folder / f"prefix-{index}", told, prefix)
+        del model
         collect_and_return_memory()
-        yield ReferenceLogits(content, Path(name), total.perplexity, behind)
+        yield found
 
 
-def _write_logits(
+def part_of(progress: Progress, index: int, rounds: int, what: str = "windows") -> Progress:
+    """Return a callback that counts one round of windows as a part of all rounds."""
+
+    def told(_: str, done: int, total: int) -> None:
+        progress(what, index * total + done, rounds * total)
+
+    return told
+
+
+def _require_room(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ArtifactError(f"{folder}: {needed:,} bytes are needed and {free:,} are free; free space there")
+
+
+def _written(
     model: Decoder,
     content: NDArray[np.int64],
     bos: int | None,
     folder: Path,
     progress: Progress,
     prefix: Sequence[int],
-) -> tuple[Likelihood, float | None]:
-    needed = content.shape[0] * (content.shape[1] - 1) * model.config.vocab_size * 4
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise ArtifactError(f"{folder}: {needed:,} bytes are needed and {free:,} are free; free space there")
+) -> ReferenceLogits:
     total = Likelihood(0.0, 0)
-    for index, logits in enumerate(_window_logits(model, content, bos)):
+    folder.mkdir()
+    for index, logits in enumerate(_window_logits(model, content, bos, prefix)):
         try:
             np.save(folder / f"{index}.npy", logits)
         except OSError as error:
             raise ArtifactError(describe_os_error(error, folder)) from error
         total += likelihood(logits, content[index, 1:])
-        progress("reference windows", index + 1, len(content))
-    if not prefix:
-        return total, None
-    behind = Likelihood(0.0, 0)
-    for index, logits in enumerate(_window_logits(model, content, bos, prefix)):
-        behind += likelihood(logits, content[index, 1:])
-    return total, behind.perplexity
+        progress("windows", index + 1, len(content))
+    return ReferenceLogits(content, folder, total.perplexity)
 
 
 def _window_logits(
@@ -130,8 +127,7 @@ def compare(session: BundleSession, reference: ReferenceLogits, progress: Progre
     Raises:
         EngineError: The bundle yields a value that is not finite.
     """
-    total = Likelihood(0.0, 0)
-    agreeing, divergence = 0, 0.0
+    windows = []
     for index, tokens in enumerate(reference.content):
         logits = session.prefill(tokens[None])[0, :-1]
         if not np.isfinite(logits).all():
@@ -139,36 +135,6 @@ def compare(session: BundleSession, reference: ReferenceLogits, progress: Progre
                 f"the bundle's logits are not finite in evaluation window {index}: a value overflowed; from float16, "
                 "export again with --dtype bfloat16"
             )
-        expected = reference.window(index)
-        total += likelihood(logits, tokens[1:])
-        agreeing += int((logits.argmax(axis=1) == expected.argmax(axis=1)).sum())
-        divergence += kl_divergence(expected, logits)
+        windows.append(distances(reference.window(index), logits, tokens[1:]))
         progress("windows", index + 1, len(reference.content))
-    return Accuracy(total.perplexity, agreeing / total.tokens, divergence / total.tokens)
-
-
-def likelihood(logits: Logits, targets: NDArray[np.int64]) -> Likelihood:
-    """Return the negative log-likelihood of `targets` [positions] under `logits` [positions, vocab]."""
-    negative = 0.0
-    for start in range(0, len(targets), _ROWS):
-        rows = log_softmax(logits[start : start + _ROWS])
-        negative -= float(np.take_along_axis(rows, targets[start : start + _ROWS, None], axis=1).sum())
-    return Likelihood(negative, len(targets))
-
-
-def kl_divergence(reference: Logits, logits: Logits) -> float:
-    """Return the sum over positions of KL(softmax(reference) || softmax(logits)) in nats."""
-    total = 0.0
-    for start in range(0, len(logits), _ROWS):
-        expected, actual = (log_softmax(part[start : start + _ROWS]) for part in (reference, logits))
-        np.subtract(expected, actual, out=actual)
-        total += float(np.multiply(np.exp(expected, out=expected), actual, out=actual).sum())
-    return total
-
-
-def log_softmax(logits: Logits) -> NDArray[np.float64]:
-    """Return log-probabilities over the last axis, in float64."""
-    rows = logits.astype(np.float64)
-    rows -= rows.max(axis=-1, keepdims=True)
-    rows -= np.log(np.exp(rows).sum(axis=-1, keepdims=True))
-    return rows
+    return Accuracy(tuple(windows))

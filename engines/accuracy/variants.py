@@ -8,18 +8,35 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from spike_export.artifacts.check_document import Check, CheckCorpus, CheckReference, CheckVariant
+from spike_export.artifacts.check_document import (
+    Check,
+    CheckCorpus,
+    CheckCost,
+    CheckDivergence,
+    CheckInterval,
+    CheckPosition,
+    CheckReference,
+    CheckVariant,
+)
 from spike_export.artifacts.manifest import Manifest, load_manifest
 from spike_export.artifacts.progress import Progress, silent
 from spike_export.artifacts.recipe import Recipe
 from spike_export.calibration.corpus.corpus import Corpus
 from spike_export.calibration.corpus.mixture import Mixture
 from spike_export.checkpoint.checkpoint import Checkpoint
-from spike_export.engines.accuracy.comparison import Accuracy, LoadModel, ReferenceLogits, compare, reference_logits
+from spike_export.engines.accuracy.comparison import LoadModel, References, compare, part_of, reference_logits
+from spike_export.engines.accuracy.distances import Accuracy
+from spike_export.engines.accuracy.intervals import Interval
 from spike_export.engines.onnx_runtime.sequences import CACHE_TYPES
 from spike_export.engines.onnx_runtime.session import open_bundle
 from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.cache_options import CacheOptions
+
+_WORST = 5
+"""Positions with the largest divergence that are told."""
+
+_EXCERPT = 12
+"""Tokens that are shown before each of them."""
 
 _BFLOAT16_NOTE = "ONNX Runtime has no bfloat16 products on the CPU: checked in float32, which bfloat16 rounds."
 
@@ -60,16 +77,19 @@ def check_variants(
     evaluated = replace(options, dtype=options.dtype if runnable else "float32", logits="all")
     bos = checkpoint.bos_token_id
     prefix = _shipped_prefix(variants)
-    with reference_logits(load, content, bos, _part(progress, 0, rounds), scratch, prefix) as reference:
+    prefixes = tuple(dict.fromkeys(((), prefix)))
+    with reference_logits(load, content, bos, part_of(progress, 0, rounds), scratch, prefixes) as references:
         results = [
-            _evaluate(checkpoint, variant, evaluated, runnable, reference, _part(progress, index, rounds))
+            _evaluate(checkpoint, variant, evaluated, runnable, references, part_of(progress, index, rounds))
             for index, variant in enumerate(variants, start=1)
         ]
     return Check(
         corpus=CheckCorpus(name=corpus.name, sha256=corpus.sha256, windows=len(content), length=content.shape[1]),
         dtype=evaluated.dtype,
         note=None if runnable else _BFLOAT16_NOTE,
-        reference=CheckReference(perplexity=reference.perplexity, behind_prefix=reference.behind_prefix),
+        reference=CheckReference(
+            perplexity=references[()].perplexity, behind_prefix=references[prefix].perplexity if prefix else None
+        ),
         variants=tuple(results),
     )
 
@@ -83,35 +103,24 @@ def _shipped_prefix(variants: Sequence[Variant]) -> tuple[int, ...]:
     return ()
 
 
-def _part(progress: Progress, index: int, rounds: int) -> Progress:
-    """Return a callback that counts one round of windows as a part of all rounds."""
-
-    def told(what: str, done: int, total: int) -> None:
-        progress("windows", index * total + done, rounds * total)
-
-    return told
-
-
 def _evaluate(
     checkpoint: Checkpoint,
     variant: Variant,
     options: ExportOptions,
     runnable: bool,
-    reference: ReferenceLogits,
+    references: References,
     progress: Progress,
 ) -> CheckVariant:
     if variant.bundle is not None and runnable:
-        accuracy = compare(open_bundle(variant.bundle, all_logits=True), reference, progress)
-        return _row(variant, load_manifest(variant.bundle), accuracy, reference)
+        return _row(checkpoint, variant, load_manifest(variant.bundle), variant.bundle, references, progress)
     if variant.bundle is None:
         # Any cache will do; attention over a static one would read all of it.
         options = replace(options, cache=CacheOptions())
-    with tempfile.TemporaryDirectory(dir=reference.folder) as name:
+    with tempfile.TemporaryDirectory(dir=references[()].folder.parent) as name:
         bundle = Path(name) / "bundle"
         recipe = variant.recipe if runnable else _in_float32(variant.recipe)
         manifest = export_bundle(checkpoint, recipe, options, bundle)
-        accuracy = compare(open_bundle(bundle), reference, progress)
-    return _row(variant, manifest, accuracy, reference)
+        return _row(checkpoint, variant, manifest, bundle, references, progress)
 
 
 def _keeps_bfloat16(recipe: Recipe | None) -> bool:
@@ -136,15 +145,24 @@ def _range(recipe: Recipe | None, int8: int, fp8: int) -> str | None:
     return recipe.scheme.activation_range if int8 else "max"
 
 
-def _row(variant: Variant, manifest: Manifest, accuracy: Accuracy, reference: ReferenceLogits) -> CheckVariant:
+def _row(
+    checkpoint: Checkpoint,
+    variant: Variant,
+    manifest: Manifest,
+    bundle: Path,
+    references: References,
+    progress: Progress,
+) -> CheckVariant:
+    prefix = manifest.prefix.token_ids if manifest.prefix else ()
+    reference = references.get(prefix, references[()])
+    accuracy = compare(open_bundle(bundle, all_logits=True), reference, progress)
     counts = {precision: share.modules for precision, share in manifest.linears.items()}
     int8, fp8 = counts.pop("int8", 0), counts.pop("fp8", 0)
     return CheckVariant(
         name=variant.name,
         perplexity=accuracy.perplexity,
-        increase=accuracy.perplexity / reference.perplexity - 1,
-        top1_agreement=accuracy.top1_agreement,
-        kl_divergence=accuracy.kl_divergence,
+        increase=accuracy.perplexity / references[()].perplexity - 1,
+        cost=_cost(accuracy, reference.content, checkpoint),
         int8_linears=int8,
         fp8_linears=fp8,
         kept_linears=sum(counts.values()),
@@ -153,3 +171,37 @@ def _row(variant: Variant, manifest: Manifest, accuracy: Accuracy, reference: Re
         activation_range=_range(variant.recipe, int8, fp8),
         shipped=variant.bundle is not None,
     )
+
+
+def _cost(accuracy: Accuracy, content: NDArray[np.int64], checkpoint: Checkpoint) -> CheckCost:
+    quantiles = (accuracy.divergence_quantile(share) for share in (0.5, 0.9, 0.99, 0.999, 1.0))
+    return CheckCost(
+        increase=_interval(accuracy.increase),
+        divergence=_interval(accuracy.divergence),
+        quantiles=CheckDivergence(**dict(zip(CheckDivergence.model_fields, quantiles, strict=True))),
+        probability_error=accuracy.probability_error,
+        top1_agreement=_interval(accuracy.top1_agreement),
+        top5_agreement=_interval(accuracy.top5_agreement),
+        worst=tuple(
+            CheckPosition(
+                window=window,
+                position=position + 1,
+                divergence=divergence,
+                text=_excerpt(checkpoint, content[window], position + 1),
+            )
+            for window, position, divergence in accuracy.worst(_WORST)
+        ),
+    )
+
+
+def _interval(interval: Interval) -> CheckInterval:
+    return CheckInterval(mean=interval.mean, margin=interval.margin)
+
+
+def _excerpt(checkpoint: Checkpoint, tokens: NDArray[np.int64], position: int) -> str:
+    """Return the predicted token of a window and what stands before it."""
+    if checkpoint.tokenizer is None:
+        return ""
+    before = tokens[max(0, position - _EXCERPT) : position]
+    parts = (checkpoint.tokenizer.decode(part.tolist()) for part in (before, tokens[position : position + 1]))
+    return " → ".join(str(part) for part in parts)

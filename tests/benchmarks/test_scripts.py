@@ -486,15 +486,6 @@ def test_columns_to_come_make_the_error_of_a_rounded_column_good() -> None:
     assert errors[1] < errors[0] / 2
 
 
-def test_the_interval_of_a_mean_is_students() -> None:
-    # Quantiles of tables; the smallest sample is the worst case of the expansion.
-    for freedom, quantile in ((5, 2.571), (15, 2.131), (31, 2.040), (10**6, 1.960)):
-        assert abs(unseen_text.students_t(freedom) - quantile) < 0.01, freedom
-    found = unseen_text.Interval.of(np.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]))
-    assert found.mean == 3.5
-    assert found.margin == pytest.approx(2.571 * 1.8708 / 6**0.5, rel=0.005)
-
-
 def test_nudged_models_differ_in_their_last_bits() -> None:
     checkpoint = tiny_bos_llama()
     models = [head_accuracy.NudgedTensors(checkpoint.tensors, seed) for seed in (0, 0, 1)]

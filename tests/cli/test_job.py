@@ -153,13 +153,13 @@ def test_a_missed_limit_says_so_and_keeps_the_plan(folder: Path) -> None:
     text = path.read_text()
     document = json.loads(text)
     for variant in document["variants"]:
-        variant["increase"] = 0.5
+        variant["cost"]["increase"] = {"mean": 0.375, "margin": 0.125}
     path.write_text(json.dumps(document))
     missed = call(*options(folder, "engine.plan"), "--max-ppl-increase", "0.4")
     path.write_text(text)
     assert missed.code == 1
     assert missed.err == "spike-export: the accuracy limit was missed; see the check\n"
-    assert "MISSED: max-ppl-increase is 0.5, limit 0.4" in missed.out
+    assert "MISSED: max-ppl-increase: the 95 % interval ends at 0.5, limit 0.4" in missed.out
     assert "plan: not built: the accuracy limit was missed" in missed.out
     assert (folder / "engine.plan").read_bytes() == plan
 

@@ -115,9 +115,9 @@ def test_check_compares_with_the_model_and_holds_the_limit(
     (variant,) = check.variants
     assert done.code == code
     assert done.err == ("" if code == 0 else "spike-export: the accuracy limit was missed; see the check\n")
-    assert variant.increase is not None
+    assert variant.cost is not None
     assert [(gate.limit, gate.value, gate.passed) for gate in check.gates] == [
-        (float(limit), variant.increase, code == 0)
+        (float(limit), variant.cost.increase.high, code == 0)
     ]
     assert (variant.name, variant.shipped, check.dtype) == ("shipped", True, "float32")
     assert variant.int8_linears == load_manifest(folder / "bundle").linears["int8"].modules

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 from transformers import AutoConfig
 
+from spike_export.artifacts.accuracy_limits import AccuracyLimits
 from spike_export.artifacts.check_document import load_check
 from spike_export.artifacts.errors import ArtifactError, EngineError
 from spike_export.artifacts.manifest import load_manifest
@@ -47,7 +48,7 @@ from spike_export.engines.plan.sidecar import load_sidecar, sidecar_text
 from spike_export.inspection.bundle import inspect_bundle
 from spike_export.inspection.run import inspect_run
 from spike_export.pipeline.choices import load_prefixes, load_transforms
-from spike_export.report.check_table import check_rows, corpus_sentence, gate_sentence
+from spike_export.report.check_table import check_rows, corpus_sentence, cost_sentence, gate_sentence, worst_lines
 from tests.fuzz.damage import damaged, damaged_bytes, damaged_graph, json_text, odd
 from tests.fuzz.gguf_parts import GgufParts, damaged_gguf
 from tests.support.tiny_bundles import TinyModel, tiny_manifest, write_bundle
@@ -337,19 +338,29 @@ def _read_plan(folder: Path) -> object:
     return read_header(folder / "m.plan").title, load_sidecar(folder / "m.plan")
 
 
+_COST = {
+    "increase": {"mean": 0.04, "margin": 0.01},
+    "divergence": {"mean": 0.02, "margin": 0.001},
+    "quantiles": {"median": 0.01, "p90": 0.05, "p99": 0.2, "p999": 0.9, "max": 2.0},
+    "probability_error": 0.02,
+    "top1_agreement": {"mean": 0.9, "margin": 0.01},
+    "top5_agreement": {"mean": 0.99, "margin": 0.005},
+    "worst": [{"window": 0, "position": 3, "divergence": 2.0, "text": "a"}],
+}
 _CHECK = {
-    "format": 1,
+    "format": 2,
     "corpus": {"name": "c", "sha256": "0", "windows": 2, "length": 8},
     "dtype": "float16",
     "reference": {"perplexity": 11.5, "behind_prefix": 11.4},
-    "variants": [{"name": "w8a8", "perplexity": 12.0, "increase": 0.05, "top1_agreement": 0.9, "shipped": True}],
+    "variants": [{"name": "w8a8", "perplexity": 12.0, "increase": 0.05, "cost": _COST, "shipped": True}],
     "gates": [{"name": "max-ppl-increase", "limit": 0.1, "value": 0.05, "passed": True}],
 }
 
 
 def _read_check(folder: Path) -> object:
     check = load_check(folder / "check.json")
-    return check_rows(check), corpus_sentence(check), [gate_sentence(gate) for gate in check.gated(0.1).gates]
+    gates = [gate_sentence(gate) for gate in check.gated(AccuracyLimits(0.1, 0.1, 0.5)).gates]
+    return check_rows(check), cost_sentence(check), worst_lines(check), corpus_sentence(check), gates
 
 
 @cache

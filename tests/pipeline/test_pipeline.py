@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from spike_export.artifacts.accuracy_limits import AccuracyLimits
 from spike_export.artifacts.check_document import Check, CheckReference, CheckVariant, load_check
 from spike_export.artifacts.manifest import load_manifest
 from spike_export.artifacts.recipe import load_recipe
@@ -267,9 +268,10 @@ def test_a_foreign_folder_named_bundle_is_not_replaced(copied: Path) -> None:
 def test_a_limit_is_applied_without_measuring_again(copied: Path) -> None:
     work = job(copied / "model", copied / "corpus.txt", copied / "whole")
     path = copied / "whole" / "check.json"
-    edited(path, lambda check: [variant.update(increase=0.25) for variant in check["variants"]])
+    found = {"mean": 0.2, "margin": 0.05}
+    edited(path, lambda check: [variant["cost"].update(increase=found) for variant in check["variants"]])
     for limit, passed in ((0.24, False), (0.26, True)):
-        limited = Job(**{**vars(work), "max_ppl_increase": limit})
+        limited = Job(**{**vars(work), "limits": AccuracyLimits(limit)})
         before = load_check(copied / "whole" / "check.json").variants
         assert stages_run(limited) == {REPORT}
         check = load_check(copied / "whole" / "check.json")

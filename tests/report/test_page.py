@@ -97,7 +97,7 @@ def recipe(prefix: tuple[int, ...] = (HOSTILE_ID,)) -> Recipe:
 
 def check_document() -> dict[str, Any]:
     return {
-        "format": 1,
+        "format": 2,
         "corpus": {"name": "[bold]topics[/bold]", "windows": 8, "length": 511, "seed": 3},
         "dtype": "float16",
         "reference": {"perplexity": 11.546, "new_key": 1},
@@ -107,15 +107,22 @@ def check_document() -> dict[str, Any]:
                 "name": "w8a8+qfem+qfep",
                 "perplexity": 12.84,
                 "increase": 0.1121,
-                "top1_agreement": 0.875,
-                "kl_divergence": 0.0625,
+                "cost": {
+                    "increase": {"mean": 0.1121, "margin": 0.015},
+                    "divergence": {"mean": 0.0625, "margin": 0.004},
+                    "quantiles": {"median": 0.01, "p90": 0.1, "p99": 0.5, "p999": 1.5, "max": 3.25},
+                    "probability_error": 0.03,
+                    "top1_agreement": {"mean": 0.875, "margin": 0.02},
+                    "top5_agreement": {"mean": 0.98, "margin": 0.01},
+                    "worst": [{"window": 3, "position": 71, "divergence": 3.25, "text": "before → behind"}],
+                },
                 "int8_linears": 27,
                 "kept_linears": 1,
                 "prefix_length": 1,
                 "shipped": True,
             },
         ],
-        "gates": [{"name": "max-ppl-increase", "limit": 0.05, "value": 0.1121, "passed": False}],
+        "gates": [{"name": "max-ppl-increase", "limit": 0.05, "value": 0.1271, "passed": False}],
     }
 
 
@@ -203,11 +210,12 @@ def test_the_page_needs_nothing_from_outside(run: Path) -> None:
 def test_the_page_names_result_planted_module_and_token(run: Path) -> None:
     _, elements = read(run)
     text = elements.text
-    assert "Perplexity goes from 11.546 in float32 to 12.840 (+11.21 %) as w8a8+qfem+qfep." in text
+    assert "Perplexity goes from 11.546 in float32 to 12.840 (+11.21 +/- 1.50 %) as w8a8+qfem+qfep." in text
     assert "27 of 28 linears (96.4 %) run in INT8 behind the prefix" in text
     assert PLANTED in text
     assert HOSTILE_TEXT in text
-    assert "MISSED: max-ppl-increase is 0.1121, limit 0.05" in text
+    assert "window 3, token 71: 3.25 nats before → behind" in " ".join(text.split())
+    assert "MISSED: max-ppl-increase: the 95 % interval ends at 0.1271, limit 0.05" in text
     assert "3,145,728 (3.0 MiB)" in text
     assert "SM80, SM120" in text
     assert "past.7 and 52 more" in text
@@ -386,9 +394,10 @@ def test_the_check_on_a_terminal_is_a_table(run: Path) -> None:
 def test_the_check_in_a_pipe_is_plain_aligned_text(run: Path) -> None:
     text = printed(run, terminal=False)
     assert re.fullmatch(r"[\n\x20-\x7e]*", text)
-    header, reference, *rows = text.splitlines()[1:]
+    cost, _, header, reference, *rows = text.splitlines()
+    assert cost.startswith("w8a8+qfem+qfep against the unquantized model: perplexity +11.21 +/- 1.50 % (95 % interval")
     assert header.index("perplexity") + len("perplexity") == reference.index("11.546") + len("11.546")
-    assert rows[0].split() == ["w8a8", "25.650", "+122.15", "%", "n/a", "n/a", "n/a", "n/a", "n/a"]
+    assert rows[0].split() == ["w8a8", "25.650", "n/a", "n/a", "n/a", "n/a", "n/a", "n/a"]
     assert rows[1].split()[-6:] == ["87.50", "%", "0.0625", "27", "1", "1"]
     assert rows[2] == gate_sentence(load_check(run / "check.json").gates[0])
 

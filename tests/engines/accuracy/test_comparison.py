@@ -25,8 +25,10 @@ from spike_export.calibration.methods.smoothing_search import default_smoothing
 from spike_export.calibration.recipe_writer import build_recipe
 from spike_export.calibration.statistics.spikes import SpikeStatistics
 from spike_export.checkpoint.checkpoint import Checkpoint
+from spike_export.checkpoint.modules import linears
 from spike_export.engines.accuracy import comparison as accuracy_module
-from spike_export.engines.accuracy.comparison import compare, kl_divergence, likelihood, log_softmax, reference_logits
+from spike_export.engines.accuracy.comparison import compare, reference_logits
+from spike_export.engines.accuracy.distances import distances, likelihood, log_softmax
 from spike_export.engines.accuracy.variants import Variant, check_variants
 from spike_export.engines.onnx_runtime.session import open_bundle
 from spike_export.export.bundle import ExportOptions, export_bundle
@@ -101,21 +103,31 @@ def test_likelihood_is_the_cross_entropy(rows: int) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 64, 65, 150])
-def test_kl_divergence(rows: int) -> None:
+def test_distances_are_those_of_their_formulas(rows: int) -> None:
     reference, other = random_logits(4, rows), random_logits(5, rows)
-    expected = torch.nn.functional.kl_div(
-        torch_log_softmax(other), torch_log_softmax(reference), log_target=True, reduction="sum"
-    )
-    assert kl_divergence(reference, other) == pytest.approx(float(expected), rel=1e-12)
-    assert kl_divergence(reference, other) != pytest.approx(kl_divergence(other, reference), rel=1e-3)
+    targets = np.random.default_rng(6).integers(0, 37, rows)
+    expected, actual = torch_log_softmax(reference), torch_log_softmax(other)
+    found = distances(reference, other, targets)
+    divergence = torch.nn.functional.kl_div(actual, expected, log_target=True, reduction="none").sum(-1)
+    np.testing.assert_allclose(found.divergence, divergence.numpy(), rtol=1e-12)
+    for ours, theirs in ((found.negative, actual), (found.reference_negative, expected)):
+        loss = torch.nn.functional.nll_loss(theirs, torch.from_numpy(targets), reduction="none")
+        np.testing.assert_allclose(ours, loss.numpy(), rtol=1e-12)
+    best = expected.argmax(-1)
+    np.testing.assert_array_equal(found.same_best, (actual.argmax(-1) == best).numpy())
+    among = (actual.topk(5).indices == best[:, None]).any(-1)
+    np.testing.assert_array_equal(found.best_among_first, among.numpy())
 
 
-def test_kl_divergence_of_a_distribution_from_itself_is_zero() -> None:
-    logits = random_logits(6)
-    assert kl_divergence(logits, logits) == 0
+def test_a_distribution_is_at_no_distance_from_itself() -> None:
+    logits, targets = random_logits(6), np.zeros(150, np.int64)
+    same = distances(logits, logits, targets)
+    assert not same.divergence.any()
+    assert same.same_best.all()
+    assert same.best_among_first.all()
     # A constant added to all logits is the same distribution; float32 sums of this size round at 1e-6.
-    assert kl_divergence(logits, logits + np.float32(8)) == pytest.approx(0, abs=1e-9)
-    assert kl_divergence(EXTREMES[:3], EXTREMES[:3]) == 0
+    assert distances(logits, logits + np.float32(8), targets).divergence.sum() == pytest.approx(0, abs=1e-9)
+    assert not distances(EXTREMES[:3], EXTREMES[:3], targets[:3]).divergence.any()
 
 
 def transformers_logits(model: TinyModel, content: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -134,9 +146,9 @@ def test_compare_equals_a_direct_computation(
     recipe = tiny_recipe(model.checkpoint, scales) if quantized else None
     export_bundle(model.checkpoint, recipe, ExportOptions("float32"), tmp_path / "bundle")
     session = open_bundle(tmp_path / "bundle")
-    with reference_logits(lambda: Decoder(model.checkpoint), content, BOS) as reference:
-        result = compare(session, reference)
-        perplexity = reference.perplexity
+    with reference_logits(lambda: Decoder(model.checkpoint), content, BOS) as references:
+        result = compare(session, references[()])
+        perplexity = references[()].perplexity
     expected = torch.from_numpy(transformers_logits(model, content)).double()
     actual = torch.from_numpy(session.prefill(content)[:, :-1]).double()
     targets = torch.from_numpy(content[:, 1:])
@@ -148,15 +160,15 @@ def test_compare_equals_a_direct_computation(
     # Reference logits of one float32 model computed in two ways differ in the last bits of float32.
     assert perplexity == pytest.approx(direct(expected), rel=1e-5)
     assert result.perplexity == pytest.approx(direct(actual), rel=1e-9)
-    assert result.kl_divergence == pytest.approx(float(divergence), rel=1e-3, abs=1e-9)
+    assert result.divergence.mean == pytest.approx(float(divergence), rel=1e-3, abs=1e-9)
     agreement = (expected.argmax(-1) == actual.argmax(-1)).double().mean()
-    assert result.top1_agreement == pytest.approx(float(agreement), abs=1e-12)
+    assert result.top1_agreement.mean == pytest.approx(float(agreement), abs=1e-12)
     if quantized:
-        assert result.kl_divergence > 1e-4
-        assert result.top1_agreement < 1
+        assert result.divergence.mean > 1e-4
+        assert result.top1_agreement.mean < 1
     else:
-        assert result.kl_divergence == pytest.approx(0, abs=1e-9)
-        assert result.top1_agreement == 1
+        assert result.divergence.mean == pytest.approx(0, abs=1e-9)
+        assert result.top1_agreement.mean == 1
 
 
 class FixedSession:
@@ -176,27 +188,34 @@ def test_logits_that_are_not_finite_are_refused_by_window(
     logits = random_logits(7, 3 * 70).reshape(3, 70, 37)[..., :1].repeat(99, axis=2)
     logits[1, 5, 3] = value
     with (
-        reference_logits(lambda: Decoder(model.checkpoint), content, BOS) as reference,
+        reference_logits(lambda: Decoder(model.checkpoint), content, BOS) as references,
         pytest.raises(EngineError, match="not finite in evaluation window 1"),
     ):
-        compare(FixedSession(logits), reference)  # type: ignore[arg-type]
+        compare(FixedSession(logits), references[()])  # type: ignore[arg-type]
 
 
 def test_agreement_counts_the_positions(model: TinyModel, content: NDArray[np.int64]) -> None:
-    with reference_logits(lambda: Decoder(model.checkpoint), content, BOS) as reference:
+    with reference_logits(lambda: Decoder(model.checkpoint), content, BOS) as references:
+        reference = references[()]
         logits = np.stack([np.pad(reference.window(index), ((0, 1), (0, 0))) for index in range(3)])
         exact = compare(FixedSession(logits), reference)  # type: ignore[arg-type]
         logits[0, :10] *= -1  # the least likely token becomes the most likely one
         turned = compare(FixedSession(logits), reference)  # type: ignore[arg-type]
-    assert (exact.top1_agreement, exact.kl_divergence) == (1.0, 0.0)
-    assert turned.top1_agreement == pytest.approx(1 - 10 / (3 * 69))
+    assert (exact.top1_agreement.mean, exact.divergence.mean, exact.probability_error) == (1.0, 0.0, 0.0)
+    assert (exact.increase.mean, exact.increase.margin) == (0.0, 0.0)
+    assert turned.top1_agreement.mean == turned.top5_agreement.mean == pytest.approx(1 - 10 / (3 * 69))
+    # All that differs lies in the turned positions: the worst are among them, and most positions diverge by nothing.
+    assert {(window, position < 10) for window, position, _ in turned.worst(10)} == {(0, True)}
+    assert turned.worst(1)[0][2] == turned.divergence_quantile(1.0) > turned.divergence_quantile(0.9) == 0
 
 
 def test_the_reference_logits_are_gone_afterwards(model: TinyModel, content: NDArray[np.int64]) -> None:
-    with reference_logits(lambda: Decoder(model.checkpoint), content, None) as reference:
+    with reference_logits(lambda: Decoder(model.checkpoint), content, None) as references:
+        reference = references[()]
         assert reference.folder.is_dir()
         assert reference.window(2).shape == (69, 99)
     assert not reference.folder.exists()
+    assert not reference.folder.parent.exists()
 
 
 def test_too_little_room_for_the_reference_logits(
@@ -270,6 +289,24 @@ def test_the_reference_is_told_behind_the_shipped_prefix(
     assert any("behind the prefix" in row[0] for row in check_rows(check))
     plain = checked(model, content, [Variant("shipped", None, tmp_path / "b")], "float32")
     assert plain.reference.behind_prefix == check.reference.behind_prefix  # from the manifest
+
+
+def test_what_is_shipped_behind_a_prefix_is_compared_behind_it(
+    model: TinyModel, content: NDArray[np.int64], tmp_path: Path
+) -> None:
+    # Nothing is quantized: the bundle differs from the reference without a prefix, and from none behind the prefix.
+    kept = dict.fromkeys(linears(model.checkpoint.config), "float32")
+    recipe = tiny_recipe(model.checkpoint, input_scales(model, content), kept=kept, prefix=(BOS, 5))
+    export_bundle(model.checkpoint, recipe, ExportOptions("float32"), tmp_path / "b")
+    check = checked(model, content, [Variant("plain", None), Variant("shipped", recipe, tmp_path / "b")], "float32")
+    plain, shipped = check.variants
+    assert plain.cost is not None
+    assert shipped.cost is not None
+    for cost in (plain.cost, shipped.cost):
+        assert cost.increase.mean == pytest.approx(0, abs=1e-5)  # of two float32 computations
+        assert cost.divergence.mean == pytest.approx(0, abs=1e-9)
+    assert shipped.increase == pytest.approx(check.reference.behind_prefix / check.reference.perplexity - 1, abs=1e-5)  # type: ignore[operator]
+    assert abs(shipped.increase or 0) > 1e-3
 
 
 def test_a_bfloat16_bundle_is_checked_in_float32_with_a_note(

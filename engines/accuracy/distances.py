@@ -1,0 +1,142 @@
+"""How far a model's next-token distributions are from the reference's: position by position, and summed up."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spike_export.calibration.decoder.perplexity import Likelihood
+from spike_export.engines.accuracy.intervals import Interval
+
+Logits = NDArray[np.float32]
+Floats = NDArray[np.float64]
+
+FIRST = 5
+"""Most likely tokens of the model among which the reference's most likely one is looked for."""
+
+_ROWS = 64
+"""Positions compared at once: a few vocabulary rows in float64 would otherwise take hundreds of MB."""
+
+
+@dataclass(frozen=True)
+class Distances:
+    """One window's positions, each the prediction of one token of the text.
+
+    Attributes:
+        negative: [positions] float64, -ln of the probability that the model gives the text's token.
+        reference_negative: [positions] float64, the same of the reference.
+        divergence: [positions] float64, KL(reference || model) in nats.
+        same_best: [positions] bool, whether both have the same most likely token.
+        best_among_first: [positions] bool, whether the reference's most likely token is among the model's `FIRST`.
+    """
+
+    negative: Floats
+    reference_negative: Floats
+    divergence: Floats
+    same_best: NDArray[np.bool_]
+    best_among_first: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """A model against the reference, on windows of equal length.
+
+    Intervals are of the mean over windows; those of differences are paired, because both models read the same text.
+    """
+
+    windows: tuple[Distances, ...]
+
+    @property
+    def perplexity(self) -> float:
+        """Of the model, over all windows."""
+        return Likelihood(float(self._all("negative").sum()), len(self._all("negative"))).perplexity
+
+    @property
+    def increase(self) -> Interval:
+        """Relative increase of the perplexity over the reference's."""
+        return self._over_windows(self._all("negative") - self._all("reference_negative")).as_increase
+
+    @property
+    def divergence(self) -> Interval:
+        """KL(reference || model), mean over positions, in nats."""
+        return self._over_windows(self._all("divergence"))
+
+    @property
+    def top1_agreement(self) -> Interval:
+        """Share of positions with the same most likely token."""
+        return self._over_windows(self._all("same_best"))
+
+    @property
+    def top5_agreement(self) -> Interval:
+        """Share of positions whose most likely token of the reference is among the model's five."""
+        return self._over_windows(self._all("best_among_first"))
+
+    @property
+    def probability_error(self) -> float:
+        """Root mean square of the difference of the probabilities that the two give the text's tokens."""
+        difference = np.exp(-self._all("negative")) - np.exp(-self._all("reference_negative"))
+        return float(np.sqrt(np.square(difference).mean()))
+
+    def divergence_quantile(self, share: float) -> float:
+        """Return the divergence that a share of the positions does not exceed; 1 for the largest."""
+        return float(np.quantile(self._all("divergence"), share))
+
+    def worst(self, count: int) -> list[tuple[int, int, float]]:
+        """Return (window, position, divergence) of the positions that diverge most, largest first."""
+        divergence = np.stack([window.divergence for window in self.windows])
+        order = np.argsort(-divergence, axis=None, kind="stable")[:count]
+        places = [divmod(int(flat), divergence.shape[1]) for flat in order]
+        return [(window, position, float(divergence[window, position])) for window, position in places]
+
+    @cached_property
+    def _joined(self) -> Distances:
+        return joined(self.windows)
+
+    def _all(self, name: str) -> Floats:
+        return np.asarray(getattr(self._joined, name), np.float64)
+
+    def _over_windows(self, values: Floats) -> Interval:
+        return Interval.of(values.reshape(len(self.windows), -1).mean(axis=1))
+
+
+def distances(reference: Logits, logits: Logits, targets: NDArray[np.int64]) -> Distances:
+    """Compare a window's logits [positions, vocab] with the reference's; `targets` [positions] is the text."""
+    parts = [slice(start, start + _ROWS) for start in range(0, len(targets), _ROWS)]
+    return joined([_distances(reference[rows], logits[rows], targets[rows]) for rows in parts])
+
+
+def joined(parts: Sequence[Distances]) -> Distances:
+    """Return the distances of consecutive parts of a window as one."""
+    names = Distances.__dataclass_fields__
+    return Distances(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
+
+
+def _distances(reference: Logits, logits: Logits, targets: NDArray[np.int64]) -> Distances:
+    expected, actual = log_softmax(reference), log_softmax(logits)
+    best = expected.argmax(axis=1)
+    of_best = np.take_along_axis(actual, best[:, None], axis=1)
+    negative, reference_negative = (-np.take_along_axis(rows, targets[:, None], axis=1) for rows in (actual, expected))
+    same, among = actual.argmax(axis=1) == best, (actual > of_best).sum(axis=1) < FIRST
+    # In place: these are the largest arrays of a check.
+    np.subtract(expected, actual, out=actual)
+    divergence = np.multiply(np.exp(expected, out=expected), actual, out=actual).sum(axis=1)
+    return Distances(negative[:, 0], reference_negative[:, 0], divergence, same, among)
+
+
+def likelihood(logits: Logits, targets: NDArray[np.int64]) -> Likelihood:
+    """Return the negative log-likelihood of `targets` [positions] under `logits` [positions, vocab]."""
+    negative = 0.0
+    for start in range(0, len(targets), _ROWS):
+        rows = log_softmax(logits[start : start + _ROWS])
+        negative -= float(np.take_along_axis(rows, targets[start : start + _ROWS, None], axis=1).sum())
+    return Likelihood(negative, len(targets))
+
+
+def log_softmax(logits: Logits) -> Floats:
+    """Return log-probabilities over the last axis, in float64."""
+    rows = logits.astype(np.float64)
+    rows -= rows.max(axis=-1, keepdims=True)
+    rows -= np.log(np.exp(rows).sum(axis=-1, keepdims=True))
+    return rows
