@@ -146,6 +146,20 @@ class CheckVariant(_Part):
         return None if self.cost is None else self.cost.divergence.mean
 
 
+class CheckText(_Part):
+    """The shipped variant on a further text, of another kind than what it was calibrated on.
+
+    Attributes:
+        reference: Perplexity of the reference behind the shipped prefix.
+        perplexity: Of the shipped variant.
+    """
+
+    corpus: CheckCorpus
+    reference: float
+    perplexity: float
+    cost: CheckCost
+
+
 class CheckGate(_Part):
     """A limit that the shipped variant had to keep.
 
@@ -166,6 +180,7 @@ class Check(_Part):
     Attributes:
         dtype: Precision of what is not quantized in the bundles that were evaluated.
         note: Why that is not the shipped bundle's precision; None when it is.
+        texts: The shipped variant on further texts.
     """
 
     format: Literal[1, 2] = CHECK_FORMAT
@@ -174,6 +189,7 @@ class Check(_Part):
     note: str | None = None
     reference: CheckReference
     variants: tuple[CheckVariant, ...] = ()
+    texts: tuple[CheckText, ...] = ()
     gates: tuple[CheckGate, ...] = ()
 
     @property
@@ -188,22 +204,26 @@ class Check(_Part):
 
     def gated(self, limits: AccuracyLimits) -> "Check":
         """Return the check with the shipped variant held against limits."""
-        gates = () if self.shipped is None else tuple(_gates(self.shipped.cost, limits))
-        return self.model_copy(update={"gates": gates})
+        if self.shipped is None:
+            return self.model_copy(update={"gates": ()})
+        gates = [*_gates(self.shipped.cost, limits)]
+        for text in self.texts:
+            gates += _gates(text.cost, limits, f", {text.corpus.name}")
+        return self.model_copy(update={"gates": tuple(gates)})
 
 
-def _gates(cost: CheckCost | None, limits: AccuracyLimits) -> Iterator[CheckGate]:
-    """Yield a gate for each limit; what was not measured keeps none."""
+def _gates(cost: CheckCost | None, limits: AccuracyLimits, text: str = "") -> Iterator[CheckGate]:
+    """Yield a gate for each limit; what was not measured keeps none. `text` says on what, behind the option's name."""
     for name, limit, value in (
         ("max-ppl-increase", limits.max_ppl_increase, math.inf if cost is None else cost.increase.high),
         ("max-kl", limits.max_kl, math.inf if cost is None else cost.divergence.high),
     ):
         if limit is not None:
-            yield CheckGate(name=name, limit=limit, value=value, passed=value <= limit)
+            yield CheckGate(name=name + text, limit=limit, value=value, passed=value <= limit)
     least = limits.min_agreement
     if least is not None:
         value = 0.0 if cost is None else cost.top1_agreement.low
-        yield CheckGate(name="min-agreement", limit=least, value=value, passed=value >= least)
+        yield CheckGate(name="min-agreement" + text, limit=least, value=value, passed=value >= least)
 
 
 def save_check(check: Check, path: Path) -> None:

@@ -173,8 +173,10 @@ class FormatArguments:
 @Parameter(name="*", group=_CHECK)
 @dataclass(frozen=True, kw_only=True)
 class GateArguments:
-    """Limits on accuracy."""
+    """How accuracy is judged."""
 
+    text: tuple[str, ...] = ()
+    "Text of another kind than the calibration's, to judge on too (default: source of Python's standard library)."
     max_ppl_increase: Annotated[float | None, Parameter(name="--max-ppl-increase")] = None
     "Largest relative perplexity increase over the unquantized model behind the same prefix; exit code 1 above it."
     max_kl: Annotated[float | None, Parameter(name="--max-kl")] = None

@@ -8,6 +8,7 @@ from spike_export.cli.arguments import (
     CorpusArguments,
     DtypeArguments,
     ExecutionArguments,
+    GateArguments,
     GraphArguments,
     QuantizationArguments,
     ThreadArguments,
@@ -87,7 +88,14 @@ def build_options(build: BuildArguments) -> "BuildOptions":
     )
 
 
-def evaluation_text(corpus: CorpusArguments) -> "EvaluationText":
+def further_texts(gate: GateArguments, corpus: CorpusArguments) -> "CorpusOptions":
+    """Return the texts of other kinds that a bundle is judged on; records hold them under the corpus's key."""
+    from spike_export.calibration.corpus.files import CorpusOptions
+
+    return CorpusOptions(gate.text or None, corpus.text_field)
+
+
+def evaluation_text(corpus: CorpusArguments, gate: GateArguments) -> "EvaluationText":
     """Return the text that a bundle is judged on."""
     from spike_export.pipeline.evaluation_text import EvaluationText
 
@@ -97,6 +105,7 @@ def evaluation_text(corpus: CorpusArguments) -> "EvaluationText":
         length=corpus.length,
         seed=corpus.seed,
         windows=corpus.windows,
+        further=further_texts(gate, corpus),
     )
 
 

@@ -18,6 +18,7 @@ from spike_export.engines.accuracy.variants import Variant, check_variants
 from spike_export.engines.onnx_runtime.session import runnable_manifest
 from spike_export.export.bundle import ExportOptions
 from spike_export.pipeline.evaluation_text import EvaluationText
+from spike_export.pipeline.further_texts import further_texts
 from spike_export.pipeline.job import require_length, require_room
 
 
@@ -85,6 +86,7 @@ def _compared(bundle: Path, reference: str, text: EvaluationText, progress: Prog
         [Variant(name, None, bundle)],
         ExportOptions(manifest.dtype),
         progress,
+        texts=further_texts(checkpoint, text.further, windows.evaluation.shape[1], {each.sha256 for each in judging}),
     )
     checkpoint.require_unchanged()
     return result

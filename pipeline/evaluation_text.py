@@ -16,6 +16,7 @@ class EvaluationText:
         length: Tokens per window, BOS included.
         seed: Places the calibration windows.
         windows: From where they are cut.
+        further: Texts of other kinds, on which the bundle is judged too; some source code by default.
     """
 
     corpus: CorpusOptions = field(default_factory=CorpusOptions)
@@ -23,3 +24,4 @@ class EvaluationText:
     length: int = 512
     seed: int = 0
     windows: WindowKind = "packed"
+    further: CorpusOptions = field(default_factory=CorpusOptions)

@@ -36,6 +36,8 @@ class Job:
         cache: Which cache of keys and values the graph has.
         logits: Of which tokens the graph gives logits.
         limits: On the shipped bundle's accuracy.
+        texts: Texts of other kinds than the calibration's, on which the bundle is judged too; some source code by
+            default.
         build: How to build the plan.
         recompute_recipe: Discard a recipe that was edited by hand.
         attribution_windows: Windows on which to measure what each input causes of the divergence; 0 not to.
@@ -52,6 +54,7 @@ class Job:
     cache: CacheOptions = field(default_factory=CacheOptions)
     logits: LogitsScope = "all"
     limits: AccuracyLimits = field(default_factory=AccuracyLimits)
+    texts: CorpusOptions = field(default_factory=CorpusOptions)
     build: BuildOptions = field(default_factory=BuildOptions)
     recompute_recipe: bool = False
     attribution_windows: int = 0

@@ -51,6 +51,7 @@ from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.preconditions import require_bundle_or_nothing
 from spike_export.pipeline.choices import load_prefixes, load_transforms, save_prefixes, save_transforms
 from spike_export.pipeline.execution import execution_of
+from spike_export.pipeline.further_texts import further_texts
 from spike_export.pipeline.job import Job
 from spike_export.pipeline.run_directory import RunDirectory, stage_key
 from spike_export.pipeline.stage_display import StageDisplay
@@ -398,6 +399,8 @@ class Pipeline:
         """Measure the bundle's accuracy, and what each method contributes, and hold it against the limit."""
         path = self.run.path / "check.json"
         manifest = read_document(bundle / MANIFEST_FILE)
+        known = {kind.corpus.sha256 for kind in self.corpus.kinds}
+        texts = further_texts(self.checkpoint, self.job.texts, self.job.calibration.length - 1, known)
 
         def work(progress: Progress) -> None:
             variants = self._variants(recipe, bundle)
@@ -413,12 +416,17 @@ class Pipeline:
                     options,
                     progress,
                     scratch,
+                    texts,
                 )
             save_check(checked, path)
 
         # The manifest stands for the recipe and the precision; the ablations take the rest from the statistics.
         key = stage_key(
-            spikes=self._spikes_key, manifest=manifest, weights=self.job.calibration.weights, format=CHECK_FORMAT
+            spikes=self._spikes_key,
+            manifest=manifest,
+            weights=self.job.calibration.weights,
+            texts=[[text.name, text.sha256, text.content.shape] for text in texts],
+            format=CHECK_FORMAT,
         )
         found = self._stage(CHECK, key, [path], work, partial(load_check, path))
         check = found.gated(self.job.limits)

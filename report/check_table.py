@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from spike_export.artifacts.check_document import Check, CheckGate, CheckInterval, CheckVariant
+from spike_export.artifacts.check_document import Check, CheckCost, CheckGate, CheckInterval, CheckVariant
 from spike_export.artifacts.visible_text import visible
 
 NOT_MEASURED = "n/a"
@@ -90,19 +90,23 @@ def corpus_sentence(check: Check) -> str:
     )
 
 
-def cost_sentence(check: Check) -> str:
-    """Return what the shipped variant costs, with what a reader needs to judge the figures; empty if not measured."""
+def cost_sentences(check: Check) -> list[str]:
+    """Return what the shipped variant costs on each text, the calibration's kind first; none if not measured."""
     shipped = check.shipped
     if shipped is None or shipped.cost is None:
-        return ""
-    cost, quantiles = shipped.cost, shipped.cost.quantiles
+        return []
     behind = "" if check.reference.behind_prefix is None else " behind the same prefix"
+    first = f"{visible(shipped.name)} against the unquantized model{behind}: {_cost_clause(shipped.cost)}"
+    return [first, *(f"On {visible(text.corpus.name)}: {_cost_clause(text.cost)}" for text in check.texts)]
+
+
+def _cost_clause(cost: CheckCost) -> str:
+    quantiles = cost.quantiles
     divergence = f"{number(cost.divergence.mean, 3)} +/- {number(cost.divergence.margin, 2)} nats per token"
     tail = f"99 % of the positions up to {number(quantiles.p99, 2)}, the largest {number(quantiles.max, 2)}"
     return (
-        f"{visible(shipped.name)} against the unquantized model{behind}: perplexity {with_margin(cost.increase)} (95 % "
-        f"interval over windows), KL divergence {divergence} ({tail}), the same most likely token at "
-        f"{percent(cost.top1_agreement.mean)} of the positions."
+        f"perplexity {with_margin(cost.increase)} (95 % interval over windows), KL divergence {divergence} ({tail}), "
+        f"the same most likely token at {percent(cost.top1_agreement.mean)} of the positions."
     )
 
 
@@ -138,7 +142,7 @@ def plain_lines(check: Check) -> list[str]:
     """Return the check as aligned plain text."""
     rows = [HEADINGS, *check_rows(check)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEADINGS))]
-    lines = [line for line in (cost_sentence(check), corpus_sentence(check)) if line]
+    lines = [*cost_sentences(check), corpus_sentence(check)]
     for row in rows:
         cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
         lines.append("  ".join(cells).rstrip())
@@ -148,8 +152,8 @@ def plain_lines(check: Check) -> list[str]:
 def print_check(check: Check, console: Console) -> None:
     """Print table and gates; without boxes and colours when the console is not a terminal."""
     if console.is_terminal:
-        if cost_sentence(check):
-            console.print(Text(cost_sentence(check)))
+        for sentence in cost_sentences(check):
+            console.print(Text(sentence))
         console.print(check_table(check))
     else:
         for line in plain_lines(check):

@@ -13,7 +13,7 @@ from spike_export.artifacts.documents import require_files
 from spike_export.artifacts.errors import CorpusError, one_line
 from spike_export.artifacts.user_paths import user_path
 from spike_export.calibration.corpus.chat import MESSAGE_KEYS, Chats, conversation
-from spike_export.calibration.corpus.corpus import Corpus, default_corpus
+from spike_export.calibration.corpus.corpus import Corpus, default_corpus, python_source
 from spike_export.calibration.corpus.dataset_files import (
     datasets_package,
     folder_files,
@@ -35,8 +35,8 @@ DEFAULT_SPLIT = "train"
 _SAVED_DATASET, _SAVED_SPLITS = "state.json", "dataset_dict.json"
 
 
-HELP_TOPICS, OWN_TEXT = "builtin:help-topics", "builtin:own-text"
-"""Sources that need no file: the help topics of Python's standard library, and text that the model writes itself."""
+HELP_TOPICS, OWN_TEXT, SOURCE_CODE = "builtin:help-topics", "builtin:own-text", "builtin:python-source"
+"""Sources that need no file: help topics and source of Python's standard library, and text that the model writes."""
 
 DEFAULT_SOURCES = (HELP_TOPICS, OWN_TEXT)
 """Two kinds of text: scales that are fitted to one kind saturate on others."""
@@ -105,7 +105,11 @@ class OwnText:
     """Stands for text that the model has yet to write."""
 
 
-_BUILT_IN: Mapping[object, Callable[[], Corpus | OwnText]] = {HELP_TOPICS: default_corpus, OWN_TEXT: OwnText}
+_BUILT_IN: Mapping[object, Callable[[], Corpus | OwnText]] = {
+    HELP_TOPICS: default_corpus,
+    OWN_TEXT: OwnText,
+    SOURCE_CODE: python_source,
+}
 
 
 def load_corpora(options: CorpusOptions) -> tuple[Corpus | Chats | OwnText, ...]:

@@ -1,13 +1,17 @@
 """Windows of a corpus in a model's own tokens, cut within limits of time and memory."""
 
+from collections.abc import Callable
 from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
 
 from spike_export.artifacts.bounded_process import Budget, BudgetError, within_budget
 from spike_export.artifacts.errors import CorpusError
 from spike_export.artifacts.recipe import WindowKind
 from spike_export.calibration.corpus.corpus import Corpus
 from spike_export.calibration.corpus.mixture import Mixture
-from spike_export.calibration.corpus.token_windows import TokenWindows
+from spike_export.calibration.corpus.token_windows import EVALUATION_WINDOWS, TokenWindows, windows_throughout
 from spike_export.checkpoint.checkpoint import Checkpoint
 
 _SECONDS = 10
@@ -34,20 +38,47 @@ def model_windows(
     """
     mixture = corpus if isinstance(corpus, Mixture) else Mixture.of(corpus)
     cut = partial(mixture.windows, checkpoint.tokenizer, samples, length, seed, kind, checkpoint.bos_token_id)
+    windows = _cut(corpus.name, cut, _budget(mixture, samples, length, kind))
+    _require_known(checkpoint, corpus.name, windows.calibration)
+    _require_known(checkpoint, corpus.name, windows.evaluation)
+    return windows
+
+
+def unseen_windows(checkpoint: Checkpoint, corpus: Corpus, length: int) -> NDArray[np.int64]:
+    """Cut evenly spaced windows [windows, length] from the whole of a corpus that nothing was calibrated on.
+
+    As many as `EVALUATION_WINDOWS`, or as fit without an overlap.
+
+    Raises:
+        CorpusError: As `model_windows`.
+    """
+
+    def cut() -> TokenWindows:
+        tokenizer, bos = checkpoint.tokenizer, checkpoint.bos_token_id
+        return windows_throughout(corpus, tokenizer, EVALUATION_WINDOWS, length, bos, overlapping=False)
+
+    mixture = Mixture.of(corpus)
+    windows = _cut(corpus.name, cut, _budget(mixture, EVALUATION_WINDOWS, length, "documents")).calibration
+    _require_known(checkpoint, corpus.name, windows)
+    return windows
+
+
+def _cut(name: str, cut: Callable[[], TokenWindows], budget: Budget) -> TokenWindows:
     try:
-        windows = within_budget(cut, _budget(mixture, samples, length, kind))
+        return within_budget(cut, budget)
     except BudgetError as error:
         raise CorpusError(
-            f"{corpus.name}: the tokenizer {error} to encode this text; give ordinary text, or check the patterns in "
+            f"{name}: the tokenizer {error} to encode this text; give ordinary text, or check the patterns in "
             "tokenizer.json"
         ) from error
-    largest = max(int(windows.calibration.max()), int(windows.evaluation.max()))
-    if largest >= checkpoint.config.vocab_size:
+
+
+def _require_known(checkpoint: Checkpoint, name: str, windows: NDArray[np.int64]) -> None:
+    if windows.max() >= checkpoint.config.vocab_size:
         raise CorpusError(
-            f"{corpus.name}: the tokenizer gives token {largest}, and the model knows 0 to "
+            f"{name}: the tokenizer gives token {windows.max()}, and the model knows 0 to "
             f"{checkpoint.config.vocab_size - 1}; take the tokenizer that belongs to the model"
         )
-    return windows
 
 
 def _budget(corpus: Mixture, samples: int, length: int, kind: WindowKind) -> Budget:

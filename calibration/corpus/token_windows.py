@@ -95,11 +95,17 @@ def token_windows(
 
 
 def windows_throughout(
-    corpus: Corpus, tokenizer: "PreTrainedTokenizerBase | None", samples: int, length: int, bos: int | None = None
+    corpus: Corpus,
+    tokenizer: "PreTrainedTokenizerBase | None",
+    samples: int,
+    length: int,
+    bos: int | None = None,
+    *,
+    overlapping: bool = True,
 ) -> TokenWindows:
     """Cut `samples` evenly spaced windows from the whole of a corpus, and none for evaluation.
 
-    Arguments and errors are those of `token_windows`.
+    Arguments and errors are those of `token_windows`. Unless windows may be `overlapping`, a short corpus gives fewer.
     """
     backend = _backend(tokenizer)
     tokens = encoded(backend, corpus.text, corpus.name)
@@ -107,8 +113,9 @@ def windows_throughout(
         raise CorpusError(
             f"{corpus.name}: {len(tokens)} tokens; a window has {length}: give a longer corpus or a smaller --length"
         )
-    starts = np.linspace(0, len(tokens) - length, samples).astype(np.int64)
-    starts = _off_bos(tokens, starts, np.full(samples, len(tokens) - length), bos)
+    count = samples if overlapping else min(samples, len(tokens) // length)
+    starts = np.linspace(0, len(tokens) - length, count).astype(np.int64)
+    starts = _off_bos(tokens, starts, np.full(count, len(tokens) - length), bos)
     windows = windows_at(tokens, starts, length)
     _require_variety(corpus.name, windows, "calibration", backend)
     return TokenWindows(windows, np.empty((0, length), np.int64))

@@ -52,7 +52,7 @@ def check(
         result = check_bundle(
             bundle,
             reference,
-            evaluation_text(corpus),
+            evaluation_text(corpus, gate),
             max_ppl_increase=gate.max_ppl_increase,
             max_kl=gate.max_kl,
             min_agreement=gate.min_agreement,

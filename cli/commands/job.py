@@ -28,6 +28,7 @@ from spike_export.cli.options import (
     calibration_options,
     corpus_options,
     execution_options,
+    further_texts,
     use_threads,
 )
 from spike_export.cli.terminal.outcomes import print_build, print_notes
@@ -74,6 +75,7 @@ def job(
         cache=cache_options(graph),
         logits=graph.logits,
         limits=gate.limits,
+        texts=further_texts(gate, corpus),
         build=build_options(build),
         recompute_recipe=recompute == "recipe",
     )

@@ -2,7 +2,7 @@
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,46 +43,39 @@ class ReferenceLogits:
         return logits
 
 
-References = Mapping[tuple[int, ...], ReferenceLogits]
-"""Prefix → the logits behind it."""
-
-
 @contextmanager
 def reference_logits(
     load: LoadModel,
-    content: NDArray[np.int64],
+    wanted: Sequence[tuple[NDArray[np.int64], tuple[int, ...]]],
     bos: int | None,
     progress: Progress = silent,
     scratch: Path | None = None,
-    prefixes: Sequence[tuple[int, ...]] = ((),),
-) -> Iterator[References]:
-    """Run the reference model over the windows, once behind each prefix, and keep its logits for the block.
+) -> Iterator[tuple[ReferenceLogits, ...]]:
+    """Run the reference model over windows [windows, tokens] behind prefixes, and keep its logits for the block.
 
-    The model is let go before the block begins: the variants need the memory. The logits lie in a temporary folder, in
-    `scratch`, an existing folder, or in the system's by default.
+    The model is let go before the block begins: the variants need the memory.
+
+    Args:
+        load: Gives the model.
+        wanted: Pairs of windows and the prefix before each of them.
+        bos: Fed before each window, unless the prefix has it.
+        progress: Told after each window.
+        scratch: Existing folder to keep the logits in; the system's temporary folder by default.
 
     Raises:
         ArtifactError: The temporary folder's disk has too little room.
     """
     with tempfile.TemporaryDirectory(prefix="spike-export-", dir=scratch) as name:
         model, folder = load(), Path(name)
-        _require_room(folder, len(prefixes) * content.shape[0] * (content.shape[1] - 1) * model.config.vocab_size * 4)
-        found = {}
-        for index, prefix in enumerate(prefixes):
-            told = part_of(progress, index, len(prefixes), "reference windows")
-            found[prefix] = _written(model, content, bos, folder / f"prefix-{index}", told, prefix)
+        positions = sum(content.shape[0] * (content.shape[1] - 1) for content, _ in wanted)
+        _require_room(folder, positions * model.config.vocab_size * 4)
+        found = tuple(
+            _written(model, content, bos, folder / str(index), progress, prefix)
+            for index, (content, prefix) in enumerate(wanted)
+        )
         del model
         collect_and_return_memory()
         yield found
-
-
-def part_of(progress: Progress, index: int, rounds: int, what: str = "windows") -> Progress:
-    """Return a callback that counts one round of windows as a part of all rounds."""
-
-    def told(_: str, done: int, total: int) -> None:
-        progress(what, index * total + done, rounds * total)
-
-    return told
 
 
 def _require_room(folder: Path, needed: int) -> None:

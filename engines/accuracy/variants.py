@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from spike_export.artifacts.check_document import (
     CheckInterval,
     CheckPosition,
     CheckReference,
+    CheckText,
     CheckVariant,
 )
 from spike_export.artifacts.manifest import Manifest, load_manifest
@@ -24,11 +26,11 @@ from spike_export.artifacts.recipe import Recipe
 from spike_export.calibration.corpus.corpus import Corpus
 from spike_export.calibration.corpus.mixture import Mixture
 from spike_export.checkpoint.checkpoint import Checkpoint
-from spike_export.engines.accuracy.comparison import LoadModel, References, compare, part_of, reference_logits
+from spike_export.engines.accuracy.comparison import LoadModel, ReferenceLogits, compare, reference_logits
 from spike_export.engines.accuracy.distances import Accuracy
 from spike_export.engines.accuracy.intervals import Interval
 from spike_export.engines.onnx_runtime.sequences import CACHE_TYPES
-from spike_export.engines.onnx_runtime.session import open_bundle
+from spike_export.engines.onnx_runtime.session import BundleSession, open_bundle
 from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.cache_options import CacheOptions
 
@@ -55,6 +57,34 @@ class Variant:
     bundle: Path | None = None
 
 
+@dataclass(frozen=True)
+class Text:
+    """A further text, of another kind than what was calibrated on.
+
+    Attributes:
+        sha256: Of the whole text.
+        content: [windows, tokens] int64.
+    """
+
+    name: str
+    sha256: str
+    content: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class _References:
+    """The reference's logits: of the windows without a prefix, of them behind the shipped prefix, and of the texts."""
+
+    plain: ReferenceLogits
+    prefix: tuple[int, ...]
+    behind: ReferenceLogits
+    texts: tuple[tuple[Text, ReferenceLogits], ...]
+
+    def of(self, prefix: tuple[int, ...]) -> ReferenceLogits:
+        """Return the logits that a bundle with this prefix is compared with."""
+        return self.behind if prefix == self.prefix else self.plain
+
+
 def check_variants(
     checkpoint: Checkpoint,
     load: LoadModel,
@@ -64,34 +94,51 @@ def check_variants(
     options: ExportOptions,
     progress: Progress = silent,
     scratch: Path | None = None,
+    texts: Sequence[Text] = (),
 ) -> Check:
     """Evaluate variants in ONNX Runtime against transformers' model on windows [windows, tokens].
 
     A variant that is no bundle yet is exported into a temporary folder, one at a time. Those with a bundle are the
-    shipped ones and are evaluated as they are, unless ONNX Runtime's CPU kernels lack their precision. `scratch` is
-    an existing folder for what is only needed meanwhile; the system's temporary folder by default.
+    shipped ones and are evaluated as they are, unless ONNX Runtime's CPU kernels lack their precision; they are
+    evaluated on further `texts` too. `scratch` is an existing folder for what is only needed meanwhile; the system's
+    temporary folder by default.
     """
     runnable = options.dtype in CACHE_TYPES and not any(_keeps_bfloat16(variant.recipe) for variant in variants)
-    rounds = len(variants) + 1
     # Logits of a last-token bundle are all taken in memory, and what is exported for the check alone gives all.
     evaluated = replace(options, dtype=options.dtype if runnable else "float32", logits="all")
-    bos = checkpoint.bos_token_id
     prefix = _shipped_prefix(variants)
-    prefixes = tuple(dict.fromkeys(((), prefix)))
-    with reference_logits(load, content, bos, part_of(progress, 0, rounds), scratch, prefixes) as references:
-        results = [
-            _evaluate(checkpoint, variant, evaluated, runnable, references, part_of(progress, index, rounds))
-            for index, variant in enumerate(variants, start=1)
-        ]
+    wanted = [(content, ()), *[(content, prefix)] * bool(prefix), *((text.content, prefix) for text in texts)]
+    shipped = sum(variant.bundle is not None for variant in variants)
+    total = sum(len(windows) for windows, _ in wanted) + len(variants) * len(content)
+    told = _counted(progress, total + shipped * sum(len(text.content) for text in texts))
+    with reference_logits(load, wanted, checkpoint.bos_token_id, told, scratch) as logits:
+        of_texts = tuple(zip(texts, logits[len(logits) - len(texts) :], strict=True))
+        references = _References(logits[0], prefix, logits[1 if prefix else 0], of_texts)
+        results = [_evaluate(checkpoint, variant, evaluated, runnable, references, told) for variant in variants]
     return Check(
-        corpus=CheckCorpus(name=corpus.name, sha256=corpus.sha256, windows=len(content), length=content.shape[1]),
+        corpus=_corpus(corpus.name, corpus.sha256, content),
         dtype=evaluated.dtype,
         note=None if runnable else _BFLOAT16_NOTE,
         reference=CheckReference(
-            perplexity=references[()].perplexity, behind_prefix=references[prefix].perplexity if prefix else None
+            perplexity=references.plain.perplexity, behind_prefix=references.behind.perplexity if prefix else None
         ),
-        variants=tuple(results),
+        variants=tuple(row for row, _ in results),
+        texts=tuple(found for _, of_text in results for found in of_text),
     )
+
+
+def _counted(progress: Progress, total: int) -> Progress:
+    """Return a callback that counts the windows of all rounds, however each round counts its own."""
+    done = count(1)
+
+    def told(_what: str, _done: int, _total: int) -> None:
+        progress("windows", next(done), total)
+
+    return told
+
+
+def _corpus(name: str, sha256: str, content: NDArray[np.int64]) -> CheckCorpus:
+    return CheckCorpus(name=name, sha256=sha256, windows=len(content), length=content.shape[1])
 
 
 def _shipped_prefix(variants: Sequence[Variant]) -> tuple[int, ...]:
@@ -108,19 +155,49 @@ def _evaluate(
     variant: Variant,
     options: ExportOptions,
     runnable: bool,
-    references: References,
+    references: _References,
     progress: Progress,
-) -> CheckVariant:
+) -> tuple[CheckVariant, tuple[CheckText, ...]]:
     if variant.bundle is not None and runnable:
-        return _row(checkpoint, variant, load_manifest(variant.bundle), variant.bundle, references, progress)
+        return _measured(checkpoint, variant, load_manifest(variant.bundle), variant.bundle, references, progress)
     if variant.bundle is None:
         # Any cache will do; attention over a static one would read all of it.
         options = replace(options, cache=CacheOptions())
-    with tempfile.TemporaryDirectory(dir=references[()].folder.parent) as name:
+    with tempfile.TemporaryDirectory(dir=references.plain.folder.parent) as name:
         bundle = Path(name) / "bundle"
         recipe = variant.recipe if runnable else _in_float32(variant.recipe)
         manifest = export_bundle(checkpoint, recipe, options, bundle)
-        return _row(checkpoint, variant, manifest, bundle, references, progress)
+        return _measured(checkpoint, variant, manifest, bundle, references, progress)
+
+
+def _measured(
+    checkpoint: Checkpoint,
+    variant: Variant,
+    manifest: Manifest,
+    bundle: Path,
+    references: _References,
+    progress: Progress,
+) -> tuple[CheckVariant, tuple[CheckText, ...]]:
+    session = open_bundle(bundle, all_logits=True)
+    reference = references.of(manifest.prefix.token_ids if manifest.prefix else ())
+    accuracy = compare(session, reference, progress)
+    cost = _cost(accuracy, reference.content, checkpoint)
+    row = _row(variant, manifest, accuracy.perplexity, accuracy.perplexity / references.plain.perplexity - 1, cost)
+    if variant.bundle is None:
+        return row, ()
+    return row, tuple(_on_text(checkpoint, session, *each, progress) for each in references.texts)
+
+
+def _on_text(
+    checkpoint: Checkpoint, session: BundleSession, text: Text, reference: ReferenceLogits, progress: Progress
+) -> CheckText:
+    accuracy = compare(session, reference, progress)
+    return CheckText(
+        corpus=_corpus(text.name, text.sha256, text.content),
+        reference=reference.perplexity,
+        perplexity=accuracy.perplexity,
+        cost=_cost(accuracy, text.content, checkpoint),
+    )
 
 
 def _keeps_bfloat16(recipe: Recipe | None) -> bool:
@@ -145,24 +222,14 @@ def _range(recipe: Recipe | None, int8: int, fp8: int) -> str | None:
     return recipe.scheme.activation_range if int8 else "max"
 
 
-def _row(
-    checkpoint: Checkpoint,
-    variant: Variant,
-    manifest: Manifest,
-    bundle: Path,
-    references: References,
-    progress: Progress,
-) -> CheckVariant:
-    prefix = manifest.prefix.token_ids if manifest.prefix else ()
-    reference = references.get(prefix, references[()])
-    accuracy = compare(open_bundle(bundle, all_logits=True), reference, progress)
+def _row(variant: Variant, manifest: Manifest, perplexity: float, increase: float, cost: CheckCost) -> CheckVariant:
     counts = {precision: share.modules for precision, share in manifest.linears.items()}
     int8, fp8 = counts.pop("int8", 0), counts.pop("fp8", 0)
     return CheckVariant(
         name=variant.name,
-        perplexity=accuracy.perplexity,
-        increase=accuracy.perplexity / references[()].perplexity - 1,
-        cost=_cost(accuracy, reference.content, checkpoint),
+        perplexity=perplexity,
+        increase=increase,
+        cost=cost,
         int8_linears=int8,
         fp8_linears=fp8,
         kept_linears=sum(counts.values()),

@@ -48,7 +48,7 @@ from spike_export.engines.plan.sidecar import load_sidecar, sidecar_text
 from spike_export.inspection.bundle import inspect_bundle
 from spike_export.inspection.run import inspect_run
 from spike_export.pipeline.choices import load_prefixes, load_transforms
-from spike_export.report.check_table import check_rows, corpus_sentence, cost_sentence, gate_sentence, worst_lines
+from spike_export.report.check_table import check_rows, corpus_sentence, cost_sentences, gate_sentence, worst_lines
 from tests.fuzz.damage import damaged, damaged_bytes, damaged_graph, json_text, odd
 from tests.fuzz.gguf_parts import GgufParts, damaged_gguf
 from tests.support.tiny_bundles import TinyModel, tiny_manifest, write_bundle
@@ -353,6 +353,7 @@ _CHECK = {
     "dtype": "float16",
     "reference": {"perplexity": 11.5, "behind_prefix": 11.4},
     "variants": [{"name": "w8a8", "perplexity": 12.0, "increase": 0.05, "cost": _COST, "shipped": True}],
+    "texts": [{"corpus": {"name": "t", "windows": 2}, "reference": 9.0, "perplexity": 9.5, "cost": _COST}],
     "gates": [{"name": "max-ppl-increase", "limit": 0.1, "value": 0.05, "passed": True}],
 }
 
@@ -360,7 +361,7 @@ _CHECK = {
 def _read_check(folder: Path) -> object:
     check = load_check(folder / "check.json")
     gates = [gate_sentence(gate) for gate in check.gated(AccuracyLimits(0.1, 0.1, 0.5)).gates]
-    return check_rows(check), cost_sentence(check), worst_lines(check), corpus_sentence(check), gates
+    return check_rows(check), cost_sentences(check), worst_lines(check), corpus_sentence(check), gates
 
 
 @cache

@@ -29,7 +29,7 @@ from spike_export.checkpoint.modules import linears
 from spike_export.engines.accuracy import comparison as accuracy_module
 from spike_export.engines.accuracy.comparison import compare, reference_logits
 from spike_export.engines.accuracy.distances import distances, likelihood, log_softmax
-from spike_export.engines.accuracy.variants import Variant, check_variants
+from spike_export.engines.accuracy.variants import Text, Variant, check_variants
 from spike_export.engines.onnx_runtime.session import open_bundle
 from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.pipeline.job import Job
@@ -146,9 +146,9 @@ def test_compare_equals_a_direct_computation(
     recipe = tiny_recipe(model.checkpoint, scales) if quantized else None
     export_bundle(model.checkpoint, recipe, ExportOptions("float32"), tmp_path / "bundle")
     session = open_bundle(tmp_path / "bundle")
-    with reference_logits(lambda: Decoder(model.checkpoint), content, BOS) as references:
-        result = compare(session, references[()])
-        perplexity = references[()].perplexity
+    with reference_logits(lambda: Decoder(model.checkpoint), [(content, ())], BOS) as references:
+        result = compare(session, references[0])
+        perplexity = references[0].perplexity
     expected = torch.from_numpy(transformers_logits(model, content)).double()
     actual = torch.from_numpy(session.prefill(content)[:, :-1]).double()
     targets = torch.from_numpy(content[:, 1:])
@@ -188,15 +188,15 @@ def test_logits_that_are_not_finite_are_refused_by_window(
     logits = random_logits(7, 3 * 70).reshape(3, 70, 37)[..., :1].repeat(99, axis=2)
     logits[1, 5, 3] = value
     with (
-        reference_logits(lambda: Decoder(model.checkpoint), content, BOS) as references,
+        reference_logits(lambda: Decoder(model.checkpoint), [(content, ())], BOS) as references,
         pytest.raises(EngineError, match="not finite in evaluation window 1"),
     ):
-        compare(FixedSession(logits), references[()])  # type: ignore[arg-type]
+        compare(FixedSession(logits), references[0])  # type: ignore[arg-type]
 
 
 def test_agreement_counts_the_positions(model: TinyModel, content: NDArray[np.int64]) -> None:
-    with reference_logits(lambda: Decoder(model.checkpoint), content, BOS) as references:
-        reference = references[()]
+    with reference_logits(lambda: Decoder(model.checkpoint), [(content, ())], BOS) as references:
+        reference = references[0]
         logits = np.stack([np.pad(reference.window(index), ((0, 1), (0, 0))) for index in range(3)])
         exact = compare(FixedSession(logits), reference)  # type: ignore[arg-type]
         logits[0, :10] *= -1  # the least likely token becomes the most likely one
@@ -210,8 +210,8 @@ def test_agreement_counts_the_positions(model: TinyModel, content: NDArray[np.in
 
 
 def test_the_reference_logits_are_gone_afterwards(model: TinyModel, content: NDArray[np.int64]) -> None:
-    with reference_logits(lambda: Decoder(model.checkpoint), content, None) as references:
-        reference = references[()]
+    with reference_logits(lambda: Decoder(model.checkpoint), [(content, ())], None) as references:
+        reference = references[0]
         assert reference.folder.is_dir()
         assert reference.window(2).shape == (69, 99)
     assert not reference.folder.exists()
@@ -225,7 +225,7 @@ def test_too_little_room_for_the_reference_logits(
     for free, enough in ((needed, True), (needed - 1, False)):
         usage = type("Usage", (), {"free": free})
         monkeypatch.setattr(accuracy_module.shutil, "disk_usage", lambda _, usage=usage: usage)
-        context = reference_logits(lambda: Decoder(model.checkpoint), content, BOS)
+        context = reference_logits(lambda: Decoder(model.checkpoint), [(content, ())], BOS)
         if enough:
             with context:
                 continue
@@ -307,6 +307,41 @@ def test_what_is_shipped_behind_a_prefix_is_compared_behind_it(
         assert cost.divergence.mean == pytest.approx(0, abs=1e-9)
     assert shipped.increase == pytest.approx(check.reference.behind_prefix / check.reference.perplexity - 1, abs=1e-5)  # type: ignore[operator]
     assert abs(shipped.increase or 0) > 1e-3
+
+
+def test_a_further_text_is_judged_behind_the_shipped_prefix(
+    model: TinyModel, content: NDArray[np.int64], tmp_path: Path
+) -> None:
+    recipe = tiny_recipe(model.checkpoint, input_scales(model, content), prefix=(BOS, 5))
+    export_bundle(model.checkpoint, recipe, ExportOptions("float32"), tmp_path / "b")
+    told: list[tuple[int, int]] = []
+    shipped, other = content[:1, :12], content[1:, :20]
+    check = check_variants(
+        model.checkpoint,
+        lambda: Decoder(model.checkpoint),
+        CORPUS,
+        shipped,
+        [Variant("plain", None), Variant("shipped", recipe, tmp_path / "b")],
+        ExportOptions("float32"),
+        lambda _, done, total: told.append((done, total)),
+        texts=[Text("other", "0f", other)],
+    )
+    # The same bundle on the same windows, once as a text of its own and once as the main one.
+    alone = check_variants(
+        model.checkpoint,
+        lambda: Decoder(model.checkpoint),
+        CORPUS,
+        other,
+        [Variant("shipped", recipe, tmp_path / "b")],
+        ExportOptions("float32"),
+    )
+    (text,) = check.texts
+    assert alone.shipped is not None
+    assert (text.perplexity, text.cost) == (alone.shipped.perplexity, alone.shipped.cost)
+    assert text.reference == alone.reference.behind_prefix
+    assert (text.corpus.name, text.corpus.windows, text.corpus.length) == ("other", 2, 20)
+    # 1 window plain, behind the prefix, and of each variant; 2 of the text of the reference and of the bundle.
+    assert told == [(done, 8) for done in range(1, 9)]
 
 
 def test_a_bfloat16_bundle_is_checked_in_float32_with_a_note(
