@@ -65,6 +65,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (model / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
     records = [{"text": corpus_text()}]
     chats = [{"messages": [{"role": "user", "content": line}]} for line in corpus_text().splitlines()]
+    (folder / "other_domain.txt").write_text(corpus_text(seed=1), encoding="utf-8")
     for name, lines in {"my_domain.jsonl": records, "chats.jsonl": chats}.items():
         (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:

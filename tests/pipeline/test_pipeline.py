@@ -269,14 +269,15 @@ def test_a_limit_is_applied_without_measuring_again(copied: Path) -> None:
     work = job(copied / "model", copied / "corpus.txt", copied / "whole")
     path = copied / "whole" / "check.json"
     found = {"mean": 0.2, "margin": 0.05}
-    edited(path, lambda check: [variant["cost"].update(increase=found) for variant in check["variants"]])
+    edited(path, lambda check: [part["cost"].update(increase=found) for part in check["variants"] + check["texts"]])
     for limit, passed in ((0.24, False), (0.26, True)):
         limited = Job(**{**vars(work), "limits": AccuracyLimits(limit)})
         before = load_check(copied / "whole" / "check.json").variants
         assert stages_run(limited) == {REPORT}
         check = load_check(copied / "whole" / "check.json")
         assert check.variants == before
-        assert [(gate.limit, gate.passed) for gate in check.gates] == [(limit, passed)]
+        assert [(gate.limit, gate.passed) for gate in check.gates] == [(limit, passed)] * 2
+        assert [gate.name for gate in check.gates] == ["max-ppl-increase", "max-ppl-increase, Python source"]
 
 
 def edited(path: Path, change: Any) -> None:
