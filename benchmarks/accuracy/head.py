@@ -28,7 +28,7 @@ from spike_export.calibration.methods.smoothing_search import default_smoothing
 from spike_export.calibration.recipe_writer import build_recipe
 from spike_export.checkpoint.checkpoint import EMBEDDING, LM_HEAD, Checkpoint, TensorSource
 from spike_export.checkpoint.opening import open_checkpoint
-from spike_export.engines.accuracy.comparison import likelihood
+from spike_export.engines.accuracy.distances import likelihood
 from spike_export.engines.accuracy.variants import Variant, check_variants
 from spike_export.engines.onnx_runtime.session import open_bundle
 from spike_export.export.bundle import ExportOptions, export_bundle

@@ -110,7 +110,8 @@ def test_check_compares_with_the_model_and_holds_the_limit(
 ) -> None:
     place = tmp_path / "c.json"
     reference = ("--reference", folder / "model", "--corpus", folder / "corpus.txt", *WINDOWS)
-    same = ("--text", folder / "corpus.txt")
+    same = ("--text", folder / "corpus.txt")  # which is judged on anyway: no further text
+    done = call("check", poor, *reference, *same, "--max-ppl-increase", limit, "--out", place)
     check = load_check(place)
     (variant,) = check.variants
     assert done.code == code
