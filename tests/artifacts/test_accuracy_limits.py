@@ -7,15 +7,9 @@ import pytest
 from spike_export.artifacts.accuracy_limits import AccuracyLimits
 from spike_export.artifacts.check_document import Check
 from spike_export.artifacts.errors import RecipeError
+from tests.support.check_costs import cost_document
 
-COST = {
-    "increase": {"mean": 0.25, "margin": 0.125},
-    "divergence": {"mean": 0.5, "margin": 0.25},
-    "quantiles": {"median": 0.1, "p90": 0.2, "p99": 0.3, "p999": 0.4, "max": 0.5},
-    "probability_error": 0.1,
-    "top1_agreement": {"mean": 0.75, "margin": 0.125},
-    "top5_agreement": {"mean": 0.9, "margin": 0.05},
-}
+COST = cost_document(increase=0.25, divergence=0.625, agreement=0.75, margin=0.125)
 
 
 def check(**variant: Any) -> Check:

@@ -51,6 +51,7 @@ from spike_export.pipeline.choices import load_prefixes, load_transforms
 from spike_export.report.check_table import check_rows, corpus_sentence, cost_sentences, gate_sentence, worst_lines
 from tests.fuzz.damage import damaged, damaged_bytes, damaged_graph, json_text, odd
 from tests.fuzz.gguf_parts import GgufParts, damaged_gguf
+from tests.support.check_costs import cost_document
 from tests.support.tiny_bundles import TinyModel, tiny_manifest, write_bundle
 from tests.support.tiny_checkpoints import (
     byte_tokenizer,
@@ -338,15 +339,8 @@ def _read_plan(folder: Path) -> object:
     return read_header(folder / "m.plan").title, load_sidecar(folder / "m.plan")
 
 
-_COST = {
-    "increase": {"mean": 0.04, "margin": 0.01},
-    "divergence": {"mean": 0.02, "margin": 0.001},
-    "quantiles": {"median": 0.01, "p90": 0.05, "p99": 0.2, "p999": 0.9, "max": 2.0},
-    "probability_error": 0.02,
-    "top1_agreement": {"mean": 0.9, "margin": 0.01},
-    "top5_agreement": {"mean": 0.99, "margin": 0.005},
-    "worst": [{"window": 0, "position": 3, "divergence": 2.0, "text": "a"}],
-}
+_WORST = {"window": 0, "position": 3, "divergence": 2.0, "text": "a"}
+_COST = cost_document(increase=0.04, divergence=0.02, agreement=0.9, margin=0.01, worst=[_WORST])
 _CHECK = {
     "format": 2,
     "corpus": {"name": "c", "sha256": "0", "windows": 2, "length": 8},

@@ -41,6 +41,7 @@ from spike_export.report.figures import (
 )
 from spike_export.report.page import spiking_tokens, write_report
 from tests.support.blank_pictures import pictures_left_blank
+from tests.support.check_costs import cost_document
 from tests.support.tiny_models import tiny_llama
 
 LAYERS = 4
@@ -95,6 +96,9 @@ def recipe(prefix: tuple[int, ...] = (HOSTILE_ID,)) -> Recipe:
     )
 
 
+WORST = {"window": 3, "position": 71, "divergence": 3.25, "text": "before → behind"}
+
+
 def check_document() -> dict[str, Any]:
     return {
         "format": 2,
@@ -107,15 +111,7 @@ def check_document() -> dict[str, Any]:
                 "name": "w8a8+qfem+qfep",
                 "perplexity": 12.84,
                 "increase": 0.1121,
-                "cost": {
-                    "increase": {"mean": 0.1121, "margin": 0.015},
-                    "divergence": {"mean": 0.0625, "margin": 0.004},
-                    "quantiles": {"median": 0.01, "p90": 0.1, "p99": 0.5, "p999": 1.5, "max": 3.25},
-                    "probability_error": 0.03,
-                    "top1_agreement": {"mean": 0.875, "margin": 0.02},
-                    "top5_agreement": {"mean": 0.98, "margin": 0.01},
-                    "worst": [{"window": 3, "position": 71, "divergence": 3.25, "text": "before → behind"}],
-                },
+                "cost": cost_document(increase=0.1121, divergence=0.0625, agreement=0.875, margin=0.015, worst=[WORST]),
                 "int8_linears": 27,
                 "kept_linears": 1,
                 "prefix_length": 1,

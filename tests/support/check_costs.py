@@ -1,0 +1,16 @@
+"""What `check.json` says of a variant's cost, with invented figures."""
+
+from typing import Any
+
+
+def cost_document(increase: float, divergence: float, agreement: float, margin: float, **more: Any) -> dict[str, Any]:
+    """Return a cost whose intervals all have one margin."""
+    return {
+        "increase": {"mean": increase, "margin": margin},
+        "divergence": {"mean": divergence, "margin": margin},
+        "quantiles": {"median": 0.01, "p90": 0.1, "p99": 0.5, "p999": 1.5, "max": 3.25},
+        "probability_error": 0.03,
+        "top1_agreement": {"mean": agreement, "margin": margin},
+        "top5_agreement": {"mean": 0.98, "margin": margin},
+        **more,
+    }
