@@ -2,6 +2,7 @@
 
 import math
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -11,7 +12,7 @@ from spike_export.artifacts.visible_text import visible
 
 NOT_MEASURED = "n/a"
 
-HEADINGS = ("variant", "perplexity", "cost", "top-1", "KL", "8-bit", "kept", "prefix")
+HEADINGS = ("variant", "perplexity", "cost", "top-1", "KL", "8-bit", "kept")
 """The cost is the perplexity's increase over the unquantized model behind the same prefix; top-1 is the agreement with
 that model, KL the divergence from it in nats."""
 
@@ -34,7 +35,8 @@ def with_margin(interval: CheckInterval) -> str:
     """Return a mean fraction with half the width of its interval, in per cent."""
     if not math.isfinite(interval.mean):
         return NOT_MEASURED
-    return f"{100 * interval.mean:+.2f} +/- {100 * interval.margin:.2f} %"
+    digits = 2 if abs(interval.mean) < 0.1 else 1
+    return f"{100 * interval.mean:+.{digits}f} +/- {100 * interval.margin:.{digits}f} %"
 
 
 def count(value: int | None) -> str:
@@ -53,7 +55,7 @@ def shipped_rows(check: Check) -> list[bool]:
 
 
 def _reference_rows(check: Check) -> list[tuple[str, ...]]:
-    name, empty = f"reference ({visible(check.reference.dtype)})", ("",) * (len(HEADINGS) - 2)
+    name, empty = visible(check.reference.dtype), ("",) * (len(HEADINGS) - 2)
     rows = [(name, f"{check.reference.perplexity:.3f}", *empty)]
     if check.reference.behind_prefix is not None:
         # Without it a prefix that helps the unquantized model too would pass for a gain of quantization.
@@ -70,7 +72,6 @@ def _row(variant: CheckVariant) -> tuple[str, ...]:
         number(variant.kl_divergence, 3),
         _quantized(variant),
         count(variant.kept_linears),
-        count(variant.prefix_length),
     )
 
 
@@ -129,9 +130,13 @@ def gate_sentence(gate: CheckGate) -> str:
 
 def check_table(check: Check) -> Table:
     """Return the check as a table for a terminal."""
-    table = Table(title="Accuracy", caption=Text(corpus_sentence(check)), title_justify="left", caption_justify="left")
+    caption = Text(corpus_sentence(check))
+    table = Table(title="Accuracy", caption=caption, title_justify="left", caption_justify="left")
+    # So that the figures of each row fit into 80 columns; only names are folded.
+    table.box, table.padding, table.pad_edge, table.collapse_padding = SIMPLE_HEAD, (0, 1), False, True
     for heading in HEADINGS:
-        table.add_column(heading, justify="left" if heading == HEADINGS[0] else "right", overflow="fold")
+        name = heading == HEADINGS[0]
+        table.add_column(heading, justify="left" if name else "right", overflow="fold", no_wrap=not name)
     for row, bold in zip(check_rows(check), shipped_rows(check), strict=True):
         # As Text: names come from a file, and brackets in a string would be read as markup.
         table.add_row(*(Text(cell) for cell in row), style="bold" if bold else None)

@@ -206,7 +206,7 @@ def test_the_page_needs_nothing_from_outside(run: Path) -> None:
 def test_the_page_names_result_planted_module_and_token(run: Path) -> None:
     _, elements = read(run)
     text = elements.text
-    assert "Perplexity goes from 11.546 in float32 to 12.840 (+11.21 +/- 1.50 %) as w8a8+qfem+qfep." in text
+    assert "Perplexity goes from 11.546 in float32 to 12.840 (+11.2 +/- 1.5 %) as w8a8+qfem+qfep." in text
     assert "27 of 28 linears (96.4 %) run in INT8 behind the prefix" in text
     assert PLANTED in text
     assert HOSTILE_TEXT in text
@@ -391,10 +391,10 @@ def test_the_check_in_a_pipe_is_plain_aligned_text(run: Path) -> None:
     text = printed(run, terminal=False)
     assert re.fullmatch(r"[\n\x20-\x7e]*", text)
     cost, _, header, reference, *rows = text.splitlines()
-    assert cost.startswith("w8a8+qfem+qfep against the unquantized model: perplexity +11.21 +/- 1.50 % (95 % interval")
+    assert cost.startswith("w8a8+qfem+qfep against the unquantized model: perplexity +11.2 +/- 1.5 % (95 % interval")
     assert header.index("perplexity") + len("perplexity") == reference.index("11.546") + len("11.546")
-    assert rows[0].split() == ["w8a8", "25.650", "n/a", "n/a", "n/a", "n/a", "n/a", "n/a"]
-    assert rows[1].split()[-6:] == ["87.50", "%", "0.0625", "27", "1", "1"]
+    assert rows[0].split() == ["w8a8", "25.650", "n/a", "n/a", "n/a", "n/a", "n/a"]
+    assert rows[1].split()[-5:] == ["87.50", "%", "0.0625", "27", "1"]
     assert rows[2] == gate_sentence(load_check(run / "check.json").gates[0])
 
 
