@@ -175,12 +175,15 @@ class FormatArguments:
 class GateArguments:
     """How accuracy is judged."""
 
-    text: tuple[str, ...] = ()
+    text: Annotated[tuple[str, ...], Parameter(negative="")] = ()
     "Text of another kind than the calibration's, to judge on too (default: source of Python's standard library)."
+
     max_ppl_increase: Annotated[float | None, Parameter(name="--max-ppl-increase")] = None
     "Largest relative perplexity increase over the unquantized model behind the same prefix; exit code 1 above it."
+
     max_kl: Annotated[float | None, Parameter(name="--max-kl")] = None
     "Largest mean KL divergence from the same model, in nats per token; exit code 1 above it."
+
     min_agreement: Annotated[float | None, Parameter(name="--min-agreement")] = None
     "Smallest share of positions with the same most likely token, such as 0.95; exit code 1 below it."
 
