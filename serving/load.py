@@ -154,7 +154,8 @@ async def _run(url: str, load: Load, model: str | None, api_key: str | None) -> 
     import httpx2
 
     headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-    limits = httpx2.Limits(max_connections=load.concurrency + 1)
+    # A connection for each request: a server may close a kept one just when it is used again, as llama-server does.
+    limits = httpx2.Limits(max_connections=load.concurrency + 1, max_keepalive_connections=0)
     async with httpx2.AsyncClient(base_url=url, headers=headers, timeout=600, limits=limits) as client:
         name = model or await _first_model(client, url)
         waiting = iter(load.calls())
