@@ -24,11 +24,11 @@ def number(value: float | None, digits: int = 4) -> str:
     return f"{value:.{digits}g}" if abs(value) < 10**digits else f"{value:.0f}"
 
 
-def percent(fraction: float | None, signed: bool = False) -> str:
+def percent(fraction: float | None) -> str:
     """Return a fraction as a percentage."""
     if fraction is None or not math.isfinite(fraction):
         return NOT_MEASURED
-    return f"{100 * fraction:+.2f} %" if signed else f"{100 * fraction:.2f} %"
+    return f"{100 * fraction:.2f} %"
 
 
 def with_margin(interval: CheckInterval) -> str:

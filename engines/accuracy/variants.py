@@ -13,9 +13,6 @@ from spike_export.artifacts.check_document import (
     Check,
     CheckCorpus,
     CheckCost,
-    CheckDivergence,
-    CheckInterval,
-    CheckPosition,
     CheckReference,
     CheckText,
     CheckVariant,
@@ -27,18 +24,11 @@ from spike_export.calibration.corpus.corpus import Corpus
 from spike_export.calibration.corpus.mixture import Mixture
 from spike_export.checkpoint.checkpoint import Checkpoint
 from spike_export.engines.accuracy.comparison import LoadModel, ReferenceLogits, compare, reference_logits
-from spike_export.engines.accuracy.distances import Accuracy
-from spike_export.engines.accuracy.intervals import Interval
+from spike_export.engines.accuracy.cost import check_cost
 from spike_export.engines.onnx_runtime.sequences import CACHE_TYPES
 from spike_export.engines.onnx_runtime.session import BundleSession, open_bundle
 from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.cache_options import CacheOptions
-
-_WORST = 5
-"""Positions with the largest divergence that are told."""
-
-_EXCERPT = 12
-"""Tokens that are shown before each of them."""
 
 _BFLOAT16_NOTE = "ONNX Runtime has no bfloat16 products on the CPU: checked in float32, which bfloat16 rounds."
 
@@ -181,7 +171,7 @@ def _measured(
     session = open_bundle(bundle, all_logits=True)
     reference = references.of(manifest.prefix.token_ids if manifest.prefix else ())
     accuracy = compare(session, reference, progress)
-    cost = _cost(accuracy, reference.content, checkpoint)
+    cost = check_cost(accuracy, reference.content, checkpoint)
     row = _row(variant, manifest, accuracy.perplexity, accuracy.perplexity / references.plain.perplexity - 1, cost)
     if variant.bundle is None:
         return row, ()
@@ -196,7 +186,7 @@ def _on_text(
         corpus=_corpus(text.name, text.sha256, text.content),
         reference=reference.perplexity,
         perplexity=accuracy.perplexity,
-        cost=_cost(accuracy, text.content, checkpoint),
+        cost=check_cost(accuracy, text.content, checkpoint),
     )
 
 
@@ -238,37 +228,3 @@ def _row(variant: Variant, manifest: Manifest, perplexity: float, increase: floa
         activation_range=_range(variant.recipe, int8, fp8),
         shipped=variant.bundle is not None,
     )
-
-
-def _cost(accuracy: Accuracy, content: NDArray[np.int64], checkpoint: Checkpoint) -> CheckCost:
-    quantiles = (accuracy.divergence_quantile(share) for share in (0.5, 0.9, 0.99, 0.999, 1.0))
-    return CheckCost(
-        increase=_interval(accuracy.increase),
-        divergence=_interval(accuracy.divergence),
-        quantiles=CheckDivergence(**dict(zip(CheckDivergence.model_fields, quantiles, strict=True))),
-        probability_error=accuracy.probability_error,
-        top1_agreement=_interval(accuracy.top1_agreement),
-        top5_agreement=_interval(accuracy.top5_agreement),
-        worst=tuple(
-            CheckPosition(
-                window=window,
-                position=position + 1,
-                divergence=divergence,
-                text=_excerpt(checkpoint, content[window], position + 1),
-            )
-            for window, position, divergence in accuracy.worst(_WORST)
-        ),
-    )
-
-
-def _interval(interval: Interval) -> CheckInterval:
-    return CheckInterval(mean=interval.mean, margin=interval.margin)
-
-
-def _excerpt(checkpoint: Checkpoint, tokens: NDArray[np.int64], position: int) -> str:
-    """Return the predicted token of a window and what stands before it."""
-    if checkpoint.tokenizer is None:
-        return ""
-    before = tokens[max(0, position - _EXCERPT) : position]
-    parts = (checkpoint.tokenizer.decode(part.tolist()) for part in (before, tokens[position : position + 1]))
-    return " → ".join(str(part) for part in parts)

@@ -1,0 +1,50 @@
+"""A variant's cost, as the document of a check tells it."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spike_export.artifacts.check_document import CheckCost, CheckDivergence, CheckInterval, CheckPosition
+from spike_export.checkpoint.checkpoint import Checkpoint
+from spike_export.engines.accuracy.distances import Accuracy
+from spike_export.engines.accuracy.intervals import Interval
+
+_WORST = 5
+"""Positions with the largest divergence that are told."""
+
+_EXCERPT = 12
+"""Tokens that are shown before each of them."""
+
+
+def check_cost(accuracy: Accuracy, content: NDArray[np.int64], checkpoint: Checkpoint) -> CheckCost:
+    """Return what a check's document says of a model's accuracy on windows `content` [windows, tokens]."""
+    quantiles = (accuracy.divergence_quantile(share) for share in (0.5, 0.9, 0.99, 0.999, 1.0))
+    return CheckCost(
+        increase=_interval(accuracy.increase),
+        divergence=_interval(accuracy.divergence),
+        quantiles=CheckDivergence(**dict(zip(CheckDivergence.model_fields, quantiles, strict=True))),
+        probability_error=accuracy.probability_error,
+        top1_agreement=_interval(accuracy.top1_agreement),
+        top5_agreement=_interval(accuracy.top5_agreement),
+        worst=tuple(
+            CheckPosition(
+                window=window,
+                position=position + 1,
+                divergence=divergence,
+                text=_excerpt(checkpoint, content[window], position + 1),
+            )
+            for window, position, divergence in accuracy.worst(_WORST)
+        ),
+    )
+
+
+def _interval(interval: Interval) -> CheckInterval:
+    return CheckInterval(mean=interval.mean, margin=interval.margin)
+
+
+def _excerpt(checkpoint: Checkpoint, tokens: NDArray[np.int64], position: int) -> str:
+    """Return the predicted token of a window and what stands before it."""
+    if checkpoint.tokenizer is None:
+        return ""
+    before = tokens[max(0, position - _EXCERPT) : position]
+    parts = (checkpoint.tokenizer.decode(part.tolist()) for part in (before, tokens[position : position + 1]))
+    return " → ".join(str(part) for part in parts)
