@@ -31,7 +31,7 @@ from spike_export import (
     run_job,
 )
 from spike_export.engines.plan.backend import TENSORRT_RTX
-from tests.support.tiny_cli_models import LENGTH, artifacts, call, write_inputs
+from tests.support.tiny.cli_models import LENGTH, artifacts, call, write_inputs
 
 pytestmark = [
     pytest.mark.skipif(

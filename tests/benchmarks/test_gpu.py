@@ -36,7 +36,7 @@ from spike_export.engines.build import reuse as plan_reuse
 from spike_export.engines.build.reuse import ProvidedEngine
 from spike_export.engines.plan.backend import TENSORRT_RTX, Gpu, Machine
 from spike_export.engines.tensorrt import decoding as trt_decoding
-from tests.support.tiny_models import TinyModel, input_scales, tiny_llama, tiny_recipe
+from tests.support.tiny.models import TinyModel, input_scales, tiny_llama, tiny_recipe
 from tests.support.trt_simulation import simulate
 
 FP16, W8A8, W8A16, FP8 = VARIANTS

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.speed import kv_cache
 from spike_export.artifacts.manifest import load_manifest
-from tests.support.tiny_models import input_scales, tiny_llama, tiny_recipe
+from tests.support.tiny.models import input_scales, tiny_llama, tiny_recipe
 
 
 def test_it_compares_the_dynamic_cache_with_buffers_that_fit_that_are_too_large_and_that_grow(

@@ -27,9 +27,9 @@ from spike_export.export import bundle as bundle_module
 from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.graph.weight_layout import read_matrix
 from tests.support.process_in_place import in_this_process
-from tests.support.tiny_checkpoints import random_llama, write_hf
-from tests.support.tiny_families import NAMES, tiny_family
-from tests.support.tiny_models import tiny_llama
+from tests.support.tiny.checkpoints import random_llama, write_hf
+from tests.support.tiny.families import NAMES, tiny_family
+from tests.support.tiny.models import tiny_llama
 
 TINY = Shape(hidden=32, intermediate=PANEL_ROWS + 44, layers=2, heads=4, kv_heads=2, vocab=60)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks.large.mixture_of_experts import MIXTURES, Mixture, measure, sessions_of
-from tests.support.tiny_families import MIXTURES as FAMILIES
+from tests.support.tiny.families import MIXTURES as FAMILIES
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -49,8 +49,8 @@ from spike_export.checkpoint.modules import linears
 from spike_export.checkpoint.opening import open_checkpoint
 from spike_export.export.bundle import ExportOptions, export_bundle
 from tests.support.process_in_place import in_this_process
-from tests.support.tiny_checkpoints import random_llama, write_hf
-from tests.support.tiny_models import tiny_llama, tiny_recipe
+from tests.support.tiny.checkpoints import random_llama, write_hf
+from tests.support.tiny.models import tiny_llama, tiny_recipe
 
 PARTS = {"one": b"a mo", "two": b"del"}
 MODEL = PackagedModel(

@@ -14,7 +14,7 @@ from spike_export.calibration.corpus.token_windows import TokenWindows
 from spike_export.calibration.methods.context import Calibration
 from spike_export.calibration.methods.options import CalibrationOptions
 from spike_export.checkpoint.modules import input_sites
-from tests.support.tiny_families import tiny_family, tokens
+from tests.support.tiny.families import tiny_family, tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.stages import shared_machine
 from benchmarks.stages.shared_machine import POLICIES, Times, busy, seconds_of, stage_seconds, table
-from tests.support.tiny_cli_models import write_corpus, write_model
+from tests.support.tiny.cli_models import write_corpus, write_model
 
 SPINNING, CHOSEN, AT_ONCE = POLICIES
 

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.speed import shared_sessions
 from spike_export.export.bundle import ExportOptions, export_bundle
-from tests.support.tiny_models import tiny_llama
+from tests.support.tiny.models import tiny_llama
 
 
 @pytest.mark.usefixtures("denormals_as_before")

@@ -18,7 +18,7 @@ from spike_export.calibration.decoder.simulate import (
 )
 from spike_export.checkpoint.checkpoint import Checkpoint
 from spike_export.checkpoint.modules import linears
-from tests.support.tiny_models import tiny_llama, tiny_recipe
+from tests.support.tiny.models import tiny_llama, tiny_recipe
 
 PREFIX = (1, 7)
 DOWN = "model.layers.0.mlp.down_proj"

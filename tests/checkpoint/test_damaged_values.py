@@ -10,7 +10,7 @@ import pytest
 from spike_export.artifacts.errors import CheckpointError
 from spike_export.checkpoint.decoder_config import decoder_config
 from spike_export.checkpoint.gguf_file import open_gguf
-from tests.support.tiny_checkpoints import random_decoder, random_llama, tiny_config, write_gguf
+from tests.support.tiny.checkpoints import random_decoder, random_llama, tiny_config, write_gguf
 
 DEFAULT = {"rope_type": "default", "rope_theta": 10000.0}
 PER_KIND = {"rope_parameters": {"full_attention": DEFAULT, "sliding_attention": DEFAULT}}

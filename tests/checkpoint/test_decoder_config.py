@@ -11,7 +11,7 @@ from spike_export.checkpoint.checkpoint import validate_shapes
 from spike_export.checkpoint.decoder_config import decoder_config, layer_shapes, linear_shapes, tensor_shapes
 from spike_export.checkpoint.factors import Factors
 from spike_export.checkpoint.families import FAMILIES
-from tests.support.tiny_families import NAMES, PLAIN_CAUSAL, WINDOW, tiny_family
+from tests.support.tiny.families import NAMES, PLAIN_CAUSAL, WINDOW, tiny_family
 
 LONG_ROPE: Mapping[str, Any] = {
     "rope_type": "longrope",

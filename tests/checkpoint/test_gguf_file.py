@@ -18,7 +18,7 @@ from spike_export.checkpoint.checkpoint import Checkpoint
 from spike_export.checkpoint.gguf_file import ARCHITECTURES, GgufSource, rope_halves_from_pairs
 from spike_export.checkpoint.opening import open_checkpoint
 from spike_export.checkpoint.rope_frequencies import RopeScaling, frequencies
-from tests.support.tiny_checkpoints import (
+from tests.support.tiny.checkpoints import (
     BOS,
     EOS,
     GGUF_LAYOUTS,

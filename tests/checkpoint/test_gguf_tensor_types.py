@@ -15,7 +15,7 @@ from spike_export.artifacts.errors import CheckpointError
 from spike_export.checkpoint.checkpoint import EMBEDDING
 from spike_export.checkpoint.gguf_file import GgufSource
 from spike_export.checkpoint.opening import open_checkpoint
-from tests.support.tiny_checkpoints import random_decoder, random_llama, write_gguf
+from tests.support.tiny.checkpoints import random_decoder, random_llama, write_gguf
 
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "Q4_K", "Q5_K", "Q6_K")
 

@@ -21,7 +21,7 @@ from spike_export.calibration.decoder.layerwise import Decoder
 from spike_export.checkpoint.checkpoint import EMBEDDING, LM_HEAD, Checkpoint
 from spike_export.checkpoint.hf_directory import looks_like_hub_id
 from spike_export.checkpoint.opening import open_checkpoint
-from tests.support.tiny_checkpoints import (
+from tests.support.tiny.checkpoints import (
     BOS,
     EOS,
     random_llama,

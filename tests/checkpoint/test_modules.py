@@ -20,7 +20,7 @@ from spike_export.checkpoint.modules import (
     siblings,
     split_name,
 )
-from tests.support.tiny_families import NAMES, tiny_family
+from tests.support.tiny.families import NAMES, tiny_family
 
 PUBLISHED = Path(__file__).parent / "data" / "qfem_excluded_modules.json"
 

@@ -9,7 +9,7 @@ from spike_export.artifacts.errors import CheckpointError
 from spike_export.checkpoint.decoder_config import decoder_config
 from spike_export.checkpoint.rope_frequencies import ROPE_TYPES, RopeScaling, frequencies
 from tests.support.ropes import LONG, LONG_FACTORS, ROPES
-from tests.support.tiny_families import tiny_family
+from tests.support.tiny.families import tiny_family
 
 PLAIN = {"rope_type": "default", "rope_theta": 1e4}
 

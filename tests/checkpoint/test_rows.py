@@ -17,8 +17,8 @@ from spike_export.calibration.decoder.layerwise import Decoder, Execution
 from spike_export.calibration.decoder.smoothing import smoothing_plan
 from spike_export.checkpoint.checkpoint import EMBEDDING, LM_HEAD, Checkpoint
 from spike_export.checkpoint.opening import open_checkpoint
-from tests.support.tiny_checkpoints import random_llama, write_hf
-from tests.support.tiny_models import tiny_llama
+from tests.support.tiny.checkpoints import random_llama, write_hf
+from tests.support.tiny.models import tiny_llama
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

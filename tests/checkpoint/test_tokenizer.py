@@ -6,8 +6,8 @@ import pytest
 
 from spike_export.artifacts.errors import CheckpointError
 from spike_export.checkpoint.hf_directory import open_hf_directory
-from tests.support.tiny_checkpoints import random_llama, write_hf
-from tests.support.tiny_models import tiny_llama
+from tests.support.tiny.checkpoints import random_llama, write_hf
+from tests.support.tiny.models import tiny_llama
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 from spike_export.artifacts.errors import ArtifactError
 from spike_export.cli.config_file import require_config
 from spike_export.cli.main import app
-from tests.support.tiny_cli_models import call
+from tests.support.tiny.cli_models import call
 
 
 @pytest.mark.parametrize(

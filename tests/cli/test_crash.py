@@ -14,8 +14,8 @@ import pytest
 
 from spike_export.engines.build.builder import BuildEnvironment
 from spike_export.engines.plan.backend import Machine
-from tests.support.tiny_bundles import write_bundle
-from tests.support.tiny_cli_models import Outcome, call
+from tests.support.tiny.bundles import write_bundle
+from tests.support.tiny.cli_models import Outcome, call
 
 SECRET = "hf_a_token_that_nobody_may_see"
 

@@ -9,8 +9,8 @@ import pytest
 from spike_export.engines.build import reuse as plan_reuse
 from spike_export.engines.plan.backend import TENSORRT_RTX
 from spike_export.engines.plan.sidecar import load_sidecar, sidecar_path
-from tests.support.tiny_bundles import TinyModel, write_bundle
-from tests.support.tiny_cli_models import SMALL, Outcome, call, write_corpus, write_model
+from tests.support.tiny.bundles import TinyModel, write_bundle
+from tests.support.tiny.cli_models import SMALL, Outcome, call, write_corpus, write_model
 
 pytestmark = [
     pytest.mark.skipif(

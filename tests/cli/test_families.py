@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from spike_export.artifacts.check_document import load_check
-from tests.support.tiny_checkpoints import VOCAB, write_hf
-from tests.support.tiny_cli_models import SMALL, call, write_corpus
-from tests.support.tiny_families import tiny_family
+from tests.support.tiny.checkpoints import VOCAB, write_hf
+from tests.support.tiny.cli_models import SMALL, call, write_corpus
+from tests.support.tiny.families import tiny_family
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

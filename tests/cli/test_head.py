@@ -10,7 +10,7 @@ from spike_export.artifacts.check_document import load_check
 from spike_export.artifacts.manifest import load_manifest
 from spike_export.artifacts.recipe import load_recipe
 from tests.support.killed_runs import job, pipeline_of, run_to_the_report
-from tests.support.tiny_cli_models import SMALL, call, write_inputs
+from tests.support.tiny.cli_models import SMALL, call, write_inputs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -21,7 +21,7 @@ from spike_export.engines.plan.backend import TENSORRT_RTX
 from spike_export.engines.plan.bundle_identity import hash_bundle
 from spike_export.engines.plan.sidecar import load_sidecar
 from tests.support.forked_command import ForkedCommands, forked_commands
-from tests.support.tiny_cli_models import SMALL, artifacts, call, write_corpus, write_model
+from tests.support.tiny.cli_models import SMALL, artifacts, call, write_corpus, write_model
 
 pytestmark = [
     pytest.mark.skipif(

@@ -19,9 +19,9 @@ from spike_export.engines.plan.sidecar import load_sidecar
 from spike_export.report.figures import spike_map
 from spike_export.report.page import spiking_tokens
 from tests.calibration.methods.test_planted_mixture import EXPERTS, PLANTED, SPIKING, planted_mixture
-from tests.support.tiny_checkpoints import PLANTED_LAYER, VOCAB, write_tokenizer, write_weights
-from tests.support.tiny_cli_models import SMALL, Outcome, call, write_corpus
-from tests.support.tiny_families import MIXTURES, tiny_family, tokens, with_unreached_expert
+from tests.support.tiny.checkpoints import PLANTED_LAYER, VOCAB, write_tokenizer, write_weights
+from tests.support.tiny.cli_models import SMALL, Outcome, call, write_corpus
+from tests.support.tiny.families import MIXTURES, tiny_family, tokens, with_unreached_expert
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

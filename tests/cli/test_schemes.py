@@ -9,8 +9,8 @@ import pytest
 from spike_export.artifacts.manifest import load_manifest
 from spike_export.artifacts.recipe import Recipe, load_recipe
 from spike_export.engines.onnx_runtime.session import open_bundle
-from tests.support.tiny_checkpoints import BOS, PLANTED_MODULE
-from tests.support.tiny_cli_models import SMALL, call, write_inputs
+from tests.support.tiny.checkpoints import BOS, PLANTED_MODULE
+from tests.support.tiny.cli_models import SMALL, call, write_inputs
 
 pytestmark = pytest.mark.usefixtures("one_thread", "blank_pictures")
 

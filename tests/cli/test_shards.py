@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from spike_export.artifacts.recipe import load_recipe
-from tests.support.tiny_cli_models import Outcome, artifacts, call, write_inputs, write_model
+from tests.support.tiny.cli_models import Outcome, artifacts, call, write_inputs, write_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -13,7 +13,7 @@ from spike_export.artifacts.manifest import load_manifest
 from spike_export.artifacts.recipe import load_recipe
 from spike_export.engines.plan.backend import TENSORRT_RTX
 from spike_export.engines.plan.sidecar import load_sidecar
-from tests.support.tiny_cli_models import LENGTH, SMALL, artifacts, call, write_corpus, write_model
+from tests.support.tiny.cli_models import LENGTH, SMALL, artifacts, call, write_corpus, write_model
 
 HEAVY = {"torch", "transformers", "onnx", "onnxruntime", "matplotlib", "onnx_ir", "tensorrt", "tensorrt_rtx"}
 

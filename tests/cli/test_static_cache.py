@@ -11,7 +11,7 @@ from spike_export.artifacts.manifest import load_manifest
 from spike_export.engines.onnx_runtime.session import open_bundle
 from spike_export.engines.plan.backend import TENSORRT_RTX
 from spike_export.engines.plan.sidecar import load_sidecar
-from tests.support.tiny_cli_models import LENGTH, SMALL, call, write_inputs
+from tests.support.tiny.cli_models import LENGTH, SMALL, call, write_inputs
 
 pytestmark = pytest.mark.usefixtures("one_thread", "blank_pictures")
 

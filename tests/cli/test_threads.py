@@ -12,7 +12,7 @@ from spike_export.artifacts.threads import VARIABLE
 from spike_export.cli.repeatable import VARIABLE as REPEATABLE
 from spike_export.cli.waiting import USERS_OWN, wait_asleep
 from spike_export.engines.onnx_runtime.session import session_options
-from tests.support.tiny_cli_models import call
+from tests.support.tiny.cli_models import call
 
 PROCESSORS = os.cpu_count() or 1
 

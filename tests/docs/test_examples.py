@@ -22,7 +22,7 @@ import pytest
 from spike_export.cli.main import app
 from spike_export.engines.plan.backend import TENSORRT_RTX
 from tests.support.documentation import ROOT, Example, code_spans, examples, page_text, pages
-from tests.support.tiny_cli_models import SMALL, call, corpus_text, write_model
+from tests.support.tiny.cli_models import SMALL, call, corpus_text, write_model
 
 RUN, SHOWN = ("sh", "python"), ("text", "json", "toml")
 """Languages of blocks that run, and of blocks that are only shown."""

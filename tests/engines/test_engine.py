@@ -19,8 +19,8 @@ from spike_export.engines.generation.decoding import DecodedStep
 from spike_export.engines.generation.options import GenerationOptions
 from spike_export.export.bundle import ExportOptions, export_bundle
 from tests.support.graph_parity import reference_logits
-from tests.support.tiny_checkpoints import BOS, EOS, byte_tokenizer
-from tests.support.tiny_models import TinyModel, tiny_llama, unquantized_recipe
+from tests.support.tiny.checkpoints import BOS, EOS, byte_tokenizer
+from tests.support.tiny.models import TinyModel, tiny_llama, unquantized_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

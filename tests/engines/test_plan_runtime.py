@@ -21,8 +21,8 @@ from spike_export.engines.tensorrt.decoding import TensorRtDecoding
 from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.cache_options import CacheOptions
 from tests.engines.test_engine import exported
-from tests.support.tiny_cli_models import call
-from tests.support.tiny_models import TinyModel, tiny_llama
+from tests.support.tiny.cli_models import call
+from tests.support.tiny.models import TinyModel, tiny_llama
 from tests.support.trt_simulation import Simulation, simulate
 
 pytestmark = pytest.mark.usefixtures("one_thread")

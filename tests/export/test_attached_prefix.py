@@ -20,8 +20,8 @@ from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.files.model_files import GENAI
 from spike_export.export.graph_plan import PrefixHome
 from tests.support.built_plans import build_plan
-from tests.support.tiny_cli_models import call, write_model
-from tests.support.tiny_models import CachedSession, TinyModel, input_scales, tiny_llama, tiny_recipe
+from tests.support.tiny.cli_models import call, write_model
+from tests.support.tiny.models import CachedSession, TinyModel, input_scales, tiny_llama, tiny_recipe
 
 PREFIX = (1, 7, 12)
 TOKENS = np.random.default_rng(3).integers(3, 99, (2, 17))

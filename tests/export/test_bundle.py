@@ -20,7 +20,7 @@ from spike_export.export import bundle as bundle_module
 from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.files.tokenizer_files import without_bos
 from spike_export.export.files.weight_file import write_weights
-from tests.support.tiny_models import MemoryTensors, TinyModel, input_scales, tiny_llama, tiny_recipe
+from tests.support.tiny.models import MemoryTensors, TinyModel, input_scales, tiny_llama, tiny_recipe
 
 TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message.content }}{% endfor %}"
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from spike_export.artifacts.recipe import Dtype, Recipe
 from spike_export.export.bundle import ExportOptions, export_bundle
 from tests.support.graph_parity import assert_close, reference_logits
-from tests.support.tiny_models import LINEAR_ROPE, LLAMA3_ROPE, CachedSession, TinyModel, tiny_llama, unquantized_recipe
+from tests.support.tiny.models import LINEAR_ROPE, LLAMA3_ROPE, CachedSession, TinyModel, tiny_llama, unquantized_recipe
 
 PREFIX = (5, 1, 9)
 

@@ -19,7 +19,7 @@ from spike_export.export.engine_support import supporting_engines
 from spike_export.export.files.model_files import genai_config, generation_config, hf_config
 from spike_export.export.model_export import export
 from spike_export.export.preconditions import require_quantized
-from tests.support.tiny_models import tiny_llama, tiny_recipe
+from tests.support.tiny.models import tiny_llama, tiny_recipe
 
 CHECKPOINT = tiny_llama().checkpoint
 PER_TOKEN = "model.layers.1.mlp.up_proj"

@@ -21,8 +21,8 @@ from tests.export.test_schemes import tokens as measured_tokens
 from tests.support.cached_forward import cached_logits
 from tests.support.graph_parity import PARITY, reference_logits, relative_error, token_errors
 from tests.support.ropes import BY_LENGTH, ROPES
-from tests.support.tiny_families import MIXTURES, WINDOW, tiny_family, tokens
-from tests.support.tiny_models import CachedSession, TinyModel, unquantized_recipe
+from tests.support.tiny.families import MIXTURES, WINDOW, tiny_family, tokens
+from tests.support.tiny.models import CachedSession, TinyModel, unquantized_recipe
 
 PREFIX = (5, 1, 9)
 LENGTH = 24

@@ -48,8 +48,8 @@ from spike_export.export.graph.linear import quantize_dequantize
 from tests.support.built_plans import audit_plan, build_plan
 from tests.support.cached_forward import cached_forward
 from tests.support.graph_parity import token_errors
-from tests.support.tiny_cli_models import call, write_model
-from tests.support.tiny_models import CachedSession, TinyModel, input_scales, tiny_llama, tiny_recipe
+from tests.support.tiny.cli_models import call, write_model
+from tests.support.tiny.models import CachedSession, TinyModel, input_scales, tiny_llama, tiny_recipe
 
 PREFIX = (5, 1, 9)
 DOWN = "model.layers.1.mlp.down_proj"

@@ -14,7 +14,7 @@ from spike_export.checkpoint.row_blocks import PANEL_ROWS
 from spike_export.export.files.weight_file import file_bytes, write_weights
 from spike_export.export.graph.graph_builder import GraphBuilder, element_type
 from spike_export.export.graph.linear import QuantizedWeight
-from tests.support.tiny_models import MemoryTensors, tiny_llama
+from tests.support.tiny.models import MemoryTensors, tiny_llama
 
 FLOAT, FLOAT16, INT64 = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.INT64
 

@@ -14,7 +14,7 @@ import pytest
 from spike_export.artifacts.manifest import LogitsScope
 from spike_export.artifacts.recipe import Dtype, HeadScheme, ModulePlan, Recipe, Scheme
 from spike_export.export.bundle import ExportOptions, export_bundle
-from tests.support.tiny_models import CachedSession, input_scales, tiny_llama, tiny_recipe
+from tests.support.tiny.models import CachedSession, input_scales, tiny_llama, tiny_recipe
 
 Counts = Mapping[str, int]
 

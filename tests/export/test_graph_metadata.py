@@ -9,7 +9,7 @@ import pytest
 from spike_export.artifacts.recipe import Dtype, Scheme
 from spike_export.checkpoint.modules import linears
 from spike_export.export.bundle import ExportOptions, export_bundle
-from tests.support.tiny_models import input_scales, tiny_llama, tiny_recipe
+from tests.support.tiny.models import input_scales, tiny_llama, tiny_recipe
 
 KEPT: dict[str, Dtype] = {"model.layers.0.mlp.down_proj": "bfloat16"}
 

@@ -21,7 +21,7 @@ from spike_export.checkpoint.checkpoint import LM_HEAD
 from spike_export.engines.accuracy.variants import Variant, check_variants
 from spike_export.engines.onnx_runtime.session import open_bundle
 from spike_export.export.bundle import ExportOptions, export_bundle
-from tests.support.tiny_models import CachedSession, TinyModel, input_scales, tiny_llama, tiny_recipe
+from tests.support.tiny.models import CachedSession, TinyModel, input_scales, tiny_llama, tiny_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

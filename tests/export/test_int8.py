@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from spike_export.artifacts.recipe import Dtype, Recipe, Scheme
 from spike_export.export.bundle import ExportOptions, export_bundle
 from tests.support.cached_forward import cached_forward
-from tests.support.tiny_models import CachedSession, TinyModel, input_scales, tiny_llama, tiny_recipe
+from tests.support.tiny.models import CachedSession, TinyModel, input_scales, tiny_llama, tiny_recipe
 
 PREFIX = (5, 1, 9)
 DOWN = "model.layers.1.mlp.down_proj"

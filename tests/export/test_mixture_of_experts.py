@@ -40,8 +40,8 @@ from spike_export.engines.plan.branches import inline_branches
 from spike_export.engines.plan.graph import load_graph
 from spike_export.export.bundle import ExportOptions, export_bundle
 from tests.support.graph_parity import PARITY, assert_close, reference_logits
-from tests.support.tiny_families import MIXTURES, checkpoint_of, replaced, tiny_family, tokens
-from tests.support.tiny_models import CachedSession, TinyModel, tiny_recipe, unquantized_recipe
+from tests.support.tiny.families import MIXTURES, checkpoint_of, replaced, tiny_family, tokens
+from tests.support.tiny.models import CachedSession, TinyModel, tiny_recipe, unquantized_recipe
 
 PREFIX = (5, 1, 9)
 CHUNKS = ((), (7, 1, 11), (1,) * 19)

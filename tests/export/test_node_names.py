@@ -19,8 +19,8 @@ from spike_export.export.cache_options import CacheOptions
 from spike_export.export.decoder.decoder_graph import build_decoder
 from spike_export.export.graph_plan import GraphPlan
 from tests.support.ropes import ROPES
-from tests.support.tiny_families import MIXTURES, NAMES, tiny_family
-from tests.support.tiny_models import tiny_llama
+from tests.support.tiny.families import MIXTURES, NAMES, tiny_family
+from tests.support.tiny.models import tiny_llama
 
 LISTED = Path(__file__).parent / "node_names.txt"
 

@@ -19,9 +19,9 @@ from spike_export.artifacts.recipe import Prefix, Recipe, load_recipe, save_reci
 from spike_export.calibration.decoder.smoothing import smoothing_plan
 from spike_export.checkpoint.modules import linears
 from spike_export.checkpoint.opening import open_checkpoint
-from tests.support.tiny_checkpoints import planted_spike_llama, state, write_weights
-from tests.support.tiny_cli_models import artifacts, call, write_model
-from tests.support.tiny_models import tiny_recipe
+from tests.support.tiny.checkpoints import planted_spike_llama, state, write_weights
+from tests.support.tiny.cli_models import artifacts, call, write_model
+from tests.support.tiny.models import tiny_recipe
 
 DOWN = "model.layers.1.mlp.down_proj"
 
@@ -177,7 +177,7 @@ import os, shutil, sys
 from pathlib import Path
 from types import SimpleNamespace
 from spike_export.cli.main import run
-from tests.support.tiny_cli_models import artifacts
+from tests.support.tiny.cli_models import artifacts
 
 disk = Path("disk")
 command = ["export", "model", "--recipe", "recipe.json", "--out", str(disk / "bundle"), "--quiet"]

@@ -41,7 +41,7 @@ from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.graph.graph_builder import GraphBuilder
 from spike_export.export.graph.linear import LinearEmitter
 from tests.support.graph_parity import token_errors
-from tests.support.tiny_models import CachedSession, MemoryTensors, TinyModel, tiny_llama, tiny_recipe
+from tests.support.tiny.models import CachedSession, MemoryTensors, TinyModel, tiny_llama, tiny_recipe
 
 PREFIX = (5, 1, 9)
 DOWN = "model.layers.1.mlp.down_proj"

@@ -18,7 +18,7 @@ from spike_export.engines.onnx_runtime.session import BundleSession, open_bundle
 from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.cache_options import CacheOptions
 from tests.support import graph_parity
-from tests.support.tiny_models import TinyModel, input_scales, tiny_llama, tiny_recipe
+from tests.support.tiny.models import TinyModel, input_scales, tiny_llama, tiny_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -21,8 +21,8 @@ from spike_export.export.files.weight_file import file_bytes, write_weights
 from spike_export.export.graph import linear
 from spike_export.export.graph.graph_builder import GraphBuilder
 from spike_export.export.graph_plan import GraphPlan
-from tests.support.tiny_families import replaced
-from tests.support.tiny_models import tiny_llama, unquantized_recipe
+from tests.support.tiny.families import replaced
+from tests.support.tiny.models import tiny_llama, unquantized_recipe
 
 DATA = "model.onnx.data"
 

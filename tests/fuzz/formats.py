@@ -52,15 +52,15 @@ from spike_export.report.check_table import check_rows, corpus_sentence, cost_se
 from tests.fuzz.damage import damaged, damaged_bytes, damaged_graph, json_text, odd
 from tests.fuzz.gguf_parts import GgufParts, damaged_gguf
 from tests.support.check_costs import cost_document
-from tests.support.tiny_bundles import TinyModel, tiny_manifest, write_bundle
-from tests.support.tiny_checkpoints import (
+from tests.support.tiny.bundles import TinyModel, tiny_manifest, write_bundle
+from tests.support.tiny.checkpoints import (
     byte_tokenizer,
     random_decoder,
     random_llama,
     write_gguf,
     write_hf,
 )
-from tests.support.tiny_models import tiny_llama, tiny_recipe
+from tests.support.tiny.models import tiny_llama, tiny_recipe
 from tests.support.trt_simulation import sidecar
 
 Files = Mapping[str, bytes]

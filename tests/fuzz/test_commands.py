@@ -20,7 +20,7 @@ from hypothesis.database import DirectoryBasedExampleDatabase
 from tests.fuzz.damage import damaged_bytes, damaged_graph, json_text
 from tests.fuzz.tally import Tally
 from tests.fuzz.test_readers import KEPT, MEMORY, OF_COMMANDS, limited_memory, limited_time
-from tests.support.tiny_cli_models import SMALL, Outcome, call, write_inputs
+from tests.support.tiny.cli_models import SMALL, Outcome, call, write_inputs
 
 pytestmark = pytest.mark.usefixtures("one_thread", "blank_pictures")
 

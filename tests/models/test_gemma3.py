@@ -14,7 +14,7 @@ from spike_export.checkpoint.opening import open_checkpoint
 from spike_export.engines.accuracy.comparison import likelihood
 from spike_export.export.bundle import ExportOptions, export_bundle
 from tests.support.help_topics import FIGURES_CORPUS
-from tests.support.tiny_models import CachedSession
+from tests.support.tiny.models import CachedSession
 
 pytestmark = pytest.mark.model
 

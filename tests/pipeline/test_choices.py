@@ -12,7 +12,7 @@ from spike_export.calibration.methods.context import Transform
 from spike_export.calibration.methods.prefix_choice import PrefixChoice
 from spike_export.calibration.methods.transform_choice import TransformChoice
 from spike_export.pipeline.choices import load_prefixes, load_transforms, save_prefixes, save_transforms
-from tests.support.tiny_models import tiny_llama
+from tests.support.tiny.models import tiny_llama
 
 CONFIG = tiny_llama().checkpoint.config
 SITE = "model.layers.0.mlp.up_proj"

@@ -15,7 +15,7 @@ from spike_export.pipeline.pipeline import AFTER, BEHIND, BUNDLE, CHECK, PREFIX,
 from spike_export.pipeline.run_job import run_job
 from spike_export.pipeline.stage_display import StageCallback
 from tests.support.killed_runs import job
-from tests.support.tiny_cli_models import artifacts, write_inputs
+from tests.support.tiny.cli_models import artifacts, write_inputs
 
 pytestmark = pytest.mark.usefixtures("one_thread", "blank_pictures")
 

@@ -11,7 +11,7 @@ from spike_export.calibration.corpus.files import CorpusOptions
 from spike_export.checkpoint.checkpoint import Checkpoint
 from spike_export.checkpoint.opening import open_checkpoint
 from spike_export.pipeline.further_texts import further_texts
-from tests.support.tiny_checkpoints import random_llama, write_hf
+from tests.support.tiny.checkpoints import random_llama, write_hf
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.tiny_cli_models import call, write_inputs
+from tests.support.tiny.cli_models import call, write_inputs
 
 pytestmark = pytest.mark.usefixtures("one_thread", "blank_pictures")
 

@@ -25,8 +25,8 @@ from spike_export.pipeline.pipeline import AFTER, BEHIND, BUNDLE, CHECK, PREFIX,
 from spike_export.pipeline.run_directory import RunDirectory
 from spike_export.report import page as html_report
 from tests.support.killed_runs import job, pipeline_of, run_to_the_report
-from tests.support.tiny_checkpoints import BOS, PLANTED_MODULE
-from tests.support.tiny_cli_models import artifacts, corpus_text, write_corpus, write_model
+from tests.support.tiny.checkpoints import BOS, PLANTED_MODULE
+from tests.support.tiny.cli_models import artifacts, corpus_text, write_corpus, write_model
 
 pytestmark = pytest.mark.usefixtures("one_thread", "blank_pictures")
 

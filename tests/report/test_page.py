@@ -42,7 +42,7 @@ from spike_export.report.figures import (
 from spike_export.report.page import spiking_tokens, write_report
 from tests.support.blank_pictures import pictures_left_blank
 from tests.support.check_costs import cost_document
-from tests.support.tiny_models import tiny_llama
+from tests.support.tiny.models import tiny_llama
 
 LAYERS = 4
 CONFIG = tiny_llama(layers=LAYERS).checkpoint.config

@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 pytest.importorskip("openai", reason="the official client is not installed")
 
-from tests.support.tiny_service import Running, running, write_served_bundle
+from tests.support.tiny.service import Running, running, write_served_bundle
 
 
 @pytest.fixture(scope="session")

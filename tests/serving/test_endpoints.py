@@ -13,7 +13,7 @@ import torch
 
 from spike_export.engines.engine import Engine
 from spike_export.engines.onnx_runtime.session import open_bundle
-from tests.support.tiny_service import CAPACITY, Running, running, write_served_bundle
+from tests.support.tiny.service import CAPACITY, Running, running, write_served_bundle
 
 CHAT: Sequence[Any] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
 

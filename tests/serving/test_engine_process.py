@@ -17,7 +17,7 @@ from spike_export.serving.engine_process import EngineProcess, SavingProcessSlot
 from spike_export.serving.hang_watch import HangWatch
 from spike_export.serving.scheduling.batch import Batch
 from tests.serving.test_operation import LONG, wait_for
-from tests.support.tiny_service import Running, running
+from tests.support.tiny.service import Running, running
 
 DASHBOARD = Path(__file__).parents[2] / "docs" / "serving-dashboard.json"
 

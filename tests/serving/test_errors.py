@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.tiny_service import Running
+from tests.support.tiny.service import Running
 
 ASK = {"prompt": "a", "max_tokens": 1}
 SAY = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1}

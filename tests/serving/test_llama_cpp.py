@@ -10,7 +10,7 @@ import httpx2
 import pytest
 
 from spike_export.engines.engine import Engine
-from tests.support.tiny_service import CAPACITY, Running, running
+from tests.support.tiny.service import CAPACITY, Running, running
 
 PROMPT = "Once upon a time"
 ASK: dict[str, Any] = {"prompt": PROMPT, "n_predict": 8, "temperature": 0}

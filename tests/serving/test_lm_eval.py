@@ -12,7 +12,7 @@ import torch
 
 from spike_export.engines.engine import Engine
 from spike_export.engines.onnx_runtime.session import open_bundle
-from tests.support.tiny_service import Running
+from tests.support.tiny.service import Running
 
 model_api: Any = pytest.importorskip("lm_eval.api.model", reason="lm-eval is not installed")
 task_api: Any = pytest.importorskip("lm_eval.api.task", reason="lm-eval is not installed")

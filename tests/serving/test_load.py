@@ -9,8 +9,8 @@ import pytest
 from spike_export.artifacts.errors import EngineError
 from spike_export.serving.guidellm import report_of, run_guidellm
 from spike_export.serving.load import Load, percentiles, run_load
-from tests.support.tiny_cli_models import call
-from tests.support.tiny_service import Running
+from tests.support.tiny.cli_models import call
+from tests.support.tiny.service import Running
 
 
 def test_figures_are_those_of_the_server(server: Running) -> None:

@@ -19,7 +19,7 @@ from spike_export.engines.generation.sampling import Sampler
 from spike_export.engines.onnx_runtime.decoding import OnnxDecoding
 from spike_export.engines.onnx_runtime.slots import StaticSlots
 from spike_export.serving.openai import exchange
-from tests.support.tiny_service import Running, running
+from tests.support.tiny.service import Running, running
 
 LONG = {"prompt": "a", "max_tokens": 150, "ignore_eos": True}
 

@@ -13,7 +13,7 @@ from spike_export.engines.onnx_runtime.slots import StaticSlots
 from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.cache_options import CacheOptions
 from tests.support.browser import CHROMIUM, Browser, browser
-from tests.support.tiny_service import Running, running
+from tests.support.tiny.service import Running, running
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
 

@@ -16,8 +16,8 @@ from spike_export.engines.runtime_choice import RuntimeChoice
 from spike_export.engines.tensorrt import decoding as trt_decoding
 from spike_export.engines.tensorrt.device import CudaDevice
 from spike_export.serving.engine_process import EngineProcess
-from tests.support.tiny_cli_models import call
-from tests.support.tiny_service import CAPACITY, Running, running
+from tests.support.tiny.cli_models import call
+from tests.support.tiny.service import CAPACITY, Running, running
 from tests.support.trt_simulation import simulate
 
 LONGEST = 64

@@ -15,7 +15,7 @@ import pytest
 from spike_export.engines.engine import Engine
 from spike_export.serving.hang_watch import cpu_ticks
 from tests.serving.test_engine_process import process_of
-from tests.support.tiny_service import CAPACITY, Running, running
+from tests.support.tiny.service import CAPACITY, Running, running
 
 PROMPTS = ["ab" * length for length in (1, 9, 20, 33, 50, 71)]
 LENGTHS = (3, 11, 25)

@@ -9,7 +9,7 @@ from typing import Any
 import openai
 import pytest
 
-from tests.support.tiny_service import Running, running
+from tests.support.tiny.service import Running, running
 
 SAY: Any = [{"role": "user", "content": "Hello"}]
 

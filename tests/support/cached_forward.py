@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import DynamicCache
 
-from tests.support.tiny_models import TinyModel
+from tests.support.tiny.models import TinyModel
 
 
 def cached_forward(model: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from tests.support.forked_command import import_libraries, run_and_exit
-from tests.support.tiny_cli_models import SMALL, artifacts, write_inputs
+from tests.support.tiny.cli_models import SMALL, artifacts, write_inputs
 
 OUT = "engine.plan"
 CHANGING: dict[str, Any] = {"build_seconds": 0, "peak_memory": 0, "plan": None}

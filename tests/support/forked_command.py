@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from spike_export.cli.main import run
 from spike_export.cli.waiting import wait_asleep
-from tests.support.tiny_cli_models import Outcome
+from tests.support.tiny.cli_models import Outcome
 
 
 class ForkedCommands:

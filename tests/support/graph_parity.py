@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tests.support.tiny_families import prefix_masks
-from tests.support.tiny_models import TinyModel
+from tests.support.tiny.families import prefix_masks
+from tests.support.tiny.models import TinyModel
 
 PARITY = 2e-5
 """Part of the logits' scale. Float32 summation in another order: 80 terms of 6e-8 each in every product of at most four

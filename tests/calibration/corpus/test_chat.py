@@ -10,7 +10,7 @@ from spike_export.calibration.corpus.chat import Chats, Conversation, Message, r
 from spike_export.calibration.corpus.corpus import Corpus
 from spike_export.calibration.corpus.token_windows import token_windows
 from spike_export.calibration.decoder.perplexity import with_bos
-from tests.support.tiny_checkpoints import BOS, byte_tokenizer
+from tests.support.tiny.checkpoints import BOS, byte_tokenizer
 
 TURNS = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
 BOS_FIRST = "{{ bos_token }}" + TURNS

@@ -12,7 +12,7 @@ from spike_export.artifacts.errors import CorpusError
 from spike_export.calibration.corpus import token_windows as cutting
 from spike_export.calibration.corpus.corpus import Corpus
 from spike_export.calibration.corpus.token_windows import EVALUATION_WINDOWS, TokenWindows, token_windows
-from tests.support.tiny_checkpoints import byte_tokenizer
+from tests.support.tiny.checkpoints import byte_tokenizer
 
 FIRST = 0x4E00
 """Characters from here on are letters: one token each, numbered by its place in the text."""

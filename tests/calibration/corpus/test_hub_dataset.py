@@ -11,7 +11,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from tests.support.tiny_hub import tiny_hub
+from tests.support.tiny.hub import tiny_hub
 
 _READ = """
 import json, sys

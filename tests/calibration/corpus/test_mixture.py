@@ -18,7 +18,7 @@ from spike_export.calibration.corpus.files import (
 from spike_export.calibration.corpus.mixture import Kind, Mixture, shares
 from spike_export.calibration.corpus.stored_text import load_documents, save_documents
 from spike_export.calibration.corpus.token_windows import EVALUATION_WINDOWS, token_windows
-from tests.support.tiny_checkpoints import byte_tokenizer
+from tests.support.tiny.checkpoints import byte_tokenizer
 
 
 class Fast:

@@ -19,8 +19,8 @@ from spike_export.calibration.corpus.corpus import Corpus
 from spike_export.calibration.corpus.model_windows import model_windows
 from spike_export.calibration.corpus.token_windows import token_windows
 from spike_export.checkpoint.checkpoint import Checkpoint
-from tests.support.tiny_checkpoints import byte_tokenizer
-from tests.support.tiny_models import tiny_llama
+from tests.support.tiny.checkpoints import byte_tokenizer
+from tests.support.tiny.models import tiny_llama
 
 CORPUS = Corpus("prose", ("Where the tokens of a sentence go, the letter e follows. " * 12,))
 

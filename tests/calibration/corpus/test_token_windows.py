@@ -14,7 +14,7 @@ from spike_export.artifacts.errors import CorpusError
 from spike_export.calibration.corpus.corpus import DEFAULT_CORPUS, Corpus, default_corpus
 from spike_export.calibration.corpus.token_windows import EVALUATION_WINDOWS, TokenWindows, token_windows
 from tests.support.help_topics import FIGURES_CORPUS
-from tests.support.tiny_checkpoints import byte_tokenizer
+from tests.support.tiny.checkpoints import byte_tokenizer
 
 
 class NumberingTokenizer:

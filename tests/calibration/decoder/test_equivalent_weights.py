@@ -27,9 +27,9 @@ from spike_export.checkpoint.decoder_config import tensor_shapes
 from spike_export.checkpoint.hf_directory import SafetensorsSource
 from spike_export.checkpoint.modules import input_sites
 from spike_export.checkpoint.opening import open_checkpoint
-from tests.support.tiny_checkpoints import random_llama, write_hf
-from tests.support.tiny_families import NAMES, tiny_family, tokens
-from tests.support.tiny_models import MemoryTensors
+from tests.support.tiny.checkpoints import random_llama, write_hf
+from tests.support.tiny.families import NAMES, tiny_family, tokens
+from tests.support.tiny.models import MemoryTensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -18,8 +18,8 @@ from spike_export.checkpoint.checkpoint import Checkpoint
 from tests.support.cached_forward import cached_logits
 from tests.support.decoder_logits import largest_difference, logits, whole_logits
 from tests.support.ropes import LONG, LONG_FACTORS, ROPES
-from tests.support.tiny_families import MIXTURES, NAMES, WINDOW, tiny_family, tokens
-from tests.support.tiny_models import LINEAR_ROPE, LLAMA3_ROPE, TinyModel
+from tests.support.tiny.families import MIXTURES, NAMES, WINDOW, tiny_family, tokens
+from tests.support.tiny.models import LINEAR_ROPE, LLAMA3_ROPE, TinyModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

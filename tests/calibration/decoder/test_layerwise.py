@@ -19,7 +19,7 @@ from spike_export.calibration.statistics.spikes import ModuleSpikes, SpikeStatis
 from spike_export.checkpoint.modules import representatives, siblings
 from tests.support.cached_forward import cached_forward
 from tests.support.decoder_logits import largest_difference, logits, whole_logits
-from tests.support.tiny_families import (
+from tests.support.tiny.families import (
     MIXTURES,
     NAMES,
     PLAIN_CAUSAL,
@@ -28,7 +28,7 @@ from tests.support.tiny_families import (
     tiny_family,
     tokens,
 )
-from tests.support.tiny_models import TinyModel
+from tests.support.tiny.models import TinyModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

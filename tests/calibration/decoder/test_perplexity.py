@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from spike_export.calibration.decoder.layerwise import Decoder, Execution
 from spike_export.calibration.decoder.perplexity import Likelihood, model_perplexity, with_bos
-from tests.support.tiny_families import NAMES, tiny_family, tokens
-from tests.support.tiny_models import TinyModel
+from tests.support.tiny.families import NAMES, tiny_family, tokens
+from tests.support.tiny.models import TinyModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

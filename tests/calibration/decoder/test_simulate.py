@@ -21,7 +21,7 @@ from spike_export.calibration.decoder.simulate import (
 )
 from spike_export.calibration.statistics.measure import Recorder, measure_spikes
 from spike_export.checkpoint.modules import linears, split_name
-from tests.support.tiny_families import tiny_family, tokens
+from tests.support.tiny.families import tiny_family, tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

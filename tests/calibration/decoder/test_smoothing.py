@@ -19,7 +19,7 @@ from spike_export.calibration.decoder.smoothing import (
     smoothing_scales,
 )
 from spike_export.checkpoint.modules import input_sites
-from tests.support.tiny_families import NAMES, tiny_family
+from tests.support.tiny.families import NAMES, tiny_family
 
 Floats = NDArray[np.float32]
 

@@ -6,7 +6,7 @@ import torch
 
 from spike_export.calibration.decoder.layerwise import Decoder
 from spike_export.calibration.decoder.text_sampling import cache_bytes, sampled_tokens
-from tests.support.tiny_families import WINDOW, tiny_family
+from tests.support.tiny.families import WINDOW, tiny_family
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

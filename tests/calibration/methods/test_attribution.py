@@ -16,7 +16,7 @@ from spike_export.calibration.methods.options import CalibrationOptions
 from spike_export.calibration.methods.qfem import ModuleChoice
 from spike_export.calibration.recipe_writer import build_recipe
 from spike_export.checkpoint.modules import representatives, siblings
-from tests.support.tiny_families import tiny_family, tokens
+from tests.support.tiny.families import tiny_family, tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -21,7 +21,7 @@ from spike_export.calibration.methods.options import CalibrationOptions
 from spike_export.calibration.methods.qfem import Scores, mac_shares
 from spike_export.calibration.methods.transform_choice import ROTATION_SEEDS, UNTYING
 from spike_export.calibration.statistics.spikes import ModuleSpikes, SpikeStatistics
-from tests.support.tiny_families import tiny_family, tokens
+from tests.support.tiny.families import tiny_family, tokens
 
 CHECKPOINT = tiny_family("llama").checkpoint
 CONFIG = CHECKPOINT.config

@@ -31,8 +31,8 @@ from spike_export.engines.accuracy.variants import Variant, check_variants
 from spike_export.engines.onnx_runtime.session import open_bundle
 from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.cache_options import CacheOptions
-from tests.support.tiny_families import replaced, tiny_family
-from tests.support.tiny_models import CachedSession, TinyModel, input_scales, tiny_recipe
+from tests.support.tiny.families import replaced, tiny_family
+from tests.support.tiny.models import CachedSession, TinyModel, input_scales, tiny_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

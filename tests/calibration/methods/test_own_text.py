@@ -12,7 +12,7 @@ from spike_export.calibration.decoder.layerwise import Decoder, Execution
 from spike_export.calibration.methods.own_text import own_corpus, unusable, write_own_text
 from spike_export.checkpoint.checkpoint import Checkpoint
 from spike_export.checkpoint.opening import open_checkpoint
-from tests.support.tiny_cli_models import call, write_corpus, write_model
+from tests.support.tiny.cli_models import call, write_corpus, write_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

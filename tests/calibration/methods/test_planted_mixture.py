@@ -18,7 +18,7 @@ from spike_export.calibration.statistics.spikes import SpikeStatistics
 from spike_export.checkpoint.checkpoint import Checkpoint
 from spike_export.checkpoint.decoder_config import decoder_config
 from spike_export.checkpoint.modules import is_router, linears
-from tests.support.tiny_checkpoints import (
+from tests.support.tiny.checkpoints import (
     BOS,
     PLANTED_CHANNEL,
     PLANTED_LAYER,
@@ -27,7 +27,7 @@ from tests.support.tiny_checkpoints import (
     sampled_text,
     token_of,
 )
-from tests.support.tiny_models import MemoryTensors
+from tests.support.tiny.models import MemoryTensors
 
 EXPERTS, PLANTED_EXPERT = 4, 2
 PLANTED = f"model.layers.{PLANTED_LAYER}.block_sparse_moe.experts.{PLANTED_EXPERT}.w2"

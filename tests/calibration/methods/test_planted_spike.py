@@ -31,7 +31,7 @@ from spike_export.checkpoint.checkpoint import Checkpoint
 from spike_export.checkpoint.decoder_config import decoder_config
 from spike_export.checkpoint.modules import linears, representatives, siblings
 from spike_export.checkpoint.opening import open_checkpoint
-from tests.support.tiny_checkpoints import (
+from tests.support.tiny.checkpoints import (
     BOS,
     PLANTED_CHANNEL,
     PLANTED_MODULE,

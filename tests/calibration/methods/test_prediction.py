@@ -26,7 +26,7 @@ from spike_export.checkpoint.modules import representatives, siblings
 from spike_export.engines.accuracy.comparison import likelihood
 from spike_export.engines.onnx_runtime.session import open_bundle
 from spike_export.export.bundle import ExportOptions, export_bundle
-from tests.support.tiny_families import replaced, tiny_family, tokens
+from tests.support.tiny.families import replaced, tiny_family, tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

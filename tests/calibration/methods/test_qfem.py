@@ -17,7 +17,7 @@ from spike_export.calibration.methods.qfem import (
     with_pareto,
 )
 from spike_export.checkpoint.modules import linears, representatives, siblings
-from tests.support.tiny_models import tiny_llama
+from tests.support.tiny.models import tiny_llama
 
 CONFIG = tiny_llama(layers=12).checkpoint.config
 NAMES = representatives(CONFIG)

@@ -45,7 +45,7 @@ from spike_export.checkpoint.modules import input_sites, is_router, representati
 from spike_export.engines.accuracy.comparison import likelihood
 from spike_export.engines.onnx_runtime.session import open_bundle
 from spike_export.export.bundle import ExportOptions, export_bundle
-from tests.support.tiny_families import NAMES, replaced, tiny_family, tokens
+from tests.support.tiny.families import NAMES, replaced, tiny_family, tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

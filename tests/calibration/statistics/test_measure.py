@@ -28,8 +28,8 @@ from spike_export.calibration.statistics.measure import (
 from spike_export.calibration.statistics.spikes import ModuleSpikes, SpikeStatistics, merge_statistics
 from spike_export.checkpoint.checkpoint import Checkpoint
 from spike_export.checkpoint.modules import representatives
-from tests.support.tiny_families import replaced, tiny_family, tokens, with_unreached_expert
-from tests.support.tiny_models import TinyModel, tiny_recipe
+from tests.support.tiny.families import replaced, tiny_family, tokens, with_unreached_expert
+from tests.support.tiny.models import TinyModel, tiny_recipe
 
 PREFIX = (1, 7)
 MOE = "block_sparse_moe"

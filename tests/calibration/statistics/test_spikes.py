@@ -24,8 +24,8 @@ from spike_export.calibration.statistics.description import load_description
 from spike_export.calibration.statistics.measure import measure_spikes
 from spike_export.calibration.statistics.room import require_statistics_room
 from spike_export.calibration.statistics.spikes import ModuleSpikes, SpikeStatistics, load_spikes, save_spikes
-from tests.support.tiny_families import tiny_family, tokens
-from tests.support.tiny_models import tiny_llama
+from tests.support.tiny.families import tiny_family, tokens
+from tests.support.tiny.models import tiny_llama
 
 scales = arrays(
     np.float32,

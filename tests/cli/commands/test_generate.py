@@ -14,7 +14,7 @@ from spike_export.cli.terminal.generated_text import write_generated
 from spike_export.engines import runtime_choice
 from spike_export.engines.engine import Engine
 from spike_export.engines.generation.generated_text import Generation, Piece
-from tests.support.tiny_cli_models import call, write_model
+from tests.support.tiny.cli_models import call, write_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

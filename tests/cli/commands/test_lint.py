@@ -13,8 +13,8 @@ from spike_export.cli.terminal.lint_table import print_lint
 from spike_export.engines.lint.linter import lint_model
 from tests.support.lint_cases import CASES, SOUND
 from tests.support.lint_graphs import save
-from tests.support.tiny_bundles import TinyModel, write_bundle
-from tests.support.tiny_cli_models import call
+from tests.support.tiny.bundles import TinyModel, write_bundle
+from tests.support.tiny.cli_models import call
 
 
 def spike_export(*arguments: str | Path, folder: Path) -> subprocess.CompletedProcess[str]:

@@ -17,8 +17,8 @@ pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 import httpx2
 
 from tests.support.documentation import examples
-from tests.support.tiny_cli_models import call
-from tests.support.tiny_service import write_served_bundle
+from tests.support.tiny.cli_models import call
+from tests.support.tiny.service import write_served_bundle
 
 PROGRAM = [sys.executable, "-c", "from spike_export.cli.main import main; main()"]
 

@@ -14,8 +14,8 @@ from spike_export.checkpoint.modules import linears
 from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.cache_options import CacheOptions
 from tests.export.test_mixture_of_experts import Case, mixture, recipe_of
-from tests.support.tiny_cli_models import call
-from tests.support.tiny_models import tiny_llama, tiny_recipe
+from tests.support.tiny.cli_models import call
+from tests.support.tiny.models import tiny_llama, tiny_recipe
 
 DYNAMIC = "model.layers.0.mlp.down_proj"
 WEIGHTS = "model.layers.1.self_attn.o_proj"

@@ -19,8 +19,8 @@ from spike_export.engines.plan.sidecar import load_sidecar
 from spike_export.export.bundle import ExportOptions, export_bundle
 from tests.engines.audit.test_kernel_count import LAYERS, MOST, checkpoint
 from tests.support.built_plans import build_plan
-from tests.support.tiny_cli_models import call
-from tests.support.tiny_models import tiny_recipe
+from tests.support.tiny.cli_models import call
+from tests.support.tiny.models import tiny_recipe
 
 needs_rtx = pytest.mark.skipif(
     importlib.util.find_spec(TENSORRT_RTX.module) is None,

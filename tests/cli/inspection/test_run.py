@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from spike_export.artifacts.recipe import Recipe, load_recipe
-from tests.support.tiny_checkpoints import PLANTED_MODULE
-from tests.support.tiny_cli_models import SMALL, call, write_corpus, write_model
+from tests.support.tiny.checkpoints import PLANTED_MODULE
+from tests.support.tiny.cli_models import SMALL, call, write_corpus, write_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -14,8 +14,8 @@ from onnx import TensorProto, helper
 from spike_export.artifacts.errors import RecipeError
 from spike_export.artifacts.recipe import load_recipe, save_recipe
 from spike_export.checkpoint.modules import linears
-from tests.support.tiny_cli_models import call, write_model
-from tests.support.tiny_models import tiny_llama, tiny_recipe
+from tests.support.tiny.cli_models import call, write_model
+from tests.support.tiny.models import tiny_llama, tiny_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from tests.support.tiny_cli_models import SMALL, call, write_corpus, write_model
+from tests.support.tiny.cli_models import SMALL, call, write_corpus, write_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

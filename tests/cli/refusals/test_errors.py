@@ -20,7 +20,7 @@ from spike_export.artifacts.errors import EngineError
 from spike_export.engines.onnx_runtime import session as onnx_session
 from spike_export.engines.plan import backend as plan_backend
 from tests.support.small_disk import small_disk
-from tests.support.tiny_checkpoints import (
+from tests.support.tiny.checkpoints import (
     VOCAB,
     planted_spike_llama,
     random_llama,
@@ -29,8 +29,8 @@ from tests.support.tiny_checkpoints import (
     write_hf,
     write_weights,
 )
-from tests.support.tiny_cli_models import SMALL, artifacts, call, write_corpus, write_model
-from tests.support.tiny_families import tiny_family
+from tests.support.tiny.cli_models import SMALL, artifacts, call, write_corpus, write_model
+from tests.support.tiny.families import tiny_family
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

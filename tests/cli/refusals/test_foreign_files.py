@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.tiny_cli_models import SMALL, artifacts, call, write_inputs
+from tests.support.tiny.cli_models import SMALL, artifacts, call, write_inputs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

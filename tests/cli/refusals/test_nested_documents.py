@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.tiny_cli_models import call, write_model
+from tests.support.tiny.cli_models import call, write_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

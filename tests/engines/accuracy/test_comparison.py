@@ -36,7 +36,7 @@ from spike_export.pipeline.job import Job
 from spike_export.pipeline.pipeline import Pipeline
 from spike_export.pipeline.run_directory import RunDirectory
 from spike_export.report.check_table import check_rows
-from tests.support.tiny_models import TinyModel, input_scales, tiny_llama, tiny_recipe
+from tests.support.tiny.models import TinyModel, input_scales, tiny_llama, tiny_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -26,8 +26,8 @@ from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.cache_options import CacheOptions
 from tests.engines.build.test_matrix import MODELS
 from tests.support.built_plans import build_plan
-from tests.support.tiny_families import tiny_family
-from tests.support.tiny_models import MemoryTensors, tiny_recipe
+from tests.support.tiny.families import tiny_family
+from tests.support.tiny.models import MemoryTensors, tiny_recipe
 
 CPU = BuildEnvironment(Machine(frozenset({"tensorrt-rtx"}), gpu=None), available=None)
 

@@ -21,7 +21,7 @@ from spike_export.engines.plan.build_options import BuildOptions
 from spike_export.engines.plan.bundle_identity import hash_plan
 from spike_export.engines.plan.sidecar import Audit, BackendVersion, PlanFile, PlanSidecar, sidecar_path, sidecar_text
 from tests.support.built_plans import audit_plan, build_plan
-from tests.support.tiny_bundles import TinyModel, write_bundle
+from tests.support.tiny.bundles import TinyModel, write_bundle
 
 Q, K = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"
 UP = "model.layers.0.mlp.up_proj"

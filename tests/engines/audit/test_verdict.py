@@ -20,10 +20,10 @@ from spike_export.engines.plan.graph import planned_precisions
 from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.cache_options import CacheOptions
 from tests.support.built_plans import audit_plan, build_plan
-from tests.support.tiny_bundles import TinyModel, tiny_graph, write_bundle
-from tests.support.tiny_cli_models import call
-from tests.support.tiny_families import tiny_family
-from tests.support.tiny_models import tiny_recipe
+from tests.support.tiny.bundles import TinyModel, tiny_graph, write_bundle
+from tests.support.tiny.cli_models import call
+from tests.support.tiny.families import tiny_family
+from tests.support.tiny.models import tiny_recipe
 
 needs_rtx = pytest.mark.skipif(
     importlib.util.find_spec(TENSORRT_RTX.module) is None,

@@ -12,7 +12,7 @@ from spike_export.engines.plan.backend import TENSORRT_RTX, Machine
 from spike_export.engines.plan.build_options import BuildOptions
 from spike_export.export.bundle import ExportOptions, export_bundle
 from tests.support.built_plans import build_plan
-from tests.support.tiny_families import tiny_family
+from tests.support.tiny.families import tiny_family
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec(TENSORRT_RTX.module) is None,

@@ -19,7 +19,7 @@ from spike_export.engines.plan.build_options import BuildOptions
 from spike_export.engines.plan.bundle_identity import HASHED_FILES, hash_bundle
 from spike_export.engines.plan.sidecar import load_sidecar, sidecar_path
 from tests.support.built_plans import build_plan
-from tests.support.tiny_bundles import MAX_POSITIONS, TinyModel, tiny_graph, write_bundle
+from tests.support.tiny.bundles import MAX_POSITIONS, TinyModel, tiny_graph, write_bundle
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec(TENSORRT_RTX.module) is None,

@@ -24,7 +24,7 @@ from spike_export.engines.plan.backend import TENSORRT_RTX, Machine
 from spike_export.engines.plan.build_options import BatchRange, BuildOptions
 from spike_export.export.bundle import ExportOptions, export_bundle
 from tests.support.built_plans import audit_plan, build_plan
-from tests.support.tiny_models import LLAMA3_ROPE, MemoryTensors, input_scales, tiny_llama, tiny_recipe
+from tests.support.tiny.models import LLAMA3_ROPE, MemoryTensors, input_scales, tiny_llama, tiny_recipe
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec(TENSORRT_RTX.module) is None,

@@ -23,8 +23,8 @@ from spike_export.engines.plan.header import HEADER_SIZE, read_header
 from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.cache_options import CacheOptions
 from tests.support.built_plans import build_plan
-from tests.support.tiny_bundles import write_bundle
-from tests.support.tiny_models import tiny_llama, tiny_recipe
+from tests.support.tiny.bundles import write_bundle
+from tests.support.tiny.models import tiny_llama, tiny_recipe
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec(TENSORRT_RTX.module) is None,

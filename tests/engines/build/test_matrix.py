@@ -32,8 +32,8 @@ from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.cache_options import CacheOptions
 from tests.engines.build.test_static_cache import program_buffers
 from tests.support.built_plans import audit_plan, build_plan
-from tests.support.tiny_families import tiny_family
-from tests.support.tiny_models import tiny_recipe
+from tests.support.tiny.families import tiny_family
+from tests.support.tiny.models import tiny_recipe
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec(TENSORRT_RTX.module) is None,

@@ -31,7 +31,7 @@ from spike_export.engines.plan.sidecar import (
     sidecar_text,
 )
 from tests.support.built_plans import build_plan
-from tests.support.tiny_bundles import TinyModel, write_bundle
+from tests.support.tiny.bundles import TinyModel, write_bundle
 
 needs_rtx = pytest.mark.skipif(
     importlib.util.find_spec(TENSORRT_RTX.module) is None,

@@ -15,7 +15,7 @@ from spike_export.engines.plan.build_options import BatchRange, BuildOptions, Pr
 from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.cache_options import CacheOptions
 from tests.support.built_plans import build_plan
-from tests.support.tiny_models import input_scales, tiny_llama, tiny_recipe
+from tests.support.tiny.models import input_scales, tiny_llama, tiny_recipe
 
 CPU = BuildEnvironment(Machine(frozenset({"tensorrt-rtx"}), gpu=None), available=None)
 CAPACITY = 48

@@ -11,7 +11,7 @@ from spike_export.artifacts.errors import EngineError
 from spike_export.engines.generation.decoding import DecodedStep, require_finite
 from spike_export.engines.generation.generated_text import Generation, Piece, Row, TokenLogprob, joined, streamed
 from spike_export.engines.generation.options import GenerationOptions
-from tests.support.tiny_checkpoints import byte_tokenizer
+from tests.support.tiny.checkpoints import byte_tokenizer
 
 TOKENIZER: Any = SimpleNamespace(backend_tokenizer=byte_tokenizer())
 EOS = 1

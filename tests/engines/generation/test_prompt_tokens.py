@@ -9,8 +9,8 @@ from transformers import AutoTokenizer
 
 from spike_export.artifacts.errors import EngineError
 from spike_export.engines.generation.prompt_tokens import PromptEncoder
-from tests.support.tiny_bundles import TinyModel, tiny_manifest
-from tests.support.tiny_checkpoints import VOCAB, write_tokenizer
+from tests.support.tiny.bundles import TinyModel, tiny_manifest
+from tests.support.tiny.checkpoints import VOCAB, write_tokenizer
 
 CHAT = [{"role": "user", "content": "a"}]
 

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models
 
 from spike_export.engines.generation.stop_strings import StopStrings
 from spike_export.engines.generation.token_stream import TokenStream
-from tests.support.tiny_checkpoints import byte_tokenizer
+from tests.support.tiny.checkpoints import byte_tokenizer
 
 PIECES = ("\u2581", "\u2581Hello", "\u2581a", "world", ",", "\u00e9")
 

@@ -20,7 +20,7 @@ from spike_export.engines.lint.finding import Finding
 from spike_export.engines.lint.linter import lint_model
 from spike_export.export.bundle import ExportOptions, export_bundle
 from tests.support.lint_graphs import FLOAT, graph, node, save, stored, value
-from tests.support.tiny_models import LLAMA3_ROPE, TinyModel, tiny_llama, tiny_recipe
+from tests.support.tiny.models import LLAMA3_ROPE, TinyModel, tiny_llama, tiny_recipe
 
 DOWN = "model.layers.1.mlp.down_proj"
 

@@ -16,7 +16,7 @@ from spike_export.engines.onnx_runtime.session import open_for_generation, sessi
 from spike_export.engines.onnx_runtime.slots import open_slots
 from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.cache_options import CacheOptions
-from tests.support.tiny_models import TinyModel, input_scales, tiny_llama, tiny_recipe, unquantized_recipe
+from tests.support.tiny.models import TinyModel, input_scales, tiny_llama, tiny_recipe, unquantized_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

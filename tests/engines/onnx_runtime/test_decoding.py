@@ -29,7 +29,7 @@ from spike_export.engines.onnx_runtime.session import open_bundle, open_for_gene
 from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.cache_options import CacheOptions
 from tests.support.graph_parity import PARITY, assert_close, reference_logits
-from tests.support.tiny_models import TinyModel, tiny_llama, unquantized_recipe
+from tests.support.tiny.models import TinyModel, tiny_llama, unquantized_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

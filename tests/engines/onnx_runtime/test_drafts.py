@@ -16,7 +16,7 @@ from spike_export.engines.onnx_runtime.session import open_for_generation
 from spike_export.engines.runtime_choice import open_onnx
 from spike_export.export.bundle import ExportOptions, LogitsScope, export_bundle
 from spike_export.export.cache_options import CacheOptions
-from tests.support.tiny_models import tiny_llama, unquantized_recipe
+from tests.support.tiny.models import tiny_llama, unquantized_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

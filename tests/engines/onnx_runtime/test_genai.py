@@ -15,7 +15,7 @@ from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.files.model_files import genai_config
 from spike_export.export.graph_plan import PrefixHome
 from tests.support.reference_models import most_likely, reference_model
-from tests.support.tiny_models import CachedSession, TinyModel, input_scales, tiny_llama, tiny_recipe
+from tests.support.tiny.models import CachedSession, TinyModel, input_scales, tiny_llama, tiny_recipe
 
 og = pytest.importorskip("onnxruntime_genai", reason="the extra `genai` (onnxruntime-genai) is not installed")
 

@@ -11,7 +11,7 @@ from spike_export.engines.onnx_runtime.session import open_bundle
 from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.graph_plan import PrefixHome
 from tests.export.test_bundle import with_tokenizer
-from tests.support.tiny_models import input_scales, tiny_llama, tiny_recipe
+from tests.support.tiny.models import input_scales, tiny_llama, tiny_recipe
 
 registry = pytest.importorskip("lm_eval.api.registry", reason="lm-eval is not installed")
 instances = pytest.importorskip("lm_eval.api.instance", reason="lm-eval is not installed")

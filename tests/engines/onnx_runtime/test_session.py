@@ -13,7 +13,7 @@ from spike_export.artifacts.recipe import Dtype
 from spike_export.engines.onnx_runtime.denormals import denormals_flushed
 from spike_export.engines.onnx_runtime.session import BundleSession, open_bundle
 from spike_export.export.bundle import ExportOptions, export_bundle
-from tests.support.tiny_models import TinyModel, tiny_llama, unquantized_recipe
+from tests.support.tiny.models import TinyModel, tiny_llama, unquantized_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -14,7 +14,7 @@ from spike_export.engines.onnx_runtime.session import BundleSession, open_for_ge
 from spike_export.engines.onnx_runtime.slots import StaticSlots, open_slots
 from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.cache_options import CacheOptions
-from tests.support.tiny_models import input_scales, tiny_llama, tiny_recipe, unquantized_recipe
+from tests.support.tiny.models import input_scales, tiny_llama, tiny_recipe, unquantized_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

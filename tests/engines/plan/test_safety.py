@@ -26,7 +26,7 @@ from spike_export.engines.plan.safety import StalePlanError, usable_engine
 from spike_export.engines.plan.sidecar import PlanSidecar, load_sidecar, sidecar_path, sidecar_text
 from spike_export.engines.plan.validity import require_valid_header
 from tests.support.built_plans import build_plan
-from tests.support.tiny_bundles import TinyModel, write_bundle
+from tests.support.tiny.bundles import TinyModel, write_bundle
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec(TENSORRT_RTX.module) is None,

@@ -21,7 +21,7 @@ from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.cache_options import CacheOptions
 from tests.support import graph_parity
 from tests.support.built_plans import build_plan
-from tests.support.tiny_models import TinyModel, tiny_llama, unquantized_recipe
+from tests.support.tiny.models import TinyModel, tiny_llama, unquantized_recipe
 from tests.support.trt_simulation import PROMPTS, Greedy, decoded
 
 

@@ -24,7 +24,7 @@ from spike_export.engines.tensorrt.prefill import dynamic_calls, static_calls
 from spike_export.engines.tensorrt.runtime_cache import RuntimeCache, runtime_cache_path
 from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.cache_options import CacheOptions
-from tests.support.tiny_models import tiny_llama, unquantized_recipe
+from tests.support.tiny.models import tiny_llama, unquantized_recipe
 from tests.support.trt_simulation import (
     CAPACITY,
     PROMPTS,

@@ -10,7 +10,7 @@ import pytest
 from spike_export.artifacts.errors import EngineError
 from spike_export.engines.plan.sidecar import Audit, BackendVersion, PlanFile, PlanKey, PlanSidecar
 from spike_export.engines.tensorrt.refit import put_weights_back
-from tests.support.tiny_bundles import write_bundle
+from tests.support.tiny.bundles import write_bundle
 
 LOGGER, ENGINE = object(), object()
 

@@ -17,7 +17,7 @@ from spike_export.engines.tensorrt.slots import SavingPlanSlots
 from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.cache_options import CacheOptions
 from tests.support.graph_parity import assert_close, reference_logits
-from tests.support.tiny_models import TinyModel, tiny_llama, unquantized_recipe
+from tests.support.tiny.models import TinyModel, tiny_llama, unquantized_recipe
 from tests.support.trt_simulation import CAPACITY, Greedy, Simulation, simulate
 
 pytestmark = pytest.mark.usefixtures("one_thread")

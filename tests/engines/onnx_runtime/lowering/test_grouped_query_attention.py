@@ -21,8 +21,8 @@ from spike_export.engines.onnx_runtime.session import open_for_generation
 from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.cache_options import CacheOptions
 from tests.support.graph_parity import assert_close
-from tests.support.tiny_families import NAMES, tiny_family
-from tests.support.tiny_models import TinyModel, tiny_llama, unquantized_recipe
+from tests.support.tiny.families import NAMES, tiny_family
+from tests.support.tiny.models import TinyModel, tiny_llama, unquantized_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

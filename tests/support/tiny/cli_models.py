@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Self
 
 from spike_export.cli.main import run
-from tests.support.tiny_checkpoints import as_text, planted_spike_llama, sampled_text, write_hf
+from tests.support.tiny.checkpoints import as_text, planted_spike_llama, sampled_text, write_hf
 
 LENGTH = 32
 SMALL = ("--samples", "4", "--length", str(LENGTH))

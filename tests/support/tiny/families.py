@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from spike_export.checkpoint.checkpoint import LM_HEAD, Checkpoint
 from spike_export.checkpoint.decoder_config import decoder_config
 from spike_export.checkpoint.families import Experts
-from tests.support.tiny_models import MemoryTensors, TinyModel
+from tests.support.tiny.models import MemoryTensors, TinyModel
 
 WINDOW = 9
 """Sliding window of the families that have one: shorter than the token windows of the tests."""

@@ -17,8 +17,8 @@ from spike_export.export.cache_options import CacheOptions
 from spike_export.serving.server import served_meanwhile
 from spike_export.serving.service import Service, open_service
 from spike_export.serving.settings import Settings
-from tests.support.tiny_checkpoints import random_llama, write_hf
-from tests.support.tiny_models import tiny_recipe
+from tests.support.tiny.checkpoints import random_llama, write_hf
+from tests.support.tiny.models import tiny_recipe
 
 CAPACITY = 192
 """Tokens of a sequence in the bundle's static cache."""
