@@ -51,7 +51,9 @@ def _pipeline(job: Job, run: RunDirectory, display: StageDisplay) -> Pipeline:
     checkpoint = open_checkpoint(job.model)
     _require_options(job, checkpoint)
     texts = tuple(each if isinstance(each, OwnText) else rendered(each, checkpoint.tokenizer) for each in read)
-    return Pipeline(job, checkpoint, run, display, texts)
+    pipeline = Pipeline(job, checkpoint, run, display, texts)
+    pipeline.require_texts()
+    return pipeline
 
 
 def _require_places(job: Job, run: RunDirectory) -> None:

@@ -44,7 +44,7 @@ from spike_export.calibration.statistics.partial_statistics import (
 )
 from spike_export.calibration.statistics.spikes import SpikeStatistics, load_spikes, save_spikes
 from spike_export.checkpoint.checkpoint import Checkpoint
-from spike_export.engines.accuracy.variants import Variant, check_variants
+from spike_export.engines.accuracy.variants import Text, Variant, check_variants
 from spike_export.engines.build.reuse import ProvidedEngine, provide_engine
 from spike_export.engines.plan.sidecar import sidecar_path
 from spike_export.export.bundle import ExportOptions, export_bundle
@@ -140,6 +140,20 @@ class Pipeline:
             elif own := self._own_text(count):
                 found.append(Kind(own, weight, judges=False))
         return Mixture(tuple(found))
+
+    @cached_property
+    def further_texts(self) -> tuple[Text, ...]:
+        """Texts of other kinds than the corpus's, on which the bundle is judged too."""
+        return further_texts(self.checkpoint, self.job.texts, self.job.calibration.length - 1)
+
+    def require_texts(self) -> None:
+        """Read the further texts that were given, so that a bad one is reported now and not after the calibration.
+
+        Raises:
+            CorpusError: As `further_texts`.
+        """
+        if self.job.texts.chosen:
+            _ = self.further_texts
 
     def _own_text(self, windows: int) -> Corpus | None:
         """Return what the model wrote for so many windows; None where it cannot write, or not soon enough."""
@@ -400,7 +414,7 @@ class Pipeline:
         path = self.run.path / "check.json"
         manifest = read_document(bundle / MANIFEST_FILE)
         known = {kind.corpus.sha256 for kind in self.corpus.kinds}
-        texts = further_texts(self.checkpoint, self.job.texts, self.job.calibration.length - 1, known)
+        texts = tuple(text for text in self.further_texts if text.sha256 not in known)
 
         def work(progress: Progress) -> None:
             variants = self._variants(recipe, bundle)

@@ -8,9 +8,12 @@ import pytest
 from spike_export.artifacts.errors import CorpusError
 from spike_export.calibration.corpus.corpus import PYTHON_SOURCE, python_source
 from spike_export.calibration.corpus.files import CorpusOptions
+from spike_export.calibration.methods.options import CalibrationOptions
 from spike_export.checkpoint.checkpoint import Checkpoint
 from spike_export.checkpoint.opening import open_checkpoint
 from spike_export.pipeline.further_texts import further_texts
+from spike_export.pipeline.job import Job
+from spike_export.pipeline.run_job import run_job
 from tests.support.tiny.checkpoints import random_llama, write_hf
 
 
@@ -51,3 +54,19 @@ def test_a_tokenizer_without_source_code_judges_on_no_default(checkpoint: Checkp
     assert further_texts(without, CorpusOptions(), 31) == ()
     with pytest.raises(CorpusError, match="no tokenizer"):
         further_texts(without, CorpusOptions("builtin:python-source"), 31)
+
+
+def test_a_bad_text_is_refused_before_the_first_stage(tmp_path: Path) -> None:
+    model = write_hf(tmp_path / "model", random_llama())
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("Red, green and blue. " * 50)
+    job = Job(
+        str(model),
+        tmp_path / "run",
+        calibration=CalibrationOptions(samples=2, length=32),
+        corpus=CorpusOptions(corpus),
+        texts=CorpusOptions(tmp_path / "missing.txt"),
+    )
+    with pytest.raises(CorpusError, match=r"missing\.txt"):
+        run_job(job)
+    assert not list((tmp_path / "run").glob("*.json"))
