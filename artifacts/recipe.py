@@ -276,6 +276,25 @@ class ActivationCandidate(_Document):
     verdict: str
 
 
+class KeptWeightsCandidate(_Document):
+    """One way for the modules that stay in 16 bit to hold their weights.
+
+    Attributes:
+        weights: 16 bit, or INT8 with 16-bit products (W8A16).
+        linears: Linears that stay in 16 bit.
+        bytes: Of their weights.
+        perplexity: On the search windows, with all other linears quantized.
+        divergence: KL divergence from the unquantized model there, per token in nats; what the choice goes by.
+    """
+
+    weights: ExcludedWeights
+    linears: int
+    bytes: int
+    perplexity: float
+    divergence: float
+    verdict: str
+
+
 class TransformCandidate(_Document):
     """One way to transform the weights that competed.
 
@@ -334,6 +353,7 @@ class Search(_Document):
         head: Smoothings of the head's input that competed, the chosen one first.
         activations: Sets of inputs with a scale per token that competed.
         curve: Sets of modules that were evaluated.
+        kept_weights: Forms of the weights of the modules in 16 bit that competed.
         prefixes: Prefixes that competed.
     """
 
@@ -344,6 +364,7 @@ class Search(_Document):
     head: tuple[HeadCandidate, ...] = ()
     activations: tuple[ActivationCandidate, ...] = ()
     curve: tuple[CurvePoint, ...] = ()
+    kept_weights: tuple[KeptWeightsCandidate, ...] = ()
     prefixes: tuple[PrefixCandidate, ...] = ()
 
 

@@ -73,7 +73,7 @@ def _scheme(options: CalibrationOptions, reason: str | None) -> Scheme:
     return Scheme(
         weights=options.weights,
         activation_range=options.activation_range,
-        excluded_weights=options.excluded_weights,
+        excluded_weights=options.searched_kept_weights,
         attention=options.attention,
         head=options.head,
         unquantized=options.dtype,

@@ -30,6 +30,7 @@ from spike_export.calibration.decoder.simulate import QuantizedWeights
 from spike_export.calibration.methods.activation_choice import choose_measured_activations
 from spike_export.calibration.methods.attribution import attribute
 from spike_export.calibration.methods.context import Calibration, Transform, spread
+from spike_export.calibration.methods.kept_weights import choose_kept_weights
 from spike_export.calibration.methods.module_choice import choose_kept
 from spike_export.calibration.methods.options import CalibrationOptions
 from spike_export.calibration.methods.own_text import own_corpus, unusable, write_own_text
@@ -262,6 +263,10 @@ class Pipeline:
             if not self.job.calibration.searches_smoothing:
                 kinds = choose_measured_activations(self.calibration, after, progress)
             choice = choose_kept(self.calibration, after, transform, progress, per_token=kinds.per_token)
+            weights = choose_kept_weights(
+                self.calibration, after, choice.kept, transform, progress, per_token=kinds.per_token
+            )
+            chosen = replace(self.calibration.options, excluded_weights=weights.form)
             search = Search(
                 reference_perplexity=self.calibration.reference(prefixes.token_ids).perplexity,
                 plain_reference_perplexity=self.calibration.reference(()).perplexity,
@@ -269,9 +274,12 @@ class Pipeline:
                 transforms=transforms.candidates,
                 activations=kinds.candidates,
                 curve=choice.curve,
+                kept_weights=weights.candidates,
                 prefixes=prefixes.candidates,
             )
-            recipe = build_recipe(self.calibration, self.corpus, after, choice, transform, search, kinds.per_token)
+            recipe = build_recipe(
+                self.calibration.with_options(chosen), self.corpus, after, choice, transform, search, kinds.per_token
+            )
             self.run.write_editable(RECIPE_FILE, recipe_text(recipe))
 
         key = stage_key(spikes=self._spikes_key, options=options)

@@ -396,7 +396,7 @@ def _kept_plan(spikes: ModuleSpikes, options: CalibrationOptions) -> ModulePlan:
 
 
 def _kept_weights(options: CalibrationOptions) -> Literal["int8"] | None:
-    return "int8" if options.excluded_weights == "int8" else None
+    return "int8" if options.searched_kept_weights == "int8" else None
 
 
 def _int8_plan(

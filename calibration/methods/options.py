@@ -25,6 +25,10 @@ ActivationOption = Literal["auto"] | ActivationKind
 """How INT8 activations are scaled: all alike, or each input's as held-out text tells (`activation_choice`)."""
 
 
+KeptWeightsOption = Literal["auto"] | ExcludedWeights
+"""How excluded modules hold their weights, or that held-out text tells it (`kept_weights`)."""
+
+
 @dataclass(frozen=True)
 class CalibrationOptions:
     """What to measure and how to choose.
@@ -37,7 +41,7 @@ class CalibrationOptions:
         weights: Scales of INT8 weights.
         activations: How INT8 activations are scaled: all alike, or each input's as is chosen.
         activation_range: What the static activation scales cover.
-        excluded_weights: How excluded modules hold their weights.
+        excluded_weights: How excluded modules hold their weights: as is said, or as is chosen.
         attention: Operands of attention's products.
         head: How the language-model head computes.
         dtype: Precision of what is not quantized.
@@ -61,7 +65,7 @@ class CalibrationOptions:
     weights: WeightScheme = "int8-per-channel"
     activations: ActivationOption = "auto"
     activation_range: ActivationRange = "sample-mean"
-    excluded_weights: ExcludedWeights = "unquantized"
+    excluded_weights: KeptWeightsOption = "unquantized"
     attention: AttentionProducts = "unquantized"
     head: HeadScheme = "unquantized"
     dtype: Dtype = "float16"
@@ -105,6 +109,11 @@ class CalibrationOptions:
     def searched_activations(self) -> ActivationKind:
         """How prefix and smoothing are searched: with constants where each input's kind is chosen behind them."""
         return "static" if self.activations == "auto" else self.activations
+
+    @property
+    def searched_kept_weights(self) -> ExcludedWeights:
+        """How excluded modules hold their weights while they are chosen: in 16 bit where the form is chosen last."""
+        return "unquantized" if self.excluded_weights == "auto" else self.excluded_weights
 
     @property
     def searches_smoothing(self) -> bool:

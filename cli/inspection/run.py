@@ -66,6 +66,17 @@ def _tables(inspection: RunInspection) -> list[_Table]:
         )
         for point in search.curve
     ]
+    weights = [
+        (
+            "INT8" if each.weights == "int8" else "16 bit",
+            str(each.linears),
+            f"{each.bytes / 1e6:.1f}",
+            decimals(each.perplexity),
+            f"{each.divergence:.4f}",
+            each.verdict,
+        )
+        for each in search.kept_weights
+    ]
     kept = [(name, plan.precision, plan.reason or "") for name, plan in inspection.unquantized.items()]
     return [
         ("prefix candidates", ("tokens", "text", "worst ratio", "16-bit ppl", "INT8 ppl", "verdict"), prefixes),
@@ -77,6 +88,7 @@ def _tables(inspection: RunInspection) -> list[_Table]:
         ("smoothing candidates of the head's input", ("smoothing", "divergence", "verdict"), heads),
         ("sets of inputs with a scale per token", ("linears", "MACs", "ppl", "divergence", "verdict"), inputs),
         ("sets of modules in 16 bit", ("by", "linears", "MACs", "ppl", "Pareto"), curve),
+        ("weights of the modules in 16 bit", ("form", "linears", "MB", "ppl", "divergence", "verdict"), weights),
         (
             "estimated noise of INT8",
             ("input of", "share", "inputs", "the noisiest", "its share"),

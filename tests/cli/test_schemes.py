@@ -65,12 +65,16 @@ def test_all_at_once_behind_a_rotation(folder: Path, tmp_path: Path) -> None:
     recipe = exported(
         folder,
         tmp_path,
-        *("--activations", "per-token", "--excluded-weights", "int8"),
+        *("--activations", "per-token", "--excluded-weights", "auto"),
         *("--attention", "int8-per-tensor-static", "--rotation", "always", "--max-fp16-modules", "2"),
     )
     assert recipe.rotation is not None
     assert 0 < len(recipe.kept()) <= 2
-    assert {plan.weights for name, plan in recipe.modules.items() if name in recipe.kept()} == {"int8"}
+    (chosen,) = (each.weights for each in recipe.search.kept_weights if each.verdict == "chosen")
+    assert recipe.scheme.excluded_weights == chosen
+    held = {plan.weights for name, plan in recipe.modules.items() if name in recipe.kept()}
+    assert held == ({"int8"} if chosen == "int8" else {None})
+    assert "weights of the modules in 16 bit" in call("inspect", tmp_path / "run").out
 
 
 def test_several_devices_and_streamed_layers_change_no_byte(folder: Path, tmp_path: Path) -> None:

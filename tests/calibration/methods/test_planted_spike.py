@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from spike_export.artifacts.recipe import ActivationRange, Recipe, Search, activation_scale, load_recipe, save_recipe
@@ -18,6 +19,7 @@ from spike_export.calibration.corpus.corpus import Corpus
 from spike_export.calibration.corpus.token_windows import TokenWindows
 from spike_export.calibration.methods.activation_choice import ActivationChoice, choose_measured_activations
 from spike_export.calibration.methods.context import NO_TRANSFORM, Calibration, Transform
+from spike_export.calibration.methods.kept_weights import KeptWeights, choose_kept_weights
 from spike_export.calibration.methods.module_choice import NOTHING_KEPT, choose_kept
 from spike_export.calibration.methods.options import CalibrationOptions
 from spike_export.calibration.methods.prefix_choice import NEUTRALITY, PrefixChoice, choose_prefix
@@ -51,6 +53,12 @@ SPIKING = token_of(SPIKING_CHARACTER)
 
 ORDINARY = 10.0
 """No ratio of a random model of this size comes near; the planted one is above a thousand."""
+
+
+AUTOMATIC = CalibrationOptions(
+    samples=32, length=48, qfem=False, smoothing=False, activation_range="max", excluded_weights="auto"
+)
+"""The paper's method, but for the weights of what is kept."""
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +204,41 @@ def test_the_automatic_choice_keeps_the_planted_module_alone(calibration: Calibr
     assert [point.fp16_share <= 0.15 for point in chosen.curve] == [True] * len(chosen.curve)
     assert max(by_count) > 1
     assert [event[1] for event in seen] == list(range(1, len(by_count) + 1))
+
+
+def test_kept_weights_are_int8_where_that_costs_little(calibration: Calibration, plain: SpikeStatistics) -> None:
+    automatic = with_options(calibration, excluded_weights="auto")
+    seen: list[tuple[str, int, int]] = []
+    chosen = choose_kept_weights(
+        automatic, plain, (PLANTED_MODULE,), NO_TRANSFORM, lambda *event: seen.append(event), per_token=()
+    )
+    assert chosen.form == "int8"
+    assert seen == [("weights of kept modules", 1, 2), ("weights of kept modules", 2, 2)]
+    narrow, wide = chosen.candidates
+    weights = CONFIG.hidden_size * CONFIG.intermediate_size
+    assert (narrow.bytes, wide.bytes, narrow.linears) == (weights, 2 * weights, 1)
+    assert (narrow.verdict, wide.verdict) == ("chosen", "saves too little for its bytes")
+    # The comparison is of the recipes that follow from either form.
+    for candidate in chosen.candidates:
+        said = with_options(calibration, excluded_weights=candidate.weights)
+        assert candidate.divergence == said.predicted(plain, (PLANTED_MODULE,), NO_TRANSFORM, measured=True).divergence
+    assert choose_kept_weights(automatic, plain, (), NO_TRANSFORM) == KeptWeights()
+    assert choose_kept_weights(calibration, plain, (PLANTED_MODULE,), NO_TRANSFORM) == KeptWeights("unquantized")
+
+
+def test_kept_weights_are_16_bit_where_int8_ruins_them(
+    calibration: Calibration, plain: SpikeStatistics, tmp_path: Path
+) -> None:
+    model = planted_spike_llama()
+    block = model.get_submodule(PLANTED_MODULE.rpartition(".")[0])
+    other = (PLANTED_CHANNEL + 1) % CONFIG.intermediate_size
+    with torch.no_grad():  # the same function; but one column sets the step of every row of the weight
+        block.get_submodule("up_proj").get_parameter("weight")[other] /= 2**12
+        block.get_submodule("down_proj").get_parameter("weight")[:, other] *= 2**12
+    stretched = Calibration(open_checkpoint(str(write_hf(tmp_path / "model", model))), calibration.windows, AUTOMATIC)
+    chosen = choose_kept_weights(stretched, plain, (PLANTED_MODULE,), NO_TRANSFORM)
+    assert chosen.form == "unquantized"
+    assert [each.verdict for each in chosen.candidates] == ["further from the unquantized model", "chosen"]
 
 
 def test_the_found_prefix_holds_the_spiking_token(calibration: Calibration, plain: SpikeStatistics) -> None:
