@@ -1,6 +1,6 @@
 """The application: which path is answered by what, and in which shape errors leave."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from typing import Any
@@ -125,10 +125,21 @@ async def _request_error(_: Request, error: Exception) -> Response:
 
 async def _invalid(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError), "registered for these alone"
-    fault = error.errors()[0]
-    place = ".".join(str(part) for part in fault["loc"] if part != "body")
-    message = f"{place}: {fault['msg']}" if place else str(fault["msg"])
+    fault = max(error.errors(), key=_depth)
+    place = ".".join(str(part) for part in fault["loc"] if _is_place(part))
+    text = str(fault["msg"]).removeprefix("Value error, ")  # what pydantic puts in front of a check's own words
+    message = f"{place}: {text}" if place else text
     return JsonAnswer(RequestError(message, param=place or None).body, 400)
+
+
+def _depth(fault: Mapping[str, Any]) -> tuple[int, bool]:
+    """Return how much a fault says: of several forms that a value may have, the one that came furthest was meant."""
+    return len(fault["loc"]), not fault["type"].endswith("_type")
+
+
+def _is_place(part: int | str) -> bool:
+    """Return whether a part of a fault's place is the client's: pydantic also names the form that it tried."""
+    return isinstance(part, int) or not ("[" in part or part in ("body", "str", "int", "float", "bool"))
 
 
 async def _http_error(_: Request, error: Exception) -> Response:

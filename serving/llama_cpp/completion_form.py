@@ -4,10 +4,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from spike_export.serving.openai.form import Form
+from spike_export.serving.openai.form import MOST_PROMPTS, Form
 from spike_export.serving.openai.sampling_form import SamplingForm
-
-_MOST_PROMPTS = 1024
 
 PromptText = Annotated[str, Field(json_schema_extra={"minLength": 1})]
 Part = Annotated[int, Field(ge=0)] | Annotated[str, Field(min_length=1)]
@@ -36,7 +34,7 @@ class CompletionForm(SamplingForm):
         response_fields: The fields of the answer that are wanted, inner ones behind a slash; all when empty.
     """
 
-    prompt: Prompt | Annotated[list[Prompt], Field(min_length=1, max_length=_MOST_PROMPTS)]
+    prompt: Prompt | Annotated[list[Prompt], Field(min_length=1), MOST_PROMPTS]
     n_predict: Annotated[int, Field(ge=-1, json_schema_extra={"not": {"const": 0}})] = -1
     n_probs: Annotated[int, Field(ge=0, le=20)] = 0
     post_sampling_probs: bool = False

@@ -9,7 +9,7 @@ from spike_export.artifacts.errors import EngineError
 from spike_export.serving.openai.chat import Message, Tool, plain_chat
 from spike_export.serving.openai.errors import refused
 from spike_export.serving.openai.exchange import JsonAnswer
-from spike_export.serving.openai.form import Form
+from spike_export.serving.openai.form import MOST_MESSAGES, Form
 from spike_export.serving.openai.requests import require_model
 from spike_export.serving.service import Service
 
@@ -22,7 +22,7 @@ class TemplateForm(Form):
     """
 
     model: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
+    messages: Annotated[list[Message], Field(min_length=1), MOST_MESSAGES]
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     add_generation_prompt: bool = True
 

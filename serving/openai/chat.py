@@ -12,7 +12,7 @@ from starlette.responses import Response
 from spike_export.engines.generation.generated_text import Generation, Piece
 from spike_export.serving.openai.errors import RequestError
 from spike_export.serving.openai.exchange import Identity, answered, counts, followed, told_progress
-from spike_export.serving.openai.form import Form, needed_if
+from spike_export.serving.openai.form import MOST_MESSAGES, Form, needed_if
 from spike_export.serving.openai.json_text import DONE, event_bytes
 from spike_export.serving.openai.logprobs import chat_logprob
 from spike_export.serving.openai.requests import encoded, new_tokens, require_model, works_of
@@ -124,7 +124,7 @@ class ChatForm(SamplingForm):
         json_schema_extra=needed_if({"top_logprobs": {"type": "integer"}}, {"logprobs": {"const": True}})
     )
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
+    messages: Annotated[list[Message], Field(min_length=1), MOST_MESSAGES]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None

@@ -10,6 +10,7 @@ from starlette.responses import Response
 
 from spike_export.engines.generation.generated_text import Generation, Piece, TokenLogprob
 from spike_export.serving.openai.exchange import Identity, answered, counts, followed, told_progress
+from spike_export.serving.openai.form import MOST_PROMPTS
 from spike_export.serving.openai.json_text import DONE, event_bytes
 from spike_export.serving.openai.logprobs import CompletionLogprobs
 from spike_export.serving.openai.requests import encoded, new_tokens, require_model, works_of
@@ -21,8 +22,6 @@ from spike_export.serving.service import Service
 _DEFAULT_TOKENS = 16
 """OpenAI's `max_tokens` where a request says nothing."""
 
-_MOST_PROMPTS = 1024
-
 PromptText = Annotated[str, Field(json_schema_extra={"minLength": 1})]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
@@ -33,8 +32,8 @@ class CompletionForm(SamplingForm):
     prompt: (
         PromptText
         | TokenIds
-        | Annotated[list[PromptText], Field(min_length=1, max_length=_MOST_PROMPTS)]
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=_MOST_PROMPTS)]
+        | Annotated[list[PromptText], Field(min_length=1), MOST_PROMPTS]
+        | Annotated[list[TokenIds], Field(min_length=1), MOST_PROMPTS]
     )
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None

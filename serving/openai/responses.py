@@ -15,7 +15,7 @@ from spike_export.engines.generation.generated_text import FinishReason, Generat
 from spike_export.serving.openai.chat import Message
 from spike_export.serving.openai.errors import RequestError
 from spike_export.serving.openai.exchange import Identity, answered, followed, timings, told_progress
-from spike_export.serving.openai.form import Form, needed_if
+from spike_export.serving.openai.form import MOST_MESSAGES, Form, needed_if
 from spike_export.serving.openai.format_form import Source
 from spike_export.serving.openai.json_text import event_bytes
 from spike_export.serving.openai.requests import encoded, new_tokens, require_model, works_of
@@ -66,7 +66,7 @@ class TextForm(Form):
 class ResponseForm(SamplingForm):
     """The body of a request."""
 
-    input: str | Annotated[list[InputMessage], Field(min_length=1, max_length=4096)]
+    input: str | Annotated[list[InputMessage], Field(min_length=1), MOST_MESSAGES]
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     previous_response_id: None = None

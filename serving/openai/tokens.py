@@ -8,7 +8,7 @@ from starlette.responses import Response
 from spike_export.serving.openai.chat import Message
 from spike_export.serving.openai.errors import RequestError
 from spike_export.serving.openai.exchange import JsonAnswer
-from spike_export.serving.openai.form import Form, one_given
+from spike_export.serving.openai.form import MOST_MESSAGES, MOST_TOKENS, Form, one_given
 from spike_export.serving.openai.requests import encoded, plain_tokens, require_model
 from spike_export.serving.service import Service
 
@@ -25,7 +25,7 @@ class TokenizeForm(Form):
 
     model: str | None = None
     prompt: Annotated[str, Field(min_length=1)] | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1), MOST_MESSAGES] | None = None
     content: str | None = None
     add_special: bool = False
     with_pieces: bool = False
@@ -35,7 +35,7 @@ class DetokenizeForm(Form):
     """Tokens."""
 
     model: str | None = None
-    tokens: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=1 << 20)]
+    tokens: Annotated[list[Annotated[int, Field(ge=0)]], MOST_TOKENS]
 
 
 class Tokens:

@@ -105,6 +105,33 @@ def test_a_response_that_nothing_is_kept_for(server: Running, changes: dict[str,
     require_error(server.post("/v1/responses", json={"input": "a", "max_output_tokens": 1} | changes))
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([{"role": "user"}] * 5000, "input: 5000 items; expected at most 4096"),
+        ([{"role": "user", "content": "a"}, {"content": "a"}], "input.1.role: Field required"),
+        (5, "input: Input should be a valid string"),
+    ],
+    ids=["too many", "no role", "no text"],
+)
+def test_what_is_told_is_of_the_form_that_was_meant(server: Running, given: Any, message: str) -> None:
+    error = require_error(server.post("/v1/responses", json={"input": given}))
+    assert error["message"] == message
+    assert error["param"] == message.partition(":")[0]
+
+
+def test_whole_numbers_may_be_written_as_floats(server: Running) -> None:
+    whole = {"prompt": [[1, 2], [3, 4]], "max_tokens": 2, "seed": 3, "temperature": 1, "logit_bias": [[5, 2]]}
+    floats = {"prompt": [[1.0, 2.0], [3.0, 4]], "max_tokens": 2.0, "seed": 3.0, "temperature": 1.0}
+    answers = [
+        server.post("/v1/completions", json=body).json()["choices"]
+        for body in (whole, whole | floats | {"logit_bias": [[5.0, 2.0]]})
+    ]
+    assert answers[0] == answers[1]
+    assert len(answers[0]) == 2
+    require_error(server.post("/v1/completions", json=whole | {"max_tokens": 2.5}))
+
+
 def test_an_unknown_path_and_a_wrong_method(server: Running) -> None:
     assert require_error(server.get("/v1/nothing"), 404)["type"] == "not_found_error"
     require_error(server.get("/v1/completions"), 405)
