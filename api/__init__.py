@@ -33,6 +33,10 @@ if TYPE_CHECKING:
     from spike_export.engines.plan.build_options import BuildOptions as BuildOptions
     from spike_export.engines.tensorrt.engines import RuntimeOptions as RuntimeOptions
     from spike_export.export.cache_options import CacheOptions as CacheOptions
+    from spike_export.export.compressed_tensors.checkpoint_export import CompressedCheckpoint as CompressedCheckpoint
+    from spike_export.export.compressed_tensors.checkpoint_export import (
+        export_compressed_tensors as export_compressed_tensors,
+    )
     from spike_export.export.model_export import export as export
     from spike_export.inspection.bundle import BundleInspection as BundleInspection
     from spike_export.inspection.plan import EngineInspection as EngineInspection
@@ -89,6 +93,10 @@ _NAMES_OF = {
     ),
     "spike_export.engines.tensorrt.engines": ("RuntimeOptions",),
     "spike_export.export.cache_options": ("CacheOptions",),
+    "spike_export.export.compressed_tensors.checkpoint_export": (
+        "CompressedCheckpoint",
+        "export_compressed_tensors",
+    ),
     "spike_export.export.model_export": ("export",),
     "spike_export.inspection.bundle": ("BundleInspection",),
     "spike_export.inspection.plan": (

@@ -15,6 +15,11 @@ from spike_export.artifacts.manifest import MANIFEST_FILE
 
 _MANIFEST_KEYS = ("format", "model", "kv_cache", "linears")
 
+CHECKPOINT_MARK = "spike_export.json"
+"""What an exported checkpoint has in place of a bundle's manifest."""
+
+_MARK_KEYS = ("format", "kind", "model", "recipe_sha256")
+
 
 def require_replaceable(path: Path, kind: str, is_ours: Callable[[Path], bool], *, overwrite: bool = False) -> None:
     """Refuse to replace a file or a folder that was not written here.
@@ -42,13 +47,22 @@ def is_document(path: Path, *keys: str) -> bool:
 
 def is_bundle(folder: Path) -> bool:
     """Return whether a folder is empty, or a bundle that holds nothing but what export wrote."""
+    return _is_written(folder, MANIFEST_FILE, _MANIFEST_KEYS)
+
+
+def is_written_checkpoint(folder: Path) -> bool:
+    """Return whether a folder is empty, or a checkpoint that holds nothing but what export wrote."""
+    return _is_written(folder, CHECKPOINT_MARK, _MARK_KEYS)
+
+
+def _is_written(folder: Path, mark: str, keys: Iterable[str]) -> bool:
     if folder.is_symlink() or not folder.is_dir():
         return False
     found = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
     if not found:
         return True
-    manifest = _document(folder / MANIFEST_FILE)
-    return _has(manifest, _MANIFEST_KEYS) and not _foreign(manifest.get("files"), found)
+    document = _document(folder / mark)
+    return _has(document, keys) and not _foreign(document.get("files"), found - {mark})
 
 
 def _document(path: Path) -> Any:
@@ -64,7 +78,7 @@ def _has(document: Any, keys: Iterable[str]) -> bool:
 
 
 def _foreign(listed: Any, found: set[str]) -> set[str]:
-    """Return the files of a bundle that its manifest does not list; none where an older manifest lists nothing."""
+    """Return the files of a folder that its mark does not list; none where an older mark lists nothing."""
     if not isinstance(listed, list) or not listed:
         return set()
-    return found - {MANIFEST_FILE, *(name for name in listed if isinstance(name, str))}
+    return found - {name for name in listed if isinstance(name, str)}

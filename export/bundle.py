@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -17,7 +16,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from spike_export.artifacts.atomic_write import atomic_path
-from spike_export.artifacts.errors import ArtifactError, RecipeError
+from spike_export.artifacts.errors import RecipeError
+from spike_export.artifacts.free_space import require_free_space
 from spike_export.artifacts.manifest import (
     DATA_FILE,
     GRAPH_FILE,
@@ -226,15 +226,7 @@ def _threads(model: ir.Model) -> int:
 def _require_space(destination: Path, model: ir.Model) -> None:
     nodes = sum(len(graph) for graph in model.graphs())
     needed = file_bytes(model) + nodes * _NODE_BYTES + _SLACK
-    existing = destination.absolute().parent
-    while not existing.exists():
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise ArtifactError(
-            f"{destination}: the bundle needs {needed:,} bytes and {free:,} are free; free space there or choose "
-            "another place"
-        )
+    require_free_space(destination, needed, "the bundle")
 
 
 def _write_graph(model: ir.Model, folder: Path, progress: Progress) -> None:

@@ -20,21 +20,21 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path, prefix_ho
     """
     tokenizer.save_pretrained(folder)
     config_path = folder / "tokenizer_config.json"
-    config = _read(config_path)
+    config = read_json(config_path)
     # Where the checkpoint lay is no part of the bundle: exports of one model from two places are alike.
     for key in ("name_or_path", "is_local", "local_files_only"):
         config.pop(key, None)
     if prefix_holds_bos:
         config["add_bos_token"] = False
         path = folder / "tokenizer.json"
-        document = _read(path)
+        document = read_json(path)
         document["post_processor"] = without_bos(document.get("post_processor"), tokenizer.bos_token)
-        _write(path, document, indent=2)
+        write_json(path, document)
         for template in folder.rglob("*.jinja"):
             text = template.read_text(encoding="utf-8")
             if "bos_token" in text:
                 template.write_text(_WITHOUT_BOS + text, encoding="utf-8")
-    _write(config_path, config, indent=2)
+    write_json(config_path, config)
 
 
 def without_bos(processor: Any, bos: str | None) -> Any:
@@ -61,10 +61,12 @@ def without_bos(processor: Any, bos: str | None) -> Any:
     return {**processor, **templates, "special_tokens": specials}
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Return what one of the tokenizer's files holds."""
     document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return document
 
 
-def _write(path: Path, document: Any, indent: int) -> None:
-    path.write_text(json.dumps(document, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
+def write_json(path: Path, document: Any) -> None:
+    """Write one of the tokenizer's files."""
+    path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
