@@ -379,6 +379,27 @@ class ServerArguments:
     (default: 30)."""
 
 
+@Parameter(name="*", group=_SERVER)
+@dataclass(frozen=True, kw_only=True)
+class TritonArguments:
+    """How much a model of Triton computes at once; written to `config.pbtxt`, where it may be changed."""
+
+    rows: int | None = None
+    "Most sequences that are computed together (default: 8)."
+
+    queue: int | None = None
+    "Most sequences that wait for a row; more are refused (default: 64)."
+
+    prefill_budget: int | None = None
+    "Tokens of prompts that are read between two steps of the sequences in progress (default: 256)."
+
+    prefix_cache: int | None = None
+    "Bytes for keys and values of prompts; prompts that begin alike are then read once (default: 268435456; 0: none)."
+
+    timeout: int | None = None
+    "Longest time for an answer in seconds (default: 600)."
+
+
 @Parameter(name="*", group=_LOAD)
 @dataclass(frozen=True, kw_only=True)
 class LoadArguments:

@@ -25,6 +25,7 @@ from spike_export.cli.commands.job import job
 from spike_export.cli.commands.merge import merge
 from spike_export.cli.commands.report import report
 from spike_export.cli.commands.serve import serve
+from spike_export.cli.commands.triton import triton
 from spike_export.cli.config_file import config_path, require_config, require_text
 from spike_export.cli.crash import report_crash
 from spike_export.cli.exit_codes import BAD_INPUT, DONE, INTERRUPTED, PROGRAM_FAULT
@@ -40,7 +41,7 @@ app = App(
     suppress_keyboard_interrupt=False,  # `run` says what is kept
 )
 app.default(job)
-for command in (calibrate, merge, inspect, export, check, build, generate, serve, bench, report):
+for command in (calibrate, merge, inspect, export, check, build, generate, serve, triton, bench, report):
     app.command(command)
 
 

@@ -19,6 +19,7 @@ from spike_export.serving.openai.chat import ChatCompletions
 from spike_export.serving.openai.completions import Completions
 from spike_export.serving.openai.errors import RequestError
 from spike_export.serving.openai.exchange import JsonAnswer
+from spike_export.serving.openai.inference_protocol import InferenceProtocol
 from spike_export.serving.openai.responses import Responses
 from spike_export.serving.openai.state import State
 from spike_export.serving.openai.tokens import Tokens
@@ -61,6 +62,7 @@ def create_app(service: Service) -> FastAPI:
 def _add_routes(app: FastAPI, service: Service) -> None:
     tokens, template, state, server_state = Tokens(service), Template(service), State(service), ServerState(service)
     chat, completion, responses = ChatCompletions(service), Completion(service), Responses(service)
+    protocol = InferenceProtocol(service)
     posts: dict[str, Callable[..., Any]] = {
         "/v1/chat/completions": chat.create,
         "/chat/completions": chat.create,
@@ -84,6 +86,13 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         "/v1/health/live": state.live,
         "/ready": state.ready,
         "/v1/health/ready": state.ready,
+        "/v2": protocol.server,
+        "/v2/health/live": protocol.live,
+        "/v2/health/ready": protocol.ready,
+        "/v2/models/{name}": protocol.model,
+        "/v2/models/{name}/ready": protocol.model_ready,
+        "/v2/models/{name}/versions/1": protocol.model,
+        "/v2/models/{name}/versions/1/ready": protocol.model_ready,
         "/metrics": state.metrics,
         "/model-card": state.card,
         "/": state.page,

@@ -16,7 +16,12 @@ from spike_export.serving.openai.errors import RequestError
 from spike_export.serving.openai.exchange import JsonAnswer
 from spike_export.serving.service import Log
 
-OPEN_PATHS = frozenset({"/", "/health", "/ready", "/v1/health", "/v1/health/live", "/v1/health/ready", "/models"})
+OPEN_PATHS = frozenset(
+    {
+        *("/", "/health", "/ready", "/v1/health", "/v1/health/live", "/v1/health/ready", "/models"),
+        *("/v2/health/live", "/v2/health/ready"),
+    }
+)
 """Answered without a key: what a load balancer asks, the page, which asks its reader for a key, and llama.cpp's list of
 models, which its clients read before they show one. OpenAI's `/v1/models` needs a key."""
 

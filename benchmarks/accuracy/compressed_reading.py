@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -70,7 +69,7 @@ def computed_model(folder: Path, token_range: float = 127.0) -> Any:
 def _rounded_input(step: torch.Tensor | None, token_range: float) -> Any:
     def hook(_: Any, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
         values = inputs[0].float()
-        scale = values.abs().amax(-1, keepdim=True).clamp(min=1e-5) / np.float32(token_range) if step is None else step
+        scale = values.abs().amax(-1, keepdim=True).clamp(min=1e-5) / token_range if step is None else step
         return (torch.clamp(torch.round(values / scale), -128, 127) * scale,)
 
     return hook

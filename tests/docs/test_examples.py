@@ -194,6 +194,7 @@ BARE_CALLS = (
     ("build", "B", "--out", "PLAN"),
     ("generate", "B"),
     ("serve", "B"),
+    ("triton", "B", "--out", "REPOSITORY"),
     ("bench", "B"),
 )
 """Calls with nothing but what each command requires."""

@@ -139,11 +139,22 @@ def test_a_response(server: Running, alone: Engine) -> None:
 def test_models_and_state(server: Running) -> None:
     assert [model.id for model in server.client().models.list()] == ["tiny"]
     assert server.client().models.retrieve("tiny").id == "tiny"
-    for path in ("/health", "/ready", "/v1/health/live", "/v1/health/ready"):
+    for path in ("/health", "/ready", "/v1/health/live", "/v1/health/ready", "/v2/health/live", "/v2/health/ready"):
         assert server.get(path).status_code == 200
     figures = server.get("/metrics").text
     for name in ("num_requests_running", "time_to_first_token_seconds_bucket", "generation_tokens_total"):
         assert f"spike_export:{name}" in figures
+
+
+def test_the_inference_protocol_describes_server_and_model(server: Running) -> None:
+    assert server.get("/v2").json()["name"] == "spike-export"
+    for path in ("/v2/models/tiny", "/v2/models/tiny/versions/1"):
+        described = server.get(path).json()
+        assert (described["name"], described["versions"]) == ("tiny", ["1"])
+        assert described["platform"] == "ONNX Runtime, cpu"
+        assert server.get(f"{path}/ready").json() == {"name": "tiny", "ready": True}
+    assert server.get("/v2/models/other").status_code == 404
+    assert server.get("/v2/models/other/ready").status_code == 404
 
 
 def test_tokens_and_back(server: Running, alone: Engine) -> None:

@@ -66,7 +66,7 @@ def test_a_wrong_key(small: Running, shown: str | None) -> None:
 
 def test_a_right_key_and_paths_without_one(small: Running) -> None:
     assert [model.id for model in small.client(api_key="first").models.list()] == ["tiny"]
-    for path in ("/health", "/ready"):
+    for path in ("/health", "/ready", "/v2/health/live", "/v2/health/ready"):
         assert small.get(path).status_code == 200
 
 
@@ -156,8 +156,10 @@ def test_a_failed_engine_begins_anew_once(bundle: Path, monkeypatch: pytest.Monk
         monkeypatch.setattr(StaticSlots, "step", failing)
         assert "engine_failed" in server.post("/v1/completions", json=LONG | {"stream": True}).text
         wait_for(lambda: server.service.worker.state == "stopped")
-        assert server.get("/ready").status_code == 503
-        assert server.get("/health").status_code == 200
+        for path in ("/ready", "/v2/health/ready", "/v2/models/tiny/ready"):
+            assert server.get(path).status_code == 503
+        for path in ("/health", "/v2/health/live"):
+            assert server.get(path).status_code == 200
         assert server.post("/v1/completions", json=LONG).status_code == 503
         assert [event for event, _ in server.log].count("engine failed") == 2
 
