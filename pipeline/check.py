@@ -5,21 +5,14 @@ from pathlib import Path
 from spike_export.artifacts.accuracy_limits import AccuracyLimits
 from spike_export.artifacts.atomic_write import require_file_name
 from spike_export.artifacts.check_document import Check, is_check, save_check
-from spike_export.artifacts.errors import ArtifactError
 from spike_export.artifacts.ownership import require_replaceable
 from spike_export.artifacts.progress import Progress, silent
-from spike_export.calibration.corpus.chat import rendered
-from spike_export.calibration.corpus.files import OwnText, load_corpora, require_judge
-from spike_export.calibration.corpus.mixture import Kind, Mixture
-from spike_export.calibration.corpus.model_windows import model_windows
 from spike_export.calibration.decoder.layerwise import Decoder
-from spike_export.checkpoint.opening import open_checkpoint
 from spike_export.engines.accuracy.variants import Variant, check_variants
-from spike_export.engines.onnx_runtime.session import runnable_manifest
 from spike_export.export.bundle import ExportOptions
-from spike_export.pipeline.evaluation_text import EvaluationText
+from spike_export.pipeline.evaluation_text import EvaluationText, evaluation_windows
 from spike_export.pipeline.further_texts import further_texts
-from spike_export.pipeline.job import require_length, require_room
+from spike_export.pipeline.opened_pair import opened_pair
 
 
 def check(
@@ -66,27 +59,19 @@ def check(
 
 
 def _compared(bundle: Path, reference: str, text: EvaluationText, progress: Progress) -> Check:
-    manifest = runnable_manifest(bundle)
-    checkpoint = open_checkpoint(reference)
-    if manifest.model.checkpoint_sha256 != checkpoint.tensors.sha256():
-        raise ArtifactError(f"{bundle}: was made of {manifest.model.source}, and {reference} has other weights")
-    require_length(text.length, checkpoint)
-    require_room(text.length, manifest.capacity)
-    read = load_corpora(text.corpus)
-    require_judge(read)
-    judging = [rendered(each, checkpoint.tokenizer) for each in read if not isinstance(each, OwnText)]
-    corpus, samples = Mixture(tuple(Kind(each) for each in judging)), max(text.samples, len(judging))
-    windows = model_windows(checkpoint, corpus, samples, text.length - 1, text.seed, text.windows)
+    manifest, checkpoint = opened_pair(bundle, reference)
+    corpus, evaluation = evaluation_windows(checkpoint, manifest, text)
+    known = {kind.corpus.sha256 for kind in corpus.kinds}
     name = "shipped" if manifest.model.recipe_sha256 else "unquantized"
     result = check_variants(
         checkpoint,
         lambda: Decoder(checkpoint),
         corpus,
-        windows.evaluation,
+        evaluation,
         [Variant(name, None, bundle)],
         ExportOptions(manifest.dtype),
         progress,
-        texts=further_texts(checkpoint, text.further, windows.evaluation.shape[1], {each.sha256 for each in judging}),
+        texts=further_texts(checkpoint, text.further, evaluation.shape[1], known),
     )
     checkpoint.require_unchanged()
     return result

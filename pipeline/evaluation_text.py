@@ -2,8 +2,17 @@
 
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
+from spike_export.artifacts.manifest import Manifest
 from spike_export.artifacts.recipe import WindowKind
-from spike_export.calibration.corpus.files import CorpusOptions
+from spike_export.calibration.corpus.chat import rendered
+from spike_export.calibration.corpus.files import CorpusOptions, OwnText, load_corpora, require_judge
+from spike_export.calibration.corpus.mixture import Kind, Mixture
+from spike_export.calibration.corpus.model_windows import model_windows
+from spike_export.checkpoint.checkpoint import Checkpoint
+from spike_export.pipeline.job import require_length, require_room
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,3 +34,22 @@ class EvaluationText:
     seed: int = 0
     windows: WindowKind = "packed"
     further: CorpusOptions = field(default_factory=CorpusOptions)
+
+
+def evaluation_windows(
+    checkpoint: Checkpoint, manifest: Manifest, text: EvaluationText
+) -> tuple[Mixture, NDArray[np.int64]]:
+    """Return the corpora that a bundle is judged on, and the evaluation windows [windows, tokens] cut from them.
+
+    Raises:
+        CorpusError: The corpus cannot be used.
+        RecipeError: The windows are longer than the model's sequences or the bundle's static cache.
+    """
+    require_length(text.length, checkpoint)
+    require_room(text.length, manifest.capacity)
+    read = load_corpora(text.corpus)
+    require_judge(read)
+    judging = [rendered(each, checkpoint.tokenizer) for each in read if not isinstance(each, OwnText)]
+    corpus, samples = Mixture(tuple(Kind(each) for each in judging)), max(text.samples, len(judging))
+    windows = model_windows(checkpoint, corpus, samples, text.length - 1, text.seed, text.windows)
+    return corpus, windows.evaluation

@@ -1,7 +1,7 @@
-"""`spike-export check BUNDLE`: its accuracy, or what the linter finds in its graph."""
+"""`spike-export check BUNDLE`: its accuracy, its parity step by step, or what the linter finds in its graph."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 from rich.console import Console
@@ -13,6 +13,9 @@ from spike_export.cli.exit_codes import DONE, GATE_MISSED
 from spike_export.cli.options import evaluation_text, use_threads
 from spike_export.cli.verdicts import accuracy_verdict
 
+if TYPE_CHECKING:
+    from spike_export.pipeline.evaluation_text import EvaluationText
+
 
 def check(
     bundle: Annotated[Path, Parameter(help="Folder that export wrote; with --lint also any .onnx file.")],
@@ -23,7 +26,20 @@ def check(
         bool,
         Parameter(negative="", help="Lint the graph: report what TensorRT or ONNX Runtime refuses or runs slowly."),
     ] = False,
-    json_file: Annotated[Path | None, Parameter(name="--json", help="With --lint: file for the findings.")] = None,
+    parity: Annotated[
+        bool,
+        Parameter(
+            negative="",
+            help="Compare every step of the graph with transformers and with the simulation of the recipe: name the "
+            "first module that computes something else.",
+        ),
+    ] = False,
+    recipe: Annotated[
+        Path | None, Parameter(help="With --parity: the bundle's recipe (default: recipe.json beside the bundle).")
+    ] = None,
+    json_file: Annotated[
+        Path | None, Parameter(name="--json", help="With --lint or --parity: file for the result.")
+    ] = None,
     out: Annotated[
         Path | None, Parameter(help="File for the result (default: BUNDLE.check.json, beside the bundle).")
     ] = None,
@@ -32,15 +48,18 @@ def check(
     threads: ThreadArguments = ThreadArguments(),
     run_options: RunArguments = RunArguments(),
 ) -> int:
-    """Compare a bundle with the unquantized model (perplexity, top-1 agreement, KL divergence), or lint its graph."""
+    """Compare a bundle with the unquantized model: perplexity, top-1 agreement, KL divergence; or --parity, --lint."""
     use_threads(threads)
     if lint:
-        if reference is not None or out is not None:
-            raise ArtifactError("check --lint reads only the graph; omit --reference and --out")
+        if reference is not None or out is not None or parity:
+            raise ArtifactError("check --lint reads only the graph; omit --reference, --out and --parity")
         return _lint(bundle, json_file, run_options)
-    if reference is None or json_file is not None:
-        wrong = "needs --reference MODEL, or --lint" if reference is None else "writes --json with --lint only"
-        raise ArtifactError(f"check {wrong}")
+    if reference is None:
+        raise ArtifactError("check needs --reference MODEL, or --lint")
+    if parity:
+        return _parity(bundle, reference, recipe, evaluation_text(corpus, gate), json_file, run_options)
+    if json_file is not None or recipe is not None:
+        raise ArtifactError("check takes --json with --lint or --parity only, and --recipe with --parity only")
     from spike_export.cli.terminal.progress_display import ProgressDisplay
     from spike_export.pipeline.check import check as check_bundle
     from spike_export.report.check_table import print_check
@@ -64,6 +83,21 @@ def check(
         print_check(result, console)
         console.print(Text(f"check: {path}"), soft_wrap=True)
     return accuracy_verdict(result.passed)
+
+
+def _parity(
+    bundle: Path, reference: str, recipe: Path | None, text: "EvaluationText", out: Path | None, options: RunArguments
+) -> int:
+    from spike_export.cli.terminal.parity_table import print_parity
+    from spike_export.cli.terminal.progress_display import ProgressDisplay
+    from spike_export.pipeline.parity import parity
+
+    console = Console()
+    with ProgressDisplay(console, ["parity"], quiet=options.quiet) as display, display.stage("parity") as progress:
+        result = parity(bundle, reference, recipe, text, out=out, progress=progress, overwrite=options.overwrite)
+    if not options.quiet:
+        print_parity(result, console)
+    return DONE if result.passed else GATE_MISSED
 
 
 def _lint(model: Path, json_file: Path | None, options: RunArguments) -> int:

@@ -156,6 +156,16 @@ def open_bundle(bundle: Path, threads: int = 0, *, all_logits: bool = False) -> 
     return BundleSession(manifest, _session(bundle, bundle / GRAPH_FILE, threads))
 
 
+def open_graph(bundle: Path, graph: bytes, threads: int = 0) -> BundleSession:
+    """Load a serialized graph that was made of a bundle's, and reads its weights, into ONNX Runtime on the CPU.
+
+    Raises:
+        ArtifactError: The manifest cannot be read.
+        EngineError: The bundle is incomplete, of a precision that the CPU lacks, or the graph is refused.
+    """
+    return BundleSession(runnable_manifest(bundle), _session(bundle, graph, threads))
+
+
 def open_for_generation(
     bundle: Path,
     threads: int = 0,

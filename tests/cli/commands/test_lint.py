@@ -105,8 +105,11 @@ def test_bad_input_is_one_line(tmp_path: Path, content: bytes | None, said: str)
 def test_the_two_kinds_of_check_are_not_mixed(tmp_path: Path) -> None:
     bundle = write_bundle(tmp_path / "bundle")
     assert "needs --reference MODEL, or --lint" in call("check", bundle).error
-    assert "with --lint only" in call("check", bundle, "--reference", "m", "--json", tmp_path / "j").error
-    assert "omit --reference and --out" in call("check", bundle, "--lint", "--reference", "m").error
+    assert (
+        "--json with --lint or --parity only"
+        in call("check", bundle, "--reference", "m", "--json", tmp_path / "j").error
+    )
+    assert "omit --reference, --out and --parity" in call("check", bundle, "--lint", "--reference", "m").error
 
 
 def test_a_json_file_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:

@@ -1,0 +1,40 @@
+"""The parity chain for the reader: a verdict for each link, and how the error grows from layer to layer."""
+
+from rich.console import Console
+from rich.text import Text
+
+from spike_export.cli.terminal.text_table import print_table
+from spike_export.engines.parity.chain import Link, Parity
+from spike_export.engines.parity.comparison import Step
+
+_LISTED = 5
+"""Steps outside their tolerance that are named."""
+
+
+def print_parity(parity: Parity, console: Console) -> None:
+    """Print links, the steps outside their tolerance, and the growth of the error."""
+    for link in parity.links:
+        console.print(Text(_verdict(link), style="bold red" if link.outside else ""), soft_wrap=True)
+        for step in link.outside[:_LISTED]:
+            console.print(Text(f"  {_fault(step)}"), soft_wrap=True)
+    console.print(Text("not compared: TensorRT, whose plans show no inner values"), soft_wrap=True)
+    columns = [*(link.growth for link in parity.links), parity.quantization]
+    headings = ["transformers", "decoder", "bundle", "quantization"]
+    shown = [(heading, rows) for heading, rows in zip(headings, columns, strict=True) if rows]
+    places = [place.removeprefix("model.") for place, _ in parity.quantization]
+    rows = [[place, *(f"{rows[index][1]:.1e}" for _, rows in shown)] for index, place in enumerate(places)]
+    title = "Error of each layer's output, as a part of the output, where all compute on their own"
+    print_table(console, title, ["output of", *(heading for heading, _ in shown)], rows)
+
+
+def _verdict(link: Link) -> str:
+    if link.worst is None:
+        return f"not compared: {link.name}: {link.note}"
+    verdict = f"FAILED, {len(link.outside)} of {link.compared}" if link.outside else f"passed, all {link.compared}"
+    outside = "outside" if link.outside else "within"
+    return f"{link.name}: {verdict} steps {outside} their tolerance; the largest error is {link.worst.excess:.2g} of it"
+
+
+def _fault(step: Step) -> str:
+    where = f"{step.tokens} of {step.positions} tokens, most at token {step.token} of window {step.window}"
+    return f"{step.name} ({step.what}): {step.excess:.3g} times the tolerance; {where}"

@@ -1,0 +1,52 @@
+"""A bundle and the model that it was made of, opened together."""
+
+from pathlib import Path
+
+from spike_export.artifacts.errors import ArtifactError
+from spike_export.artifacts.manifest import Manifest
+from spike_export.artifacts.recipe import Recipe, load_recipe, recipe_sha256
+from spike_export.checkpoint.checkpoint import Checkpoint
+from spike_export.checkpoint.opening import open_checkpoint
+from spike_export.engines.onnx_runtime.session import runnable_manifest
+
+_RECIPE = "recipe.json"
+
+
+def opened_pair(bundle: Path, reference: str) -> tuple[Manifest, Checkpoint]:
+    """Return a bundle's manifest, and the model that the bundle was made of.
+
+    Raises:
+        ArtifactError: The manifest cannot be read, or the bundle was made of another checkpoint.
+        CheckpointError: The model cannot be read.
+        EngineError: ONNX Runtime cannot run the bundle.
+    """
+    manifest, checkpoint = runnable_manifest(bundle), open_checkpoint(reference)
+    if manifest.model.checkpoint_sha256 != checkpoint.tensors.sha256():
+        raise ArtifactError(f"{bundle}: was made of {manifest.model.source}, and {reference} has other weights")
+    return manifest, checkpoint
+
+
+def recipe_of(bundle: Path, manifest: Manifest, recipe: Path | None) -> Recipe | None:
+    """Return the recipe that a bundle was made by; None for a bundle without quantization.
+
+    Args:
+        bundle: Its folder.
+        manifest: Its manifest.
+        recipe: Where the recipe is; None for `recipe.json` beside the bundle, where the main job leaves it.
+
+    Raises:
+        ArtifactError: There is no recipe, or the bundle was made by another one.
+        RecipeError: The recipe is malformed.
+    """
+    wanted = manifest.model.recipe_sha256
+    if wanted is None:
+        if recipe is not None:
+            raise ArtifactError(f"{bundle}: was made without a recipe; omit --recipe")
+        return None
+    path = recipe or bundle.absolute().parent / _RECIPE
+    if recipe is None and not path.is_file():
+        raise ArtifactError(f"{path}: the recipe of {bundle} is not there; name it with --recipe")
+    found = load_recipe(path)
+    if recipe_sha256(found) != wanted:
+        raise ArtifactError(f"{path}: {bundle} was made by another recipe; give that one, or export again")
+    return found

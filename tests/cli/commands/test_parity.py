@@ -1,0 +1,74 @@
+"""`check --parity`: verdict and JSON file, the module of a fault, and bad input."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from spike_export.artifacts.recipe import save_recipe
+from spike_export.checkpoint.modules import linears
+from spike_export.checkpoint.opening import open_checkpoint
+from spike_export.export.bundle import ExportOptions, export_bundle
+from tests.support.planted_faults import changed, planted
+from tests.support.tiny.cli_models import SMALL, call, write_inputs
+from tests.support.tiny.models import tiny_recipe
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds `model`, `corpus.txt`, `recipe.json` and `bundle`."""
+    folder = write_inputs(tmp_path_factory.mktemp("parity"))
+    checkpoint = open_checkpoint(str(folder / "model"))
+    recipe = tiny_recipe(checkpoint, dict.fromkeys(linears(checkpoint.config), 0.05))
+    save_recipe(recipe, folder / "recipe.json")
+    save_recipe(recipe.model_copy(update={"alpha": 2.0}), folder / "other.json")
+    export_bundle(checkpoint, recipe, ExportOptions("float32"), folder / "bundle")
+    return folder
+
+
+def arguments(folder: Path, bundle: str = "bundle") -> tuple[str | Path, ...]:
+    reference = ("--reference", folder / "model")
+    return ("check", folder / bundle, *reference, "--parity", "--corpus", folder / "corpus.txt", *SMALL)
+
+
+def test_a_sound_bundle_passes_and_the_file_says_so(folder: Path, tmp_path: Path) -> None:
+    done = call(*arguments(folder), "--json", tmp_path / "parity.json")
+    assert (done.code, done.err) == (0, "")
+    document = json.loads((tmp_path / "parity.json").read_text())
+    assert (document["format"], document["passed"], document["windows"], document["tokens"]) == (1, True, 2, 32)
+    assert [link["outside"] for link in document["links"]] == [[], [], []]
+    assert [row["place"] for row in document["quantization"]][-1] == "logits"
+    assert "passed, all " in done.out
+    assert all(len(line) <= 80 for line in done.out.splitlines() if line.startswith("  "))
+
+
+def test_the_module_of_a_fault_is_named_and_the_gate_missed(folder: Path) -> None:
+    module = "model.layers.1.mlp.down_proj"
+    planted(folder / "bundle", folder / "faulty", changed(f"{module}.weight", lambda weight: np.flip(weight, 0)))
+    done = call(*arguments(folder, "faulty"))
+    assert (done.code, done.err) == (1, "")
+    assert f"  {module} (product of the linear): " in done.out
+
+
+def test_bad_input_is_one_line(folder: Path, tmp_path: Path) -> None:
+    whole = arguments(folder)
+    assert "was made by another recipe; give that one" in call(*whole, "--recipe", folder / "other.json").error
+    assert "no such file" in call(*whole, "--recipe", folder / "none.json").error.lower()
+    assert "needs --reference MODEL" in call("check", folder / "bundle", "--parity").error
+    assert "--recipe with --parity only" in call(*(each for each in whole if each != "--parity"), "--recipe", "r").error
+    (tmp_path / "note.json").write_text("{}")
+    assert "--overwrite" in call(*whole, "--json", tmp_path / "note.json").error
+    (tmp_path / "short.txt").write_text("short")
+    assert (
+        "short.txt: "
+        in call(*(tmp_path / "short.txt" if each == folder / "corpus.txt" else each for each in whole)).error
+    )
+
+
+def test_a_missing_recipe_is_asked_for(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "bundle").symlink_to(folder / "bundle", target_is_directory=True)
+    whole = (tmp_path / "bundle" if each == folder / "bundle" else each for each in arguments(folder))
+    assert "is not there; name it with --recipe" in call(*whole).error
