@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -50,6 +51,9 @@ from spike_export.export.files.tokenizer_files import save_tokenizer
 from spike_export.export.files.weight_file import file_bytes, write_weights
 from spike_export.export.graph.linear import number_format
 from spike_export.export.graph_plan import GraphPlan, PrefixHome
+
+DATA_LOADER = Path(__file__).parent / "files" / "data_loader.py"
+"""A script that Polygraphy reads inputs from; it stands in every bundle as it is."""
 
 _TOOLS = ("spike-export", "numpy", "onnx", "onnx-ir", "transformers")
 
@@ -257,6 +261,7 @@ def _one_torch_thread() -> Iterator[None]:
 def _write_companions(checkpoint: Checkpoint, manifest: Manifest, folder: Path) -> None:
     _write_json(folder / "config.json", hf_config(checkpoint, manifest.dtype))
     _write_json(folder / "generation_config.json", generation_config(checkpoint))
+    shutil.copyfile(DATA_LOADER, folder / DATA_LOADER.name)
     if manifest.kv_cache == "dynamic":  # onnxruntime-genai knows no `write_indices` and no `fresh`
         _write_json(folder / "genai_config.json", genai_config(checkpoint, manifest.unsupported.get(GENAI)))
     if checkpoint.tokenizer is not None:

@@ -114,7 +114,7 @@ def direct_requirements() -> list[Requirement]:
     return [Requirement(line) for line in [*project["dependencies"], *extras]]
 
 
-@pytest.mark.parametrize("extra", ["corpora", "serve"])
+@pytest.mark.parametrize("extra", ["corpora", "serve", "polygraphy"])
 def test_dev_brings_what_the_tests_of_an_extra_need(extra: str) -> None:
     extras = PYPROJECT["project"]["optional-dependencies"]
     assert set(extras[extra]) <= set(extras["dev"])

@@ -37,6 +37,7 @@ BUNDLE_FILES = {
     "model.onnx.data",
     "manifest.json",
     "config.json",
+    "data_loader.py",
     "generation_config.json",
     "genai_config.json",
     "tokenizer.json",

@@ -83,6 +83,9 @@ def smaller(code: str) -> str:
 
 def run_command(words: list[str], place: str) -> None:
     """Run a documented command line, scaled to the small model; fail where its exit code is not 0."""
+    if words[0] == "polygraphy":
+        assert polygraphy(words[1:]) == 0, f"{place}: {' '.join(words)}"
+        return
     assert words[0] == "spike-export", f"{place}: {words[0]}: say why the tests do not run it: <!-- not run: ... -->"
     arguments = [SMALLER.get(word, word) for word in words[1:]]
     command = arguments[0] if arguments[0] in app else ""
@@ -91,6 +94,12 @@ def run_command(words: list[str], place: str) -> None:
             arguments += [option, *values] if option not in arguments else []
     done = call(*arguments)
     assert done.code == 0, f"{place}: {' '.join(arguments)}\n{done.err}"
+
+
+def polygraphy(arguments: list[str]) -> int:
+    """Run Polygraphy in this process."""
+    tools = pytest.importorskip("polygraphy.tools", reason="Polygraphy is not installed: pip install polygraphy")
+    return int(tools.main(arguments))
 
 
 @pytest.mark.usefixtures("one_thread", "denormals_as_before", "blank_pictures")

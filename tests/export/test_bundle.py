@@ -80,6 +80,7 @@ def test_bundle_is_complete(tmp_path: Path, model: TinyModel, recipe: Recipe) ->
         "model.onnx.data",
         "manifest.json",
         "config.json",
+        "data_loader.py",
         "generation_config.json",
         "genai_config.json",
         "tokenizer.json",

@@ -90,6 +90,7 @@ def test_the_whole_manifest(tmp_path: Path) -> None:
         },
         "files": [
             "config.json",
+            "data_loader.py",
             "genai_config.json",
             "generation_config.json",
             "model.onnx",
