@@ -3,25 +3,17 @@
 import sys
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
-from spike_export.artifacts.atomic_write import atomic_path
 from spike_export.calibration.statistics.spikes import load_spikes
-from spike_export.report.figures import spike_picture
-
-
-def save_png(figure: Figure, path: Path, dpi: int = 150) -> None:
-    """Write a figure as PNG, whole or not at all and without metadata."""
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=dpi, metadata={"Software": None})
+from spike_export.report.figures.drawing import save_png
+from spike_export.report.figures.spike_map import spike_picture
 
 
 def main() -> None:
     run, picture = Path(sys.argv[1]), Path(sys.argv[2])
-    figure = spike_picture(load_spikes(run / "spikes"), load_spikes(run / "spikes_prefixed"))
-    if figure is None:
+    drawing = spike_picture(load_spikes(run / "spikes"), load_spikes(run / "spikes_prefixed"))
+    if drawing is None:
         sys.exit(f"{run}: nothing to draw")
-    save_png(figure, picture)
+    save_png(drawing, picture)
 
 
 if __name__ == "__main__":

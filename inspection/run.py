@@ -11,6 +11,7 @@ from spike_export.artifacts.attribution import ATTRIBUTION_FILE, Attribution, lo
 from spike_export.artifacts.errors import ArtifactError, RecipeError
 from spike_export.artifacts.recipe import SMOOTHED_HEAD, ModulePlan, Recipe, load_recipe, recipe_sha256
 from spike_export.artifacts.visible_text import visible
+from spike_export.calibration.noise_shares import noise_shares
 from spike_export.calibration.statistics.description import LargeToken, SpikesDescription, load_description
 from spike_export.checkpoint.checkpoint import LM_HEAD
 from spike_export.checkpoint.modules import representative_of
@@ -45,18 +46,8 @@ class RunInspection:
 
     @property
     def noise_shares(self) -> dict[str, float]:
-        """Return each input, by its representative, with its share of the noise of INT8 that was estimated for all.
-
-        Inputs of modules that are kept add none. Empty where no search estimated the noise.
-        """
-        noise = {
-            name: plan.noise
-            for name, plan in self.recipe.modules.items()
-            if plan.number_format and plan.noise and 0 < plan.noise < math.inf and representative_of(name) == name
-        }
-        largest = max(noise.values(), default=1.0)
-        total = math.fsum(value / largest for value in noise.values())
-        return {name: value / largest / total for name, value in noise.items()}
+        """Each input, by its representative, with its share of the estimated noise."""
+        return noise_shares(self.recipe)
 
     def document(self) -> dict[str, Any]:
         """Return the recipe's scheme, its prefix, the candidates, the noise, and what is not quantized, as JSON."""

@@ -86,6 +86,7 @@ ARTIFACTS = (
     "bundle",
     "check.json",
     "report.html",
+    "pictures",
 )
 """What a run writes into its work directory and may replace there. A recipe that is there is used."""
 

@@ -56,8 +56,8 @@ class StructuredOutputs(Form):
     )
 
     json_: Annotated[dict[str, Any] | None, Field(alias="json")] = None
-    regex: Annotated[str, Field(max_length=MOST_GRAMMAR)] | None = None
-    grammar: Annotated[str, Field(max_length=MOST_GRAMMAR)] | None = None
+    regex: Annotated[str, Field(min_length=1, max_length=MOST_GRAMMAR)] | None = None
+    grammar: Annotated[str, Field(min_length=1, max_length=MOST_GRAMMAR)] | None = None
     choice: Annotated[list[str], Field(min_length=1, max_length=1000)] | None = None
 
     @model_validator(mode="after")

@@ -11,9 +11,9 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console
 
-from benchmarks.spike_picture import save_png
 from spike_export.artifacts.check_document import load_check
 from spike_export.artifacts.errors import ArtifactError
 from spike_export.artifacts.recipe import (
@@ -31,16 +31,16 @@ from spike_export.artifacts.recipe import (
 from spike_export.calibration.statistics.spikes import ModuleSpikes, SpikeStatistics, save_spikes
 from spike_export.checkpoint.modules import linears, representatives
 from spike_export.report.check_table import gate_sentence, plain_lines, print_check
-from spike_export.report.figures import (
-    position_edges,
-    qfem_curve,
-    ratio_chart,
-    spike_map,
-    spike_picture,
-    svg_text,
-)
-from spike_export.report.page import spiking_tokens, write_report
+from spike_export.report.figures.cost_chart import cost_chart
+from spike_export.report.figures.drawing import Drawing, save_png, svg_text
+from spike_export.report.figures.input_map import input_map, input_table
+from spike_export.report.figures.kept_curve import qfem_curve
+from spike_export.report.figures.ratio_chart import ratio_chart
+from spike_export.report.figures.spike_map import position_edges, spike_map, spike_picture
+from spike_export.report.page import write_report
+from spike_export.report.spiking_tokens import spiking_tokens
 from tests.support.blank_pictures import pictures_left_blank
+from tests.support.browser import CHROMIUM, browser
 from tests.support.check_costs import cost_document
 from tests.support.tiny.models import tiny_llama
 
@@ -67,7 +67,9 @@ def statistics(spike: float = 5000.0, tokens: int = 200, prefix: tuple[int, ...]
 
 
 def recipe(prefix: tuple[int, ...] = (HOSTILE_ID,)) -> Recipe:
-    plans = {name: ModulePlan(precision="int8", activation_scale=0.01, ratio=1.1) for name in linears(CONFIG)}
+    plans = {
+        name: ModulePlan(precision="int8", activation_scale=0.01, ratio=1.1, noise=0.5) for name in linears(CONFIG)
+    }
     plans[PLANTED] = ModulePlan(precision="float16", ratio=5000.0, reason="ratio <b>over</b> alpha")
     return Recipe(
         model=ModelSource(source="acme/<i>tiny</i>", architecture="llama", sha256="0" * 64),
@@ -131,30 +133,43 @@ def write_tokenizer(path: Path) -> None:
     Tokenizer(WordLevel({**vocabulary, HOSTILE_TEXT: HOSTILE_ID}, unk_token="word0")).save(str(path))
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    """A complete work directory."""
+def write_run(folder: Path) -> Path:
+    """Write a complete work directory."""
     description = {"corpus": {"name": "topics", "sha256": "1" * 64}}
-    save_spikes(statistics(), tmp_path / "spikes", description)
-    save_spikes(statistics(spike=2.0, prefix=(HOSTILE_ID,)), tmp_path / "spikes_prefixed", description)
-    save_recipe(recipe(), tmp_path / "recipe.json")
-    write_tokenizer(tmp_path / "bundle" / "tokenizer.json")
+    save_spikes(statistics(), folder / "spikes", description)
+    save_spikes(statistics(spike=2.0, prefix=(HOSTILE_ID,)), folder / "spikes_prefixed", description)
+    save_recipe(recipe(), folder / "recipe.json")
+    write_tokenizer(folder / "bundle" / "tokenizer.json")
     manifest = {
         "format": 1,
         "dtype": "float16",
         "model": {"source": "acme/tiny"},
         "inputs": [{"name": f"past.{i}"} for i in range(60)],
+        "linears": {"int8": {"modules": 27, "mac_share": 0.97, "per_token_share": 0.25}},
     }
-    (tmp_path / "bundle" / "manifest.json").write_text(json.dumps(manifest))
-    (tmp_path / "check.json").write_text(json.dumps(check_document()))
+    (folder / "bundle" / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "check.json").write_text(json.dumps(check_document()))
     engine = {
         "backend": "tensorrt-rtx",
         "targets": ["SM80", "SM120"],
-        "plan": {"sha256": "ab", "bytes": 3145728},
+        "plan": {"sha256": "ab", "bytes": 3145728, "size": 3145728},
         "audit": {"int8": 27, "float16": 1, "<img src=x>": None},
     }
-    (tmp_path / "engine.json").write_text(json.dumps(engine))
-    return tmp_path
+    (folder / "engine.json").write_text(json.dumps(engine))
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return write_run(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A work directory with its report, pictures and all."""
+    run = write_run(tmp_path_factory.mktemp("drawn"))
+    write_report(run)
+    return run
 
 
 @pytest.fixture
@@ -187,8 +202,13 @@ def read(run: Path) -> tuple[str, Elements]:
     return page, Elements(page)
 
 
-def test_the_page_needs_nothing_from_outside(run: Path) -> None:
-    _, elements = read(run)
+def seen(run: Path) -> tuple[str, Elements]:
+    page = (run / "report.html").read_text(encoding="utf-8")
+    return page, Elements(page)
+
+
+def test_the_page_needs_nothing_from_outside(drawn: Path) -> None:
+    page, elements = seen(drawn)
     assert {"script", "link", "iframe", "object", "embed", "base", "form"}.isdisjoint(tag for tag, _ in elements.tags)
     references = [
         value or ""
@@ -198,8 +218,8 @@ def test_the_page_needs_nothing_from_outside(run: Path) -> None:
     ]
     assert references, "the figures refer to their own shapes and images"
     assert all(value.startswith(("#", "data:image/png;base64,")) for value in references)
-    styles = re.findall(r"url\(([^)]*)\)|@import", write_report(run).read_text(encoding="utf-8"))
-    assert all(value.startswith("#") for value in styles)
+    assert all(value.startswith("#") for value in re.findall(r"url\(([^)]*)\)|@import", page))
+    assert len(page) < 2_000_000
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -217,25 +237,119 @@ def test_the_page_names_result_planted_module_and_token(run: Path) -> None:
     assert "past.7 and 52 more" in text
 
 
-def test_texts_from_files_stay_text(run: Path) -> None:
-    page, elements = read(run)
+def test_texts_from_files_stay_text(drawn: Path) -> None:
+    page, elements = seen(drawn)
     assert not any(tag in {"script", "b", "i"} for tag, _ in elements.tags)
     assert "<img src=x>" not in page
     assert "&lt;script&gt;" in page
 
 
-def test_ids_are_unique_although_the_page_holds_three_figures(run: Path) -> None:
-    _, elements = read(run)
-    assert [tag for tag, _ in elements.tags].count("svg") == 3
+def test_ids_are_unique_although_the_page_holds_several_figures(drawn: Path) -> None:
+    _, elements = seen(drawn)
+    assert [tag for tag, _ in elements.tags].count("svg") == 5
     ids = [attributes["id"] for _, attributes in elements.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
     targets = {value for _, a in elements.tags for name, value in a.items() if name == "xlink:href" and value}
     assert {value[1:] for value in targets if value.startswith("#")} <= set(ids)
 
 
-def test_writing_twice_gives_the_same_bytes(run: Path) -> None:
-    first = write_report(run).read_bytes()
-    assert write_report(run).read_bytes() == first
+def test_writing_twice_gives_the_same_bytes(drawn: Path) -> None:
+    def written() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in (drawn / "report.html", *(drawn / "pictures").iterdir())}
+
+    first = written()
+    assert set(first) == {
+        "report.html",
+        *(f"{name}.{kind}" for name in ("cost", "spikes", "ratios", "curve", "inputs") for kind in ("svg", "png")),
+    }
+    write_report(drawn)
+    assert written() == first
+
+
+def test_pictures_lie_beside_the_page(drawn: Path) -> None:
+    for path in (drawn / "pictures").iterdir():
+        if path.suffix == ".svg":
+            assert ElementTree.fromstring(path.read_text(encoding="utf-8")).get("viewBox")
+        else:
+            assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_file_in_place_of_the_pictures_is_refused(run: Path) -> None:
+    (run / "pictures").write_text("mine")
+    with pytest.raises(ArtifactError, match=r"pictures: cannot be written .*move what is there away"):
+        write_report(run)
+    assert (run / "pictures").read_text() == "mine"
+
+
+def test_marks_tell_their_values(drawn: Path) -> None:
+    titles = {
+        name: [
+            element.text
+            for element in ElementTree.fromstring((drawn / "pictures" / f"{name}.svg").read_text()).iter(f"{SVG}title")
+        ]
+        for name in ("cost", "spikes", "ratios", "curve", "inputs")
+    }
+    assert f"{PLANTED}: ratio 2.0, 4,998.0 without the prefix; float16" in [
+        re.sub(r"4,99\d\.\d|5,0\d\d\.\d", "4,998.0", title or "") for title in titles["ratios"]
+    ]
+    assert "layer 2, position 0: 5000" in titles["spikes"]
+    assert titles["curve"] == ["0 linears kept: perplexity 25", "1 linears kept: perplexity 12"]
+    assert titles["cost"][0] == "[bold]topics[/bold]: 11.21 +/- 1.5 (perplexity's increase in %)"
+    assert len(titles["inputs"]) == 4 * LAYERS
+
+
+def test_tables_and_marks_can_be_reached_by_keyboard_and_have_names(drawn: Path) -> None:
+    page, elements = seen(drawn)
+    regions = [attributes for tag, attributes in elements.tags if attributes.get("role") in ("region", "img")]
+    assert len(regions) > 10
+    assert all(each.get("tabindex") == "0" and each.get("aria-label") for each in regions)
+    ids = {attributes.get("id") for _, attributes in elements.tags}
+    links = [attributes["href"] or "" for tag, attributes in elements.tags if tag == "a"]
+    assert {link[1:] for link in links} <= ids
+    assert len(links) == 6
+    assert page.count("<details>") == 5
+
+
+def test_figures_of_the_page_are_those_of_the_documents(drawn: Path) -> None:
+    check = check_document()
+    cost = check["variants"][1]["cost"]
+    text = " ".join(seen(drawn)[1].text.split())
+    assert "Perplexity, [bold]topics[/bold]+11.2 +/- 1.5 %" in text
+    assert f"Same next token, [bold]topics[/bold]{100 * cost['top1_agreement']['mean']:.2f} %" in text
+    assert "97.0% int8 (25% with a scale per token)" in text
+    assert "Plan engine3.1 MB" in text
+    assert "1 of 1 limits are missed: max-ppl-increase." in text
+    assert "[bold]topics[/bold]+11.2 +/- 1.5 %0.0625 +/- 0.0150.010.53.287.5 +/- 1.5 %" in text
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize(
+    ("gates", "sentence"),
+    [
+        (
+            [],
+            "No limit was set. On every text the 95 % interval of the perplexity's increase ends at +12.71 % or below.",
+        ),
+        ([{"name": "max-kl", "limit": 1, "value": 0.5, "passed": True}], "All limits are kept (1)."),
+    ],
+    ids=["no limit", "kept"],
+)
+def test_the_verdict_stands_on_the_first_screen(run: Path, gates: list[dict[str, Any]], sentence: str) -> None:
+    (run / "check.json").write_text(json.dumps(check_document() | {"gates": gates}))
+    assert sentence in read(run)[1].text
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
+def test_a_browser_shows_the_page_without_asking_anyone(drawn: Path, tmp_path: Path) -> None:
+    with browser(tmp_path / "profile", dark=True) as page:
+        address = (drawn / "report.html").as_uri()
+        page.open(address)
+        assert [each for each in page.requested if not each.startswith("data:")] == ["about:blank", address][-1:]
+        assert page.errors == []
+        assert page.run("document.querySelectorAll('svg').length") == 5
+        assert page.run("getComputedStyle(document.body).backgroundColor") == "rgb(22, 24, 27)"
+        assert page.run("document.documentElement.scrollWidth <= innerWidth")
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -326,20 +440,36 @@ def test_cells_cover_all_positions_once(tokens: int) -> None:
 
 def test_pictures_are_well_formed_and_say_what_they_show() -> None:
     before, after = statistics(), statistics(spike=2.0, prefix=(1,))
-    figures = {
+    drawings = {
         "map": (spike_picture(before, after), ["With the prefix (1 token) in place", "decoder layer"]),
         "bars": (ratio_chart(after, recipe(), before), ["kept (float16)", "INT8", "alpha = 21.5"]),
         "curve": (qfem_curve(recipe().search.curve, 11.0, 1, "float16"), ["the recipe: 1 kept, 12"]),
+        "inputs": (input_map({PLANTED: 0.75, "model.layers.0.self_attn.q_proj": 0.25}, "noise"), ["down  75%"]),
     }
-    for name, (figure, labels) in figures.items():
-        assert figure is not None
-        svg = svg_text(figure, name)
+    for name, (drawing, labels) in drawings.items():
+        assert drawing is not None
+        svg = svg_text(drawing, name)
         root = ElementTree.fromstring(svg)
         assert root.tag == f"{SVG}svg"
         assert root.get("viewBox")
         texts = {element.text for element in root.iter(f"{SVG}text")}
         assert set(labels) <= texts
         assert len(svg) < 200_000
+
+
+def test_inputs_are_summed_by_what_reads_them() -> None:
+    shares = {PLANTED: 0.5, "model.layers.0.mlp.down_proj": 0.2, "model.layers.1.self_attn.q_proj": 0.3, "head": 1.0}
+    assert input_table(shares) == {"down": {2: 0.5, 0: 0.2}, "q, k, v": {1: 0.3}}
+    assert input_map({}, "noise") is None
+    assert cost_chart({}) is None
+
+
+def test_a_mark_tells_markup_as_text() -> None:
+    drawing = Drawing(Figure())
+    (line,) = drawing.figure.subplots().plot([0.0], [1.0])
+    drawing.tell(line, "<script>")
+    titles = [element.text for element in ElementTree.fromstring(svg_text(drawing, "x")).iter(f"{SVG}title")]
+    assert titles == ["<script>"]
 
 
 def test_pictures_bear_names_that_look_like_formulas_or_markup() -> None:

@@ -11,4 +11,5 @@ def pictures_left_blank() -> Iterator[None]:
     """Within the block, this process draws none of the pictures of a report."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("spike_export.report.page.svg_text", lambda *_: "<svg></svg>")
+        patch.setattr("spike_export.report.page.save_png", lambda *_: None)
         yield

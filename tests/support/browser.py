@@ -24,12 +24,14 @@ class Browser:
 
     Attributes:
         requested: Address of every request that the page has made.
+        errors: What the page's console and its scripts have complained of.
     """
 
     to_browser: int
     from_browser: int
     session: str | None = None
     requested: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
     _numbers: Iterator[int] = field(default_factory=lambda: count(1))
     _held: bytes = b""
 
@@ -43,6 +45,8 @@ class Browser:
             told = self._read()
             if told.get("method") == "Network.requestWillBeSent":
                 self.requested.append(told["params"]["request"]["url"])
+            if told.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded"):
+                self.errors.append(json.dumps(told["params"]))
             if told.get("id") == number:
                 assert "error" not in told, f"{method}: {told['error']}"
                 result: dict[str, Any] = told["result"]
@@ -111,7 +115,7 @@ def browser(folder: Path, *, dark: bool = False) -> Iterator[Browser]:
         page = Browser(to_browser, from_browser)
         target = page.call("Target.createTarget", url="about:blank")["targetId"]
         page.session = page.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "Network"):
+        for domain in ("Page", "Runtime", "Network", "Log"):
             page.call(f"{domain}.enable")
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         page.call("Emulation.setEmulatedMedia", features=scheme)
