@@ -1,6 +1,5 @@
 """What a run decided and why: of the whole recipe, and of single modules."""
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -33,8 +33,10 @@ def verdict(check: Check | None) -> tuple[bool, str] | None:
     if not costs:
         return None
     most = max(cost.increase.high for cost in costs.values())
-    ends = f"{most:+.2%}".replace("%", " %")
-    return True, f"No limit was set. On every text the 95 % interval of the perplexity's increase ends at {ends} or below."
+    return True, (
+        "No limit was set. On every text the 95 % interval of the perplexity's increase ends at "
+        f"{100 * most:+.2f} % or below."
+    )
 
 
 def cards(loaded: Loaded) -> Facts:
