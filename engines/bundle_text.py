@@ -42,7 +42,7 @@ class BundleText:
             EngineError: There is no tokenizer, or it cannot be used.
         """
         manifest = load_manifest(bundle)
-        tokenizer = _tokenizer(bundle)
+        tokenizer = bundle_tokenizer(bundle)
         defaults = default_options(bundle, manifest, tokenizer)
         return cls(tokenizer, manifest, defaults, PromptEncoder(tokenizer, manifest).started())
 
@@ -74,7 +74,12 @@ def default_options(bundle: Path, manifest: Manifest, tokenizer: Any) -> Generat
         raise EngineError(f"{path}: {one_line(error)}; correct it") from error
 
 
-def _tokenizer(bundle: Path) -> "PreTrainedTokenizerBase":
+def bundle_tokenizer(bundle: Path) -> "PreTrainedTokenizerBase":
+    """Load a bundle's tokenizer.
+
+    Raises:
+        EngineError: There is none, or it cannot be used.
+    """
     if not (bundle / _TOKENIZER_FILE).is_file():
         raise EngineError(
             f"{bundle / _TOKENIZER_FILE}: this file is missing, and text needs a tokenizer; export from a model that "

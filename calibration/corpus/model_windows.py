@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,9 @@ from spike_export.calibration.corpus.corpus import Corpus
 from spike_export.calibration.corpus.mixture import Mixture
 from spike_export.calibration.corpus.token_windows import EVALUATION_WINDOWS, TokenWindows, windows_throughout
 from spike_export.checkpoint.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _SECONDS = 10
 
@@ -39,13 +43,22 @@ def model_windows(
     mixture = corpus if isinstance(corpus, Mixture) else Mixture.of(corpus)
     cut = partial(mixture.windows, checkpoint.tokenizer, samples, length, seed, kind, checkpoint.bos_token_id)
     windows = _cut(corpus.name, cut, _budget(mixture, samples, length, kind))
-    _require_known(checkpoint, corpus.name, windows.calibration)
-    _require_known(checkpoint, corpus.name, windows.evaluation)
+    _require_known(checkpoint.config.vocab_size, corpus.name, windows.calibration)
+    _require_known(checkpoint.config.vocab_size, corpus.name, windows.evaluation)
     return windows
 
 
 def unseen_windows(checkpoint: Checkpoint, corpus: Corpus, length: int) -> NDArray[np.int64]:
-    """Cut evenly spaced windows [windows, length] from the whole of a corpus that nothing was calibrated on.
+    """Cut windows [windows, length] from a corpus that nothing was calibrated on, as `tokenizer_windows` does."""
+    return tokenizer_windows(
+        checkpoint.tokenizer, checkpoint.bos_token_id, checkpoint.config.vocab_size, corpus, length
+    )
+
+
+def tokenizer_windows(
+    tokenizer: "PreTrainedTokenizerBase | None", bos: int | None, vocabulary: int, corpus: Corpus, length: int
+) -> NDArray[np.int64]:
+    """Cut evenly spaced windows [windows, length] from the whole of a corpus.
 
     As many as `EVALUATION_WINDOWS`, or as fit without an overlap.
 
@@ -54,12 +67,11 @@ def unseen_windows(checkpoint: Checkpoint, corpus: Corpus, length: int) -> NDArr
     """
 
     def cut() -> TokenWindows:
-        tokenizer, bos = checkpoint.tokenizer, checkpoint.bos_token_id
         return windows_throughout(corpus, tokenizer, EVALUATION_WINDOWS, length, bos, overlapping=False)
 
     mixture = Mixture.of(corpus)
     windows = _cut(corpus.name, cut, _budget(mixture, EVALUATION_WINDOWS, length, "documents")).calibration
-    _require_known(checkpoint, corpus.name, windows)
+    _require_known(vocabulary, corpus.name, windows)
     return windows
 
 
@@ -73,11 +85,11 @@ def _cut(name: str, cut: Callable[[], TokenWindows], budget: Budget) -> TokenWin
         ) from error
 
 
-def _require_known(checkpoint: Checkpoint, name: str, windows: NDArray[np.int64]) -> None:
-    if windows.max() >= checkpoint.config.vocab_size:
+def _require_known(vocabulary: int, name: str, windows: NDArray[np.int64]) -> None:
+    if windows.max() >= vocabulary:
         raise CorpusError(
             f"{name}: the tokenizer gives token {windows.max()}, and the model knows 0 to "
-            f"{checkpoint.config.vocab_size - 1}; take the tokenizer that belongs to the model"
+            f"{vocabulary - 1}; take the tokenizer that belongs to the model"
         )
 
 

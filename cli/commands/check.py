@@ -37,8 +37,12 @@ def check(
     recipe: Annotated[
         Path | None, Parameter(help="With --parity: the bundle's recipe (default: recipe.json beside the bundle).")
     ] = None,
+    clipping: Annotated[
+        str | None,
+        Parameter(help="Count what this text drives beyond the static scales, and what that costs; needs no model."),
+    ] = None,
     json_file: Annotated[
-        Path | None, Parameter(name="--json", help="With --lint or --parity: file for the result.")
+        Path | None, Parameter(name="--json", help="With --lint, --parity or --clipping: file for the result.")
     ] = None,
     out: Annotated[
         Path | None, Parameter(help="File for the result (default: BUNDLE.check.json, beside the bundle).")
@@ -48,18 +52,24 @@ def check(
     threads: ThreadArguments = ThreadArguments(),
     run_options: RunArguments = RunArguments(),
 ) -> int:
-    """Compare a bundle with the unquantized model: perplexity, top-1 agreement, KL divergence; or --parity, --lint."""
+    """Compare a bundle with the unquantized model (perplexity, agreement, KL), or --parity, --clipping, --lint."""
     use_threads(threads)
     if lint:
-        if reference is not None or out is not None or parity:
-            raise ArtifactError("check --lint reads only the graph; omit --reference, --out and --parity")
+        if reference is not None or out is not None or parity or clipping is not None:
+            raise ArtifactError("check --lint reads only the graph; omit --reference, --out, --parity and --clipping")
         return _lint(bundle, json_file, run_options)
+    if clipping is not None:
+        if reference is not None or out is not None or parity:
+            raise ArtifactError("check --clipping needs no model; omit --reference, --out and --parity")
+        return _clipping(bundle, clipping, corpus, json_file, run_options)
     if reference is None:
-        raise ArtifactError("check needs --reference MODEL, or --lint")
+        raise ArtifactError("check needs --reference MODEL, or one of --lint and --clipping TEXT")
     if parity:
         return _parity(bundle, reference, recipe, evaluation_text(corpus, gate), json_file, run_options)
     if json_file is not None or recipe is not None:
-        raise ArtifactError("check takes --json with --lint or --parity only, and --recipe with --parity only")
+        raise ArtifactError(
+            "check takes --json with --lint, --parity or --clipping only, and --recipe with --parity only"
+        )
     from spike_export.cli.terminal.progress_display import ProgressDisplay
     from spike_export.pipeline.check import check as check_bundle
     from spike_export.report.check_table import print_check
@@ -98,6 +108,20 @@ def _parity(
     if not options.quiet:
         print_parity(result, console)
     return DONE if result.passed else GATE_MISSED
+
+
+def _clipping(bundle: Path, text: str, corpus: CorpusArguments, out: Path | None, options: RunArguments) -> int:
+    from spike_export.calibration.corpus.files import CorpusOptions
+    from spike_export.cli.terminal.clipping_table import print_clipping
+    from spike_export.cli.terminal.progress_display import ProgressDisplay
+    from spike_export.pipeline.clipping import clipping
+
+    console, source = Console(), CorpusOptions(text, corpus.text_field, corpus.corpus_split, corpus.chat_template)
+    with ProgressDisplay(console, ["clipping"], quiet=options.quiet) as display, display.stage("clipping") as progress:
+        result = clipping(bundle, source, length=corpus.length, out=out, progress=progress, overwrite=options.overwrite)
+    if not options.quiet:
+        print_clipping(result, console)
+    return DONE
 
 
 def _lint(model: Path, json_file: Path | None, options: RunArguments) -> int:

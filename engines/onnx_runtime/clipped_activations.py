@@ -41,16 +41,18 @@ _LOWEST, _HIGHEST = -128.5, 127.5
 
 
 @dataclass(frozen=True, slots=True)
-class _Site:
+class Site:
     """A tensor that is quantized by a constant scale.
 
     Attributes:
+        module: HF name of the first linear that reads it.
         tensor: Its name; float16 or float32.
         scale: Of the quantization.
         group: Of the modules that read it.
         node: Place in the graph of the first node that quantizes it.
     """
 
+    module: str
     tensor: str
     scale: float
     group: str
@@ -88,8 +90,8 @@ class ClippedActivations:
             self.counts[group] = (before[0] + beyond, before[1] + values)
 
 
-def count_clipped(graph: onnx.GraphProto, bundle: Path) -> tuple[str, ...]:
-    """Let calls count what they clip; return the group of each site.
+def count_clipped(graph: onnx.GraphProto, bundle: Path) -> tuple[Site, ...]:
+    """Let calls count what they clip; return the sites.
 
     Args:
         graph: Changed in place.
@@ -98,7 +100,7 @@ def count_clipped(graph: onnx.GraphProto, bundle: Path) -> tuple[str, ...]:
     Raises:
         EngineError: No activation has a constant scale of INT8.
     """
-    sites = list(_sites(graph, bundle))
+    sites = list(quantized_sites(graph, bundle))
     if not sites:
         raise EngineError(f"{bundle}: no activation has a static INT8 scale, so that none is clipped")
     graph.input.append(helper.make_tensor_value_info(COUNT_CLIPPED, TensorProto.BOOL, [1]))
@@ -110,10 +112,10 @@ def count_clipped(graph: onnx.GraphProto, bundle: Path) -> tuple[str, ...]:
         graph.node.insert(together[-1].node + 1, counters[-1])
     counts = [node.output[0] for node in reversed(counters)]
     graph.node.append(helper.make_node("Concat", counts, [CLIPPED], name=f"{CLIPPED}.Concat", axis=0))
-    return tuple(site.group for site in sites)
+    return tuple(sites)
 
 
-def _sites(graph: onnx.GraphProto, bundle: Path) -> Iterator[_Site]:
+def quantized_sites(graph: onnx.GraphProto, bundle: Path) -> Iterator[Site]:
     """Yield each tensor that is quantized by a constant once, whichever linears read it, in the graph's order.
 
     A scale per token is none, although the quantizer behind the division by it has a constant one.
@@ -132,10 +134,10 @@ def _sites(graph: onnx.GraphProto, bundle: Path) -> Iterator[_Site]:
         scale = float(numpy_helper.to_array(constants[node.input[1]], str(bundle)))
         if (node.input[0], scale) not in found:
             found.add((node.input[0], scale))
-            yield _Site(node.input[0], scale, group, place)
+            yield Site(module, node.input[0], scale, group, place)
 
 
-def _counter(name: str, sites: Sequence[_Site]) -> onnx.NodeProto:
+def _counter(name: str, sites: Sequence[Site]) -> onnx.NodeProto:
     """Return the node that counts several sites, or gives zeros."""
     counts: list[str] = []
     nodes: list[onnx.NodeProto] = []
@@ -158,7 +160,7 @@ def _counter(name: str, sites: Sequence[_Site]) -> onnx.NodeProto:
     )
 
 
-def _site_counter(name: str, site: _Site, place: str) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
+def _site_counter(name: str, site: Site, place: str) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
     """Return nodes whose last output is [1, 2] int64 for one site, and their constants."""
     low, high = (
         _constant(f"{name}.{edge}", np.float32(bound * site.scale))

@@ -69,7 +69,7 @@ def generation_graph(
         _free_positions(model.graph, bundle / GRAPH_FILE)
         if lowering:
             prefix = _lowered(model, bundle)
-    groups = count_clipped(model.graph, bundle) if clipping else ()
+    groups = tuple(site.group for site in count_clipped(model.graph, bundle)) if clipping else ()
     return GenerationGraph(model.SerializeToString(), prefix, groups)
 
 

@@ -66,24 +66,25 @@ class TappedBundle:
         names = list(dict.fromkeys(self.tensors.values()))
         try:
             with denormals_flushed():
-                found = self.session.session.run(names, self._feeds(tokens))
+                found = self.session.session.run(names, fresh_feeds(self.session, tokens))
         except Exception as error:  # ONNX Runtime's exceptions have no common type
             raise run_failure(error, tokens.shape[1]) from error
         values = dict(zip(names, found, strict=True))
         return {station: values[name] for station, name in self.tensors.items()}
 
-    def _feeds(self, tokens: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
-        batch, manifest = len(tokens), self.session.manifest
-        feeds: dict[str, NDArray[Any]] = {
-            "input_ids": tokens,
-            "attention_mask": np.ones_like(tokens),
-            "write_indices": np.zeros(batch, np.int64),
-            "fresh": np.ones(1, np.bool_),
-        }
-        inputs = {value.name: value.shape for value in self.session.session.get_inputs()}
-        past = (batch, manifest.num_key_value_heads, manifest.cache_slots or 0, manifest.head_dim)
-        empty = np.zeros(past, CACHE_TYPES[manifest.dtype])
-        return {name: feeds.get(name, empty) for name in inputs}
+
+def fresh_feeds(session: BundleSession, tokens: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+    """Return the inputs of a call with fresh sequences [batch, tokens], BOS included where the prefix holds none."""
+    batch, manifest = len(tokens), session.manifest
+    feeds: dict[str, NDArray[Any]] = {
+        "input_ids": tokens,
+        "attention_mask": np.ones_like(tokens),
+        "write_indices": np.zeros(batch, np.int64),
+        "fresh": np.ones(1, np.bool_),
+    }
+    past = (batch, manifest.num_key_value_heads, manifest.cache_slots or 0, manifest.head_dim)
+    empty = np.zeros(past, CACHE_TYPES[manifest.dtype])
+    return {value.name: feeds.get(value.name, empty) for value in session.session.get_inputs()}
 
 
 def open_tapped(bundle: Path, linears: Sequence[str], layers: int) -> TappedBundle:
@@ -97,14 +98,23 @@ def open_tapped(bundle: Path, linears: Sequence[str], layers: int) -> TappedBund
     Raises:
         EngineError: The graph lacks one of them, or ONNX Runtime cannot run the bundle.
     """
-    manifest = runnable_manifest(bundle)
-    path = bundle / GRAPH_FILE
-    model = onnx.load_from_string(all_logits_graph(bundle)) if manifest.logits == "last" else read_graph(path)
+    path, model = bundle / GRAPH_FILE, all_logits_model(bundle)
     tensors = _tensors(model.graph, linears, layers, path)
     known = {value.name for value in model.graph.output}
     added = [name for name in dict.fromkeys(tensors.values()) if name not in known]
     model.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in added)
     return TappedBundle(open_graph(bundle, model.SerializeToString()), tensors)
+
+
+def all_logits_model(bundle: Path) -> onnx.ModelProto:
+    """Return a bundle's graph without its weights, giving the logits of all tokens.
+
+    Raises:
+        EngineError: The bundle is incomplete, or of a precision that the CPU lacks.
+    """
+    if runnable_manifest(bundle).logits == "last":
+        return onnx.load_from_string(all_logits_graph(bundle))
+    return read_graph(bundle / GRAPH_FILE)
 
 
 def _tensors(graph: onnx.GraphProto, linears: Sequence[str], layers: int, path: Path) -> dict[Station, str]:

@@ -1,4 +1,4 @@
-"""`check --parity`: verdict and JSON file, the module of a fault, and bad input."""
+"""`check --parity` and `check --clipping`: verdict and JSON file, the module of a fault, and bad input."""
 
 import json
 from pathlib import Path
@@ -72,3 +72,18 @@ def test_a_missing_recipe_is_asked_for(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "bundle").symlink_to(folder / "bundle", target_is_directory=True)
     whole = (tmp_path / "bundle" if each == folder / "bundle" else each for each in arguments(folder))
     assert "is not there; name it with --recipe" in call(*whole).error
+
+
+def test_what_a_text_clips_is_told_and_written(folder: Path, tmp_path: Path) -> None:
+    whole = ("check", folder / "bundle", "--clipping", folder / "corpus.txt", "--length", "32")
+    done = call(*whole, "--json", tmp_path / "clipping.json")
+    assert (done.code, done.err) == (0, "")
+    document = json.loads((tmp_path / "clipping.json").read_text())
+    assert (document["format"], document["text"], document["length"]) == (1, "corpus.txt", 31)
+    first = document["inputs"][0]
+    assert first["share"] == first["clipped"] / first["values"] > 0
+    assert f"  {first['module'].removeprefix('model.')} " in done.out
+    assert ("anew on such text is due" in done.out) is document["due"]
+    assert "omit --reference" in call(*whole, "--reference", folder / "model").error
+    assert "none.txt" in call("check", folder / "bundle", "--clipping", "none.txt").error
+    assert "give a text" in call("check", folder / "bundle", "--clipping", "builtin:own-text").error
