@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from spike_export.artifacts.atomic_write import write_text
 from spike_export.artifacts.documents import read_document
 from spike_export.artifacts.errors import ArtifactError
+from spike_export.artifacts.recipe import Recipe, recipe_sha256
 
 ATTRIBUTION_FILE = "attribution.json"
 
@@ -64,3 +65,16 @@ def load_attribution(path: Path) -> Attribution:
         return Attribution.model_validate_json(read_document(path))
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{path}: cannot read what each input causes; run again with --force") from error
+
+
+def attribution_of(recipe: Recipe, run: Path) -> Attribution | None:
+    """Read what was measured of a run's recipe; None where nothing was, or of a recipe that was edited since.
+
+    Raises:
+        ArtifactError: The file is damaged.
+    """
+    path = run / ATTRIBUTION_FILE
+    if not path.exists():
+        return None
+    found = load_attribution(path)
+    return found if found.recipe_sha256 == recipe_sha256(recipe) else None

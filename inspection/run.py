@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spike_export.artifacts.attribution import ATTRIBUTION_FILE, Attribution, load_attribution
+from spike_export.artifacts.attribution import Attribution, attribution_of
 from spike_export.artifacts.errors import ArtifactError, RecipeError
-from spike_export.artifacts.recipe import SMOOTHED_HEAD, ModulePlan, Recipe, load_recipe, recipe_sha256
+from spike_export.artifacts.recipe import SMOOTHED_HEAD, ModulePlan, Recipe, load_recipe
 from spike_export.artifacts.visible_text import visible
 from spike_export.calibration.noise_shares import noise_shares
 from spike_export.calibration.statistics.description import LargeToken, SpikesDescription, load_description
@@ -86,18 +86,10 @@ def inspect_run(run: Path) -> RunInspection:
 
     Raises:
         RecipeError: The recipe cannot be read.
+        ArtifactError: What was measured of its inputs cannot be read.
     """
     recipe = load_recipe(run / RECIPE_FILE)
-    return RunInspection(run, recipe, _attribution(run, recipe))
-
-
-def _attribution(run: Path, recipe: Recipe) -> Attribution | None:
-    """Return what was measured of the recipe's inputs; None where nothing was, or of a recipe edited since."""
-    try:
-        found = load_attribution(run / ATTRIBUTION_FILE)
-    except ArtifactError:
-        return None
-    return found if found.recipe_sha256 == recipe_sha256(recipe) else None
+    return RunInspection(run, recipe, attribution_of(recipe, run))
 
 
 def _headlines(recipe: Recipe) -> list[tuple[str, str]]:

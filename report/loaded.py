@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from spike_export.artifacts.attribution import ATTRIBUTION_FILE, Attribution, load_attribution
+from spike_export.artifacts.attribution import Attribution, attribution_of
 from spike_export.artifacts.check_document import Check, load_check
 from spike_export.artifacts.documents import read_document
 from spike_export.artifacts.errors import ArtifactError, SpikeExportError
-from spike_export.artifacts.recipe import Recipe, load_recipe, recipe_sha256
+from spike_export.artifacts.recipe import Recipe, load_recipe
 from spike_export.artifacts.visible_text import visible
 from spike_export.calibration.statistics.spikes import SpikeStatistics, load_spikes
 from spike_export.engines.plan.paths import plan_paths
@@ -27,7 +27,7 @@ class Loaded:
     """What the work directory holds; None where an artifact is missing, and then why.
 
     Attributes:
-        attribution: Of this very recipe; hardly any run has one, so that its absence needs no reason.
+        attribution: Of this very recipe.
         bundle_bytes: Of all the bundle's files.
     """
 
@@ -84,19 +84,21 @@ def load(run: Path, engine: Path, tokenizer: Path) -> Loaded:
     )
     if len(absences) == len(PARTS):
         raise ArtifactError(f"{run}: nothing to report; name the work directory of a run")
-    return _without_stale_prefix(replace(loaded, attribution=_attribution(run, loaded.recipe)))
+    return _with_attribution(_without_stale_prefix(loaded), run)
 
 
 def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
 
 
-def _attribution(run: Path, recipe: Recipe | None) -> Attribution | None:
+def _with_attribution(loaded: Loaded, run: Path) -> Loaded:
+    """Add what was measured of the inputs; hardly any run has it, so that only damage is worth a sentence."""
+    if loaded.recipe is None:
+        return loaded
     try:
-        found = load_attribution(run / ATTRIBUTION_FILE)
-    except ArtifactError:
-        return None
-    return found if recipe is not None and found.recipe_sha256 == recipe_sha256(recipe) else None
+        return replace(loaded, attribution=attribution_of(loaded.recipe, run))
+    except ArtifactError as error:
+        return replace(loaded, absences={**loaded.absences, "attribution": f"{error}."})
 
 
 def _without_stale_prefix(loaded: Loaded) -> Loaded:

@@ -26,6 +26,7 @@ from spike_export.artifacts.recipe import (
     Recipe,
     Scheme,
     Search,
+    recipe_sha256,
     save_recipe,
 )
 from spike_export.calibration.statistics.spikes import ModuleSpikes, SpikeStatistics, save_spikes
@@ -340,12 +341,26 @@ def test_the_verdict_stands_on_the_first_screen(run: Path, gates: list[dict[str,
     assert sentence in read(run)[1].text
 
 
+@pytest.mark.usefixtures("no_pictures")
+def test_what_was_measured_of_the_inputs_is_preferred_and_damage_is_said(run: Path) -> None:
+    caption = "From which inputs the {} comes."
+    assert caption.format("estimated noise of INT8") in read(run)[1].text
+    measured = {"recipe_sha256": recipe_sha256(recipe()), "windows": 1, "divergence": 0.5}
+    inputs = {PLANTED: {"alone": 0.3, "without": 0.1}, "model.layers.0.mlp.down_proj": {"alone": 0.1, "without": 0.4}}
+    (run / "attribution.json").write_text(json.dumps(measured | {"inputs": inputs}))
+    text = read(run)[1].text
+    assert caption.format("divergence measured alone") in text
+    assert "75.0%" in text
+    (run / "attribution.json").write_text("{")
+    assert "attribution.json: cannot read what each input causes" in read(run)[1].text
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
 def test_a_browser_shows_the_page_without_asking_anyone(drawn: Path, tmp_path: Path) -> None:
     with browser(tmp_path / "profile", dark=True) as page:
         address = (drawn / "report.html").as_uri()
         page.open(address)
-        assert [each for each in page.requested if not each.startswith("data:")] == ["about:blank", address][-1:]
+        assert [each for each in page.requested if not each.startswith("data:")] == [address]
         assert page.errors == []
         assert page.run("document.querySelectorAll('svg').length") == 5
         assert page.run("getComputedStyle(document.body).backgroundColor") == "rgb(22, 24, 27)"

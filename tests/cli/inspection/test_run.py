@@ -133,6 +133,10 @@ def test_what_each_input_causes_is_shown_until_the_recipe_is_edited(automatic: P
     (tmp_path / "recipe.json").write_text(json.dumps(document))
     (tmp_path / "attribution.json").write_bytes((automatic / "attribution.json").read_bytes())
     assert not any("divergence in nats" in line for line in lines(tmp_path))
+    (tmp_path / "attribution.json").write_text("{")
+    damaged = call("inspect", tmp_path)
+    assert damaged.code == 2
+    assert "attribution.json: cannot read what each input causes; run again with --force" in damaged.err
 
 
 def test_a_clipped_scale_says_what_saturates(run: Path, tmp_path: Path) -> None:
