@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from spike_export.pipeline.calibrate import calibrate as calibrate
     from spike_export.pipeline.calibrate import measure_shard as measure_shard
     from spike_export.pipeline.check import check as check
+    from spike_export.pipeline.cluster_options import ClusterOptions as ClusterOptions
     from spike_export.pipeline.evaluation_text import EvaluationText as EvaluationText
     from spike_export.pipeline.execution import ExecutionOptions as ExecutionOptions
     from spike_export.pipeline.job import Job as Job
@@ -112,6 +113,7 @@ _NAMES_OF = {
         "measure_shard",
     ),
     "spike_export.pipeline.check": ("check",),
+    "spike_export.pipeline.cluster_options": ("ClusterOptions",),
     "spike_export.pipeline.evaluation_text": ("EvaluationText",),
     "spike_export.pipeline.execution": ("ExecutionOptions",),
     "spike_export.pipeline.job": ("Job",),

@@ -138,6 +138,25 @@ class ExecutionArguments:
     "Keep all layers in memory, or read them again in every pass (auto: as the memory allows)."
 
 
+@Parameter(name="*", group=_EXECUTION)
+@dataclass(frozen=True, kw_only=True)
+class ClusterArguments:
+    """Which Ray cluster measures the windows."""
+
+    ray: str | None = None
+    """Spread the windows over a Ray cluster: auto (the one of this machine, or RAY_ADDRESS), local (a new one on this
+    machine) or HOST:PORT; extra `ray` (default: this process measures them)."""
+
+    ray_workers: int | None = None
+    "Workers (default: as many as the cluster has processors or GPUs for)."
+
+    ray_cpus: int | None = None
+    "Processors, and threads, of a worker (default: 1)."
+
+    ray_gpus: int | None = None
+    "GPUs of a worker, together with --device cuda (default: 0)."
+
+
 @Parameter(name="*", group=_QUANTIZATION)
 @dataclass(frozen=True, kw_only=True)
 class DtypeArguments:

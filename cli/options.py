@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from spike_export.cli.arguments import (
     PROFILES_OF,
     BuildArguments,
+    ClusterArguments,
     CorpusArguments,
     DtypeArguments,
     ExecutionArguments,
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from spike_export.calibration.methods.options import CalibrationOptions
     from spike_export.engines.plan.build_options import BuildOptions
     from spike_export.export.cache_options import CacheOptions
+    from spike_export.pipeline.cluster_options import ClusterOptions
     from spike_export.pipeline.evaluation_text import EvaluationText
     from spike_export.pipeline.execution import ExecutionOptions
 
@@ -61,6 +63,23 @@ def cache_options(graph: GraphArguments) -> "CacheOptions":
     from spike_export.export.cache_options import CacheOptions
 
     return CacheOptions(graph.kv_cache, graph.capacity)
+
+
+def cluster_options(cluster: ClusterArguments) -> "ClusterOptions | None":
+    """Return the cluster that measures the windows, or None without --ray.
+
+    Raises:
+        CalibrationError: A figure means no worker, or is given without --ray.
+    """
+    from spike_export.artifacts.errors import CalibrationError
+    from spike_export.pipeline.cluster_options import ClusterOptions
+
+    given = {name.removeprefix("ray_"): value for name, value in values(cluster).items() if value is not None}
+    if not given:
+        return None
+    if "ray" not in given:
+        raise CalibrationError(f"--ray-{next(iter(given))} is of a Ray cluster; give --ray too")
+    return ClusterOptions(address=given.pop("ray"), **given)
 
 
 def build_options(build: BuildArguments) -> "BuildOptions":

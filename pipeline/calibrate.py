@@ -7,6 +7,7 @@ from spike_export.artifacts.recipe import Recipe
 from spike_export.calibration.corpus.files import CorpusOptions
 from spike_export.calibration.methods.options import CalibrationOptions
 from spike_export.calibration.statistics.partial_statistics import shard_samples
+from spike_export.pipeline.cluster_options import ClusterOptions
 from spike_export.pipeline.execution import ExecutionOptions
 from spike_export.pipeline.job import Job
 from spike_export.pipeline.opening import open_pipeline
@@ -43,6 +44,7 @@ def calibrate(
     *,
     corpus: CorpusOptions = CorpusOptions(),
     execution: ExecutionOptions = ExecutionOptions(),
+    cluster: ClusterOptions | None = None,
     display: StageDisplay = StageCallback(),
     recompute_recipe: bool = False,
     attribution_windows: int = 0,
@@ -60,6 +62,7 @@ def calibrate(
         options: What to measure, and how to choose.
         corpus: The text to calibrate on.
         execution: Devices, precision of the forward passes, and whether layers stay in memory.
+        cluster: Ray cluster whose workers measure the windows; None to measure them in this process.
         display: Follows the stages; `StageCallback(function)` reports all of them to one function.
         recompute_recipe: Move a recipe that was edited by hand to `recipe.json.old`, and choose anew.
         attribution_windows: Windows on which to measure how much of the divergence each input causes, into
@@ -80,6 +83,7 @@ def calibrate(
         calibration=options,
         corpus=corpus,
         execution=execution,
+        cluster=cluster,
         recompute_recipe=recompute_recipe,
         attribution_windows=attribution_windows,
     )

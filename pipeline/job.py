@@ -14,6 +14,7 @@ from spike_export.engines.plan.build_options import BuildOptions
 from spike_export.engines.plan.paths import require_file_names
 from spike_export.export.cache_options import CacheOptions
 from spike_export.export.preconditions import require_quantized
+from spike_export.pipeline.cluster_options import ClusterOptions
 from spike_export.pipeline.execution import ExecutionOptions
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class Job:
         build: How to build the plan.
         recompute_recipe: Discard a recipe that was edited by hand.
         attribution_windows: Windows on which to measure what each input causes of the divergence; 0 not to.
+        cluster: Ray cluster whose workers measure the windows; None to measure them in this process.
     """
 
     model: str
@@ -58,6 +60,7 @@ class Job:
     build: BuildOptions = field(default_factory=BuildOptions)
     recompute_recipe: bool = False
     attribution_windows: int = 0
+    cluster: ClusterOptions | None = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""

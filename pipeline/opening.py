@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
 
 from spike_export.artifacts.atomic_write import require_writable
 from spike_export.artifacts.sole_writer import sole_writer
@@ -16,6 +18,7 @@ from spike_export.engines.plan.build_profiles import resolve_limits
 from spike_export.export.cache_options import require_capacity
 from spike_export.pipeline.job import Job, require_buildable, require_length, require_room
 from spike_export.pipeline.pipeline import ARTIFACTS, Pipeline
+from spike_export.pipeline.ray_workers import RayWorkers, WorkerTask
 from spike_export.pipeline.run_directory import RunDirectory
 from spike_export.pipeline.stage_display import StageDisplay
 
@@ -41,7 +44,18 @@ def open_pipeline(
         locks.enter_context(run.sole_writer())
         if job.plan:
             locks.enter_context(sole_writer(job.plan))
-        yield _pipeline(job, run, display)
+        pipeline = _pipeline(job, run, display)
+        if job.cluster is not None:
+            workers = locks.enter_context(RayWorkers(job.cluster, _worker_task(job, pipeline.checkpoint)))
+            pipeline = replace(pipeline, workers=workers)
+        yield pipeline
+
+
+def _worker_task(job: Job, checkpoint: Checkpoint) -> WorkerTask:
+    assert job.cluster is not None
+    # Workers have working directories of their own.
+    model = str(Path(job.model).resolve()) if Path(job.model).exists() else job.model
+    return WorkerTask(model, checkpoint.tensors.sha256(), job.calibration, job.execution, job.cluster.cpus)
 
 
 def _pipeline(job: Job, run: RunDirectory, display: StageDisplay) -> Pipeline:

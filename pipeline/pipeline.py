@@ -38,9 +38,11 @@ from spike_export.calibration.methods.prefix_choice import PrefixChoice, choose_
 from spike_export.calibration.methods.transform_choice import TransformChoice, choose_transform
 from spike_export.calibration.recipe_writer import build_recipe
 from spike_export.calibration.statistics.partial_statistics import (
+    Measure,
     Samples,
     discard_parts,
     measure_in_parts,
+    one_by_one,
     shard_samples,
 )
 from spike_export.calibration.statistics.spikes import SpikeStatistics, load_spikes, save_spikes
@@ -54,6 +56,7 @@ from spike_export.pipeline.choices import load_prefixes, load_transforms, save_p
 from spike_export.pipeline.execution import execution_of
 from spike_export.pipeline.further_texts import further_texts
 from spike_export.pipeline.job import Job
+from spike_export.pipeline.ray_workers import RayWorkers
 from spike_export.pipeline.run_directory import RunDirectory, stage_key
 from spike_export.pipeline.stage_display import StageDisplay
 
@@ -122,6 +125,7 @@ class Pipeline:
 
     Attributes:
         read: The job's corpora, where they were read before; None to read them when they are needed.
+        workers: Processes of a cluster that measure the windows; None to measure them here.
     """
 
     job: Job
@@ -129,6 +133,7 @@ class Pipeline:
     run: RunDirectory
     display: StageDisplay
     read: tuple[Corpus | Chats | OwnText, ...] | None = None
+    workers: RayWorkers | None = None
 
     @cached_property
     def corpus(self) -> Mixture:
@@ -332,8 +337,13 @@ class Pipeline:
         def measure(rows: Samples) -> SpikeStatistics:
             return self.calibration.measure_windows(self.windows.calibration[rows], rows, prefix, transform)
 
+        many: Measure = one_by_one(measure)
+        if self.workers is not None:
+            weights = Transform(transform.rotation, transform.smoothing)
+            many = partial(self.workers.measured, self.windows.calibration, prefix, weights)
+
         def work(progress: Progress) -> None:
-            statistics = measure_in_parts(measure, chosen, part_size, parts, whole, progress)
+            statistics = measure_in_parts(many, chosen, part_size, parts, whole, progress)
             save_spikes(statistics, place, description, self._decode)
             discard_parts(parts)
 

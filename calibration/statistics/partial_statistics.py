@@ -2,7 +2,7 @@
 
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +20,24 @@ from spike_export.calibration.statistics.spikes import (
 
 Samples = NDArray[np.int64]
 
+Measure = Callable[[Sequence[Samples]], Iterable[tuple[int, SpikeStatistics]]]
+"""Measures parts of the samples: yields each one's number and statistics, in any order."""
+
 _SHARD = re.compile(r"([0-9]{1,9})/([0-9]{1,9})")
 
 
+def one_by_one(measure: Callable[[Samples], SpikeStatistics]) -> Measure:
+    """Return what measures one part after another, in this process."""
+
+    def measured(parts: Sequence[Samples]) -> Iterator[tuple[int, SpikeStatistics]]:
+        for number, rows in enumerate(parts):
+            yield number, measure(rows)
+
+    return measured
+
+
 def measure_in_parts(
-    measure: Callable[[Samples], SpikeStatistics],
+    measure: Measure,
     samples: Samples,
     part_size: int,
     folder: Path,
@@ -34,7 +47,7 @@ def measure_in_parts(
     """Measure samples part by part and return the merged record; parts of an earlier pass are taken over.
 
     Args:
-        measure: Returns the statistics of some samples.
+        measure: Measures those parts that are not at hand.
         samples: Indices of the calibration's windows, ascending.
         part_size: Samples that a kill may cost.
         folder: Where parts are kept until the caller has stored the whole; `discard_parts` removes it.
@@ -42,17 +55,23 @@ def measure_in_parts(
         progress: Told after each part.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    parts: list[SpikeStatistics] = []
-    for start in range(0, len(samples), part_size):
-        rows = samples[start : start + part_size]
-        stem = folder / f"{rows[0]:06}"
-        part = _stored(stem, key, rows)
-        if part is None:
-            part = measure(rows)
-            save_spikes(part, stem, {"key": key})
-        parts.append(part)
-        progress("windows", start + len(rows), len(samples))
-    return merge_statistics(parts)
+    parts = [samples[start : start + part_size] for start in range(0, len(samples), part_size)]
+    stems = [folder / f"{rows[0]:06}" for rows in parts]
+    found: dict[int, SpikeStatistics] = {}
+
+    def keep(number: int, part: SpikeStatistics) -> None:
+        found[number] = part
+        progress("windows", sum(len(parts[each]) for each in found), len(samples))
+
+    for number, (stem, rows) in enumerate(zip(stems, parts, strict=True)):
+        stored = _stored(stem, key, rows)
+        if stored is not None:
+            keep(number, stored)
+    missing = [number for number in range(len(parts)) if number not in found]
+    for place, part in measure([parts[number] for number in missing]):
+        save_spikes(part, stems[missing[place]], {"key": key})
+        keep(missing[place], part)
+    return merge_statistics([found[number] for number in range(len(parts))])
 
 
 def _stored(stem: Path, key: str, rows: Samples) -> SpikeStatistics | None:

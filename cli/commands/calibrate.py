@@ -8,7 +8,9 @@ from cyclopts import Parameter
 from rich.console import Console
 from rich.text import Text
 
+from spike_export.artifacts.errors import RecipeError
 from spike_export.cli.arguments import (
+    ClusterArguments,
     CorpusArguments,
     DtypeArguments,
     ExecutionArguments,
@@ -19,7 +21,13 @@ from spike_export.cli.arguments import (
     ThreadArguments,
 )
 from spike_export.cli.exit_codes import DONE
-from spike_export.cli.options import calibration_options, corpus_options, execution_options, use_threads
+from spike_export.cli.options import (
+    calibration_options,
+    cluster_options,
+    corpus_options,
+    execution_options,
+    use_threads,
+)
 from spike_export.cli.terminal.outcomes import print_notes
 
 if TYPE_CHECKING:
@@ -37,6 +45,7 @@ def calibrate(
     quantization: QuantizationArguments = QuantizationArguments(),
     dtype: DtypeArguments = DtypeArguments(),
     execution: ExecutionArguments = ExecutionArguments(),
+    cluster: ClusterArguments = ClusterArguments(),
     shard: Annotated[
         str | None, Parameter(help="i/n: only measure the i-th of n parts of the windows; `merge` joins the parts.")
     ] = None,
@@ -59,7 +68,10 @@ def calibrate(
 
     options = calibration_options(corpus, quantization, dtype)
     text, how = corpus_options(corpus), execution_options(execution)
+    spread = cluster_options(cluster)
     if shard is not None:
+        if spread is not None:
+            raise RecipeError("--shard and --ray divide the same windows; give one")
         return _measure_shard(model, work_dir, shard, options, text, how, run_options)
     console = Console()
     stages = calibration_stages(options, text, attributed=attribution_windows > 0)
@@ -70,6 +82,7 @@ def calibrate(
         options,
         corpus=text,
         execution=how,
+        cluster=spread,
         display=display,
         recompute_recipe=recompute == "recipe",
         attribution_windows=attribution_windows,

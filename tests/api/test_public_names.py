@@ -33,6 +33,7 @@ OPTIONS = {
     "BuildOptions",
     "CacheOptions",
     "CalibrationOptions",
+    "ClusterOptions",
     "CorpusOptions",
     "EvaluationText",
     "ExecutionOptions",

@@ -1,5 +1,6 @@
 """A pass in parts: what is stored is taken over where it fits, and shards come together to the whole."""
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from spike_export.calibration.statistics.partial_statistics import (
     discard_parts,
     measure_in_parts,
     merge_shards,
+    one_by_one,
     parse_shard,
     shard_samples,
 )
@@ -45,7 +47,7 @@ def test_a_part_that_is_damaged_or_of_another_pass_is_measured_again(tmp_path: P
 
     def asked(key: str = "key", rows: NDArray[np.int64] = samples) -> list[list[int]]:
         measured.clear()
-        found = measure_in_parts(counted, rows, 3, folder, key, lambda *step: told.append(step))
+        found = measure_in_parts(one_by_one(counted), rows, 3, folder, key, lambda *step: told.append(step))
         np.testing.assert_array_equal(found.modules["m"].token_amax, measure(rows).modules["m"].token_amax)
         return measured
 
@@ -62,6 +64,22 @@ def test_a_part_that_is_damaged_or_of_another_pass_is_measured_again(tmp_path: P
     discard_parts(folder)
     assert not folder.exists()
     discard_parts(folder)
+
+
+def test_parts_that_are_done_in_any_order_are_the_whole(tmp_path: Path) -> None:
+    """As workers of a cluster hand them in, the first of them stored before."""
+    measure_in_parts(one_by_one(measure), np.arange(3), 3, tmp_path, "key")
+    asked: list[list[int]] = []
+
+    def backwards(parts: Sequence[NDArray[np.int64]]) -> Iterator[tuple[int, SpikeStatistics]]:
+        asked.extend(rows.tolist() for rows in parts)
+        for number in reversed(range(len(parts))):
+            yield number, measure(parts[number])
+
+    found = measure_in_parts(backwards, np.arange(8), 3, tmp_path, "key")
+    assert asked == [[3, 4, 5], [6, 7]]
+    assert found.sample_ids.tolist() == list(range(8))
+    np.testing.assert_array_equal(found.modules["m"].token_amax, measure(np.arange(8)).modules["m"].token_amax)
 
 
 @pytest.mark.parametrize(("text", "shard"), [("1/1", (1, 1)), ("2/8", (2, 8)), ("8/8", (8, 8)), ("007/10", (7, 10))])

@@ -1,0 +1,243 @@
+"""Calibration windows measured by the workers of a Ray cluster: the same bits as in this process, in any order.
+
+Each worker opens the model from storage that all machines share, and measures one part of the windows after another. A
+worker that is lost is begun anew by Ray, on another machine where need be, and its part is measured again.
+"""
+
+import os
+import platform
+import socket
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spike_export.artifacts.atomic_write import describe_os_error
+from spike_export.artifacts.errors import CalibrationError, SpikeExportError, one_line
+from spike_export.calibration.corpus.token_windows import TokenWindows
+from spike_export.calibration.methods.context import Calibration, Transform
+from spike_export.calibration.methods.options import CalibrationOptions
+from spike_export.calibration.statistics.partial_statistics import Samples
+from spike_export.calibration.statistics.spikes import SpikeStatistics
+from spike_export.checkpoint.opening import open_checkpoint
+from spike_export.pipeline.cluster_options import ClusterOptions
+from spike_export.pipeline.execution import ExecutionOptions, execution_of
+
+_RESTARTS = 3
+"""How often a worker, and a part, is begun anew."""
+
+_FORWARDED = ("MKL_CBWR", "ATEN_CPU_CAPABILITY", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "HF_HOME", "HF_HUB_OFFLINE")
+"""Variables that have to say the same in all processes: the first two decide the last bits of products."""
+
+_TOOLS = ("spike-export", "torch", "numpy")
+
+
+@dataclass(frozen=True)
+class WorkerTask:
+    """What a worker needs to know besides windows.
+
+    Attributes:
+        model: HF directory, `.gguf` file, or hub id; the same for all machines.
+        sha256: Of the model's weights.
+    """
+
+    model: str
+    sha256: str
+    options: CalibrationOptions
+    execution: ExecutionOptions
+    threads: int
+
+    @property
+    def device(self) -> str:
+        """The first torch device."""
+        return (self.execution.devices or ("cpu",))[0]
+
+
+def surroundings(device: str) -> dict[str, str]:
+    """Return what the bits of a measurement depend on besides model and options."""
+    import torch
+
+    found = {tool: version(tool) for tool in _TOOLS} | {"Python": platform.python_version()}
+    if device == "cpu":
+        found["processor kernels"] = torch.backends.cpu.get_cpu_capability()
+    return found
+
+
+class Worker:
+    """Lives in a process of the cluster. Its errors name its machine."""
+
+    def __init__(self, task: WorkerTask) -> None:
+        import torch
+
+        torch.set_num_threads(task.threads)
+        self._task = task
+        self._calibration: Calibration | None = None
+        self._node = socket.gethostname()
+
+    def surroundings(self) -> tuple[str, dict[str, str]]:
+        """Return the machine's name, and what its bits depend on."""
+        return self._node, surroundings(self._task.device)
+
+    def measure(
+        self, content: NDArray[np.int64], rows: Samples, prefix: tuple[int, ...], transform: Transform
+    ) -> SpikeStatistics:
+        """Return the statistics of these windows [samples, tokens].
+
+        Raises:
+            CalibrationError: Names the machine.
+        """
+        try:
+            return self._opened().measure_windows(content, rows, prefix, transform)
+        except SpikeExportError as error:
+            raise CalibrationError(f"Ray worker on {self._node}: {error}") from error
+        except OSError as error:
+            fault = describe_os_error(error, Path(error.filename or tempfile.gettempdir()))
+            raise CalibrationError(f"Ray worker on {self._node}: {fault}") from error
+
+    def _opened(self) -> Calibration:
+        if self._calibration is None:
+            task = self._task
+            checkpoint = open_checkpoint(task.model)
+            if checkpoint.tensors.sha256() != task.sha256:
+                raise CalibrationError(f"{task.model} has other weights here; let all machines share one storage")
+            execution = execution_of(checkpoint, task.execution, Path(tempfile.gettempdir()))
+            none = TokenWindows(np.empty((0, 0), np.int64), np.empty((0, 0), np.int64))
+            self._calibration = Calibration(checkpoint, none, task.options, execution)
+        return self._calibration
+
+
+@dataclass
+class RayWorkers:
+    """A cluster that is connected during the block; its workers start with the first measurement."""
+
+    options: ClusterOptions
+    task: WorkerTask
+    _workers: list[Any] = field(default_factory=list, init=False)
+
+    def __enter__(self) -> Self:
+        """Connect.
+
+        Raises:
+            CalibrationError: Ray is not installed, there is no cluster at the address, or no room in it.
+        """
+        if find_spec("ray") is None:
+            raise CalibrationError("--ray needs the package ray; install the extra: pip install 'spike-export[ray]'")
+        self.options.require_reachable()
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        import ray
+
+        try:
+            ray.init(address=self.options.address, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
+        except Exception as error:
+            raise CalibrationError(
+                f"--ray {self.options.address}: cannot connect: {one_line(error)}; start a cluster with `ray start "
+                "--head` and the same versions of Python and Ray, or give local"
+            ) from error
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        import ray
+
+        ray.shutdown()
+
+    def measured(
+        self, windows: NDArray[np.int64], prefix: tuple[int, ...], transform: Transform, parts: Sequence[Samples]
+    ) -> Iterator[tuple[int, SpikeStatistics]]:
+        """Yield each part's number and statistics, in the order in which they are done.
+
+        Args:
+            windows: All of the calibration's, [samples, tokens].
+            prefix: Token ids before every window.
+            transform: Rotation and smoothing.
+            parts: Rows of `windows`.
+
+        Raises:
+            CalibrationError: A worker's model or versions differ, or it failed or was lost too often.
+        """
+        import ray
+
+        waiting, running = iter(enumerate(parts)), dict[Any, tuple[Any, int]]()
+
+        def begin(worker: Any) -> None:
+            number, rows = next(waiting, (None, None))
+            if number is not None:
+                running[worker.measure.remote(windows[rows], rows, prefix, transform)] = (worker, number)
+
+        for worker in self._started(len(parts)):
+            begin(worker)
+        while running:
+            (done,), _ = ray.wait(list(running), num_returns=1)
+            worker, number = running.pop(done)
+            yield number, _result(done)
+            begin(worker)
+
+    def _started(self, parts: int) -> list[Any]:
+        """Return the workers, no more than there are parts; they stay for the next measurement."""
+        import ray
+
+        if not self._workers:
+            total = ray.cluster_resources()
+            count = min(self.options.count(total.get("CPU", 0), total.get("GPU", 0)), max(1, parts))
+            variables = {name: os.environ[name] for name in _FORWARDED if name in os.environ}
+            made = ray.remote(Worker).options(
+                num_cpus=self.options.cpus,
+                num_gpus=self.options.gpus,
+                max_restarts=_RESTARTS,
+                max_task_retries=_RESTARTS,
+                runtime_env={"env_vars": variables | {"OMP_NUM_THREADS": str(self.task.threads)}},
+            )
+            self._workers = [made.remote(self.task) for _ in range(count)]
+            here = surroundings(self.task.device)
+            for worker in self._workers:
+                node, there = _result(worker.surroundings.remote())
+                require_alike(node, here, there)
+        return self._workers
+
+
+def require_alike(node: str, here: Mapping[str, str], there: Mapping[str, str]) -> None:
+    """Refuse a worker whose measurements would differ in their last bits.
+
+    Args:
+        node: Its machine.
+        here: Surroundings of this process.
+        there: Those of the worker.
+
+    Raises:
+        CalibrationError: Names the machine and the difference.
+    """
+    for name, value in here.items():
+        if there.get(name) != value:
+            raise CalibrationError(
+                f"Ray worker on {node}: {name} {there.get(name)}, here {value}: the statistics would differ in their "
+                "last bits; give all machines the same versions and kind of processor"
+            )
+
+
+def _result(reference: Any) -> Any:
+    """Return what a worker has computed.
+
+    Raises:
+        CalibrationError: Names the machine where the worker could say so.
+    """
+    import ray
+
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, SpikeExportError):
+            raise CalibrationError(str(error.cause)) from error
+        raise CalibrationError(f"a Ray worker failed: {one_line(error.cause)}; see the cluster's logs") from error
+    except ray.exceptions.RayError as error:
+        raise CalibrationError(
+            f"a Ray worker was lost and could not be begun anew {_RESTARTS} times: {one_line(error)}; see that its "
+            "machine has spike-export installed and memory for the model"
+        ) from error
