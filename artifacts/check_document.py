@@ -25,12 +25,18 @@ class _Part(BaseModel):
 
 
 class CheckCorpus(_Part):
-    """The text that was evaluated: `windows` windows of `length` content tokens, disjoint from calibration's."""
+    """The text that was evaluated: `windows` windows of `length` content tokens, disjoint from calibration's.
+
+    Attributes:
+        sha256: Of the whole text.
+        windows_sha256: Of the windows' tokens: two checks with the same can be compared window by window.
+    """
 
     name: str = "unnamed"
     sha256: str | None = None
     windows: int | None = None
     length: int | None = None
+    windows_sha256: str | None = None
 
 
 class CheckReference(_Part):
@@ -89,6 +95,24 @@ class CheckPosition(_Part):
     text: str = ""
 
 
+class CheckPositions(_Part):
+    """The cost at a range of positions in the windows: what a model has read so far changes what rounding does.
+
+    Attributes:
+        first: Position of the first predicted token, counted from 0 in the window's content.
+        last: Of the last one.
+        increase: Of the perplexity there, as a fraction.
+        divergence: Mean, in nats.
+        top1_agreement: Share of positions with the same most likely token, 0 to 1.
+    """
+
+    first: int
+    last: int
+    increase: float
+    divergence: float
+    top1_agreement: float
+
+
 class CheckCost(_Part):
     """What a variant differs in from the unquantized model behind the same prefix: the cost of quantization.
 
@@ -100,6 +124,8 @@ class CheckCost(_Part):
         top1_agreement: Share of positions with the same most likely token, 0 to 1.
         top5_agreement: Share of positions whose most likely token of the reference is among the variant's five.
         worst: The positions with the largest divergence.
+        positions: The cost by ranges of token positions.
+        losses: Mean negative log-likelihood of each window under the variant, in nats.
     """
 
     increase: CheckInterval
@@ -109,6 +135,8 @@ class CheckCost(_Part):
     top1_agreement: CheckInterval
     top5_agreement: CheckInterval
     worst: tuple[CheckPosition, ...] = ()
+    positions: tuple[CheckPositions, ...] = ()
+    losses: tuple[float, ...] = ()
 
 
 class CheckVariant(_Part):

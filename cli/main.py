@@ -18,6 +18,7 @@ from spike_export.cli.commands.bench import bench
 from spike_export.cli.commands.build import build
 from spike_export.cli.commands.calibrate import calibrate
 from spike_export.cli.commands.check import check
+from spike_export.cli.commands.diff import diff
 from spike_export.cli.commands.export import export
 from spike_export.cli.commands.generate import generate
 from spike_export.cli.commands.inspect import inspect
@@ -41,7 +42,7 @@ app = App(
     suppress_keyboard_interrupt=False,  # `run` says what is kept
 )
 app.default(job)
-for command in (calibrate, merge, inspect, export, check, build, generate, serve, triton, bench, report):
+for command in (calibrate, merge, inspect, diff, export, check, build, generate, serve, triton, bench, report):
     app.command(command)
 
 

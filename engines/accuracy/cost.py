@@ -3,13 +3,22 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from spike_export.artifacts.check_document import CheckCost, CheckDivergence, CheckInterval, CheckPosition
+from spike_export.artifacts.check_document import (
+    CheckCost,
+    CheckDivergence,
+    CheckInterval,
+    CheckPosition,
+    CheckPositions,
+)
 from spike_export.checkpoint.checkpoint import Checkpoint
 from spike_export.engines.accuracy.distances import Accuracy
 from spike_export.engines.accuracy.intervals import Interval
 
 _WORST = 5
 """Positions with the largest divergence that are told."""
+
+_ENDS = (16, 64, 256)
+"""Ends of the ranges of positions that are told apart."""
 
 _EXCERPT = 12
 """Tokens that are shown before each of them."""
@@ -34,7 +43,25 @@ def check_cost(accuracy: Accuracy, content: NDArray[np.int64], checkpoint: Check
             )
             for window, position, divergence in accuracy.worst(_WORST)
         ),
+        positions=tuple(
+            CheckPositions(
+                first=part.start + 1,
+                last=part.stop,
+                increase=there.increase.mean,
+                divergence=there.divergence.mean,
+                top1_agreement=there.top1_agreement.mean,
+            )
+            for part in _ranges(content.shape[1] - 1)
+            for there in (accuracy.at(part),)
+        ),
+        losses=accuracy.losses,
     )
+
+
+def _ranges(positions: int) -> list[slice]:
+    """Return the ranges up to each of `_ENDS` that a window of so many predictions has."""
+    ends = sorted({min(end, positions) for end in (*_ENDS, positions)})
+    return [slice(start, end) for start, end in zip((0, *ends), ends, strict=False)]
 
 
 def _interval(interval: Interval) -> CheckInterval:

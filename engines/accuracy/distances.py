@@ -59,6 +59,17 @@ class Accuracy:
         return self._over_windows(self._all("negative") - self._all("reference_negative")).as_increase
 
     @property
+    def losses(self) -> tuple[float, ...]:
+        """Mean negative log-likelihood of each window under the model, in nats."""
+        return tuple(float(window.negative.mean()) for window in self.windows)
+
+    def at(self, positions: slice) -> "Accuracy":
+        """Return the same of some positions of each window alone."""
+        names = Distances.__dataclass_fields__
+        parts = ({name: getattr(window, name)[positions] for name in names} for window in self.windows)
+        return Accuracy(tuple(Distances(**part) for part in parts))
+
+    @property
     def divergence(self) -> Interval:
         """KL(reference || model), mean over positions, in nats."""
         return self._over_windows(self._all("divergence"))

@@ -1,5 +1,6 @@
 """The variants a check compares: the shipped bundle, and what each method contributes to it."""
 
+import hashlib
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -128,7 +129,9 @@ def _counted(progress: Progress, total: int) -> Progress:
 
 
 def _corpus(name: str, sha256: str, content: NDArray[np.int64]) -> CheckCorpus:
-    return CheckCorpus(name=name, sha256=sha256, windows=len(content), length=content.shape[1])
+    windows_sha256 = hashlib.sha256(np.ascontiguousarray(content).tobytes()).hexdigest()
+    windows, length = content.shape
+    return CheckCorpus(name=name, sha256=sha256, windows=windows, length=length, windows_sha256=windows_sha256)
 
 
 def _shipped_prefix(variants: Sequence[Variant]) -> tuple[int, ...]:

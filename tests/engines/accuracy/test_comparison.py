@@ -28,7 +28,8 @@ from spike_export.checkpoint.checkpoint import Checkpoint
 from spike_export.checkpoint.modules import linears
 from spike_export.engines.accuracy import comparison as accuracy_module
 from spike_export.engines.accuracy.comparison import compare, reference_logits
-from spike_export.engines.accuracy.distances import distances, likelihood, log_softmax
+from spike_export.engines.accuracy.cost import _ranges
+from spike_export.engines.accuracy.distances import Accuracy, distances, likelihood, log_softmax
 from spike_export.engines.accuracy.variants import Text, Variant, check_variants
 from spike_export.engines.onnx_runtime.session import open_bundle
 from spike_export.export.bundle import ExportOptions, export_bundle
@@ -442,3 +443,18 @@ def test_without_quantization_there_is_one_variant(checkpoint_of: Checkpoint, tm
 @pytest.fixture
 def checkpoint_of(model: TinyModel) -> Checkpoint:
     return model.checkpoint
+
+
+def test_figures_by_position_and_window_are_those_of_their_parts() -> None:
+    """Ranges of positions hold every position once; a window's loss is the mean over its own."""
+    rows, targets = 100, np.zeros(100, np.int64)
+    parts = tuple(distances(random_logits(each, rows), random_logits(each + 9, rows), targets) for each in range(3))
+    accuracy = Accuracy(parts)
+    ranges = [slice(0, 16), slice(16, 64), slice(64, 100)]
+    assert _ranges(rows) == ranges
+    assert _ranges(16) == ranges[:1]
+    assert _ranges(5) == [slice(0, 5)]
+    means = [accuracy.at(each).divergence.mean for each in ranges]
+    assert np.average(means, weights=[16, 48, 36]) == pytest.approx(accuracy.divergence.mean, rel=1e-12)
+    assert means[1] == pytest.approx(np.mean([part.divergence[16:64] for part in parts]), rel=1e-12)
+    assert accuracy.losses == tuple(part.negative.mean() for part in parts)
