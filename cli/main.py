@@ -25,6 +25,7 @@ from spike_export.cli.commands.inspect import inspect
 from spike_export.cli.commands.job import job
 from spike_export.cli.commands.merge import merge
 from spike_export.cli.commands.report import report
+from spike_export.cli.commands.revalidate import revalidate
 from spike_export.cli.commands.serve import serve
 from spike_export.cli.commands.triton import triton
 from spike_export.cli.config_file import config_path, require_config, require_text
@@ -42,7 +43,21 @@ app = App(
     suppress_keyboard_interrupt=False,  # `run` says what is kept
 )
 app.default(job)
-for command in (calibrate, merge, inspect, diff, export, check, build, generate, serve, triton, bench, report):
+for command in (
+    calibrate,
+    merge,
+    inspect,
+    diff,
+    revalidate,
+    export,
+    check,
+    build,
+    generate,
+    serve,
+    triton,
+    bench,
+    report,
+):
     app.command(command)
 
 

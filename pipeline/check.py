@@ -60,7 +60,7 @@ def check(
 
 def _compared(bundle: Path, reference: str, text: EvaluationText, progress: Progress) -> Check:
     manifest, checkpoint = opened_pair(bundle, reference)
-    corpus, evaluation = evaluation_windows(checkpoint, manifest, text)
+    corpus, evaluation = evaluation_windows(checkpoint, manifest.capacity, text)
     known = {kind.corpus.sha256 for kind in corpus.kinds}
     name = "shipped" if manifest.model.recipe_sha256 else "unquantized"
     result = check_variants(

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from spike_export.artifacts.manifest import Manifest
 from spike_export.artifacts.recipe import WindowKind
 from spike_export.calibration.corpus.chat import rendered
 from spike_export.calibration.corpus.files import CorpusOptions, OwnText, load_corpora, require_judge
@@ -37,16 +36,21 @@ class EvaluationText:
 
 
 def evaluation_windows(
-    checkpoint: Checkpoint, manifest: Manifest, text: EvaluationText
+    checkpoint: Checkpoint, capacity: int | None, text: EvaluationText
 ) -> tuple[Mixture, NDArray[np.int64]]:
-    """Return the corpora that a bundle is judged on, and the evaluation windows [windows, tokens] cut from them.
+    """Return the corpora that a model is judged on, and the evaluation windows [windows, tokens] cut from them.
+
+    Args:
+        checkpoint: The model.
+        capacity: Tokens that a static cache holds; None for a dynamic one.
+        text: What to cut.
 
     Raises:
         CorpusError: The corpus cannot be used.
         RecipeError: The windows are longer than the model's sequences or the bundle's static cache.
     """
     require_length(text.length, checkpoint)
-    require_room(text.length, manifest.capacity)
+    require_room(text.length, capacity)
     read = load_corpora(text.corpus)
     require_judge(read)
     judging = [rendered(each, checkpoint.tokenizer) for each in read if not isinstance(each, OwnText)]

@@ -51,7 +51,7 @@ def parity(
         require_replaceable(place, "a result of the parity chain", _is_ours, overwrite=overwrite)
     manifest, checkpoint = opened_pair(bundle, str(reference))
     plan = recipe_of(bundle, manifest, None if recipe is None else Path(recipe))
-    _, windows = evaluation_windows(checkpoint, manifest, text)
+    _, windows = evaluation_windows(checkpoint, manifest.capacity, text)
     content = windows[:_WINDOWS, :_TOKENS]
     holds_bos = manifest.prefix is not None and manifest.prefix.holds_bos
     tokens = content if holds_bos else with_bos(content, manifest.bos_token_id)

@@ -44,6 +44,7 @@ ADDED: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "": (_WINDOWS, _CORPUS, _TARGET),
     "calibrate": (_WINDOWS, _CORPUS),
     "check": (_WINDOWS, _CORPUS),
+    "revalidate": (_WINDOWS, _CORPUS),
     "build": (_TARGET,),
     "generate": (("--max-new-tokens", "4"),),
 }
