@@ -19,7 +19,7 @@ from spike_export.calibration.statistics.spikes import ModuleSpikes
 from spike_export.checkpoint.checkpoint import Checkpoint
 from spike_export.checkpoint.modules import linears
 
-BEYOND, BELOW = 1.25, 0.25
+BEYOND, BELOW = 2.0, 0.25
 """Largest magnitudes, as multiples of the calibration's, from and up to which a static scale is out of place. A few
 windows see less than all of the calibration's, so that the lower one is far off."""
 
