@@ -41,6 +41,18 @@ def tokenizer_faults(error: type[SpikeExportError], what: str) -> Iterator[None]
 
 
 @contextmanager
+def loading_tokenizer(error: type[SpikeExportError], place: Path) -> Iterator[None]:
+    """Turn whatever damaged files of a tokenizer raise in the block into one line, and nothing else is printed.
+
+    Args:
+        error: What to raise.
+        place: Where the files lie.
+    """
+    with tokenizer_faults(error, f"{place}: cannot load the tokenizer"), _silence():
+        yield
+
+
+@contextmanager
 def _silence() -> Iterator[None]:
     """Keep what native code says of its failure off the terminal: the failure itself is told in one line."""
     try:
@@ -80,7 +92,7 @@ def load_tokenizer(load: Callable[[], Any], place: Path, error: type[SpikeExport
         SpikeExportError: Of the given type: the files are damaged, or the tokenizer is written in Python, which no
             other runtime can use.
     """
-    with tokenizer_faults(error, f"{place}: cannot load the tokenizer"), _silence():
+    with loading_tokenizer(error, place):
         tokenizer: PreTrainedTokenizerBase = load()
         _try(tokenizer)
     if getattr(tokenizer, "backend_tokenizer", None) is None:

@@ -10,13 +10,14 @@ from spike_export.artifacts.documents import read_document
 from spike_export.artifacts.errors import EngineError, one_line
 from spike_export.artifacts.manifest import Manifest, load_manifest
 from spike_export.checkpoint.tokenizer import load_tokenizer
+from spike_export.engines.generation.bundle_tokenizer import BundleTokenizer, require_tokenizer
 from spike_export.engines.generation.options import GenerationOptions
 from spike_export.engines.generation.prompt_tokens import PromptEncoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_TOKENIZER_FILE, _GENERATION_FILE = "tokenizer.json", "generation_config.json"
+_GENERATION_FILE = "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class BundleText:
         prompts: Turns prompts into tokens.
     """
 
-    tokenizer: "PreTrainedTokenizerBase"
+    tokenizer: BundleTokenizer
     manifest: Manifest
     defaults: GenerationOptions
     prompts: PromptEncoder
@@ -42,12 +43,12 @@ class BundleText:
             EngineError: There is no tokenizer, or it cannot be used.
         """
         manifest = load_manifest(bundle)
-        tokenizer = bundle_tokenizer(bundle)
+        tokenizer = BundleTokenizer.read(bundle)
         defaults = default_options(bundle, manifest, tokenizer)
         return cls(tokenizer, manifest, defaults, PromptEncoder(tokenizer, manifest).started())
 
 
-def default_options(bundle: Path, manifest: Manifest, tokenizer: Any) -> GenerationOptions:
+def default_options(bundle: Path, manifest: Manifest, tokenizer: BundleTokenizer) -> GenerationOptions:
     """Return the options that the model's makers give in `generation_config.json`, else those of transformers.
 
     The tokens that end a sequence are that file's, else the manifest's, else the tokenizer's.
@@ -67,7 +68,7 @@ def default_options(bundle: Path, manifest: Manifest, tokenizer: Any) -> Generat
     values: dict[str, Any] = {"top_k": 50}
     values |= {name: value for name, value in given.items() if name in known and value is not None}
     ends = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    ends = ends or list(manifest.eos_token_ids) or [getattr(tokenizer, "eos_token_id", None)]
+    ends = ends or list(manifest.eos_token_ids) or [tokenizer.eos_token_id]
     try:
         return GenerationOptions(**values, eos_token_ids=tuple(end for end in ends if end is not None))
     except (EngineError, TypeError) as error:
@@ -75,16 +76,12 @@ def default_options(bundle: Path, manifest: Manifest, tokenizer: Any) -> Generat
 
 
 def bundle_tokenizer(bundle: Path) -> "PreTrainedTokenizerBase":
-    """Load a bundle's tokenizer.
+    """Load a bundle's tokenizer as transformers', for text that is read as corpora are.
 
     Raises:
         EngineError: There is none, or it cannot be used.
     """
-    if not (bundle / _TOKENIZER_FILE).is_file():
-        raise EngineError(
-            f"{bundle / _TOKENIZER_FILE}: this file is missing, and text needs a tokenizer; export from a model that "
-            "has one"
-        )
+    require_tokenizer(bundle)
     from transformers import AutoTokenizer
 
     load = partial(AutoTokenizer.from_pretrained, bundle, local_files_only=True, trust_remote_code=False)

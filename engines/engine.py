@@ -12,6 +12,7 @@ from spike_export.artifacts.closing import Closing
 from spike_export.artifacts.manifest import Manifest
 from spike_export.artifacts.progress import Progress, silent
 from spike_export.engines.bundle_text import BundleText
+from spike_export.engines.generation.bundle_tokenizer import BundleTokenizer
 from spike_export.engines.generation.decoding import Decoding
 from spike_export.engines.generation.draft_length import DraftLength
 from spike_export.engines.generation.generated_text import Generation, Piece, Row, joined, streamed
@@ -20,9 +21,7 @@ from spike_export.engines.generation.prompt_tokens import Prompt, PromptEncoder
 from spike_export.engines.runtime_choice import RuntimeChoice, Speculate
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from spike_export.engines.onnx_runtime.sequences import Provider
+    from spike_export.engines.onnx_runtime.cache_memory import Provider
     from spike_export.engines.tensorrt.engines import RuntimeOptions
 
 
@@ -36,7 +35,7 @@ class Engine(Closing):
     """
 
     decoding: Decoding
-    tokenizer: "PreTrainedTokenizerBase"
+    tokenizer: BundleTokenizer
     manifest: Manifest
     defaults: GenerationOptions
     encoder: InitVar[PromptEncoder | None] = None

@@ -8,7 +8,6 @@ from spike_export.artifacts.errors import EngineError
 from spike_export.artifacts.manifest import MANIFEST_FILE
 from spike_export.artifacts.progress import Progress, silent
 from spike_export.artifacts.sole_writer import finish_dead_replacement
-from spike_export.engines.build.rebuild import usable_or_rebuilt_engine
 from spike_export.engines.generation.decoding import Decoding
 from spike_export.engines.plan.backend import detect_machine
 from spike_export.engines.plan.paths import find_plans, plan_paths, run_folder
@@ -91,6 +90,9 @@ def _open_plan(
                 f"--rebuild builds on the first GPU, and --gpu {gpu} names another; leave one of them out, or show "
                 f"only that GPU with CUDA_VISIBLE_DEVICES={gpu}"
             )
+        # Importing the builder takes a tenth of a second, which a bundle in ONNX Runtime would wait for too.
+        from spike_export.engines.build.rebuild import usable_or_rebuilt_engine
+
         plans = usable_or_rebuilt_engine(engine, bundle, progress)
     else:
         machine = detect_machine(gpu)

@@ -15,8 +15,8 @@ from spike_export.engines.generation.slots import SlotRuntime, Slots
 from spike_export.engines.plan_runtime import bundle_of, is_plan, open_plans
 
 if TYPE_CHECKING:
+    from spike_export.engines.onnx_runtime.cache_memory import Provider
     from spike_export.engines.onnx_runtime.decoding import OnnxDecoding
-    from spike_export.engines.onnx_runtime.sequences import Provider
     from spike_export.engines.tensorrt.engines import RuntimeOptions
 
 Speculate = Literal["off", "ngram"]

@@ -5,9 +5,11 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
 from spike_export.artifacts.errors import EngineError, one_line
+from spike_export.engines.generation.bundle_tokenizer import BundleTokenizer
 
 GrammarKind = Literal["json_object", "json_schema", "regex", "choice", "lark", "gbnf"]
 
@@ -23,7 +25,7 @@ AS_DUMPED = {"whitespace_flexible": False, "item_separator": ", ", "key_separato
 class Grammars:
     """Grammars over one tokenizer, which is prepared when the first one is asked for."""
 
-    def __init__(self, tokenizer: Any, vocab: int, eos_token_ids: Sequence[int]) -> None:
+    def __init__(self, tokenizer: BundleTokenizer, vocab: int, eos_token_ids: Sequence[int]) -> None:
         self._tokenizer, self._vocab, self._eos = tokenizer, vocab, list(eos_token_ids)
 
     def compile(self, kind: GrammarKind, source: Any) -> "Grammar":
@@ -51,9 +53,9 @@ class Grammars:
 
     @cached_property
     def _words(self) -> Any:
-        from llguidance.hf import from_tokenizer
+        from llguidance import LLTokenizer
 
-        return from_tokenizer(self._tokenizer, n_vocab=self._vocab, eos_token=self._eos)
+        return LLTokenizer(self._tokenizer.backend_tokenizer.to_str(), n_vocab=self._vocab, eos_token=self._eos)
 
 
 def _spelled(kind: GrammarKind, source: Any) -> str:
@@ -83,13 +85,12 @@ class Grammar:
         """Return the same place in another text."""
         return Grammar(self._matcher.deep_copy(), self._vocab)
 
-    def allowed(self) -> torch.Tensor:
+    def allowed(self) -> NDArray[np.bool_]:
         """See `Constraint`."""
-        packed = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.uint8)
+        packed = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         if self._matcher.is_error():
             raise EngineError(f"the grammar cannot go on: {one_line(ValueError(self._matcher.get_error()))}")
-        bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
-        return bits.reshape(1, -1)[:, : self._vocab].to(torch.bool)
+        return np.unpackbits(packed, bitorder="little")[None, : self._vocab].astype(np.bool_)
 
     def take(self, token: int) -> None:
         """See `Constraint`."""

@@ -5,10 +5,11 @@ import hashlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from spike_export.artifacts.manifest import MANIFEST_FILE, Manifest, load_manifest
 from spike_export.engines.bundle_text import BundleText
+from spike_export.engines.generation.bundle_tokenizer import BundleTokenizer
 from spike_export.engines.generation.options import GenerationOptions
 from spike_export.engines.generation.prompt_tokens import PromptEncoder
 from spike_export.engines.generation.slots import Slots
@@ -21,9 +22,6 @@ from spike_export.serving.scheduling.batch import Batch
 from spike_export.serving.scheduling.limits import Limits
 from spike_export.serving.scheduling.worker import Worker
 from spike_export.serving.settings import Settings
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 Log = Callable[[str, dict[str, object]], None]
 """Takes the name of an event and its fields; none of them is text of a prompt or of an answer."""
@@ -41,7 +39,7 @@ class Model:
         fingerprint: Differs between bundles; OpenAI's `system_fingerprint`.
     """
 
-    tokenizer: "PreTrainedTokenizerBase"
+    tokenizer: BundleTokenizer
     manifest: Manifest
     defaults: GenerationOptions
     prompts: PromptEncoder

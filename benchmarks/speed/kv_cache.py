@@ -149,7 +149,7 @@ class Decoding:
 
         manifest = load_manifest(bundle)
         graph = generation_graph(bundle, manifest) if grows else None
-        session = open_session(bundle, threads, graph.serialized if graph else None)
+        session = open_session(bundle, threads, graph)
         self._sequences = BundleSession(manifest, session, prefix=graph.prefix if graph else None).begin(1)
         tokens = np.random.default_rng(0).integers(0, manifest.vocab_size, (1, context + 1))
         self._next = tokens[:, context:]

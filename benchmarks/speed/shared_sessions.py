@@ -39,7 +39,6 @@ def _memory_of(
 ) -> tuple[int, int]:
     """Return the process's private and file-backed resident bytes after each session has read a prompt."""
     import numpy as np
-    import torch  # noqa: F401 - what every use imports anyway is no part of the difference
 
     from spike_export.artifacts.manifest import load_manifest
     from spike_export.engines.onnx_runtime.session import BundleSession
@@ -81,7 +80,8 @@ def _two_given_weights(bundle: Path, threads: int, _: Path) -> list[Any]:
     from spike_export.engines.onnx_runtime.generation_graph import generation_graph
 
     data, given = np.memmap(bundle / DATA_FILE, np.uint8, "r"), {}
-    for tensor in onnx.load_from_string(generation_graph(bundle, load_manifest(bundle)).serialized).graph.initializer:
+    graph = generation_graph(bundle, load_manifest(bundle), lowering=False)
+    for tensor in onnx.load_from_string(graph.serialized).graph.initializer:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             place = ExternalDataInfo(tensor)
             start = place.offset or 0
@@ -132,7 +132,7 @@ def _session(
         options.add_external_initializers(list(given), list(given.values()))
     if saved is not None:
         options.optimized_model_filepath = str(saved)
-    graph = generation_graph(bundle, load_manifest(bundle))
+    graph = generation_graph(bundle, load_manifest(bundle), lowering=False)
     return ort.InferenceSession(graph.serialized, options, providers=["CPUExecutionProvider"])
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from spike_export.artifacts.manifest import LogitsScope, Manifest
     from spike_export.artifacts.recipe import Dtype, HeadScheme, Recipe
     from spike_export.checkpoint.checkpoint import Checkpoint
+    from spike_export.engines.onnx_runtime.generation_graph import GenerationGraph
 
 PREFILL_TOKENS = 256
 PREFILL_TARGET, DECODE_TARGET = 2.5, 2.0
@@ -362,26 +363,30 @@ def interleaved(
     return {variant: Timing.of(durations) for variant, durations in seconds.items()}
 
 
-def open_session(folder: Path, threads: int, graph: bytes | None = None) -> "ort.InferenceSession":
-    """Open a bundle's graph, or another one over its weights."""
+def open_session(folder: Path, threads: int, graph: "GenerationGraph | None" = None) -> "ort.InferenceSession":
+    """Open a bundle's graph, or the one that generation runs."""
     from spike_export.artifacts.manifest import GRAPH_FILE
 
-    entries = {"session.model_external_initializers_file_folder_path": str(folder)}
-    return _session(graph or folder / GRAPH_FILE, threads, entries=entries)
+    if graph is None:
+        return _session(folder / GRAPH_FILE, threads)
+    return _session(graph.serialized, threads, weights=(folder, graph.weights))
 
 
 def _session(
-    model: Path | bytes, threads: int, disabled: Sequence[str] = (), entries: Mapping[str, str] | None = None
+    model: Path | bytes,
+    threads: int,
+    disabled: Sequence[str] = (),
+    weights: tuple[Path, Mapping[str, Any]] | None = None,
 ) -> "ort.InferenceSession":
     import onnxruntime as ort
 
-    from spike_export.engines.onnx_runtime.session import session_options
+    from spike_export.engines.onnx_runtime.session import name_weights, session_options
 
     options = session_options(threads)
     # Threads that spin after a call would take the cores from the session whose turn is next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    for name, value in (entries or {}).items():
-        options.add_session_config_entry(name, value)
+    if weights is not None:
+        name_weights(options, *weights)
     return ort.InferenceSession(
         model, options, providers=["CPUExecutionProvider"], disabled_optimizers=list(disabled) or None
     )

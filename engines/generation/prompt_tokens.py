@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,9 +12,7 @@ from spike_export.artifacts.bounded_process import BoundedProcess, BudgetError
 from spike_export.artifacts.errors import EngineError, one_line
 from spike_export.artifacts.manifest import Manifest
 from spike_export.checkpoint.tokenizer import tokenizer_faults
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from spike_export.engines.generation.bundle_tokenizer import BundleTokenizer
 
 Chat = Sequence[Mapping[str, str]]
 """Messages with `role` and `content`, for the model's chat template."""
@@ -34,7 +32,7 @@ class PromptEncoder:
     neither begins with it.
     """
 
-    tokenizer: "PreTrainedTokenizerBase"
+    tokenizer: BundleTokenizer
     manifest: Manifest
 
     def started(self) -> Self:
@@ -138,20 +136,17 @@ class PromptEncoder:
             raise EngineError(f"prompt {row} is no text, no list of messages and no array of tokens; give one of these")
         if not chat:
             raise EngineError(f"prompt {row} is empty; give some messages")
-        if not self.tokenizer.chat_template:
+        if not self.tokenizer.templates:
             raise EngineError(
                 f"prompt {row} is a chat, and the bundle has no chat_template.jinja; give plain text, or export a chat "
                 "model"
             )
         try:
-            text: str = self.tokenizer.apply_chat_template(
-                list(chat), tools=list(tools) or None, tokenize=False, add_generation_prompt=asks
-            )
+            return self.tokenizer.render(chat, tools, asks=asks)
         except MemoryError:
             raise
         except Exception as error:  # templates raise jinja's errors, and whatever their expressions run into
             raise EngineError(f"prompt {row}: the chat template refuses it ({one_line(error)}); correct it") from error
-        return text
 
     def _tokenized(self, text: str, row: int, *, add_special_tokens: bool = True) -> NDArray[np.int64]:
         try:

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from spike_export.artifacts.errors import EngineError
@@ -24,8 +23,6 @@ PREFILL_CHUNK = 512
 
 Over a dynamic cache a prompt is read in one call, because some ropes rotate it by its whole length.
 """
-
-_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -68,14 +65,13 @@ class OnnxDecoding:
         else:
             tokens, counts = _padded(prompts)
             logits = _behind(sequences.step(tokens, counts), counts)
-        sampler = Sampler(options, len(prompts), _CPU, numpy=True)
-        seen = seen_tokens(prompts, logits.shape[-1], options, _CPU)
+        sampler, seen = Sampler(options, len(prompts)), seen_tokens(prompts, logits.shape[-1], options)
         for remaining in reversed(range(options.max_new_tokens)):
             require_finite(np.isfinite(logits).all(axis=1), "export the bundle with --dtype float32")
-            drawn = sampler.draw(torch.from_numpy(logits), seen)
-            yield drawn.on_host()
+            drawn = sampler.draw(logits, seen)
+            yield drawn
             if remaining:
-                logits = _behind(sequences.step(drawn.tokens.numpy()[:, None]))
+                logits = _behind(sequences.step(drawn.tokens[:, None]))
 
 
 def _drafted_steps(
@@ -87,17 +83,16 @@ def _drafted_steps(
     kept as far as it was drawn.
     """
     logits, lookup = _read_prompt(sequences, 0, prompt), PromptLookup(prompt.tolist())
-    sampler = Sampler(options, 1, _CPU, numpy=True)
-    seen = seen_tokens([prompt], logits.shape[-1], options, _CPU)
+    sampler, seen = Sampler(options, 1), seen_tokens([prompt], logits.shape[-1], options)
     remaining, draft, seconds = options.max_new_tokens, list[int](), 0.0
     while True:
         token, accepted = -1, -1
         for row in logits:
             require_finite(np.isfinite(row[None]).all(axis=1), "export the bundle with --dtype float32")
-            drawn = sampler.draw(torch.from_numpy(row[None]), seen)
+            drawn = sampler.draw(row[None], seen)
             token, accepted, remaining = int(drawn.tokens[0]), accepted + 1, remaining - 1
             lookup.append(token)
-            yield drawn.on_host()
+            yield drawn
             if accepted < len(draft) and token != draft[accepted]:
                 break
         if not remaining:

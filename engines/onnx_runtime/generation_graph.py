@@ -6,11 +6,12 @@
   attention reads the whole buffer: short sequences are cheaper in a short one.
 - Over a static cache a call says how many of its last positions get logits; a draft is verified at several.
 - Where it is asked for, a call can count the activations that it clips (`clipped_activations`).
-- On a CPU, attention over a static cache becomes an operator of ONNX Runtime's own (`lowering`).
+- On a CPU, attention over a static cache becomes an operator of ONNX Runtime's own, and products of one tensor become
+  one product; where its INT8 kernels take unsigned weights, the graph brings those (`lowering`).
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,14 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from spike_export.artifacts.errors import EngineError, one_line
-from spike_export.artifacts.manifest import CACHE_SLOTS, GRAPH_FILE, LAST_TOKEN_NODE, Manifest
+from spike_export.artifacts.errors import EngineError
+from spike_export.artifacts.manifest import CACHE_SLOTS, DATA_FILE, GRAPH_FILE, LAST_TOKEN_NODE, Manifest
 from spike_export.engines.onnx_runtime.clipped_activations import count_clipped
+from spike_export.engines.onnx_runtime.exact_products import products_saturate
+from spike_export.engines.onnx_runtime.lowering.given_weights import WeightFile
 from spike_export.engines.onnx_runtime.lowering.grouped_query_attention import lower_attention
+from spike_export.engines.onnx_runtime.lowering.packed_products import pack_products
+from spike_export.engines.onnx_runtime.lowering.unsigned_weights import unsigned_weights
 from spike_export.engines.onnx_runtime.sequences import LOGITS_FROM
 from spike_export.engines.plan.graph_file import read_graph, require_output
 
@@ -38,11 +43,13 @@ class GenerationGraph:
         prefix: Of a lowered graph: cache input → [1, kv_heads, prefix, head_dim], which the caller writes in front of
             a new sequence, because the graph does not. None of any other graph.
         groups: Of a graph that counts clipped activations: the group of each place that it counts.
+        weights: Of a lowered graph: initializer → values, which no file has.
     """
 
     serialized: bytes
     prefix: Mapping[str, NDArray[Any]] | None = None
     groups: tuple[str, ...] = ()
+    weights: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
 
 def generation_graph(
@@ -60,7 +67,7 @@ def generation_graph(
         EngineError: The file is not an ONNX model, or lacks the static cache that the manifest speaks of.
     """
     model = read_graph(bundle / GRAPH_FILE)
-    prefix = None
+    file, prefix = WeightFile(bundle / DATA_FILE), None
     if manifest.logits == "all":
         residual = f"model.layers.{manifest.num_hidden_layers - 1}.attention_residual"
         _keep_last_position(model.graph, residual, bundle / GRAPH_FILE)
@@ -68,22 +75,27 @@ def generation_graph(
         _free_slots(model.graph, bundle / GRAPH_FILE)
         _free_positions(model.graph, bundle / GRAPH_FILE)
         if lowering:
-            prefix = _lowered(model, bundle)
+            prefix = _lowered(model, file)
+    weights = _own_weights(model, file) if lowering else {}
     groups = tuple(site.group for site in count_clipped(model.graph, bundle)) if clipping else ()
-    return GenerationGraph(model.SerializeToString(), prefix, groups)
+    return GenerationGraph(model.SerializeToString(), prefix, groups, weights)
 
 
-def _lowered(model: onnx.ModelProto, bundle: Path) -> dict[str, NDArray[Any]] | None:
+def _lowered(model: onnx.ModelProto, file: WeightFile) -> dict[str, NDArray[Any]] | None:
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     prefixes = lower_attention(model)
-    return None if prefixes is None else {cache: _values(tensors[name], bundle) for cache, name in prefixes.items()}
+    return None if prefixes is None else {cache: file.values(tensors[name]) for cache, name in prefixes.items()}
 
 
-def _values(tensor: onnx.TensorProto, bundle: Path) -> NDArray[Any]:
-    try:
-        return numpy_helper.to_array(tensor, str(bundle))
-    except (OSError, ValueError, onnx.checker.ValidationError) as error:
-        raise EngineError(f"{bundle}: {tensor.name} cannot be read ({one_line(error)}); export it again") from error
+def _own_weights(model: onnx.ModelProto, file: WeightFile) -> dict[str, NDArray[Any]]:
+    """Pack products, and turn weights where this processor multiplies unsigned ones; return what no file has."""
+    packed = pack_products(model, file.values)
+    if not products_saturate():
+        return packed
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    turned = unsigned_weights(model, lambda name: packed[name] if name in packed else file.values(tensors[name]))
+    read = {tensor.name for tensor in model.graph.initializer}
+    return {name: values for name, values in (packed | turned).items() if name in read}
 
 
 def _keep_last_position(graph: onnx.GraphProto, residual: str, path: Path) -> None:

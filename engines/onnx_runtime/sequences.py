@@ -5,15 +5,14 @@ Tokens and lengths are the caller's own; the prefix is invisible.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from spike_export.artifacts.errors import EngineError, one_line
+from spike_export.artifacts.errors import EngineError
 from spike_export.artifacts.manifest import Manifest
+from spike_export.engines.onnx_runtime.cache_memory import CacheMemory, HostMemory, Provider, memory_of
 from spike_export.engines.onnx_runtime.clipped_activations import CLIPPED, COUNT_CLIPPED, ClippedActivations
 from spike_export.engines.onnx_runtime.denormals import denormals_flushed
 
@@ -22,9 +21,6 @@ CACHE_TYPES = {"float32": np.float32, "float16": np.float16}
 
 LOGITS_FROM = "logits_from"
 """Input [1] int64 of a graph that generates over a static cache: the first position with logits, -1 for the last."""
-
-Provider = Literal["cpu", "cuda"]
-"""Where ONNX Runtime computes; caches stay there between the calls."""
 
 BUCKET = 128
 """Own tokens by which the buffers of a graph with free slots grow.
@@ -135,6 +131,7 @@ class StaticSequences:
     Attributes:
         buffers: Per layer key, value: [batch, kv_heads, slots, head_dim]; finite everywhere, because a slot that a
             query does not see is multiplied by zero.
+        memory: What the buffers lie in.
         prefix: Buffer → [1, kv_heads, prefix, head_dim] of a lowered graph (`GenerationGraph`), which does not write
             the prefix, and takes several tokens of one row or one token of each; None of any other.
         verifies: Whether a call says how many positions get logits (`generation_graph`), so that `extend` gives those
@@ -145,9 +142,9 @@ class StaticSequences:
     session: Any
     manifest: Manifest
     lengths: NDArray[np.int64]
-    buffers: list[torch.Tensor]
-    provider: Provider = "cpu"
-    prefix: Mapping[int, torch.Tensor] | None = None
+    buffers: list[Any]
+    memory: CacheMemory = field(default_factory=HostMemory)
+    prefix: Mapping[int, Any] | None = None
     verifies: bool = False
     clipped: ClippedActivations | None = None
     _last_logits: bool = False
@@ -173,13 +170,14 @@ class StaticSequences:
         own = min(_bucket(lowered=prefix is not None), capacity) if growing else capacity
         shape = (batch, manifest.num_key_value_heads, manifest.prefix_length + own, manifest.head_dim)
         names = [past for past, _ in _cache_names(manifest)]
-        buffers = [_zeros(shape, manifest, provider) for _ in names]
+        memory = memory_of(provider)
+        buffers = [memory.zeros(shape, _cache_dtype(manifest)) for _ in names]
         logits = next(value for value in session.get_outputs() if value.name == "logits")
-        placed = None if prefix is None else {names.index(past): torch.tensor(of) for past, of in prefix.items()}
+        placed = None if prefix is None else {names.index(past): memory.placed(of) for past, of in prefix.items()}
         inputs = {value.name for value in session.get_inputs()}
         last, chooses = logits.shape[1] == 1 or LOGITS_FROM in inputs, LOGITS_FROM in inputs
         none = np.zeros(batch, np.int64)
-        return cls(session, manifest, none, buffers, provider, placed, chooses, clipped, last, "fresh" in inputs)
+        return cls(session, manifest, none, buffers, memory, placed, chooses, clipped, last, "fresh" in inputs)
 
     def step(self, tokens: NDArray[np.int64], counts: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
         """See `Sequences`. A row with count 0 keeps its length, but its buffer needs room for the padding.
@@ -261,7 +259,7 @@ class StaticSequences:
     def clear(self, row: int) -> None:
         """Zero what the buffers hold of a row: a slot that a query does not see is multiplied by zero."""
         for buffer in self.buffers:
-            buffer[row].zero_()
+            buffer[row] = 0
 
     def move(self, source: int, target: int) -> None:
         """Put the sequence of one row into another one, whose own is lost; the source has none then."""
@@ -271,18 +269,18 @@ class StaticSequences:
         self.lengths[target] = self.lengths[source]
         self.release(source)
 
-    def saved(self, row: int, start: int, stop: int) -> torch.Tensor:
+    def saved(self, row: int, start: int, stop: int) -> NDArray[Any]:
         """Return a copy of keys and values of a row's own tokens `start` to `stop`; with those of the prefix from 0 on.
 
         Returns:
             [buffers, kv_heads, tokens, head_dim], in host memory.
         """
-        self._synchronize()
         prefix = self.manifest.prefix_length
         first = prefix + start if start else 0
-        return torch.stack([buffer[row, :, first : prefix + stop].cpu() for buffer in self.buffers])
+        self.memory.synchronize()
+        return np.stack([self.memory.on_host(buffer[row, :, first : prefix + stop]) for buffer in self.buffers])
 
-    def restore(self, row: int, parts: Sequence[torch.Tensor]) -> None:
+    def restore(self, row: int, parts: Sequence[NDArray[Any]]) -> None:
         """Begin a new sequence in a row with what `saved` returned for its first tokens, part by part.
 
         Raises:
@@ -294,9 +292,9 @@ class StaticSequences:
         for part in parts:
             end = place + part.shape[2]
             for buffer, values in zip(self.buffers, part, strict=True):
-                buffer[row, :, place:end] = values
+                buffer[row, :, place:end] = self.memory.placed(values)
             place = end
-        self._synchronize()
+        self.memory.synchronize()
         self._begun = True
         self.lengths[row] = tokens
 
@@ -389,7 +387,7 @@ class StaticSequences:
         prefix, kept = self.manifest.prefix_length, min(slots, self.buffers[0].shape[2])
         held = [(row, min(kept, prefix + length)) for row, length in enumerate(self.lengths.tolist()) if length]
         for index, old in enumerate(self.buffers):  # one by one: never two whole caches in memory
-            new = _zeros((*old.shape[:2], slots, old.shape[3]), self.manifest, self.provider)
+            new = self.memory.zeros((*old.shape[:2], slots, old.shape[3]), _cache_dtype(self.manifest))
             new[:, :, :prefix] = old[:, :, :prefix]
             for row, end in held:
                 new[row, :, :end] = old[row, :, :end]
@@ -400,14 +398,10 @@ class StaticSequences:
         """Return the binding of some rows; their part of a buffer lies in one piece."""
         key = (rows.start, rows.stop)
         if key not in self._bindings:
-            self._synchronize()
-            buffers = [buffer[rows] for buffer in self.buffers]
+            self.memory.synchronize()
+            buffers = [(buffer[rows].shape, self.memory.place(buffer[rows])) for buffer in self.buffers]
             self._bindings[key] = _bound(self.session, self.manifest, self._outputs, buffers)
         return self._bindings[key]
-
-    def _synchronize(self) -> None:
-        if self.provider == "cuda":
-            torch.cuda.synchronize()  # ONNX Runtime works on a stream of its own
 
 
 def run_bound(session: Any, binding: Any, sequence: int) -> None:
@@ -428,15 +422,25 @@ def run_failure(error: Exception, sequence: int) -> EngineError:
     return EngineError(f"ONNX Runtime fails on {sequence} tokens: {str(error).splitlines()[0]}")
 
 
-def _bound(session: Any, manifest: Manifest, outputs: Sequence[str], buffers: list[torch.Tensor]) -> Any:
-    """Return a binding in which every buffer is both past and present; it does not keep the buffers alive."""
+def _bound(
+    session: Any,
+    manifest: Manifest,
+    outputs: Sequence[str],
+    buffers: Sequence[tuple[Sequence[int], tuple[str, int, int]]],
+) -> Any:
+    """Return a binding in which every buffer is both past and present; it does not keep the buffers alive.
+
+    Args:
+        session: What runs.
+        manifest: Of the bundle.
+        outputs: The other outputs.
+        buffers: Shape and place (`CacheMemory`) of each.
+    """
     binding = session.io_binding()
     for output in outputs:  # the first outputs, in this order, whatever is bound later
         binding.bind_output(output, "cpu")
-    for (past, present), buffer in zip(_cache_names(manifest), buffers, strict=True):
-        assert buffer.is_contiguous(), "a graph writes into one piece of memory"
-        device = (buffer.device.type, buffer.device.index or 0)
-        memory = (CACHE_TYPES[manifest.dtype], list(buffer.shape), buffer.data_ptr())
+    for (past, present), (shape, (*device, address)) in zip(_cache_names(manifest), buffers, strict=True):
+        memory = (CACHE_TYPES[manifest.dtype], list(shape), address)
         binding.bind_input(past, *device, *memory)
         binding.bind_output(present, *device, *memory)
     return binding
@@ -465,18 +469,8 @@ def _cache_names(manifest: Manifest) -> list[tuple[str, str]]:
     return [(f"past_key_values.{place}", f"present.{place}") for place in places]
 
 
-def _zeros(shape: tuple[int, ...], manifest: Manifest, provider: Provider) -> torch.Tensor:
-    dtype = np.dtype(CACHE_TYPES[manifest.dtype])
-    try:
-        # numpy's zeros take memory only where something is written, and large pages where the system has them: steps of
-        # 12 rows took 7 % more processor time with small ones.
-        return torch.from_numpy(np.zeros(shape, dtype)).to(provider)
-    except (AssertionError, RuntimeError, MemoryError) as error:  # torch asserts that it was built with CUDA
-        remedy = "" if provider == "cpu" else ", or use the provider cpu: the other one needs a torch with CUDA"
-        raise EngineError(
-            f"there is no room for {prod(shape) * dtype.itemsize} bytes of the key/value cache on {provider} "
-            f"({one_line(error)}); give fewer or shorter sequences{remedy}"
-        ) from error
+def _cache_dtype(manifest: Manifest) -> "np.dtype[Any]":
+    return np.dtype(CACHE_TYPES[manifest.dtype])
 
 
 def _counts(tokens: NDArray[np.int64], counts: NDArray[np.int64] | None, batch: int) -> NDArray[np.int64]:

@@ -14,8 +14,8 @@ from spike_export.artifacts.errors import EngineError
 from spike_export.artifacts.host_memory import require_available
 from spike_export.artifacts.manifest import DATA_FILE, GRAPH_FILE, Manifest, load_manifest
 from spike_export.artifacts.threads import allowed_threads
-from spike_export.calibration.decoder.perplexity import with_bos
 from spike_export.engines.onnx_runtime.all_logits import all_logits_graph
+from spike_export.engines.onnx_runtime.cache_memory import Provider
 from spike_export.engines.onnx_runtime.clipped_activations import ClippedActivations
 from spike_export.engines.onnx_runtime.denormals import denormals_flushed
 from spike_export.engines.onnx_runtime.exact_products import request_exact_products
@@ -23,7 +23,6 @@ from spike_export.engines.onnx_runtime.generation_graph import GenerationGraph, 
 from spike_export.engines.onnx_runtime.sequences import (
     CACHE_TYPES,
     DynamicSequences,
-    Provider,
     Sequences,
     StaticSequences,
     run_failure,
@@ -36,8 +35,8 @@ _SPIN_MICROSECONDS = "50"
 
 _shared: "weakref.WeakValueDictionary[tuple[object, ...], Any]" = weakref.WeakValueDictionary()
 _graphs: "weakref.WeakKeyDictionary[Any, GenerationGraph]" = weakref.WeakKeyDictionary()
-"""Session → its graph without the bytes: what it leaves to the caller. Sequences hold the session alone, so that it is
-what lives."""
+"""Session → its graph without bytes and weights: what it leaves to the caller. Sequences hold the session alone, so
+that it is what lives."""
 _sharing = threading.Lock()
 
 
@@ -71,6 +70,8 @@ class BundleSession:
             EngineError: ONNX Runtime fails, for instance on more tokens than the model takes, or a static cache has
                 no room for them.
         """
+        from spike_export.calibration.decoder.perplexity import with_bos  # generation never comes here
+
         manifest = self.manifest
         holds_bos = manifest.prefix is not None and manifest.prefix.holds_bos
         tokens = content if holds_bos else with_bos(content, manifest.bos_token_id)
@@ -212,8 +213,8 @@ def open_for_generation(
         session = _shared.get(key)
         if session is None:
             graph = generation_graph(bundle, manifest, lowering=lowering, clipping=clipping)
-            session = _session(bundle, graph.serialized, threads, provider)
-            _shared[key], _graphs[session] = session, replace(graph, serialized=b"")
+            session = _session(bundle, graph.serialized, threads, provider, graph.weights)
+            _shared[key], _graphs[session] = session, replace(graph, serialized=b"", weights={})
     graph = _graphs[session]
     return BundleSession(manifest, session, provider, graph.prefix, graph.groups, sample_clipping)
 
@@ -235,15 +236,30 @@ def require_provider(provider: str) -> None:
         )
 
 
-def _session(bundle: Path, graph: Path | bytes, threads: int, provider: Provider = "cpu") -> Any:
-    """Return a session over a graph whose weights are the bundle's."""
+def name_weights(options: Any, bundle: Path, weights: Mapping[str, NDArray[Any]]) -> None:
+    """Tell a session over a graph in memory where its weights are: in a bundle's file, or the graph's own."""
+    import onnxruntime as ort
+
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle))
+    values = [ort.OrtValue.ortvalue_from_numpy(each) for each in weights.values()]
+    options.add_external_initializers(list(weights), values)
+
+
+def _session(
+    bundle: Path,
+    graph: Path | bytes,
+    threads: int,
+    provider: Provider = "cpu",
+    weights: Mapping[str, NDArray[Any]] | None = None,
+) -> Any:
+    """Return a session over a graph whose weights are the bundle's, or those of `weights`."""
     import onnxruntime as ort
 
     size = (bundle / DATA_FILE).stat().st_size
     require_available(size, f"{bundle}: its weights", "free memory, or run it on a larger machine", EngineError)
     options = session_options(threads)
     if isinstance(graph, bytes):
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle))
+        name_weights(options, bundle, weights or {})
     providers = list(dict.fromkeys((_PROVIDERS[provider], _PROVIDERS["cpu"])))
     try:
         with denormals_flushed():

@@ -14,7 +14,6 @@ from spike_export.artifacts.closing import Closing
 from spike_export.artifacts.errors import EngineError
 from spike_export.engines.generation.decoding import DecodedStep, require_finite
 from spike_export.engines.generation.options import GenerationOptions
-from spike_export.engines.generation.sampling import Drawn, Sampler, seen_tokens
 from spike_export.engines.generation.slots import Slots
 from spike_export.engines.plan.safety import CheckedPlan
 from spike_export.engines.tensorrt.buffers import Buffers
@@ -22,6 +21,7 @@ from spike_export.engines.tensorrt.device import CudaDevice, Device, Fetched
 from spike_export.engines.tensorrt.engines import LoadedPlans, RuntimeOptions
 from spike_export.engines.tensorrt.failures import gpu_failures
 from spike_export.engines.tensorrt.limits import plan_limits, require_fit
+from spike_export.engines.tensorrt.sampling import Drawn, Sampler, seen_tokens
 from spike_export.engines.tensorrt.slots import open_slots
 from spike_export.engines.tensorrt.steps import StaticSteps, Steps, make_steps
 

@@ -5,26 +5,23 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from spike_export.artifacts.errors import EngineError, one_line
 from spike_export.engines.generation.generated_text import Piece, Row, TokenLogprob
 from spike_export.engines.generation.options import GenerationOptions
-from spike_export.engines.generation.sampling import Sampler, seen_tokens
+from spike_export.engines.generation.sampling import Sampler, log_softmax, most_probable, seen_tokens
 from spike_export.engines.generation.slots import ApartSlots, CountingSlots, KeyValues, SavingSlots, Slots
 from spike_export.serving.scheduling.limits import Limits
 from spike_export.serving.scheduling.prefix_store import PrefixStore
 from spike_export.serving.scheduling.scheduler import Part, Scheduler
 
-_CPU = torch.device("cpu")
-
 
 class Constraint(Protocol):
     """What a text has to be like: knows which token may come next."""
 
-    def allowed(self) -> torch.Tensor:
-        """Return [1, vocab] bool, the tokens that may come next.
+    def allowed(self) -> NDArray[np.bool_]:
+        """Return [1, vocab], the tokens that may come next.
 
         Raises:
             EngineError: The text cannot go on.
@@ -96,8 +93,8 @@ class _Sequence:
         self.next = -1
         self.found: Sequence[KeyValues] = ()
         self._text = Row(tokenizer, 0, work.prompt, work.options)
-        self._sampler = Sampler(work.options, 1, _CPU, numpy=True)
-        self._seen = seen_tokens([work.prompt], vocab, work.options, _CPU)
+        self._sampler = Sampler(work.options, 1)
+        self._seen = seen_tokens([work.prompt], vocab, work.options)
 
     def draw(self, logits: NDArray[np.float32]) -> Event:
         """Draw the next token from logits [vocab].
@@ -117,7 +114,7 @@ class _Sequence:
     def _generate(self, logits: NDArray[np.float32]) -> Piece:
         constraint = self.work.constraint
         allowed = None if constraint is None else constraint.allowed()
-        step = self._sampler.draw(torch.from_numpy(logits[None]), self._seen, allowed).on_host()
+        step = self._sampler.draw(logits[None], self._seen, allowed)
         self.next = int(step.tokens[0])
         if constraint is not None:
             constraint.take(self.next)
@@ -127,10 +124,10 @@ class _Sequence:
         """Take the prompt's next token in place of one that is drawn."""
         self.next = int(self.work.prompt[self.fed])
         self.fed += 1
-        logprobs = torch.from_numpy(logits).log_softmax(dim=-1)
-        best = logprobs.topk(min(self.work.options.logprobs or 0, len(logits)))
-        top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-        return Scored(TokenLogprob(self.next, float(logprobs[self.next]), top))
+        logprobs = log_softmax(logits[None])
+        best, values = most_probable(logprobs, self.work.options.logprobs or 0)
+        top = tuple(zip(best[0].tolist(), values[0].tolist(), strict=True))
+        return Scored(TokenLogprob(self.next, float(logprobs[0, self.next]), top))
 
 
 class Batch:

@@ -97,7 +97,7 @@ def test_a_stale_plan_is_rebuilt_where_that_is_asked_for(monkeypatch: pytest.Mon
         rebuilt.append(given)
         return (plan,)
 
-    monkeypatch.setattr(plan_runtime, "usable_or_rebuilt_engine", again)
+    monkeypatch.setattr("spike_export.engines.build.rebuild.usable_or_rebuilt_engine", again)
     Engine.open(plan.path, bundle=bundle)
     assert rebuilt == []
     Engine.open(plan.path, bundle=bundle, rebuild=True)

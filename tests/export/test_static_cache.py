@@ -66,7 +66,7 @@ def static(session: BundleSession, batch: int) -> StaticSequences:
 
 
 def contents(sequences: StaticSequences) -> list[NDArray[Any]]:
-    return [buffer.numpy() for buffer in sequences.buffers]
+    return list(sequences.buffers)
 
 
 def reference(model: TinyModel, ids: NDArray[np.int64], prefix: tuple[int, ...] = ()) -> NDArray[Any]:
@@ -218,7 +218,7 @@ def test_a_call_writes_its_own_slots_of_the_callers_memory_and_nothing_else(
 ) -> None:
     model, p = tiny_llama(), len(prefix)
     sequences = static(opened(tmp_path, model, prefix), 2)
-    addresses = [buffer.data_ptr() for buffer in sequences.buffers]
+    addresses = [buffer.ctypes.data for buffer in sequences.buffers]
     for buffer in sequences.buffers:
         buffer[:] = 7.0
     for start, count, counts in ((0, 6, [6, 4]), (6, 1, [1, 1])):
@@ -230,7 +230,7 @@ def test_a_call_writes_its_own_slots_of_the_callers_memory_and_nothing_else(
             for row, begin in enumerate(begins):
                 slots = set(range(p + begin, p + begin + count)) | (set(range(p)) if start == 0 else set())
                 assert set(np.flatnonzero(changed[row])) == slots
-    assert [buffer.data_ptr() for buffer in sequences.buffers] == addresses
+    assert [buffer.ctypes.data for buffer in sequences.buffers] == addresses
 
 
 def test_onnx_runtime_writes_into_the_ort_value_it_reads(tmp_path: Path) -> None:

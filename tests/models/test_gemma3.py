@@ -12,7 +12,9 @@ from spike_export.calibration.decoder.perplexity import model_perplexity, with_b
 from spike_export.checkpoint.checkpoint import Checkpoint
 from spike_export.checkpoint.opening import open_checkpoint
 from spike_export.engines.accuracy.comparison import likelihood
+from spike_export.engines.generation.bundle_tokenizer import BundleTokenizer
 from spike_export.export.bundle import ExportOptions, export_bundle
+from spike_export.export.files.tokenizer_files import save_tokenizer
 from tests.support.help_topics import FIGURES_CORPUS
 from tests.support.tiny.models import CachedSession
 
@@ -63,6 +65,16 @@ def test_the_tokenizer(checkpoint: Checkpoint) -> None:
     assert backend.encode("hi").ids[0] == 2
     text = default_corpus().text
     assert tokenizer.decode(backend.encode(text, add_special_tokens=False).ids) == text
+
+
+def test_a_bundle_reads_the_tokenizer_without_transformers(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    tokenizer: Any = checkpoint.tokenizer
+    save_tokenizer(tokenizer, tmp_path, prefix_holds_bos=False)
+    read, text = BundleTokenizer.read(tmp_path), default_corpus().text[:20_000]
+    for part in (text, " a  b\n\u00fc\u6f22\U0001f916<start_of_turn>user\n"):
+        assert read.encode(part) == tokenizer.encode(part)
+        assert read.decode(read.encode(part)) == tokenizer.decode(tokenizer.encode(part))
+    assert read.eos_token_id == tokenizer.eos_token_id
 
 
 def test_perplexity_is_the_known_one_also_in_onnx_runtime(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -106,6 +106,19 @@ def test_greedy_tokens_and_text_are_transformers(
     assert generated(reference, prompts[0]) == list(results[0].token_ids)
 
 
+def test_texts_and_chats_are_fed_as_transformers_would(engine: Engine, checkpoint: Checkpoint) -> None:
+    theirs: Any = checkpoint.tokenizer
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 2 <= \u00fc?\n"}]
+    for messages in (chat, chat[1:]):
+        wanted = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert engine.tokenizer.render(messages, [], asks=True) == wanted
+        assert engine.tokenizer.encode(wanted, add_special_tokens=False) == theirs.encode(
+            wanted, add_special_tokens=False
+        )
+    for prompt in PROMPTS:
+        assert engine.tokenizer.encode(prompt) == theirs.encode(prompt)
+
+
 def test_a_sampled_row_is_as_it_is_alone(engine: Engine) -> None:
     options = {"max_new_tokens": 6, "do_sample": True, "temperature": 0.9, "top_p": 0.95}
     rows = engine.generate(PROMPTS[:3], seed=5, **options)

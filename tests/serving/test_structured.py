@@ -43,7 +43,7 @@ WEATHER: Any = {
 def calling(bundle: Path) -> Iterator[Running]:
     """The server of a model whose template knows tools,."""
     with running(bundle) as server:
-        server.service.model.tokenizer.chat_template = CALLING
+        object.__setattr__(server.service.model.tokenizer, "templates", {"default": CALLING})
         yield server
 
 

@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from spike_export.artifacts.manifest import GRAPH_FILE, Manifest, load_manifest
 from spike_export.engines.generation.decoding import Decoding
 from spike_export.engines.generation.options import GenerationOptions
-from spike_export.engines.generation.sampling import Drawn
 from spike_export.engines.onnx_runtime.denormals import denormals_flushed
 from spike_export.engines.onnx_runtime.session import open_bundle
 from spike_export.engines.plan.backend import BackendName
@@ -40,6 +39,7 @@ from spike_export.engines.plan.sidecar import (
 )
 from spike_export.engines.tensorrt import engines as trt_engines
 from spike_export.engines.tensorrt.device import ALIGNMENT
+from spike_export.engines.tensorrt.sampling import Drawn
 
 SCRATCH_BYTES = {"prefill": 3000, "decode": 1000}
 STREAM = 77

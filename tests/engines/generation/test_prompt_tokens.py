@@ -1,13 +1,13 @@
 """Prompts with a foreign tokenizer and template: within limits, and with no word beside the result."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
 
 from spike_export.artifacts.errors import EngineError
+from spike_export.engines.generation.bundle_tokenizer import BundleTokenizer
 from spike_export.engines.generation.prompt_tokens import PromptEncoder
 from tests.support.tiny.bundles import TinyModel, tiny_manifest
 from tests.support.tiny.checkpoints import VOCAB, write_tokenizer
@@ -19,15 +19,13 @@ CHAT = [{"role": "user", "content": "a"}]
 def encoder(tmp_path: Path) -> Iterator[PromptEncoder]:
     write_tokenizer(tmp_path)
     manifest = tiny_manifest(TinyModel(prefix=0)).model_copy(update={"vocab_size": VOCAB, "bos_token_id": None})
-    encoder = PromptEncoder(AutoTokenizer.from_pretrained(tmp_path), manifest)
+    encoder = PromptEncoder(BundleTokenizer.read(tmp_path), manifest)
     yield encoder
     encoder.close()
 
 
 def templated(encoder: PromptEncoder, template: str) -> PromptEncoder:
-    tokenizer: Any = encoder.tokenizer
-    tokenizer.chat_template = template
-    return encoder
+    return PromptEncoder(replace(encoder.tokenizer, templates={"default": template}), encoder.manifest)
 
 
 def test_a_text_longer_than_the_model_takes_leaves_no_warning(

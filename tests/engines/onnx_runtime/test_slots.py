@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 
 from spike_export.engines.generation.slots import SavingSlots
@@ -75,7 +74,7 @@ def test_a_row_that_overflowed_leaves_nothing_to_the_next_sequence(tmp_path: Pat
         for row in range(2):
             slots.admit(row, PROMPTS[4])
         for buffer in slots.sequences.buffers:
-            buffer[0] = torch.nan
+            buffer[0] = np.nan
         slots.release(0, spoiled=spoiled)  # the other row is moved into its place
         assert np.isfinite(slots.step([1], np.array([5]))).all() == spoiled
 

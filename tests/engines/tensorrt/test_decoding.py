@@ -15,12 +15,12 @@ from spike_export.artifacts.errors import EngineError
 from spike_export.artifacts.manifest import LogitsScope
 from spike_export.engines.generation.decoding import DecodedStep
 from spike_export.engines.generation.options import GenerationOptions
-from spike_export.engines.generation.sampling import Drawn
 from spike_export.engines.plan.backend import BackendName
 from spike_export.engines.plan.safety import CheckedPlan
 from spike_export.engines.tensorrt.capacities import CapacityChoice
 from spike_export.engines.tensorrt.decoding import TensorRtDecoding
 from spike_export.engines.tensorrt.engines import RuntimeOptions
+from spike_export.engines.tensorrt.sampling import Drawn
 from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.cache_options import CacheOptions
 from tests.support import graph_parity
