@@ -41,8 +41,15 @@ def check(
         str | None,
         Parameter(help="Count what this text drives beyond the static scales, and what that costs; needs no model."),
     ] = None,
+    continuations: Annotated[
+        int | None,
+        Parameter(
+            help="Write so many tokens behind four prompts, by the bundle and by the model; show where they part."
+        ),
+    ] = None,
     json_file: Annotated[
-        Path | None, Parameter(name="--json", help="With --lint, --parity or --clipping: file for the result.")
+        Path | None,
+        Parameter(name="--json", help="With --lint, --parity, --clipping or --continuations: file for the result."),
     ] = None,
     out: Annotated[
         Path | None, Parameter(help="File for the result (default: BUNDLE.check.json, beside the bundle).")
@@ -54,22 +61,59 @@ def check(
 ) -> int:
     """Compare a bundle with the unquantized model (perplexity, agreement, KL), or --parity, --clipping, --lint."""
     use_threads(threads)
+    mode = _mode(lint=lint, parity=parity, clipping=clipping is not None, continuations=continuations is not None)
+    _require_fitting(mode, reference, recipe, json_file, out)
+    text = evaluation_text(corpus, gate)
     if lint:
-        if reference is not None or out is not None or parity or clipping is not None:
-            raise ArtifactError("check --lint reads only the graph; omit --reference, --out, --parity and --clipping")
         return _lint(bundle, json_file, run_options)
     if clipping is not None:
-        if reference is not None or out is not None or parity:
-            raise ArtifactError("check --clipping needs no model; omit --reference, --out and --parity")
         return _clipping(bundle, clipping, corpus, json_file, run_options)
-    if reference is None:
-        raise ArtifactError("check needs --reference MODEL, or one of --lint and --clipping TEXT")
+    assert reference is not None, "was required"
     if parity:
-        return _parity(bundle, reference, recipe, evaluation_text(corpus, gate), json_file, run_options)
-    if json_file is not None or recipe is not None:
+        return _parity(bundle, reference, recipe, text, json_file, run_options)
+    if continuations is not None:
+        return _continuations(bundle, reference, continuations, text, json_file, run_options)
+    return _accuracy(bundle, reference, text, gate, out, run_options)
+
+
+def _mode(**given: bool) -> str | None:
+    """Return the option that says what to do other than measure the accuracy, or None.
+
+    Raises:
+        ArtifactError: There are several.
+    """
+    modes = [f"--{name}" for name, there in given.items() if there]
+    if len(modes) > 1:
+        raise ArtifactError(f"check does one thing at a time; give either {' or '.join(modes)}")
+    return modes[0] if modes else None
+
+
+def _require_fitting(
+    mode: str | None, reference: str | None, recipe: Path | None, json_file: Path | None, out: Path | None
+) -> None:
+    """Refuse options that have no meaning for what is to be done.
+
+    Raises:
+        ArtifactError: Names the option.
+    """
+    without_model = mode in ("--lint", "--clipping")
+    if without_model and reference is not None:
+        raise ArtifactError(f"check {mode} needs no model; omit --reference")
+    if not without_model and reference is None:
+        raise ArtifactError("check needs --reference MODEL, or one of --lint and --clipping TEXT")
+    if mode is not None and out is not None:
+        raise ArtifactError(f"check {mode} writes its result with --json FILE; omit --out")
+    if mode is None and json_file is not None:
         raise ArtifactError(
-            "check takes --json with --lint, --parity or --clipping only, and --recipe with --parity only"
+            "check writes the accuracy with --out FILE, and --json is for --lint, --parity, --clipping, --continuations"
         )
+    if mode != "--parity" and recipe is not None:
+        raise ArtifactError("check takes --recipe with --parity only; omit --recipe")
+
+
+def _accuracy(
+    bundle: Path, reference: str, text: "EvaluationText", gate: GateArguments, out: Path | None, options: RunArguments
+) -> int:
     from spike_export.cli.terminal.progress_display import ProgressDisplay
     from spike_export.pipeline.check import check as check_bundle
     from spike_export.report.check_table import print_check
@@ -77,19 +121,19 @@ def check(
     console = Console()
     named = bundle if bundle.name else bundle.absolute()
     path = out or named.parent / f"{named.name}.check.json"
-    with ProgressDisplay(console, ["check"], quiet=run_options.quiet) as display, display.stage("check") as progress:
+    with ProgressDisplay(console, ["check"], quiet=options.quiet) as display, display.stage("check") as progress:
         result = check_bundle(
             bundle,
             reference,
-            evaluation_text(corpus, gate),
+            text,
             max_ppl_increase=gate.max_ppl_increase,
             max_kl=gate.max_kl,
             min_agreement=gate.min_agreement,
             out=path,
             progress=progress,
-            overwrite=run_options.overwrite,
+            overwrite=options.overwrite,
         )
-    if not run_options.quiet:
+    if not options.quiet:
         print_check(result, console)
         console.print(Text(f"check: {path}"), soft_wrap=True)
     return accuracy_verdict(result.passed)
@@ -108,6 +152,23 @@ def _parity(
     if not options.quiet:
         print_parity(result, console)
     return DONE if result.passed else GATE_MISSED
+
+
+def _continuations(
+    bundle: Path, reference: str, tokens: int, text: "EvaluationText", out: Path | None, options: RunArguments
+) -> int:
+    from spike_export.cli.terminal.continuations_text import print_continuations
+    from spike_export.cli.terminal.progress_display import ProgressDisplay
+    from spike_export.pipeline.continuations import continuations
+
+    console, name = Console(), "continuations"
+    with ProgressDisplay(console, [name], quiet=options.quiet) as display, display.stage(name) as progress:
+        found, texts = continuations(
+            bundle, reference, tokens, text, out=out, progress=progress, overwrite=options.overwrite
+        )
+    if not options.quiet:
+        print_continuations(found, texts, console)
+    return DONE
 
 
 def _clipping(bundle: Path, text: str, corpus: CorpusArguments, out: Path | None, options: RunArguments) -> int:

@@ -1,4 +1,4 @@
-"""`check --parity` and `check --clipping`: verdict and JSON file, the module of a fault, and bad input."""
+"""`check --parity`, `--clipping` and `--continuations`: verdict and JSON file, the module of a fault, and bad input."""
 
 import json
 from pathlib import Path
@@ -58,7 +58,7 @@ def test_bad_input_is_one_line(folder: Path, tmp_path: Path) -> None:
     assert "was made by another recipe; give that one" in call(*whole, "--recipe", folder / "other.json").error
     assert "no such file" in call(*whole, "--recipe", folder / "none.json").error.lower()
     assert "needs --reference MODEL" in call("check", folder / "bundle", "--parity").error
-    assert "--recipe with --parity only" in call(*(each for each in whole if each != "--parity"), "--recipe", "r").error
+    assert "omit --recipe" in call(*(each for each in whole if each != "--parity"), "--recipe", "r").error
     (tmp_path / "note.json").write_text("{}")
     assert "--overwrite" in call(*whole, "--json", tmp_path / "note.json").error
     (tmp_path / "short.txt").write_text("short")
@@ -87,3 +87,15 @@ def test_what_a_text_clips_is_told_and_written(folder: Path, tmp_path: Path) -> 
     assert "omit --reference" in call(*whole, "--reference", folder / "model").error
     assert "none.txt" in call("check", folder / "bundle", "--clipping", "none.txt").error
     assert "give a text" in call("check", folder / "bundle", "--clipping", "builtin:own-text").error
+
+
+def test_continuations_stand_one_above_the_other(folder: Path, tmp_path: Path) -> None:
+    whole = ("check", folder / "bundle", "--reference", folder / "model", "--corpus", folder / "corpus.txt", *SMALL)
+    done = call(*whole, "--continuations", "5", "--json", tmp_path / "found.json")
+    assert (done.code, done.err) == (0, "")
+    document = json.loads((tmp_path / "found.json").read_text())
+    assert (document["format"], document["tokens"], len(document["continuations"])) == (1, 5, 4)
+    assert f"{document['equal']} of 4 continuations of 5 tokens are equal" in done.out
+    assert done.out.count("  bundle: ") == 4
+    assert done.out.count("  model:  ") == 4 - document["equal"]
+    assert "at least 1" in call(*whole, "--continuations", "0").error

@@ -1,0 +1,74 @@
+"""Greedy continuations of a bundle beside those of the model that the bundle was made of."""
+
+import json
+from pathlib import Path
+
+from spike_export.artifacts.atomic_write import require_file_name, write_text
+from spike_export.artifacts.errors import RecipeError
+from spike_export.artifacts.ownership import is_document, require_replaceable
+from spike_export.artifacts.progress import Progress, silent
+from spike_export.calibration.decoder.layerwise import Decoder
+from spike_export.engines.accuracy.continuations import Continuations, compare_continuations
+from spike_export.engines.bundle_text import bundle_tokenizer
+from spike_export.engines.onnx_runtime.decoding import OnnxDecoding
+from spike_export.engines.onnx_runtime.session import open_for_generation
+from spike_export.pipeline.evaluation_text import EvaluationText, evaluation_windows
+from spike_export.pipeline.opened_pair import opened_pair
+
+_PROMPTS, _PROMPT_TOKENS = 4, 32
+
+
+def continuations(
+    bundle: Path | str,
+    reference: Path | str,
+    tokens: int,
+    text: EvaluationText = EvaluationText(),
+    *,
+    out: Path | str | None = None,
+    progress: Progress = silent,
+    overwrite: bool = False,
+) -> tuple[Continuations, list[tuple[str, str, str]]]:
+    """Continue the beginnings of four evaluation windows greedily, by a bundle and by the model.
+
+    Args:
+        bundle: Folder that `export` wrote.
+        reference: HF directory, `.gguf` file or hub id of the model.
+        tokens: Length of the continuations, at least 1.
+        text: Where the windows come from.
+        out: JSON file to write the result to.
+        progress: Told of the passes through the model, at most one for each token.
+        overwrite: Replace also a file at `out` that is no result of this function.
+
+    Returns:
+        The tokens, and for each prompt the end of the prompt, the bundle's text and the model's.
+
+    Raises:
+        ArtifactError: The bundle was made of another checkpoint, or the result cannot be written.
+        CheckpointError: The model cannot be read.
+        CorpusError: The corpus cannot be used.
+        RecipeError: There are no tokens to write, or the windows exceed what the bundle takes.
+        EngineError: ONNX Runtime cannot run the bundle, or the bundle has no room for the tokens.
+    """
+    bundle, place = Path(bundle), None if out is None else Path(out)
+    if tokens < 1:
+        raise RecipeError(f"--continuations {tokens}: expected a number of tokens of at least 1")
+    if place is not None:
+        require_file_name(place)
+        require_replaceable(place, "a result of --continuations", _is_ours, overwrite=overwrite)
+    manifest, checkpoint = opened_pair(bundle, str(reference))
+    _, windows = evaluation_windows(checkpoint, manifest.capacity, text)
+    tokenizer, prefix = bundle_tokenizer(bundle), manifest.prefix.token_ids if manifest.prefix else ()
+    prompts = windows[:_PROMPTS, :_PROMPT_TOKENS]
+    runtime = OnnxDecoding(open_for_generation(bundle))
+    found = compare_continuations(runtime, Decoder(checkpoint), prompts, prefix, tokens, progress)
+    checkpoint.require_unchanged()
+    if place is not None:
+        write_text(place, json.dumps(found.document(), indent=2) + "\n")
+    texts = [
+        tuple(str(tokenizer.decode(part)) for part in (row.prompt, row.bundle, row.reference)) for row in found.rows
+    ]
+    return found, [(prompt, ours, theirs) for prompt, ours, theirs in texts]
+
+
+def _is_ours(path: Path) -> bool:
+    return is_document(path, "format", "continuations", "equal")
