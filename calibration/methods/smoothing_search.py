@@ -176,10 +176,10 @@ class SmoothingSearch:
     def visit(self, index: int, layer: "nn.Module") -> "Iterator[None]":
         """Within the block the layer's windows pass; at its end its inputs are searched."""
         seen = _Rows(layer, self.stride)
-        mlp = self.config.family.feed_forward
+        added = _added(self.config)
         handles = [
             *(seen.watch_input(site.representative) for site in input_sites(self.config)),
-            *(seen.watch_output(branch) for branch in ("self_attn", mlp)),
+            *(seen.watch_output(name) for name in {*added, *added.values()}),
             layer.register_forward_hook(seen.hidden_hook),
         ]
         try:
@@ -187,21 +187,22 @@ class SmoothingSearch:
         finally:
             for handle in handles:
                 handle.remove()
-        shares = {branch: seen.branch_share(branch) for branch in ("self_attn", mlp)}
+        attention, feed_forward = added
         for group in _groups(self.config):
-            self._search(index, layer, group, seen, shares["self_attn" if "attn" in group[0].representative else mlp])
+            block = attention if "attn" in group[0].representative else feed_forward
+            self._search(index, layer, group, seen, _Branch(block, added[block] != block, seen.share(added[block])))
 
     def _search(
-        self, index: int, layer: "nn.Module", group: Sequence[InputSite], seen: "_Rows", branch_share: float
+        self, index: int, layer: "nn.Module", group: Sequence[InputSite], seen: "_Rows", branch: "_Branch"
     ) -> None:
         names = {site.representative: f"model.layers.{index}.{site.representative}" for site in group}
         sites = [
-            _Site(site, self.compared.modules[names[site.representative]], _weight(layer, site), seen)
+            _Site(site, self.compared.modules[names[site.representative]], _weight(layer, site), seen, branch)
             for site in group
             if not is_router(site.representative) and site.representative in seen.inputs
         ]
         found = [
-            {names[site.site.representative]: site.judged(plans, self, branch_share) for site in sites}
+            {names[site.site.representative]: site.judged(plans, self) for site in sites}
             for plans in self._plans(group, layer, names)
         ]
         best = min(found, key=lambda choices: sum(choice.noise for choice in choices.values()))
@@ -266,7 +267,7 @@ class _Rows:
         self._layer, self._stride = layer, stride
         self.inputs: dict[str, list[torch.Tensor]] = {}
         self._positions: dict[str, list[torch.Tensor]] = {}
-        self._branches: dict[str, list[torch.Tensor]] = {}
+        self._outputs: dict[str, list[torch.Tensor]] = {}
         self._hidden: list[torch.Tensor] = []
 
     def watch_input(self, name: str) -> Any:
@@ -286,11 +287,11 @@ class _Rows:
         return self._layer.get_submodule(name).register_forward_pre_hook(hook)
 
     def watch_output(self, name: str) -> Any:
-        """Keep the squared norm of what a block adds to the residual stream."""
+        """Keep the squared norm of what a block or a norm puts out."""
 
         def hook(_: Any, __: Any, output: Any) -> None:
             states = output[0] if isinstance(output, tuple) else output
-            self._branches.setdefault(name, []).append(self._squares(states))
+            self._outputs.setdefault(name, []).append(self._squares(states))
 
         return self._layer.get_submodule(name).register_forward_hook(hook)
 
@@ -306,23 +307,48 @@ class _Rows:
         """Number of tokens looked at."""
         return sum(len(part) for part in self._hidden)
 
-    def stream(self, name: str) -> "torch.Tensor":
-        """Return the squared norm of the residual stream at each input row."""
+    def squares(self, output: str | None, name: str) -> "torch.Tensor":
+        """Return the squared norm of a watched output, or of the layer's, at each row of the input of `name`."""
         import torch
 
-        return torch.cat(self._hidden)[torch.cat(self._positions[name])]
+        parts = self._hidden if output is None else self._outputs[output]
+        return torch.cat(parts)[torch.cat(self._positions[name])]
 
-    def branch_share(self, name: str) -> float:
-        """Return the mean share of a block's output in the residual stream, in squared norms."""
+    def share(self, output: str) -> float:
+        """Return the mean share of what is added to the residual stream in the stream, in squared norms."""
         import torch
 
-        return float((torch.cat(self._branches[name]) / torch.cat(self._hidden)).mean())
+        return float((torch.cat(self._outputs[output]) / torch.cat(self._hidden)).mean())
+
+
+@dataclass(frozen=True)
+class _Branch:
+    """What a block adds to the residual stream.
+
+    Attributes:
+        block: The block.
+        normed: Whether a norm stands between the block and the stream (sandwich norms): the norm divides the block's
+            output by its size, and with it the error in it.
+        share: Mean share of what is added in the stream, in squared norms.
+    """
+
+    block: str
+    normed: bool
+    share: float
+
+
+def _added(config: DecoderConfig) -> dict[str, str]:
+    """Return attention and the feed-forward block → whose output is added to the residual stream for each."""
+    blocks = ("self_attn", config.family.feed_forward)
+    return dict(zip(blocks, config.family.post_norms or blocks, strict=True))
 
 
 class _Site:
     """One input with all that its candidates need."""
 
-    def __init__(self, site: InputSite, spikes: ModuleSpikes, weight: "torch.Tensor", seen: _Rows) -> None:
+    def __init__(
+        self, site: InputSite, spikes: ModuleSpikes, weight: "torch.Tensor", seen: _Rows, branch: _Branch
+    ) -> None:
         import torch
 
         self.site, self._spikes, self._weight = site, spikes, weight
@@ -330,22 +356,22 @@ class _Site:
         self._expected = self._rows @ weight.T
         self._tokens = seen.tokens
         if site.behind_linear:
-            self._scale = seen.stream(site.representative)
+            self._scale = seen.squares(branch.block if branch.normed else None, site.representative)
         else:
             self._scale = self._expected.pow(2).sum(-1)
+        self._share = branch.share if branch.normed or not site.behind_linear else 1.0
         self._scale = self._scale.clamp(min=torch.finfo(torch.float32).tiny)
 
-    def judged(self, plans: _Plans, search: SmoothingSearch, branch_share: float) -> SiteChoice:
+    def judged(self, plans: _Plans, search: SmoothingSearch) -> SiteChoice:
         """Return the noise under a plan: with the best clip of a constant scale, and with a scale per token."""
         rows, weight, scales = self._smoothed(plans.compared, search)
-        share = self._share(branch_share)
-        tokens = TokenChoice(*plans, share * self._noise(fake_quantize_tokens(rows) @ weight))
+        tokens = TokenChoice(*plans, self._noise(fake_quantize_tokens(rows) @ weight))
         if search.activations == "per-token":
             return SiteChoice(*plans, 1.0, tokens.noise, tokens)
         covered = self._spikes.smoothed_range(scales, search.activation_range)
         best: SiteChoice | None = None
         for clip in CLIPS if search.activation_range == "mse" else (1.0,):
-            noise = share * self._noise(fake_quantize(rows, max(clip * covered, 1e-5) / QMAX) @ weight)
+            noise = self._noise(fake_quantize(rows, max(clip * covered, 1e-5) / QMAX) @ weight)
             if best is None or noise < best.noise:
                 best = SiteChoice(*plans, clip, noise, tokens)
             elif noise > 2 * best.noise:
@@ -365,9 +391,6 @@ class _Site:
         weight = (torch.from_numpy(quantized).float() * torch.from_numpy(np.asarray(step))).to(self._rows.device)
         return self._rows / factors, weight, scales
 
-    def _share(self, branch_share: float) -> float:
-        return 1.0 if self.site.behind_linear else branch_share
-
     def _noise(self, product: "torch.Tensor") -> float:
         error = (product - self._expected).pow(2).sum(-1) / self._scale
-        return float(error.sum()) / self._tokens
+        return self._share * float(error.sum()) / self._tokens

@@ -1,20 +1,24 @@
 """The search for smoothing and clips, the choice between transforms, and the guard against float16's overflow."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from benchmarks.accuracy.table import simulated_perplexity
 from spike_export.artifacts.errors import RecipeError
-from spike_export.artifacts.recipe import Dtype, Recipe
+from spike_export.artifacts.recipe import Dtype, ModulePlan, Recipe
 from spike_export.calibration.corpus.corpus import Corpus
 from spike_export.calibration.corpus.token_windows import TokenWindows
 from spike_export.calibration.decoder.perplexity import Likelihood
+from spike_export.calibration.decoder.simulate import QuantizedWeights, Simulation
 from spike_export.calibration.decoder.smoothing import plan_scales, smoothing_plan, smoothing_scales
 from spike_export.calibration.methods import smoothing_search
 from spike_export.calibration.methods.context import NO_TRANSFORM, Calibration, channel_scales, module_plans
@@ -143,9 +147,9 @@ def test_the_noise_of_an_input_counts_as_much_as_its_block_in_the_residual_strea
         return {name: choice.noise for name, choice in searched(calibration, False, statistics).items()}
 
     measured = noise()
-    monkeypatch.setattr(_Rows, "branch_share", lambda *_: 1.0)
+    monkeypatch.setattr(_Rows, "share", lambda *_: 1.0)
     alone = noise()
-    monkeypatch.setattr(_Rows, "branch_share", lambda *_: 0.25)
+    monkeypatch.setattr(_Rows, "share", lambda *_: 0.25)
     quarter = noise()
     # The products of o_proj and down_proj are the block's output itself, and are compared with the stream already.
     behind_linear = {site.representative: site.behind_linear for site in input_sites(calibration.checkpoint.config)}
@@ -153,6 +157,35 @@ def test_the_noise_of_an_input_counts_as_much_as_its_block_in_the_residual_strea
         counts_fully = behind_linear[split_name(name)[1]]
         assert quarter[name] == (1.0 if counts_fully else 0.25) * alone[name]
         assert (measured[name] == alone[name]) == counts_fully
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3_text", "olmo2"])
+def test_the_noise_is_what_the_residual_stream_receives(name: str) -> None:
+    """Of down_proj: nothing of the layer stands between its block's output, behind a norm or not, and the stream."""
+    calibration = calibration_of(name, activations="per-token")
+    statistics = calibration.measure(())
+    noise = searched(calibration, False, statistics)[DOWN].tokens.noise
+    fed = calibration.fed(calibration.search_windows, ())
+    plan = {DOWN: ModulePlan(precision="int8", activations="per-token")}
+    outputs: dict[str, list[torch.Tensor]] = {"plain": [], "quantized": []}
+
+    @contextmanager
+    def kept(place: str, index: int, layer: torch.nn.Module) -> Iterator[None]:
+        handle = layer.register_forward_hook(lambda *call: outputs[place].append(call[2].double()))
+        yield
+        handle.remove()
+        if index != split_name(DOWN)[0]:
+            outputs[place].clear() if index < split_name(DOWN)[0] else outputs[place].pop()
+
+    decoder = calibration.model.decoder
+    decoder.run(fed, (), visits=(partial(kept, "plain"),))
+    decoder.run(
+        fed, (), visits=(partial(kept, "quantized"), Simulation(plan, QuantizedWeights("int8-per-channel")).visit)
+    )
+    plain, quantized = (torch.cat(found) for found in outputs.values())
+    received = ((quantized - plain).square().sum(-1) / plain.square().sum(-1)).mean()
+    # Exact without a norm. A norm's gains and the part of the error along its input move a fifth at most.
+    assert noise == pytest.approx(float(received), rel=1e-4 if name == "llama" else 0.2)
 
 
 def test_the_prediction_from_ranges_is_that_of_the_smoothed_model() -> None:
