@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from spike_export.artifacts.recipe import save_recipe as save_recipe
     from spike_export.calibration.corpus.files import CorpusOptions as CorpusOptions
     from spike_export.calibration.methods.options import CalibrationOptions as CalibrationOptions
+    from spike_export.calibration.revalidation import Revalidation as Revalidation
+    from spike_export.engines.accuracy.clipping import Clipping as Clipping
+    from spike_export.engines.accuracy.continuations import Continuations as Continuations
     from spike_export.engines.build.reuse import ProvidedEngine as ProvidedEngine
     from spike_export.engines.engine import Engine as Engine
     from spike_export.engines.generation.generated_text import Generation as Generation
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from spike_export.engines.generation.options import GenerationOptions as GenerationOptions
     from spike_export.engines.lint.finding import LintReport as LintReport
     from spike_export.engines.lint.linter import lint_model as lint_model
+    from spike_export.engines.parity.chain import Parity as Parity
     from spike_export.engines.plan.build_options import BatchRange as BatchRange
     from spike_export.engines.plan.build_options import BuildOptions as BuildOptions
     from spike_export.engines.tensorrt.engines import RuntimeOptions as RuntimeOptions
@@ -39,6 +43,8 @@ if TYPE_CHECKING:
     )
     from spike_export.export.model_export import export as export
     from spike_export.inspection.bundle import BundleInspection as BundleInspection
+    from spike_export.inspection.difference import RunDifference as RunDifference
+    from spike_export.inspection.difference import difference as difference
     from spike_export.inspection.plan import EngineInspection as EngineInspection
     from spike_export.inspection.plan import PlanInspection as PlanInspection
     from spike_export.inspection.run import RunInspection as RunInspection
@@ -48,10 +54,14 @@ if TYPE_CHECKING:
     from spike_export.pipeline.calibrate import calibrate as calibrate
     from spike_export.pipeline.calibrate import measure_shard as measure_shard
     from spike_export.pipeline.check import check as check
+    from spike_export.pipeline.clipping import clipping as clipping
     from spike_export.pipeline.cluster_options import ClusterOptions as ClusterOptions
+    from spike_export.pipeline.continuations import continuations as continuations
     from spike_export.pipeline.evaluation_text import EvaluationText as EvaluationText
     from spike_export.pipeline.execution import ExecutionOptions as ExecutionOptions
     from spike_export.pipeline.job import Job as Job
+    from spike_export.pipeline.parity import parity as parity
+    from spike_export.pipeline.revalidate import revalidate as revalidate
     from spike_export.pipeline.run_job import JobResult as JobResult
     from spike_export.pipeline.run_job import run_job as run_job
     from spike_export.pipeline.shard_merge import merge_shards as merge_shards
@@ -79,6 +89,9 @@ _NAMES_OF = {
     ),
     "spike_export.calibration.corpus.files": ("CorpusOptions",),
     "spike_export.calibration.methods.options": ("CalibrationOptions",),
+    "spike_export.calibration.revalidation": ("Revalidation",),
+    "spike_export.engines.accuracy.clipping": ("Clipping",),
+    "spike_export.engines.accuracy.continuations": ("Continuations",),
     "spike_export.engines.build.reuse": ("ProvidedEngine",),
     "spike_export.engines.engine": ("Engine",),
     "spike_export.engines.generation.generated_text": (
@@ -88,6 +101,7 @@ _NAMES_OF = {
     "spike_export.engines.generation.options": ("GenerationOptions",),
     "spike_export.engines.lint.finding": ("LintReport",),
     "spike_export.engines.lint.linter": ("lint_model",),
+    "spike_export.engines.parity.chain": ("Parity",),
     "spike_export.engines.plan.build_options": (
         "BatchRange",
         "BuildOptions",
@@ -100,6 +114,10 @@ _NAMES_OF = {
     ),
     "spike_export.export.model_export": ("export",),
     "spike_export.inspection.bundle": ("BundleInspection",),
+    "spike_export.inspection.difference": (
+        "RunDifference",
+        "difference",
+    ),
     "spike_export.inspection.plan": (
         "EngineInspection",
         "PlanInspection",
@@ -113,10 +131,14 @@ _NAMES_OF = {
         "measure_shard",
     ),
     "spike_export.pipeline.check": ("check",),
+    "spike_export.pipeline.clipping": ("clipping",),
     "spike_export.pipeline.cluster_options": ("ClusterOptions",),
+    "spike_export.pipeline.continuations": ("continuations",),
     "spike_export.pipeline.evaluation_text": ("EvaluationText",),
     "spike_export.pipeline.execution": ("ExecutionOptions",),
     "spike_export.pipeline.job": ("Job",),
+    "spike_export.pipeline.parity": ("parity",),
+    "spike_export.pipeline.revalidate": ("revalidate",),
     "spike_export.pipeline.run_job": (
         "JobResult",
         "run_job",

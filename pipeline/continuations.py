@@ -27,7 +27,7 @@ def continuations(
     out: Path | str | None = None,
     progress: Progress = silent,
     overwrite: bool = False,
-) -> tuple[Continuations, list[tuple[str, str, str]]]:
+) -> Continuations:
     """Continue the beginnings of four evaluation windows greedily, by a bundle and by the model.
 
     Args:
@@ -38,9 +38,6 @@ def continuations(
         out: JSON file to write the result to.
         progress: Told of the passes through the model, at most one for each token.
         overwrite: Replace also a file at `out` that is no result of this function.
-
-    Returns:
-        The tokens, and for each prompt the end of the prompt, the bundle's text and the model's.
 
     Raises:
         ArtifactError: The bundle was made of another checkpoint, or the result cannot be written.
@@ -61,13 +58,11 @@ def continuations(
     prompts = windows[:_PROMPTS, :_PROMPT_TOKENS]
     runtime = OnnxDecoding(open_for_generation(bundle))
     found = compare_continuations(runtime, Decoder(checkpoint), prompts, prefix, tokens, progress)
+    found = found.decoded(lambda part: str(tokenizer.decode(part)))
     checkpoint.require_unchanged()
     if place is not None:
         write_text(place, json.dumps(found.document(), indent=2) + "\n")
-    texts = [
-        tuple(str(tokenizer.decode(part)) for part in (row.prompt, row.bundle, row.reference)) for row in found.rows
-    ]
-    return found, [(prompt, ours, theirs) for prompt, ours, theirs in texts]
+    return found
 
 
 def _is_ours(path: Path) -> bool:

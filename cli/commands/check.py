@@ -163,11 +163,9 @@ def _continuations(
 
     console, name = Console(), "continuations"
     with ProgressDisplay(console, [name], quiet=options.quiet) as display, display.stage(name) as progress:
-        found, texts = continuations(
-            bundle, reference, tokens, text, out=out, progress=progress, overwrite=options.overwrite
-        )
+        found = continuations(bundle, reference, tokens, text, out=out, progress=progress, overwrite=options.overwrite)
     if not options.quiet:
-        print_continuations(found, texts, console)
+        print_continuations(found, console)
     return DONE
 
 

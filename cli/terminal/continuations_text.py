@@ -10,10 +10,11 @@ _EXCERPT = 60
 """Characters of the prompt's end that are shown."""
 
 
-def print_continuations(found: Continuations, texts: list[tuple[str, str, str]], console: Console) -> None:
+def print_continuations(found: Continuations, console: Console) -> None:
     """Print how many are equal, and each prompt's end with both continuations."""
     console.print(Text(f"{found.equal} of {len(found.rows)} continuations of {found.tokens} tokens are equal"))
-    for row, (prompt, ours, theirs) in zip(found.rows, texts, strict=True):
+    for row in found.rows:
+        prompt, ours, theirs = row.texts
         place = "equal" if row.divergence is None else f"they part at token {row.divergence + 1}"
         lines = [f"... {visible(prompt)[-_EXCERPT:]}  ({place})", f"  bundle: {visible(ours)}"]
         if row.divergence is not None:

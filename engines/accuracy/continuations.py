@@ -1,7 +1,7 @@
 """Greedy continuations of a bundle and of the unquantized model, side by side, with the first point of divergence."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,11 +22,13 @@ class Continuation:
         prompt: Tokens, without BOS.
         bundle: Tokens of the bundle.
         reference: Tokens of the unquantized model, behind the same prefix.
+        texts: The text of the three; empty where nobody decoded it.
     """
 
     prompt: tuple[int, ...]
     bundle: tuple[int, ...]
     reference: tuple[int, ...]
+    texts: tuple[str, str, str] = ("", "", "")
 
     @property
     def divergence(self) -> int | None:
@@ -51,6 +53,13 @@ class Continuations:
     def equal(self) -> int:
         """How many are the same to the end."""
         return sum(row.divergence is None for row in self.rows)
+
+    def decoded(self, decode: Callable[[tuple[int, ...]], str]) -> "Continuations":
+        """Return the same with the texts."""
+        rows = (
+            replace(row, texts=(decode(row.prompt), decode(row.bundle), decode(row.reference))) for row in self.rows
+        )
+        return replace(self, rows=tuple(rows))
 
     def document(self) -> dict[str, Any]:
         """Return the continuations as JSON's values."""
@@ -84,8 +93,12 @@ def compare_continuations(
     options = GenerationOptions(max_new_tokens=tokens, do_sample=False)
     written = np.stack([step.tokens for step in runtime.decode(list(fed), options)], axis=1)
     expected = _greedy(decoder, fed, prefix, written, progress)
-    rows = zip(prompts, written, expected, strict=True)
-    return Continuations(tuple(Continuation(*(tuple(map(int, part)) for part in row)) for row in rows), tokens)
+    parts = zip(*(map(_tuple, each) for each in (prompts, written, expected)), strict=True)
+    return Continuations(tuple(Continuation(*row) for row in parts), tokens)
+
+
+def _tuple(tokens: NDArray[np.int64]) -> tuple[int, ...]:
+    return tuple(map(int, tokens))
 
 
 def _greedy(
