@@ -1,5 +1,6 @@
 """A bundle and the model that it was made of, opened together."""
 
+import hashlib
 from pathlib import Path
 
 from spike_export.artifacts.errors import ArtifactError
@@ -47,6 +48,7 @@ def recipe_of(bundle: Path, manifest: Manifest, recipe: Path | None) -> Recipe |
     if recipe is None and not path.is_file():
         raise ArtifactError(f"{path}: the recipe of {bundle} is not there; name it with --recipe")
     found = load_recipe(path)
-    if recipe_sha256(found) != wanted:
+    # An earlier version, which knew fewer keys, hashed the file as it wrote it.
+    if wanted not in (recipe_sha256(found), hashlib.sha256(path.read_bytes()).hexdigest()):
         raise ArtifactError(f"{path}: {bundle} was made by another recipe; give that one, or export again")
     return found

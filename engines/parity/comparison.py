@@ -14,6 +14,9 @@ ROUNDINGS = 8.0
 
 _TINY = 1e-30
 
+_LARGEST = 1e30
+"""Excess of what is not finite; JSON knows no infinity."""
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -57,7 +60,7 @@ def steps(graph: Values, exact: Forcing, nudged: Forcing, rounding: float, names
         else:
             effect = _effect(expected, nudged.computed[station]) + rounding * _of_tokens(expected)
             ratios = _of_tokens(error) / (ROUNDINGS * effect + _TINY)
-        yield _step(*names.of(station), np.nan_to_num(ratios, nan=np.inf))
+        yield _step(*names.of(station), np.nan_to_num(ratios, nan=_LARGEST, posinf=_LARGEST))
 
 
 def _of_tokens(values: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -1,15 +1,19 @@
 """`check --parity`, `--clipping` and `--continuations`: verdict and JSON file, the module of a fault, and bad input."""
 
+import hashlib
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from spike_export.artifacts.errors import ArtifactError
+from spike_export.artifacts.manifest import load_manifest
 from spike_export.artifacts.recipe import save_recipe
 from spike_export.checkpoint.modules import linears
 from spike_export.checkpoint.opening import open_checkpoint
 from spike_export.export.bundle import ExportOptions, export_bundle
+from spike_export.pipeline.opened_pair import recipe_of
 from tests.support.planted_faults import changed, planted
 from tests.support.tiny.cli_models import SMALL, call, write_inputs
 from tests.support.tiny.models import tiny_recipe
@@ -99,3 +103,15 @@ def test_continuations_stand_one_above_the_other(folder: Path, tmp_path: Path) -
     assert done.out.count("  bundle: ") == 4
     assert done.out.count("  model:  ") == 4 - document["equal"]
     assert "at least 1" in call(*whole, "--continuations", "0").error
+
+
+def test_the_recipe_of_an_earlier_version_belongs_to_its_bundle(folder: Path, tmp_path: Path) -> None:
+    """It has the keys of then: its hash is that of the file."""
+    manifest = load_manifest(folder / "bundle")
+    text = json.dumps(json.loads((folder / "recipe.json").read_text()))
+    (tmp_path / "recipe.json").write_text(text)
+    source = manifest.model.model_copy(update={"recipe_sha256": hashlib.sha256(text.encode()).hexdigest()})
+    earlier = manifest.model_copy(update={"model": source})
+    assert recipe_of(tmp_path / "bundle", earlier, None) is not None
+    with pytest.raises(ArtifactError, match="was made by another recipe"):
+        recipe_of(tmp_path / "bundle", earlier, folder / "recipe.json")

@@ -93,6 +93,10 @@ FAULTS: dict[str, tuple[Fault, str]] = {
         changed(f"{LAYER}.post_attention_layernorm.weight", lambda gain: np.where(np.arange(48) == 7, 0, gain)),
         f"{LAYER}.post_attention_layernorm",
     ),
+    "a norm's gain is not a number": (
+        changed(f"{LAYER}.input_layernorm.weight", lambda gain: np.where(np.arange(48) == 7, np.nan, gain)),
+        f"{LAYER}.input_layernorm",
+    ),
     "a token's embedding is another's": (
         changed(
             "model.embed_tokens.weight", lambda rows: np.where(np.arange(99)[:, None] == TOKENS[1, 4], rows[3], rows)
