@@ -28,7 +28,7 @@ print(json.dumps([code, *loaded]), file=sys.stderr)
 
 def test_generating_and_serving_need_no_torch(bundle: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(bundle)], capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, "-c", PROGRAM, str(bundle)], capture_output=True, text=True, check=True, timeout=300
     )
     code, *stages = json.loads(done.stderr)
     assert code == 0
