@@ -42,6 +42,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_inputs(tmp_path_factory.mktemp("ray"))
 
 
+@pytest.fixture(autouse=True)
+def hasty_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's workers let others go first (niceness 15), which on a busy machine takes minutes."""
+    monkeypatch.setenv("RAY_worker_niceness", "0")
+
+
 def calibrated(folder: Path, work_dir: Path, *options: str) -> Outcome:
     corpus = ("--corpus", folder / "corpus.txt")
     return call("calibrate", folder / "model", "--work-dir", work_dir, *corpus, *OPTIONS, *options)

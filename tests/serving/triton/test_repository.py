@@ -67,6 +67,18 @@ def test_a_model_has_all_it_needs_and_is_replaced_alone(tmp_path: Path, bundle: 
         write_repository(bundle, repository, "other", ModelSettings())
 
 
+def test_a_plan_has_its_bundle_beside_it_and_a_gpu(tmp_path: Path, bundle: Path) -> None:
+    for name in ("engine.plan", "engine.json"):
+        (tmp_path / name).write_bytes(name.encode())
+    folder = write_repository(tmp_path / "engine.plan", tmp_path / "models", "tiny", ModelSettings(), bundle=bundle)
+    assert (folder / "1/engine.plan").read_bytes() == b"engine.plan"
+    assert (folder / "1/engine.json").read_bytes() == b"engine.json"
+    assert (folder / "1/bundle" / MANIFEST_FILE).is_file()
+    config = (folder / "config.pbtxt").read_text()
+    assert "kind: KIND_GPU" in config
+    assert 'key: "ENGINE" value { string_value: "engine.plan" }' in config
+
+
 def test_the_command_says_where_the_model_is(tmp_path: Path, bundle: Path) -> None:
     outcome = call("triton", bundle, "--out", tmp_path, "--model-name", "tiny", "--rows", "3", "--threads", "1")
     assert outcome.code == 0, outcome.err
