@@ -14,6 +14,7 @@ from spike_export.calibration.decoder.perplexity import Score
 from spike_export.calibration.methods.context import NO_TRANSFORM, Calibration, Transform
 from spike_export.calibration.methods.qfem import Scores, linear_count
 from spike_export.calibration.statistics.spikes import SpikeStatistics
+from spike_export.checkpoint.modules import is_down_projection
 
 WORTH = 0.1
 """Smallest share of the divergence that scales per token have to save, to be used at all."""
@@ -41,9 +42,10 @@ def choose_activations(
 ) -> ActivationChoice:
     """Choose the inputs with a scale per token, where the options leave it open.
 
-    Inputs are ordered by the noise that a scale per token saves, for each multiply-accumulate of their readers; where
-    no search estimated the noise, by max-median ratio. The first inputs are taken, as many as fit into
-    `max_per_token_share`, unless they save too little divergence together.
+    Inputs of down projections come first. Among them, and among the others, inputs are ordered by the noise that a
+    scale per token saves, for each multiply-accumulate of their readers. Where no search estimated the noise, all are
+    ordered by max-median ratio. The first inputs are taken, as many as fit into `max_per_token_share`, unless they save
+    too little divergence together.
 
     Args:
         calibration: The model and its options.
@@ -110,10 +112,17 @@ def _candidate(order: Scores, per_token: tuple[str, ...], score: Score, verdict:
 
 
 def _order(calibration: Calibration, statistics: SpikeStatistics, transform: Transform) -> Scores:
-    """Return the inputs in the order in which they get a scale per token."""
+    """Return the inputs in the order in which they get a scale per token.
+
+    The inputs of down projections come first, whatever they save on the search windows: they are products of two
+    activations, and another text may have values in them that are many times what calibration saw. No other input goes
+    far beyond its range.
+    """
     by_ratio = Scores.sorted("ratio", statistics.ratios(), calibration.checkpoint.config)
     if not transform.noise:
         return by_ratio
     saved = {name: noise - transform.token_noise[name] for name, noise in transform.noise.items()}
-    rates = {name: saved[name] / by_ratio.macs[name] for name in saved if saved[name] > 0}
-    return Scores("noise", dict(sorted(rates.items(), key=lambda rate: -rate[1])), by_ratio.macs)
+    rates = {name: noise / by_ratio.macs[name] for name, noise in saved.items()}
+    wanted = {name: rate for name, rate in rates.items() if rate > 0 or is_down_projection(name)}
+    order = sorted(wanted, key=lambda name: (not is_down_projection(name), -wanted[name]))
+    return Scores("noise", {name: wanted[name] for name in order}, by_ratio.macs)

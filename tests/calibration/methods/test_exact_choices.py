@@ -93,6 +93,14 @@ def test_inputs_are_ordered_by_the_noise_that_they_save_for_their_size() -> None
     assert list(order.values.items()) == [(DOWN, 5 / macs[DOWN]), (UP, 8 / macs[UP])]
 
 
+def test_inputs_of_down_projections_come_first_whatever_they_save() -> None:
+    measured = statistics_of({O_PROJ: 9, UP: 3, DOWN: 5})
+    transform = Transform(noise={O_PROJ: 2.0, UP: 9.0, DOWN: 6.0}, token_noise={O_PROJ: 1.0, UP: 1.0, DOWN: 6.5})
+    order = activation_choice._order(stand_in(), measured, transform)
+    macs = mac_shares(CONFIG, (O_PROJ, UP, DOWN))
+    assert list(order.values) == [DOWN, *sorted((O_PROJ, UP), key=lambda name: -{O_PROJ: 1, UP: 8}[name] / macs[name])]
+
+
 def test_smaller_inputs_fill_what_a_larger_one_leaves_of_the_budget() -> None:
     macs = {"half": 0.5, "large": 0.4, "small": 0.2, "smaller": 0.1}
     order = Scores("noise", dict.fromkeys(macs, 1.0), macs)
