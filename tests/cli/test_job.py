@@ -152,12 +152,15 @@ def test_a_missed_limit_says_so_and_keeps_the_plan(folder: Path) -> None:
     plan = (folder / "engine.plan").read_bytes()
     path = folder / "engine.plan.run" / "check.json"
     text = path.read_text()
+    pictures = {picture: picture.read_bytes() for picture in (folder / "engine.plan.run" / "pictures").iterdir()}
     document = json.loads(text)
     for variant in document["variants"]:
         variant["cost"]["increase"] = {"mean": 0.375, "margin": 0.125}
     path.write_text(json.dumps(document))
     missed = call(*options(folder, "engine.plan"), "--max-ppl-increase", "0.4")
     path.write_text(text)
+    for picture, content in pictures.items():
+        picture.write_bytes(content)
     assert missed.code == 1
     assert missed.err == "spike-export: the accuracy limit was missed; see the check\n"
     assert "MISSED: max-ppl-increase: the 95 % interval ends at 0.5, limit 0.4" in missed.out

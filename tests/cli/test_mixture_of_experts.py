@@ -16,8 +16,8 @@ from spike_export.checkpoint.checkpoint import Checkpoint
 from spike_export.checkpoint.modules import is_router
 from spike_export.engines.plan.backend import TENSORRT_RTX
 from spike_export.engines.plan.sidecar import load_sidecar
-from spike_export.report.figures import spike_map
-from spike_export.report.page import spiking_tokens
+from spike_export.report.figures.spike_map import spike_map
+from spike_export.report.spiking_tokens import spiking_tokens
 from tests.calibration.methods.test_planted_mixture import EXPERTS, PLANTED, SPIKING, planted_mixture
 from tests.support.tiny.checkpoints import PLANTED_LAYER, VOCAB, write_tokenizer, write_weights
 from tests.support.tiny.cli_models import SMALL, Outcome, call, write_corpus

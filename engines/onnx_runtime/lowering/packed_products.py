@@ -83,7 +83,7 @@ def _groups(index: GraphIndex) -> list[list[_Product]]:
 
 def _match(index: GraphIndex, node: onnx.NodeProto) -> _Product | None:
     """Return the product of a MatMul, if its operands are INT8: one with a static scale, one with constant weights."""
-    if node.op_type != "MatMul":
+    if node.op_type != "MatMul" or len(node.input) != 2:  # a damaged graph is ONNX Runtime's to refuse
         return None
     activation, weight = (index.producer(name, "DequantizeLinear") for name in node.input)
     quantizer = activation and index.producer(activation.input[0], "QuantizeLinear")

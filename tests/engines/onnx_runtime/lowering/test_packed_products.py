@@ -104,3 +104,13 @@ def test_weights_are_the_files_side_by_side(tmp_path: Path) -> None:
     together = packed[f"{layer}.gate_proj.MatMul, {layer}.up_proj.MatMul.weight"]
     parts = [tensors[f"{layer}.{kind}_proj.weight"] for kind in ("gate", "up")]
     np.testing.assert_array_equal(together, np.concatenate(parts, axis=1))
+
+
+@pytest.mark.parametrize("inputs", [[], ["a"], ["a", "b", "c"]], ids=len)
+def test_a_damaged_product_is_left_to_onnx_runtime(inputs: list[str]) -> None:
+    node = onnx.helper.make_node("MatMul", inputs, ["product"])
+    result = onnx.helper.make_tensor_value_info("product", onnx.TensorProto.FLOAT, [1])
+    model = onnx.helper.make_model(onnx.helper.make_graph([node], "damaged", [], [result]))
+    before = model.SerializeToString()
+    assert packed_products.pack_products(model, onnx.numpy_helper.to_array) == {}
+    assert model.SerializeToString() == before
