@@ -1,11 +1,8 @@
 """What a user's text clips in a bundle, and whether calibrating anew is due."""
 
-import json
 from pathlib import Path
 
-from spike_export.artifacts.atomic_write import require_file_name, write_text
 from spike_export.artifacts.errors import CorpusError
-from spike_export.artifacts.ownership import is_document, require_replaceable
 from spike_export.artifacts.progress import Progress, silent
 from spike_export.calibration.corpus.chat import rendered
 from spike_export.calibration.corpus.files import OWN_TEXT, CorpusOptions, OwnText, load_corpora
@@ -14,6 +11,7 @@ from spike_export.engines.accuracy.clipping import Clipping, measure_clipping
 from spike_export.engines.bundle_text import bundle_tokenizer
 from spike_export.engines.onnx_runtime.session import runnable_manifest
 from spike_export.pipeline.job import require_room
+from spike_export.pipeline.result_file import ResultFile
 
 
 def clipping(
@@ -43,10 +41,8 @@ def clipping(
         RecipeError: The windows are longer than the bundle's static cache.
         EngineError: No input has a static scale, there is no tokenizer, or ONNX Runtime cannot run the bundle.
     """
-    bundle, place = Path(bundle), None if out is None else Path(out)
-    if place is not None:
-        require_file_name(place)
-        require_replaceable(place, "a result of --clipping", _is_ours, overwrite=overwrite)
+    bundle = Path(bundle)
+    file = ResultFile.at(out, "a result of --clipping", "format", "due", "inputs", overwrite=overwrite)
     manifest = runnable_manifest(bundle)
     require_room(length, manifest.capacity)
     (read,) = load_corpora(text)
@@ -56,10 +52,5 @@ def clipping(
     corpus = rendered(read, tokenizer)
     windows = tokenizer_windows(tokenizer, manifest.bos_token_id, manifest.vocab_size, corpus, length - 1)
     result = measure_clipping(bundle, corpus.name, windows, progress)
-    if place is not None:
-        write_text(place, json.dumps(result.document(), indent=2) + "\n")
+    file.write(result.document())
     return result
-
-
-def _is_ours(path: Path) -> bool:
-    return is_document(path, "format", "due", "inputs")

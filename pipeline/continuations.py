@@ -1,11 +1,8 @@
 """Greedy continuations of a bundle beside those of the model that the bundle was made of."""
 
-import json
 from pathlib import Path
 
-from spike_export.artifacts.atomic_write import require_file_name, write_text
 from spike_export.artifacts.errors import RecipeError
-from spike_export.artifacts.ownership import is_document, require_replaceable
 from spike_export.artifacts.progress import Progress, silent
 from spike_export.calibration.decoder.layerwise import Decoder
 from spike_export.engines.accuracy.continuations import Continuations, compare_continuations
@@ -14,6 +11,7 @@ from spike_export.engines.onnx_runtime.decoding import OnnxDecoding
 from spike_export.engines.onnx_runtime.session import open_for_generation
 from spike_export.pipeline.evaluation_text import EvaluationText, evaluation_windows
 from spike_export.pipeline.opened_pair import opened_pair
+from spike_export.pipeline.result_file import ResultFile
 
 _PROMPTS, _PROMPT_TOKENS = 4, 32
 
@@ -46,12 +44,10 @@ def continuations(
         RecipeError: There are no tokens to write, or the windows exceed what the bundle takes.
         EngineError: ONNX Runtime cannot run the bundle, or the bundle has no room for the tokens.
     """
-    bundle, place = Path(bundle), None if out is None else Path(out)
+    bundle = Path(bundle)
     if tokens < 1:
         raise RecipeError(f"--continuations {tokens}: expected a number of tokens of at least 1")
-    if place is not None:
-        require_file_name(place)
-        require_replaceable(place, "a result of --continuations", _is_ours, overwrite=overwrite)
+    file = ResultFile.at(out, "a result of --continuations", "format", "continuations", "equal", overwrite=overwrite)
     manifest, checkpoint = opened_pair(bundle, str(reference))
     _, windows = evaluation_windows(checkpoint, manifest.capacity, text)
     tokenizer, prefix = bundle_tokenizer(bundle), manifest.prefix.token_ids if manifest.prefix else ()
@@ -60,10 +56,5 @@ def continuations(
     found = compare_continuations(runtime, Decoder(checkpoint), prompts, prefix, tokens, progress)
     found = found.decoded(lambda part: str(tokenizer.decode(part)))
     checkpoint.require_unchanged()
-    if place is not None:
-        write_text(place, json.dumps(found.document(), indent=2) + "\n")
+    file.write(found.document())
     return found
-
-
-def _is_ours(path: Path) -> bool:
-    return is_document(path, "format", "continuations", "equal")

@@ -1,15 +1,13 @@
 """The parity chain of a bundle: where the bundle first computes something else than model and recipe say."""
 
-import json
 from pathlib import Path
 
-from spike_export.artifacts.atomic_write import require_file_name, write_text
-from spike_export.artifacts.ownership import is_document, require_replaceable
 from spike_export.artifacts.progress import Progress, silent
 from spike_export.calibration.decoder.perplexity import with_bos
 from spike_export.engines.parity.chain import Chain, Parity, parity_chain
 from spike_export.pipeline.evaluation_text import EvaluationText, evaluation_windows
 from spike_export.pipeline.opened_pair import opened_pair, recipe_of
+from spike_export.pipeline.result_file import ResultFile
 
 _WINDOWS, _TOKENS = 2, 64
 """A fault shows in any window that reaches the module; the fewer, the less it takes."""
@@ -45,10 +43,8 @@ def parity(
         RecipeError: The recipe is malformed, or the windows exceed what the bundle takes.
         EngineError: ONNX Runtime cannot run the bundle, or its graph was changed.
     """
-    bundle, place = Path(bundle), None if out is None else Path(out)
-    if place is not None:
-        require_file_name(place)
-        require_replaceable(place, "a result of the parity chain", _is_ours, overwrite=overwrite)
+    bundle = Path(bundle)
+    file = ResultFile.at(out, "a result of the parity chain", "format", "links", "quantization", overwrite=overwrite)
     manifest, checkpoint = opened_pair(bundle, str(reference))
     plan = recipe_of(bundle, manifest, None if recipe is None else Path(recipe))
     _, windows = evaluation_windows(checkpoint, manifest.capacity, text)
@@ -57,10 +53,5 @@ def parity(
     tokens = content if holds_bos else with_bos(content, manifest.bos_token_id)
     result = parity_chain(Chain(checkpoint, plan, tokens), bundle, progress)
     checkpoint.require_unchanged()
-    if place is not None:
-        write_text(place, json.dumps(result.document(), indent=2) + "\n")
+    file.write(result.document())
     return result
-
-
-def _is_ours(path: Path) -> bool:
-    return is_document(path, "format", "links", "quantization")
