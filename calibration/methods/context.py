@@ -138,8 +138,10 @@ class Calibration:
 
     def with_options(self, options: CalibrationOptions) -> "Calibration":
         """Return the same model and windows with other options; what is in memory is shared, not read again."""
-        changed = replace(self, options=options, _transformed=[], _smoothed=[])
-        if "model" in self.__dict__ and options.weights == self.options.weights:
+        if options.weights != self.options.weights:
+            return replace(self, options=options, _transformed=[], _smoothed=[])
+        changed = replace(self, options=options)
+        if "model" in self.__dict__:
             changed.__dict__["model"] = self.model
         return changed
 

@@ -6,6 +6,7 @@ tell whether it is so here.
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from math import prod
 
 from spike_export.artifacts.progress import Progress, silent
 from spike_export.artifacts.recipe import ExcludedWeights, KeptWeightsCandidate
@@ -82,4 +83,4 @@ def _weights(calibration: Calibration, kept: tuple[str, ...]) -> int:
     """Return the number of weights of the kept modules."""
     shapes = linear_shapes(calibration.checkpoint.config)
     linears = [split_name(linear)[1] for name in kept for linear in siblings(name)]
-    return sum(shapes[linear][0] * shapes[linear][1] for linear in linears)
+    return sum(prod(shapes[linear]) for linear in linears)
