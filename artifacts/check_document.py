@@ -188,6 +188,26 @@ class CheckText(_Part):
     cost: CheckCost
 
 
+class CheckNoise(_Part):
+    """The shipped variant against itself with nudged embeddings: differences of this size between bundles mean nothing.
+
+    Attributes:
+        nudge: Relative change of each channel of the embeddings, up or down.
+        windows: Evaluation windows on which it was measured.
+        increase: Of the perplexity by the nudge, as a fraction.
+        divergence: KL(variant || nudged variant), mean over positions, in nats.
+        divergence_change: By how much the nudge changes the divergence from the reference, in nats.
+        top1_agreement: Share of positions with the same most likely token, 0 to 1.
+    """
+
+    nudge: float
+    windows: int
+    increase: CheckInterval
+    divergence: CheckInterval
+    divergence_change: CheckInterval
+    top1_agreement: CheckInterval
+
+
 class CheckGate(_Part):
     """A limit that the shipped variant had to keep.
 
@@ -209,6 +229,7 @@ class Check(_Part):
         dtype: Precision of what is not quantized in the bundles that were evaluated.
         note: Why that is not the shipped bundle's precision; None when it is.
         texts: The shipped variant on further texts.
+        noise: What differences mean nothing; None where it was not measured.
     """
 
     format: Literal[1, 2] = CHECK_FORMAT
@@ -218,6 +239,7 @@ class Check(_Part):
     reference: CheckReference
     variants: tuple[CheckVariant, ...] = ()
     texts: tuple[CheckText, ...] = ()
+    noise: CheckNoise | None = None
     gates: tuple[CheckGate, ...] = ()
 
     @property

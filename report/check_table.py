@@ -111,6 +111,22 @@ def _cost_clause(cost: CheckCost) -> str:
     )
 
 
+def noise_sentences(check: Check) -> list[str]:
+    """Return what differences mean nothing; nothing where that was not measured."""
+    noise = check.noise
+    if noise is None:
+        return []
+    windows = f"{noise.windows} window{'' if noise.windows == 1 else 's'}"
+    change = f"{number(noise.divergence_change.mean, 2)} +/- {number(noise.divergence_change.margin, 2)} nats per token"
+    return [
+        f"Noise floor ({windows}): nudging its embeddings by {number(noise.nudge, 2)} changes the shipped bundle's "
+        f"perplexity by {with_margin(noise.increase)} and its KL divergence by {change}. Before and after the nudge, "
+        f"the most likely token is the same at {percent(noise.top1_agreement.mean)} of the positions, and the "
+        f"divergence between the two is {number(noise.divergence.mean, 2)}. Smaller differences between bundles mean "
+        "nothing."
+    ]
+
+
 def worst_lines(check: Check) -> list[str]:
     """Return a line for each of the shipped variant's worst positions."""
     cost = check.shipped.cost if check.shipped else None
@@ -147,7 +163,7 @@ def plain_lines(check: Check) -> list[str]:
     """Return the check as aligned plain text."""
     rows = [HEADINGS, *check_rows(check)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEADINGS))]
-    lines = [*cost_sentences(check), corpus_sentence(check)]
+    lines = [*cost_sentences(check), *noise_sentences(check), corpus_sentence(check)]
     for row in rows:
         cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
         lines.append("  ".join(cells).rstrip())
@@ -157,7 +173,7 @@ def plain_lines(check: Check) -> list[str]:
 def print_check(check: Check, console: Console) -> None:
     """Print table and gates; without boxes and colours when the console is not a terminal."""
     if console.is_terminal:
-        for sentence in cost_sentences(check):
+        for sentence in (*cost_sentences(check), *noise_sentences(check)):
             console.print(Text(sentence))
         console.print(check_table(check))
     else:

@@ -12,7 +12,14 @@ from typing import Any
 from spike_export.artifacts.atomic_write import write_text
 from spike_export.artifacts.errors import ArtifactError
 from spike_export.artifacts.visible_text import visible
-from spike_export.report.check_table import HEADINGS, corpus_sentence, cost_sentences, gate_sentence, worst_lines
+from spike_export.report.check_table import (
+    HEADINGS,
+    corpus_sentence,
+    cost_sentences,
+    gate_sentence,
+    noise_sentences,
+    worst_lines,
+)
 from spike_export.report.facts import engine_facts, flat, run_facts
 from spike_export.report.figures.drawing import save_png, svg_text
 from spike_export.report.headline import headline, title
@@ -126,6 +133,7 @@ def _page(loaded: Loaded) -> dict[str, Any]:
         "check_headings": HEADINGS,
         "check_rows": check_table_rows(check),
         "cost_sentences": cost_sentences(check) if check is not None else [],
+        "noise_sentences": noise_sentences(check) if check is not None else [],
         "worst_positions": worst_lines(check) if check is not None else [],
         "check_sentence": corpus_sentence(check) if check is not None else "",
         "gates": [(gate.passed, gate_sentence(gate)) for gate in check.gates] if check is not None else [],

@@ -7,17 +7,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spike_export.artifacts.manifest import Manifest
 from spike_export.artifacts.progress import Progress, silent
-from spike_export.calibration.decoder.perplexity import Likelihood, with_bos
+from spike_export.calibration.decoder.perplexity import Likelihood
 from spike_export.engines.accuracy.distances import likelihood
 from spike_export.engines.accuracy.intervals import Interval
 from spike_export.engines.onnx_runtime.clipped_activations import CLIPPED, COUNT_CLIPPED, Site, count_clipped
-from spike_export.engines.onnx_runtime.denormals import denormals_flushed
 from spike_export.engines.onnx_runtime.lifted_clipping import lift_clipping
-from spike_export.engines.onnx_runtime.sequences import run_failure
-from spike_export.engines.onnx_runtime.session import BundleSession, open_graph
-from spike_export.engines.onnx_runtime.taps import all_logits_model, fresh_feeds
+from spike_export.engines.onnx_runtime.session import open_graph
+from spike_export.engines.onnx_runtime.taps import all_logits_model, run_window
 
 DUE = 0.005
 """Increase of the perplexity by clipping from which calibrating anew is due."""
@@ -114,30 +111,12 @@ def measure_clipping(bundle: Path, name: str, content: NDArray[np.int64], progre
     counts = np.zeros((len(sites), 2), np.int64)
     rows = []
     for index, tokens in enumerate(content):
-        logits, counted = _run(counting, tokens, ["logits", CLIPPED])
-        (unclipped,) = _run(free, tokens, ["logits"])
+        logits, counted = run_window(counting, tokens, ["logits", CLIPPED], {COUNT_CLIPPED: np.ones(1, np.bool_)})
+        (unclipped,) = run_window(free, tokens, ["logits"])
         counts += counted
         rows.append([likelihood(each, tokens[1:]) for each in (logits, unclipped)])
         progress("windows", index + 1, len(content))
     return _clipping(name, content.shape, sites, counts, rows)
-
-
-def _run(session: BundleSession, tokens: NDArray[np.int64], outputs: list[str]) -> list[NDArray[Any]]:
-    """Return outputs of one window; of the logits those that predict the content's tokens [tokens - 1, vocab]."""
-    feeds = fresh_feeds(session, _fed(session.manifest, tokens))
-    if COUNT_CLIPPED in feeds:
-        feeds[COUNT_CLIPPED] = np.ones(1, np.bool_)
-    try:
-        with denormals_flushed():
-            logits, *others = session.session.run(outputs, feeds)
-    except Exception as error:  # ONNX Runtime's exceptions have no common type
-        raise run_failure(error, len(tokens)) from error
-    return [logits[0, -len(tokens) : -1], *others]
-
-
-def _fed(manifest: Manifest, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
-    holds_bos = manifest.prefix is not None and manifest.prefix.holds_bos
-    return tokens[None] if holds_bos else with_bos(tokens[None], manifest.bos_token_id)
 
 
 def _clipping(

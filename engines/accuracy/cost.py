@@ -28,12 +28,12 @@ def check_cost(accuracy: Accuracy, content: NDArray[np.int64], checkpoint: Check
     """Return what a check's document says of a model's accuracy on windows `content` [windows, tokens]."""
     quantiles = (accuracy.divergence_quantile(share) for share in (0.5, 0.9, 0.99, 0.999, 1.0))
     return CheckCost(
-        increase=_interval(accuracy.increase),
-        divergence=_interval(accuracy.divergence),
+        increase=check_interval(accuracy.increase),
+        divergence=check_interval(accuracy.divergence),
         quantiles=CheckDivergence(**dict(zip(CheckDivergence.model_fields, quantiles, strict=True))),
         probability_error=accuracy.probability_error,
-        top1_agreement=_interval(accuracy.top1_agreement),
-        top5_agreement=_interval(accuracy.top5_agreement),
+        top1_agreement=check_interval(accuracy.top1_agreement),
+        top5_agreement=check_interval(accuracy.top5_agreement),
         worst=tuple(
             CheckPosition(
                 window=window,
@@ -64,7 +64,8 @@ def _ranges(positions: int) -> list[slice]:
     return [slice(start, end) for start, end in zip((0, *ends), ends, strict=False)]
 
 
-def _interval(interval: Interval) -> CheckInterval:
+def check_interval(interval: Interval) -> CheckInterval:
+    """Return an interval as a check's document has it."""
     return CheckInterval(mean=interval.mean, margin=interval.margin)
 
 

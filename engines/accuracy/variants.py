@@ -14,6 +14,7 @@ from spike_export.artifacts.check_document import (
     Check,
     CheckCorpus,
     CheckCost,
+    CheckNoise,
     CheckReference,
     CheckText,
     CheckVariant,
@@ -26,6 +27,7 @@ from spike_export.calibration.corpus.mixture import Mixture
 from spike_export.checkpoint.checkpoint import Checkpoint
 from spike_export.engines.accuracy.comparison import LoadModel, ReferenceLogits, compare, reference_logits
 from spike_export.engines.accuracy.cost import check_cost
+from spike_export.engines.accuracy.noise_floor import NOISE_WINDOWS, noise_floor
 from spike_export.engines.onnx_runtime.sequences import CACHE_TYPES
 from spike_export.engines.onnx_runtime.session import BundleSession, open_bundle
 from spike_export.export.bundle import ExportOptions, export_bundle
@@ -76,6 +78,15 @@ class _References:
         return self.behind if prefix == self.prefix else self.plain
 
 
+@dataclass(frozen=True)
+class _Evaluated:
+    """A variant's row; of a shipped one the rows of the further texts and the noise floor too."""
+
+    row: CheckVariant
+    texts: tuple[CheckText, ...] = ()
+    noise: CheckNoise | None = None
+
+
 def check_variants(
     checkpoint: Checkpoint,
     load: LoadModel,
@@ -91,8 +102,8 @@ def check_variants(
 
     A variant that is no bundle yet is exported into a temporary folder, one at a time. Those with a bundle are the
     shipped ones and are evaluated as they are, unless ONNX Runtime's CPU kernels lack their precision; they are
-    evaluated on further `texts` too. `scratch` is an existing folder for what is only needed meanwhile; the system's
-    temporary folder by default.
+    evaluated on further `texts` too, and their noise floor is measured. `scratch` is an existing folder for what is
+    only needed meanwhile; the system's temporary folder by default.
     """
     runnable = options.dtype in CACHE_TYPES and not any(_keeps_bfloat16(variant.recipe) for variant in variants)
     # Logits of a last-token bundle are all taken in memory, and what is exported for the check alone gives all.
@@ -101,7 +112,8 @@ def check_variants(
     wanted = [(content, ()), *[(content, prefix)] * bool(prefix), *((text.content, prefix) for text in texts)]
     shipped = sum(variant.bundle is not None for variant in variants)
     total = sum(len(windows) for windows, _ in wanted) + len(variants) * len(content)
-    told = _counted(progress, total + shipped * sum(len(text.content) for text in texts))
+    more = sum(len(text.content) for text in texts) + min(NOISE_WINDOWS, len(content))
+    told = _counted(progress, total + shipped * more)
     with reference_logits(load, wanted, checkpoint.bos_token_id, told, scratch) as logits:
         of_texts = tuple(zip(texts, logits[len(logits) - len(texts) :], strict=True))
         references = _References(logits[0], prefix, logits[1 if prefix else 0], of_texts)
@@ -113,8 +125,9 @@ def check_variants(
         reference=CheckReference(
             perplexity=references.plain.perplexity, behind_prefix=references.behind.perplexity if prefix else None
         ),
-        variants=tuple(row for row, _ in results),
-        texts=tuple(found for _, of_text in results for found in of_text),
+        variants=tuple(each.row for each in results),
+        texts=tuple(text for each in results for text in each.texts),
+        noise=next((each.noise for each in results if each.noise is not None), None),
     )
 
 
@@ -150,7 +163,7 @@ def _evaluate(
     runnable: bool,
     references: _References,
     progress: Progress,
-) -> tuple[CheckVariant, tuple[CheckText, ...]]:
+) -> _Evaluated:
     if variant.bundle is not None and runnable:
         return _measured(checkpoint, variant, load_manifest(variant.bundle), variant.bundle, references, progress)
     if variant.bundle is None:
@@ -170,15 +183,33 @@ def _measured(
     bundle: Path,
     references: _References,
     progress: Progress,
-) -> tuple[CheckVariant, tuple[CheckText, ...]]:
-    session = open_bundle(bundle, all_logits=True)
-    reference = references.of(manifest.prefix.token_ids if manifest.prefix else ())
+) -> _Evaluated:
+    found = _compared(checkpoint, variant, manifest, bundle, references, progress)
+    if variant.bundle is None:
+        return found
+    # Behind the block above, which has let its session go: memory need not hold the weights twice.
+    return replace(found, noise=noise_floor(bundle, _reference(manifest, references), progress))
+
+
+def _compared(
+    checkpoint: Checkpoint,
+    variant: Variant,
+    manifest: Manifest,
+    bundle: Path,
+    references: _References,
+    progress: Progress,
+) -> _Evaluated:
+    session, reference = open_bundle(bundle, all_logits=True), _reference(manifest, references)
     accuracy = compare(session, reference, progress)
     cost = check_cost(accuracy, reference.content, checkpoint)
     row = _row(variant, manifest, accuracy.perplexity, accuracy.perplexity / references.plain.perplexity - 1, cost)
     if variant.bundle is None:
-        return row, ()
-    return row, tuple(_on_text(checkpoint, session, *each, progress) for each in references.texts)
+        return _Evaluated(row)
+    return _Evaluated(row, tuple(_on_text(checkpoint, session, *each, progress) for each in references.texts))
+
+
+def _reference(manifest: Manifest, references: _References) -> ReferenceLogits:
+    return references.of(manifest.prefix.token_ids if manifest.prefix else ())
 
 
 def _on_text(

@@ -6,6 +6,7 @@ The graph is changed in memory: values become outputs, and the bundle's own weig
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -15,6 +16,7 @@ from onnx import helper
 
 from spike_export.artifacts.errors import EngineError
 from spike_export.artifacts.manifest import GRAPH_FILE
+from spike_export.calibration.decoder.perplexity import with_bos
 from spike_export.engines.onnx_runtime.all_logits import all_logits_graph
 from spike_export.engines.onnx_runtime.denormals import denormals_flushed
 from spike_export.engines.onnx_runtime.sequences import CACHE_TYPES, run_failure
@@ -85,6 +87,35 @@ def fresh_feeds(session: BundleSession, tokens: NDArray[np.int64]) -> dict[str, 
     past = (batch, manifest.num_key_value_heads, manifest.cache_slots or 0, manifest.head_dim)
     empty = np.zeros(past, CACHE_TYPES[manifest.dtype])
     return {value.name: feeds.get(value.name, empty) for value in session.session.get_inputs()}
+
+
+def run_window(
+    session: BundleSession,
+    content: NDArray[np.int64],
+    outputs: Sequence[str],
+    given: Mapping[str, NDArray[Any]] = MappingProxyType({}),
+) -> list[NDArray[Any]]:
+    """Run one window [tokens] without BOS as a fresh sequence and return outputs of the graph.
+
+    Args:
+        session: Over a graph that gives all logits.
+        content: The window; BOS is fed before it unless the prefix holds it.
+        outputs: Names, the logits' first: of them those that predict the content are returned, [tokens - 1, vocab].
+        given: Inputs that only a changed graph has.
+
+    Raises:
+        EngineError: ONNX Runtime fails.
+    """
+    manifest = session.manifest
+    holds_bos = manifest.prefix is not None and manifest.prefix.holds_bos
+    fed = content[None] if holds_bos else with_bos(content[None], manifest.bos_token_id)
+    feeds = {**fresh_feeds(session, fed), **given}
+    try:
+        with denormals_flushed():
+            logits, *others = session.session.run(list(outputs), feeds)
+    except Exception as error:  # ONNX Runtime's exceptions have no common type
+        raise run_failure(error, len(content)) from error
+    return [logits[0, -len(content) : -1], *others]
 
 
 def open_tapped(bundle: Path, linears: Sequence[str], layers: int) -> TappedBundle:

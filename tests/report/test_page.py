@@ -42,7 +42,7 @@ from spike_export.report.page import write_report
 from spike_export.report.spiking_tokens import spiking_tokens
 from tests.support.blank_pictures import pictures_left_blank
 from tests.support.browser import CHROMIUM, browser
-from tests.support.check_costs import cost_document
+from tests.support.check_costs import cost_document, noise_document
 from tests.support.tiny.models import tiny_llama
 
 LAYERS = 4
@@ -99,6 +99,10 @@ def recipe(prefix: tuple[int, ...] = (HOSTILE_ID,)) -> Recipe:
     )
 
 
+NOISE = (
+    "Noise floor (4 windows): nudging its embeddings by 1e-06 changes the shipped bundle's perplexity by "
+    "-0.01 +/- 0.02 % and its KL divergence by 3e-05 +/- 0.0002 nats per token."
+)
 WORST = {"window": 3, "position": 71, "divergence": 3.25, "text": "before → behind"}
 
 
@@ -121,6 +125,7 @@ def check_document() -> dict[str, Any]:
                 "shipped": True,
             },
         ],
+        "noise": noise_document(),
         "gates": [{"name": "max-ppl-increase", "limit": 0.05, "value": 0.1271, "passed": False}],
     }
 
@@ -232,6 +237,7 @@ def test_the_page_names_result_planted_module_and_token(run: Path) -> None:
     assert PLANTED in text
     assert HOSTILE_TEXT in text
     assert "window 3, token 71: 3.25 nats before → behind" in " ".join(text.split())
+    assert NOISE in text
     assert "MISSED: max-ppl-increase: the 95 % interval ends at 0.1271, limit 0.05" in text
     assert "3,145,728 (3.0 MiB)" in text
     assert "SM80, SM120" in text
@@ -535,7 +541,8 @@ def test_the_check_on_a_terminal_is_a_table(run: Path) -> None:
 def test_the_check_in_a_pipe_is_plain_aligned_text(run: Path) -> None:
     text = printed(run, terminal=False)
     assert re.fullmatch(r"[\n\x20-\x7e]*", text)
-    cost, _, header, reference, *rows = text.splitlines()
+    cost, noise, _, header, reference, *rows = text.splitlines()
+    assert noise.startswith(NOISE)
     assert cost.startswith("w8a8+qfem+qfep against the unquantized model: perplexity +11.2 +/- 1.5 % (95 % interval")
     assert header.index("perplexity") + len("perplexity") == reference.index("11.546") + len("11.546")
     assert rows[0].split() == ["w8a8", "25.650", "n/a", "n/a", "n/a", "n/a", "n/a"]

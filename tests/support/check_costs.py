@@ -14,3 +14,9 @@ def cost_document(increase: float, divergence: float, agreement: float, margin: 
         "top5_agreement": {"mean": 0.98, "margin": margin},
         **more,
     }
+
+
+def noise_document(margin: float = 0.0002) -> dict[str, Any]:
+    """Return a noise floor whose intervals all have one margin."""
+    means = {"increase": -0.0001, "divergence": 0.0008, "divergence_change": 0.00003, "top1_agreement": 0.99}
+    return {"nudge": 1e-6, "windows": 4, **{name: {"mean": mean, "margin": margin} for name, mean in means.items()}}

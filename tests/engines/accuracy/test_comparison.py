@@ -341,8 +341,11 @@ def test_a_further_text_is_judged_behind_the_shipped_prefix(
     assert (text.perplexity, text.cost) == (alone.shipped.perplexity, alone.shipped.cost)
     assert text.reference == alone.reference.behind_prefix
     assert (text.corpus.name, text.corpus.windows, text.corpus.length) == ("other", 2, 20)
-    # 1 window plain, behind the prefix, and of each variant; 2 of the text of the reference and of the bundle.
-    assert told == [(done, 8) for done in range(1, 9)]
+    # 1 window plain, behind the prefix, of each variant, and of the noise floor; 2 of the text of the reference and of
+    # the bundle.
+    assert told == [(done, 9) for done in range(1, 10)]
+    assert check.noise is not None
+    assert check.noise.windows == 1
 
 
 def test_a_bfloat16_bundle_is_checked_in_float32_with_a_note(
