@@ -491,6 +491,13 @@ class RunArguments(ProgramArguments):
     "Print errors only."
 
 
+AsJson = Annotated[
+    bool,
+    Parameter(
+        name="--json", negative="", group="Run", help="Print one JSON document; progress goes to standard error."
+    ),
+]
+
 Recompute = Annotated[
     Literal["recipe"] | None,
     Parameter(

@@ -35,8 +35,8 @@ class RunInspection:
 
     @property
     def headlines(self) -> tuple[tuple[str, str], ...]:
-        """Label and value, in words, of what holds for the whole model."""
-        return tuple(_headlines(self.recipe))
+        """Label and value, in words, of what holds for the whole model; the recipe's notes last."""
+        return (*_headlines(self.recipe), *(("note", note) for note in self.recipe.notes()))
 
     @property
     def unquantized(self) -> Mapping[str, ModulePlan]:
@@ -51,7 +51,8 @@ class RunInspection:
     def document(self) -> dict[str, Any]:
         """Return the recipe's scheme, its prefix, the candidates, the noise, and what is not quantized, as JSON."""
         return {
-            **dict(self.headlines),
+            **dict(_headlines(self.recipe)),
+            "notes": list(self.recipe.notes()),
             "noise shares": self.noise_shares,
             "divergence": None if self.attribution is None else self.attribution.model_dump(mode="json"),
             "search": self.recipe.search.model_dump(mode="json"),
@@ -104,11 +105,9 @@ def _headlines(recipe: Recipe) -> list[tuple[str, str]]:
         ("rotation", f"{recipe.rotation.kind}, seed {recipe.rotation.seed}" if recipe.rotation else "none"),
         ("smoothing", f"{len(recipe.smoothing)} inputs"),
     ]
-    if recipe.search.reference_perplexity is not None:
-        plain = decimals(recipe.search.plain_reference_perplexity)
-        behind = decimals(recipe.search.reference_perplexity)
-        lines.append(("unquantized perplexity on the search windows", f"{plain}, behind the prefix {behind}"))
-    return [*lines, *(("note", note) for note in recipe.notes())]
+    plain, behind = recipe.search.plain_reference_perplexity, recipe.search.reference_perplexity
+    searched = f"{decimals(plain)}, behind the prefix {decimals(behind)}" if behind is not None else "not measured"
+    return [*lines, ("unquantized perplexity on the search windows", searched)]
 
 
 def decimals(value: float | None) -> str:

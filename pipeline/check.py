@@ -7,11 +7,12 @@ from spike_export.artifacts.atomic_write import require_file_name
 from spike_export.artifacts.check_document import Check, is_check, save_check
 from spike_export.artifacts.ownership import require_replaceable
 from spike_export.artifacts.progress import Progress, silent
-from spike_export.calibration.decoder.layerwise import Decoder
+from spike_export.calibration.decoder.layerwise import Decoder, Execution
 from spike_export.engines.accuracy.variants import Variant, check_variants
 from spike_export.export.bundle import ExportOptions
 from spike_export.pipeline.evaluation_text import EvaluationText, evaluation_windows
 from spike_export.pipeline.further_texts import further_texts
+from spike_export.pipeline.kept_references import reference_cache
 from spike_export.pipeline.opened_pair import opened_pair
 
 
@@ -25,6 +26,7 @@ def check(
     min_agreement: float | None = None,
     out: Path | str | None = None,
     progress: Progress = silent,
+    force: bool = False,
     overwrite: bool = False,
 ) -> Check:
     """Compare a bundle with the model it was made of: perplexity, top-1 agreement, KL divergence.
@@ -39,6 +41,8 @@ def check(
         min_agreement: Smallest share of positions with the same most likely token.
         out: JSON file to write the result to.
         progress: Told of the windows evaluated.
+        force: Compute the unquantized model also where an earlier check of the same model, prefix and text kept its
+            predictions.
         overwrite: Replace also a file at `out` that is no check's result.
 
     Raises:
@@ -52,13 +56,13 @@ def check(
     if out is not None:
         require_file_name(Path(out))
         require_replaceable(Path(out), "the result of a check", is_check, overwrite=overwrite)
-    result = _compared(Path(bundle), str(reference), text, progress).gated(limits)
+    result = _compared(Path(bundle), str(reference), text, progress, force=force).gated(limits)
     if out is not None:
         save_check(result, Path(out))
     return result
 
 
-def _compared(bundle: Path, reference: str, text: EvaluationText, progress: Progress) -> Check:
+def _compared(bundle: Path, reference: str, text: EvaluationText, progress: Progress, *, force: bool) -> Check:
     manifest, checkpoint = opened_pair(bundle, reference)
     corpus, evaluation = evaluation_windows(checkpoint, manifest.capacity, text)
     known = {kind.corpus.sha256 for kind in corpus.kinds}
@@ -72,6 +76,7 @@ def _compared(bundle: Path, reference: str, text: EvaluationText, progress: Prog
         ExportOptions(manifest.dtype),
         progress,
         texts=further_texts(checkpoint, text.further, evaluation.shape[1], known),
+        cache=reference_cache(checkpoint, Execution(), force=force),
     )
     checkpoint.require_unchanged()
     return result

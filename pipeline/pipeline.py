@@ -56,6 +56,7 @@ from spike_export.pipeline.choices import load_prefixes, load_transforms, save_p
 from spike_export.pipeline.execution import execution_of
 from spike_export.pipeline.further_texts import further_texts
 from spike_export.pipeline.job import Job
+from spike_export.pipeline.kept_references import reference_cache
 from spike_export.pipeline.ray_workers import RayWorkers
 from spike_export.pipeline.run_directory import RunDirectory, stage_key
 from spike_export.pipeline.stage_display import StageDisplay
@@ -450,6 +451,7 @@ class Pipeline:
                     progress,
                     scratch,
                     texts,
+                    reference_cache(self.checkpoint, self.execution, force=self.run.force),
                 )
             save_check(checked, path)
 

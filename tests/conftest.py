@@ -13,6 +13,7 @@ from benchmarks.fetch_models import GEMMA3, SMOLLM2, FetchError, PackagedModel, 
 from spike_export.artifacts.threads import allow_threads
 from spike_export.cli.repeatable import multiply_repeatably
 from spike_export.engines.onnx_runtime.denormals import denormals_flushed
+from spike_export.pipeline.kept_references import CACHE_VARIABLE
 from tests.support.blank_pictures import pictures_left_blank
 
 
@@ -70,6 +71,14 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
     if nextitem is not None and nextitem.path != item.path:
         gc.collect()
         gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep what checks keep of unquantized models apart from the user's own; processes that tests start do so too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(CACHE_VARIABLE, str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

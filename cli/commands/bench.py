@@ -1,20 +1,19 @@
 """`spike-export bench URL|BUNDLE`: how a server holds under load."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
-from rich.console import Console
 from rich.table import Table
 
 from spike_export.artifacts.errors import EngineError
-from spike_export.cli.arguments import LoadArguments, ProgramArguments, ThreadArguments, values
+from spike_export.cli.arguments import AsJson, LoadArguments, ProgramArguments, ThreadArguments, values
 from spike_export.cli.commands.serve import require_extra
 from spike_export.cli.exit_codes import DONE
 from spike_export.cli.options import use_threads
+from spike_export.cli.terminal.output import Output
 
 if TYPE_CHECKING:
     from spike_export.serving.load import Report
@@ -37,7 +36,7 @@ def bench(
     ] = None,
     api_key: Annotated[str | None, Parameter(help="Key to show to the server.")] = None,
     threads: ThreadArguments = ThreadArguments(),
-    as_json: Annotated[bool, Parameter(name="--json", negative="", help="Print JSON.")] = False,
+    as_json: AsJson = False,
     run_options: ProgramArguments = ProgramArguments(),
 ) -> int:
     """Measure a server of OpenAI's API: tokens per second, time to first token, time per token."""
@@ -51,10 +50,7 @@ def bench(
     with _address(target, max(concurrency), threads.threads) as url:
         reports = [measured(url, each, model=model, api_key=api_key) for each in loads]
     found = [report.as_json() for report in reports]
-    if as_json:
-        print(json.dumps(found, indent=1))
-    else:
-        Console().print(_table(found))
+    Output(as_json=as_json).result(found, lambda console: console.print(_table(found)))
     for report in reports:
         _require_answers(report)
     return DONE

@@ -5,11 +5,12 @@ from typing import Annotated
 
 from cyclopts import Parameter
 from rich.console import Console
-from rich.text import Text
 
-from spike_export.cli.arguments import BuildArguments, Bundle, RunArguments, ThreadArguments
+from spike_export.cli.arguments import AsJson, BuildArguments, Bundle, RunArguments, ThreadArguments
 from spike_export.cli.options import build_options, use_threads
+from spike_export.cli.terminal.documents import engine_document
 from spike_export.cli.terminal.outcomes import print_build
+from spike_export.cli.terminal.output import Output, print_lines
 from spike_export.cli.verdicts import plan_verdict
 
 
@@ -20,15 +21,15 @@ def build(
     out: Annotated[Path, Parameter(help="Engine plan to write; its description goes beside it.")],
     build: BuildArguments = BuildArguments(),
     threads: ThreadArguments = ThreadArguments(),
+    as_json: AsJson = False,
     run_options: RunArguments = RunArguments(),
 ) -> int:
     """Build the engine plan of a bundle, and read from the plan in which precision each module runs."""
     use_threads(threads)
-    from spike_export.cli.terminal.progress_display import ProgressDisplay
     from spike_export.pipeline.build import build as build_engine
 
-    console = Console()
-    with ProgressDisplay(console, ["plan"], quiet=run_options.quiet) as display, display.stage("plan") as progress:
+    output = Output(run_options.quiet, as_json)
+    with output.progress("plan") as progress:
         engine = build_engine(
             bundle,
             out,
@@ -37,8 +38,11 @@ def build(
             force=run_options.force,
             overwrite=run_options.overwrite,
         )
-    if not run_options.quiet:
+
+    def show(console: Console) -> None:
         print_build(engine, console)
-        for plan, sidecar in zip(engine.plans, engine.sidecars, strict=True):
-            console.print(Text(f"plan: {plan} ({sidecar.backend.reason})"), soft_wrap=True)
+        plans = zip(engine.plans, engine.sidecars, strict=True)
+        print_lines(console, *(f"plan: {plan} ({sidecar.backend.reason})" for plan, sidecar in plans))
+
+    output.result(engine_document(engine), show)
     return plan_verdict(engine, build.allow_fallback)

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 from rich.console import Console
-from rich.text import Text
 
 from spike_export.artifacts.errors import RecipeError
 from spike_export.cli.arguments import (
+    AsJson,
     ClusterArguments,
     CorpusArguments,
     DtypeArguments,
@@ -28,7 +28,9 @@ from spike_export.cli.options import (
     execution_options,
     use_threads,
 )
+from spike_export.cli.terminal.documents import recipe_document
 from spike_export.cli.terminal.outcomes import print_notes
+from spike_export.cli.terminal.output import Output, print_lines
 
 if TYPE_CHECKING:
     from spike_export.calibration.corpus.files import CorpusOptions
@@ -58,24 +60,23 @@ def calibrate(
     ] = 0,
     threads: ThreadArguments = ThreadArguments(),
     recompute: Recompute = None,
+    as_json: AsJson = False,
     run_options: RunArguments = RunArguments(),
 ) -> int:
     """Measure activation spikes, choose prefix, smoothing and modules, and write the recipe."""
     use_threads(threads)
-    from spike_export.cli.terminal.progress_display import ProgressDisplay
     from spike_export.pipeline.calibrate import calibrate as calibrate_model
     from spike_export.pipeline.pipeline import calibration_stages
 
     options = calibration_options(corpus, quantization, dtype)
     text, how = corpus_options(corpus), execution_options(execution)
+    output = Output(run_options.quiet, as_json)
     spread = cluster_options(cluster)
     if shard is not None:
         if spread is not None:
             raise RecipeError("--shard and --ray divide the same windows; give one")
-        return _measure_shard(model, work_dir, shard, options, text, how, run_options)
-    console = Console()
+        return _measure_shard(model, work_dir, shard, options, text, how, output, run_options)
     stages = calibration_stages(options, text, attributed=attribution_windows > 0)
-    display = ProgressDisplay(console, stages, quiet=run_options.quiet)
     recipe = calibrate_model(
         model,
         work_dir,
@@ -83,21 +84,25 @@ def calibrate(
         corpus=text,
         execution=how,
         cluster=spread,
-        display=display,
+        display=output.display(stages),
         recompute_recipe=recompute == "recipe",
         attribution_windows=attribution_windows,
         force=run_options.force,
         overwrite=run_options.overwrite,
     ).recipe
-    if not run_options.quiet:
+    path = work_dir / "recipe.json"
+
+    def show(console: Console) -> None:
         prefix = f"prefix {list(recipe.prefix_ids)} {recipe.prefix.text!r}" if recipe.prefix else "no prefix"
         counts: Counter[str] = Counter({recipe.scheme.unquantized: 0})
         counts.update(recipe.modules[name].precision for name in recipe.kept_linears())
         total = len(recipe.modules)
         kept = ", ".join(f"{count} of {total} linears in {precision}" for precision, count in counts.items())
         chosen = f"{kept}, {prefix}, activations {recipe.activations()}"
-        console.print(Text(f"{chosen}\nrecipe: {work_dir / 'recipe.json'}"), soft_wrap=True)
+        print_lines(console, chosen, f"recipe: {path}")
         print_notes(recipe, console)
+
+    output.result(recipe_document(recipe, str(path)), show)
     return DONE
 
 
@@ -108,16 +113,14 @@ def _measure_shard(
     options: "CalibrationOptions",
     corpus: "CorpusOptions",
     execution: "ExecutionOptions",
+    output: Output,
     run_options: RunArguments,
 ) -> int:
     from spike_export.calibration.statistics.partial_statistics import parse_shard
-    from spike_export.cli.terminal.progress_display import ProgressDisplay
     from spike_export.pipeline.calibrate import measure_shard
     from spike_export.pipeline.pipeline import SPIKES, calibration_stages
 
-    console = Console()
     stages = calibration_stages(options, corpus)
-    display = ProgressDisplay(console, stages[: stages.index(SPIKES) + 1], quiet=run_options.quiet)
     statistics = measure_shard(
         model,
         work_dir,
@@ -125,10 +128,10 @@ def _measure_shard(
         options,
         corpus=corpus,
         execution=execution,
-        display=display,
+        display=output.display(stages[: stages.index(SPIKES) + 1]),
         force=run_options.force,
         overwrite=run_options.overwrite,
     )
-    if not run_options.quiet:
-        console.print(Text(f"statistics of shard {shard}: {statistics}"), soft_wrap=True)
+    document = {"statistics": str(statistics), "shard": shard}
+    output.result(document, lambda console: print_lines(console, f"statistics of shard {shard}: {statistics}"))
     return DONE

@@ -1,16 +1,18 @@
 """`spike-export check BUNDLE`: its accuracy, its parity step by step, or what the linter finds in its graph."""
 
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 from rich.console import Console
-from rich.text import Text
 
 from spike_export.artifacts.errors import ArtifactError
-from spike_export.cli.arguments import CorpusArguments, GateArguments, RunArguments, ThreadArguments
+from spike_export.cli.arguments import AsJson, CorpusArguments, GateArguments, RunArguments, ThreadArguments
 from spike_export.cli.exit_codes import DONE, GATE_MISSED
 from spike_export.cli.options import evaluation_text, use_threads
+from spike_export.cli.terminal.output import Output, print_lines
 from spike_export.cli.verdicts import accuracy_verdict
 
 if TYPE_CHECKING:
@@ -47,13 +49,11 @@ def check(
             help="Write so many tokens behind four prompts, by the bundle and by the model; show where they part."
         ),
     ] = None,
-    json_file: Annotated[
-        Path | None,
-        Parameter(name="--json", help="With --lint, --parity, --clipping or --continuations: file for the result."),
-    ] = None,
     out: Annotated[
-        Path | None, Parameter(help="File for the result (default: BUNDLE.check.json, beside the bundle).")
+        Path | None,
+        Parameter(help="JSON file for the result (default: of the accuracy BUNDLE.check.json, else none)."),
     ] = None,
+    as_json: AsJson = False,
     corpus: CorpusArguments = CorpusArguments(),
     gate: GateArguments = GateArguments(),
     threads: ThreadArguments = ThreadArguments(),
@@ -62,18 +62,39 @@ def check(
     """Compare a bundle with the unquantized model (perplexity, agreement, KL), or --parity, --clipping, --lint."""
     use_threads(threads)
     mode = _mode(lint=lint, parity=parity, clipping=clipping is not None, continuations=continuations is not None)
-    _require_fitting(mode, reference, recipe, json_file, out)
-    text = evaluation_text(corpus, gate)
+    _require_fitting(mode, reference, recipe)
+    asked = _Asked(bundle, reference or "", evaluation_text(corpus, gate), out, run_options, as_json)
     if lint:
-        return _lint(bundle, json_file, run_options)
+        return _lint(asked)
     if clipping is not None:
-        return _clipping(bundle, clipping, corpus, json_file, run_options)
-    assert reference is not None, "was required"
+        return _clipping(asked, clipping, corpus)
     if parity:
-        return _parity(bundle, reference, recipe, text, json_file, run_options)
+        return _parity(asked, recipe)
     if continuations is not None:
-        return _continuations(bundle, reference, continuations, text, json_file, run_options)
-    return _accuracy(bundle, reference, text, gate, out, run_options)
+        return _continuations(asked, continuations)
+    return _accuracy(asked, gate)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What every kind of check is told."""
+
+    bundle: Path
+    reference: str
+    text: "EvaluationText"
+    out: Path | None
+    options: RunArguments
+    as_json: bool
+
+    @property
+    def output(self) -> Output:
+        """Where progress and result go."""
+        return Output(self.options.quiet, self.as_json)
+
+    @property
+    def pair(self) -> tuple[Path, str]:
+        """The bundle and its model."""
+        return self.bundle, self.reference
 
 
 def _mode(**given: bool) -> str | None:
@@ -88,9 +109,7 @@ def _mode(**given: bool) -> str | None:
     return modes[0] if modes else None
 
 
-def _require_fitting(
-    mode: str | None, reference: str | None, recipe: Path | None, json_file: Path | None, out: Path | None
-) -> None:
+def _require_fitting(mode: str | None, reference: str | None, recipe: Path | None) -> None:
     """Refuse options that have no meaning for what is to be done.
 
     Raises:
@@ -101,89 +120,76 @@ def _require_fitting(
         raise ArtifactError(f"check {mode} needs no model; omit --reference")
     if not without_model and reference is None:
         raise ArtifactError("check needs --reference MODEL, or one of --lint and --clipping TEXT")
-    if mode is not None and out is not None:
-        raise ArtifactError(f"check {mode} writes its result with --json FILE; omit --out")
-    if mode is None and json_file is not None:
-        raise ArtifactError(
-            "check writes the accuracy with --out FILE, and --json is for --lint, --parity, --clipping, --continuations"
-        )
     if mode != "--parity" and recipe is not None:
         raise ArtifactError("check takes --recipe with --parity only; omit --recipe")
 
 
-def _accuracy(
-    bundle: Path, reference: str, text: "EvaluationText", gate: GateArguments, out: Path | None, options: RunArguments
-) -> int:
-    from spike_export.cli.terminal.progress_display import ProgressDisplay
+def _accuracy(asked: _Asked, gate: GateArguments) -> int:
     from spike_export.pipeline.check import check as check_bundle
     from spike_export.report.check_table import print_check
 
-    console = Console()
+    bundle, options = asked.bundle, asked.options
     named = bundle if bundle.name else bundle.absolute()
-    path = out or named.parent / f"{named.name}.check.json"
-    with ProgressDisplay(console, ["check"], quiet=options.quiet) as display, display.stage("check") as progress:
+    path = asked.out or named.parent / f"{named.name}.check.json"
+    with asked.output.progress("check") as progress:
         result = check_bundle(
-            bundle,
-            reference,
-            text,
+            *asked.pair,
+            asked.text,
             max_ppl_increase=gate.max_ppl_increase,
             max_kl=gate.max_kl,
             min_agreement=gate.min_agreement,
             out=path,
             progress=progress,
+            force=options.force,
             overwrite=options.overwrite,
         )
-    if not options.quiet:
+
+    def show(console: Console) -> None:
         print_check(result, console)
-        console.print(Text(f"check: {path}"), soft_wrap=True)
+        print_lines(console, f"check: {path}")
+
+    asked.output.result(result.model_dump(mode="json"), show)
     return accuracy_verdict(result.passed)
 
 
-def _parity(
-    bundle: Path, reference: str, recipe: Path | None, text: "EvaluationText", out: Path | None, options: RunArguments
-) -> int:
+def _parity(asked: _Asked, recipe: Path | None) -> int:
     from spike_export.cli.terminal.parity_table import print_parity
-    from spike_export.cli.terminal.progress_display import ProgressDisplay
     from spike_export.pipeline.parity import parity
 
-    console = Console()
-    with ProgressDisplay(console, ["parity"], quiet=options.quiet) as display, display.stage("parity") as progress:
-        result = parity(bundle, reference, recipe, text, out=out, progress=progress, overwrite=options.overwrite)
-    if not options.quiet:
-        print_parity(result, console)
+    with asked.output.progress("parity") as progress:
+        overwrite = asked.options.overwrite
+        result = parity(*asked.pair, recipe, asked.text, out=asked.out, progress=progress, overwrite=overwrite)
+    asked.output.result(result.document(), partial(print_parity, result))
     return DONE if result.passed else GATE_MISSED
 
 
-def _continuations(
-    bundle: Path, reference: str, tokens: int, text: "EvaluationText", out: Path | None, options: RunArguments
-) -> int:
+def _continuations(asked: _Asked, tokens: int) -> int:
     from spike_export.cli.terminal.continuations_text import print_continuations
-    from spike_export.cli.terminal.progress_display import ProgressDisplay
     from spike_export.pipeline.continuations import continuations
 
-    console, name = Console(), "continuations"
-    with ProgressDisplay(console, [name], quiet=options.quiet) as display, display.stage(name) as progress:
-        found = continuations(bundle, reference, tokens, text, out=out, progress=progress, overwrite=options.overwrite)
-    if not options.quiet:
-        print_continuations(found, console)
+    with asked.output.progress("continuations") as progress:
+        overwrite = asked.options.overwrite
+        found = continuations(*asked.pair, tokens, asked.text, out=asked.out, progress=progress, overwrite=overwrite)
+    asked.output.result(found.document(), partial(print_continuations, found))
     return DONE
 
 
-def _clipping(bundle: Path, text: str, corpus: CorpusArguments, out: Path | None, options: RunArguments) -> int:
+def _clipping(asked: _Asked, text: str, corpus: CorpusArguments) -> int:
     from spike_export.calibration.corpus.files import CorpusOptions
     from spike_export.cli.terminal.clipping_table import print_clipping
-    from spike_export.cli.terminal.progress_display import ProgressDisplay
     from spike_export.pipeline.clipping import clipping
 
-    console, source = Console(), CorpusOptions(text, corpus.text_field, corpus.corpus_split, corpus.chat_template)
-    with ProgressDisplay(console, ["clipping"], quiet=options.quiet) as display, display.stage("clipping") as progress:
-        result = clipping(bundle, source, length=corpus.length, out=out, progress=progress, overwrite=options.overwrite)
-    if not options.quiet:
-        print_clipping(result, console)
+    source = CorpusOptions(text, corpus.text_field, corpus.corpus_split, corpus.chat_template)
+    with asked.output.progress("clipping") as progress:
+        overwrite = asked.options.overwrite
+        result = clipping(
+            asked.bundle, source, length=corpus.length, out=asked.out, progress=progress, overwrite=overwrite
+        )
+    asked.output.result(result.document(), partial(print_clipping, result))
     return DONE
 
 
-def _lint(model: Path, json_file: Path | None, options: RunArguments) -> int:
+def _lint(asked: _Asked) -> int:
     import json
 
     from spike_export.artifacts.atomic_write import require_file_name, write_text
@@ -191,12 +197,12 @@ def _lint(model: Path, json_file: Path | None, options: RunArguments) -> int:
     from spike_export.cli.terminal.lint_table import print_lint
     from spike_export.engines.lint.linter import is_lint_document, lint_model
 
-    if json_file is not None:
-        require_file_name(json_file)
-        require_replaceable(json_file, "the linter's result", is_lint_document, overwrite=options.overwrite)
-    result = lint_model(model)
-    if json_file is not None:
-        write_text(json_file, json.dumps(result.document(), indent=2) + "\n")
-    if not options.quiet:
-        print_lint(result, Console())
+    out = asked.out
+    if out is not None:
+        require_file_name(out)
+        require_replaceable(out, "the linter's result", is_lint_document, overwrite=asked.options.overwrite)
+    result = lint_model(asked.bundle)
+    if out is not None:
+        write_text(out, json.dumps(result.document(), indent=2) + "\n")
+    asked.output.result(result.document(), partial(print_lint, result))
     return DONE if result.passed else GATE_MISSED

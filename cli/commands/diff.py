@@ -1,14 +1,14 @@
 """`spike-export diff RUN_A RUN_B`: what differs between two runs of one model."""
 
-import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
-from rich.console import Console
 
-from spike_export.cli.arguments import ProgramArguments
+from spike_export.cli.arguments import AsJson, ProgramArguments
 from spike_export.cli.exit_codes import DONE
+from spike_export.cli.terminal.output import Output
 
 
 def diff(
@@ -16,7 +16,7 @@ def diff(
     second: Annotated[Path, Parameter(name="RUN_B", help="Work directory of another run of the same model.")],
     /,
     *,
-    as_json: Annotated[bool, Parameter(name="--json", negative="", help="Print JSON instead of tables.")] = False,
+    as_json: AsJson = False,
     run_options: ProgramArguments = ProgramArguments(),
 ) -> int:
     """Compare two runs: choices, precision and ratios of the modules, accuracy with paired intervals."""
@@ -24,8 +24,5 @@ def diff(
     from spike_export.inspection.difference import difference
 
     found = difference(first, second)
-    if as_json:
-        print(json.dumps(found.document(), indent=2))
-    else:
-        print_difference(found, Console())
+    Output(as_json=as_json).result(found.document(), partial(print_difference, found))
     return DONE

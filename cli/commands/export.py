@@ -1,13 +1,14 @@
 """`spike-export export MODEL`: the ONNX bundle of a recipe, or its checkpoint for vLLM."""
 
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
-from rich.console import Console
-from rich.text import Text
 
 from spike_export.cli.arguments import (
+    AsJson,
     DtypeArguments,
     FormatArguments,
     GraphArguments,
@@ -17,9 +18,10 @@ from spike_export.cli.arguments import (
 )
 from spike_export.cli.exit_codes import DONE
 from spike_export.cli.options import cache_options, use_threads
+from spike_export.cli.terminal.output import Output, print_lines
 
 _UNGUARDED = (
-    "note: no calibration has seen whether activations stay below float16's limit of 65,504; `spike-export check` "
+    "no calibration has seen whether activations stay below float16's limit of 65,504; `spike-export check` "
     "tells, and --dtype bfloat16 has no such limit"
 )
 
@@ -51,12 +53,14 @@ def export(
         ),
     ] = "cache",
     threads: ThreadArguments = ThreadArguments(),
+    as_json: AsJson = False,
     run_options: RunArguments = RunArguments(),
 ) -> int:
     """Write the ONNX bundle of a model by a recipe, or its checkpoint for vLLM."""
     use_threads(threads)
     from spike_export.artifacts.errors import RecipeError
 
+    output = Output(run_options.quiet, as_json)
     if form == "compressed-tensors":
         graph_options = (graph, number_format, prefix_in) != (GraphArguments(), FormatArguments(), "cache")
         if recipe is None or not quantize:
@@ -66,21 +70,16 @@ def export(
                 "--kv-cache, --capacity, --logits, --prefix-in and --number-format are of ONNX graphs; leave them out "
                 "with --format compressed-tensors"
             )
-        return _export_checkpoint(model, out, recipe, dtype, run_options)
+        return _export_checkpoint(model, out, recipe, dtype, output, run_options)
     if quantize == (recipe is None):
         raise RecipeError(
             "export needs --recipe FILE, or --no-quantize to export the model as it is"
             if recipe is None
             else "--recipe and --no-quantize contradict each other; give one"
         )
-    from spike_export.cli.terminal.progress_display import ProgressDisplay
     from spike_export.export.model_export import export as export_model
 
-    console = Console()
-    with (
-        ProgressDisplay(console, ["bundle"], quiet=run_options.quiet) as display,
-        display.stage("bundle") as progress,
-    ):
+    with output.progress("bundle") as progress:
         manifest = export_model(
             model,
             out,
@@ -93,24 +92,28 @@ def export(
             progress=progress,
             overwrite=run_options.overwrite,
         )
-    if not run_options.quiet:
-        if recipe is None and manifest.dtype == "float16":
-            console.print(Text(_UNGUARDED), soft_wrap=True)
-        console.print(Text(f"bundle: {out}"), soft_wrap=True)
+    notes = [_UNGUARDED] if recipe is None and manifest.dtype == "float16" else []
+    document = {
+        "bundle": str(out),
+        "dtype": manifest.dtype,
+        "linears": {name: share.model_dump(mode="json") for name, share in manifest.linears.items()},
+        "prefix": None if manifest.prefix is None else manifest.prefix.model_dump(mode="json"),
+        "notes": notes,
+    }
+    output.result(document, lambda console: print_lines(console, *_noted(notes), f"bundle: {out}"))
     return DONE
 
 
+def _noted(notes: Sequence[str]) -> list[str]:
+    return [f"note: {note}" for note in notes]
+
+
 def _export_checkpoint(
-    model: str, out: Path, recipe: Path, dtype: DtypeArguments | None, run_options: RunArguments
+    model: str, out: Path, recipe: Path, dtype: DtypeArguments | None, output: Output, run_options: RunArguments
 ) -> int:
-    from spike_export.cli.terminal.progress_display import ProgressDisplay
     from spike_export.export.compressed_tensors.checkpoint_export import export_compressed_tensors
 
-    console = Console()
-    with (
-        ProgressDisplay(console, ["checkpoint"], quiet=run_options.quiet) as display,
-        display.stage("checkpoint") as progress,
-    ):
+    with output.progress("checkpoint") as progress:
         written = export_compressed_tensors(
             model,
             out,
@@ -119,14 +122,12 @@ def _export_checkpoint(
             progress=progress,
             overwrite=run_options.overwrite,
         )
-    if not run_options.quiet:
-        moved = len(written.exceeded)
-        lines = (
-            f"linears: {written.static} static, {written.per_token} per token, {written.kept} not quantized",
-            *((f"scaled per token because the prefix exceeds the static range: {moved} inputs",) if moved else ()),
-            *(f"note: {note}" for note in written.notes),
-            f"checkpoint: {out}",
-        )
-        for line in lines:
-            console.print(Text(line), soft_wrap=True)
+    moved = len(written.exceeded)
+    lines = (
+        f"linears: {written.static} static, {written.per_token} per token, {written.kept} not quantized",
+        *((f"scaled per token because the prefix exceeds the static range: {moved} inputs",) if moved else ()),
+        *_noted(written.notes),
+        f"checkpoint: {out}",
+    )
+    output.result({"checkpoint": str(out), **asdict(written)}, lambda console: print_lines(console, *lines))
     return DONE

@@ -6,7 +6,7 @@ from typing import Annotated
 from cyclopts import Parameter
 from rich.console import Console
 
-from spike_export.cli.arguments import RunArguments
+from spike_export.cli.arguments import AsJson, RunArguments
 from spike_export.cli.exit_codes import DONE, GATE_MISSED
 
 
@@ -28,7 +28,7 @@ def inspect(
             "plan is code.",
         ),
     ] = False,
-    as_json: Annotated[bool, Parameter(name="--json", negative="", help="Print JSON instead of tables.")] = False,
+    as_json: AsJson = False,
     run_options: RunArguments = RunArguments(),
 ) -> int:
     """Show the precision that a plan runs in, the content of a bundle, or the choices of a run and their reasons."""

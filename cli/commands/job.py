@@ -1,14 +1,15 @@
 """`spike-export MODEL`: the main job, all stages over a work directory."""
 
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 from rich.console import Console
-from rich.text import Text
 
 from spike_export.cli.arguments import (
+    AsJson,
     BuildArguments,
     CorpusArguments,
     DtypeArguments,
@@ -31,7 +32,9 @@ from spike_export.cli.options import (
     further_texts,
     use_threads,
 )
+from spike_export.cli.terminal.documents import job_document
 from spike_export.cli.terminal.outcomes import print_build, print_notes
+from spike_export.cli.terminal.output import Output, print_lines
 from spike_export.cli.verdicts import accuracy_verdict, plan_verdict
 
 if TYPE_CHECKING:
@@ -56,6 +59,7 @@ def job(
     build: BuildArguments = BuildArguments(),
     threads: ThreadArguments = ThreadArguments(),
     recompute: Recompute = None,
+    as_json: AsJson = False,
     run_options: RunArguments = RunArguments(),
 ) -> int:
     """Run the whole job: calibrate, choose, export, check, build and report."""
@@ -79,19 +83,16 @@ def job(
         build=build_options(build),
         recompute_recipe=recompute == "recipe",
     )
-    return _run_job(work, build.allow_fallback, run_options)
+    return _run_job(work, build.allow_fallback, Output(run_options.quiet, as_json), run_options)
 
 
-def _run_job(work: "Job", allow_fallback: bool, options: RunArguments) -> int:
-    from spike_export.cli.terminal.progress_display import ProgressDisplay
+def _run_job(work: "Job", allow_fallback: bool, output: Output, options: RunArguments) -> int:
     from spike_export.pipeline.pipeline import stages_of
     from spike_export.pipeline.run_job import run_job
 
-    console = Console()
-    display = ProgressDisplay(console, stages_of(work), quiet=options.quiet)
+    display = output.display(stages_of(work))
     result = run_job(work, display=display, force=options.force, overwrite=options.overwrite)
-    if not options.quiet:
-        _print_result(result, console)
+    output.result(job_document(result), partial(_print_result, result))
     if result.engine is None:
         return accuracy_verdict(result.check.passed)
     return plan_verdict(result.engine, allow_fallback)
@@ -108,5 +109,5 @@ def _print_result(result: "JobResult", console: Console) -> None:
     plans = result.engine.plans if result.engine else ("not built: the accuracy limit was missed",)
     places: list[tuple[str, object]] = [*(("plan", plan) for plan in plans), ("bundle", result.bundle)]
     serve = f"spike-export serve {shlex.quote(str(result.bundle))}"
-    for name, place in (*places, ("report", result.report), ("serve it", serve)):
-        console.print(Text(f"{name}: {place}"), soft_wrap=True)
+    named = (*places, ("report", result.report), ("serve it", serve))
+    print_lines(console, *(f"{name}: {place}" for name, place in named))

@@ -4,11 +4,10 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
-from rich.console import Console
-from rich.text import Text
 
-from spike_export.cli.arguments import RunArguments
+from spike_export.cli.arguments import AsJson, RunArguments
 from spike_export.cli.exit_codes import DONE
+from spike_export.cli.terminal.output import Output, print_lines
 
 
 def merge(
@@ -16,12 +15,15 @@ def merge(
     /,
     *,
     work_dir: Annotated[Path, Parameter(help="Folder for the merged statistics; `calibrate` continues there.")],
+    as_json: AsJson = False,
     run_options: RunArguments = RunArguments(),
 ) -> int:
     """Merge the statistics of `calibrate --shard`; `calibrate` without --shard continues with them."""
     from spike_export.pipeline.shard_merge import merge_shards
 
     samples = merge_shards(shards, work_dir)
-    if not run_options.quiet:
-        Console().print(Text(f"{samples} windows of {len(shards)} shards: {work_dir / 'spikes.json'}"), soft_wrap=True)
+    path = work_dir / "spikes.json"
+    line = f"{samples} windows of {len(shards)} shards: {path}"
+    document = {"statistics": str(path), "windows": samples, "shards": len(shards)}
+    Output(run_options.quiet, as_json).result(document, lambda console: print_lines(console, line))
     return DONE

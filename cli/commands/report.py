@@ -4,11 +4,10 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
-from rich.console import Console
-from rich.text import Text
 
-from spike_export.cli.arguments import RunArguments
+from spike_export.cli.arguments import AsJson, RunArguments
 from spike_export.cli.exit_codes import DONE
+from spike_export.cli.terminal.output import Output, print_lines
 
 
 def report(
@@ -18,12 +17,13 @@ def report(
     engine: Annotated[
         Path | None, Parameter(help="engine.json of the plan, if it lies outside the work directory.")
     ] = None,
+    as_json: AsJson = False,
     run_options: RunArguments = RunArguments(),
 ) -> int:
     """Write the HTML page of a run."""
-    from spike_export.report.page import write_report
+    from spike_export.report.page import PICTURE_FOLDER, write_report
 
     page = write_report(run_directory, engine=engine)
-    if not run_options.quiet:
-        Console().print(Text(f"report: {page}"), soft_wrap=True)
+    document = {"report": str(page), "pictures": str(page.parent / PICTURE_FOLDER)}
+    Output(run_options.quiet, as_json).result(document, lambda console: print_lines(console, f"report: {page}"))
     return DONE

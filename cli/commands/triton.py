@@ -5,10 +5,11 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from spike_export.cli.arguments import ProgramArguments, ThreadArguments, TritonArguments, values
+from spike_export.cli.arguments import AsJson, ProgramArguments, ThreadArguments, TritonArguments, values
 from spike_export.cli.commands.serve import require_extra
 from spike_export.cli.exit_codes import DONE
 from spike_export.cli.terminal.messages import say
+from spike_export.cli.terminal.output import Output
 
 
 def triton(
@@ -29,6 +30,7 @@ def triton(
     overwrite: Annotated[
         bool, Parameter(negative="", help="Replace also a model that spike-export did not write.")
     ] = False,
+    as_json: AsJson = False,
     run_options: ProgramArguments = ProgramArguments(),
 ) -> int:
     """Write a bundle or a plan as a model of NVIDIA Triton's Python backend; extra `serve`."""
@@ -40,5 +42,6 @@ def triton(
     given = {key: value for key, value in values(limits).items() if value is not None}
     settings = ModelSettings(threads=threads.threads or 0, **given)
     settings.service(name)  # refuses what a server would refuse
-    say(f"model: {write_repository(path, out, name, settings, bundle=bundle, overwrite=overwrite)}")
+    written = write_repository(path, out, name, settings, bundle=bundle, overwrite=overwrite)
+    Output(as_json=as_json).result({"model": str(written), "name": name}, lambda _: say(f"model: {written}"))
     return DONE

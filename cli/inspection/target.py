@@ -1,6 +1,5 @@
 """Shows what is in a target, for reading or as JSON."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from spike_export.artifacts.errors import ArtifactError
 from spike_export.cli.inspection.bundle import print_bundle
 from spike_export.cli.inspection.plan import print_plan
 from spike_export.cli.inspection.run import print_explanations, print_run
+from spike_export.cli.terminal.output import print_json
 from spike_export.inspection.plan import EngineInspection
 from spike_export.inspection.run import RunInspection
 from spike_export.inspection.target import Inspection, inspect, kind_of
@@ -38,16 +38,12 @@ def inspect_target(
     inspection = inspect(target, trust_plan=trust_plan)
     if isinstance(inspection, RunInspection) and explain:
         explained = inspection.explain(explain)
-        _print_json(explained, console) if as_json else print_explanations(explained, console)
+        print_json(explained) if as_json else print_explanations(explained, console)
     elif as_json:
-        _print_json(inspection.document(), console)
+        print_json(inspection.document())
     else:
         _print_tables(inspection, console)
     return inspection.proved if isinstance(inspection, EngineInspection) else True
-
-
-def _print_json(document: object, console: Console) -> None:
-    console.print_json(json.dumps(document))
 
 
 def _print_tables(inspection: Inspection, console: Console) -> None:

@@ -1,12 +1,12 @@
 """Text on the terminal as it is generated, or all of it as JSON."""
 
-import codecs
 import io
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import IO, TYPE_CHECKING, Any
+
+from spike_export.cli.terminal.output import print_json
 
 if TYPE_CHECKING:
     from spike_export.engines.engine import Engine
@@ -37,8 +37,7 @@ def write_generated(
         results = [asdict(result) for result in engine.generate(prompts, **changes)]
         if (drafted := _drafted(engine)) is not None and before is not None and len(results) == 1:
             results[0]["speculation"] = {name: drafted[name] - before[name] for name in drafted}
-        holds_all = codecs.lookup(getattr(out, "encoding", None) or "utf-8").name == "utf-8"
-        out.write(json.dumps(results, ensure_ascii=not holds_all, indent=2) + "\n")
+        print_json(results, out)
         return
     if isinstance(out, io.TextIOWrapper):
         out.reconfigure(errors="replace")

@@ -1,22 +1,27 @@
 """How close a bundle's next-token distributions are to the reference model's, on evaluation windows."""
 
-import shutil
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from secrets import token_hex
 
 import numpy as np
 from numpy.typing import NDArray
 
 from spike_export.artifacts.atomic_write import describe_os_error
 from spike_export.artifacts.errors import ArtifactError, EngineError
+from spike_export.artifacts.free_space import require_free_space
 from spike_export.artifacts.progress import Progress, silent
 from spike_export.calibration.decoder.heap import collect_and_return_memory
 from spike_export.calibration.decoder.layerwise import Decoder
 from spike_export.calibration.decoder.perplexity import Likelihood, with_bos
-from spike_export.engines.accuracy.distances import Accuracy, Logits, distances, likelihood
+from spike_export.engines.accuracy.distances import Accuracy, distances, log_probabilities
+from spike_export.engines.accuracy.predictions import Logits, Predictions, predictions, record_type
+from spike_export.engines.accuracy.reference_cache import ReferenceCache
 from spike_export.engines.onnx_runtime.session import BundleSession
 
 LoadModel = Callable[[], Decoder]
@@ -24,84 +29,130 @@ LoadModel = Callable[[], Decoder]
 
 
 @dataclass(frozen=True)
-class ReferenceLogits:
-    """The reference model's logits of every window, on the disk: all windows' would not fit into memory.
+class Reference:
+    """The reference model's predictions of every window, mapped from the disk.
 
     Attributes:
         content: [windows, tokens] int64.
-        folder: Holds one `N.npy` per window: [tokens - 1, vocab] float32, of all positions that predict content.
-        perplexity: Of the reference.
+        rows: [windows, tokens - 1] records, of all positions that predict content.
     """
 
     content: NDArray[np.int64]
-    folder: Path
-    perplexity: float
+    rows: Predictions
 
-    def window(self, index: int) -> Logits:
-        """Return one window's logits, mapped from the disk."""
-        logits: Logits = np.load(self.folder / f"{index}.npy", mmap_mode="r")
-        return logits
+    def window(self, index: int) -> Predictions:
+        """Return one window's predictions."""
+        rows: Predictions = self.rows[index]
+        return rows
+
+    @cached_property
+    def perplexity(self) -> float:
+        """Of the reference."""
+        negative = sum(-float(log_probabilities(rows, "target").sum()) for rows in self.rows)
+        return Likelihood(negative, self.rows.size).perplexity
 
 
 @contextmanager
-def reference_logits(
+def references(
     load: LoadModel,
     wanted: Sequence[tuple[NDArray[np.int64], tuple[int, ...]]],
     bos: int | None,
     progress: Progress = silent,
     scratch: Path | None = None,
-) -> Iterator[tuple[ReferenceLogits, ...]]:
-    """Run the reference model over windows [windows, tokens] behind prefixes, and keep its logits for the block.
+    cache: ReferenceCache | None = None,
+) -> Iterator[tuple[Reference, ...]]:
+    """Run the reference model over windows [windows, tokens] behind prefixes, and keep its predictions for the block.
 
-    The model is let go before the block begins: the variants need the memory.
+    What the cache has is read from there, and what is computed stays there. The model is let go before the block
+    begins: the variants need the memory.
 
     Args:
         load: Gives the model.
         wanted: Pairs of windows and the prefix before each of them.
         bos: Fed before each window, unless the prefix has it.
         progress: Told after each window.
-        scratch: Existing folder to keep the logits in; the system's temporary folder by default.
+        scratch: Existing folder for predictions that no cache takes; the system's temporary folder by default.
+        cache: Of earlier checks; None to keep nothing.
 
     Raises:
-        ArtifactError: The temporary folder's disk has too little room.
+        ArtifactError: The disk has too little room.
     """
     with tempfile.TemporaryDirectory(prefix="spike-export-", dir=scratch) as name:
-        model, folder = load(), Path(name)
-        positions = sum(content.shape[0] * (content.shape[1] - 1) for content, _ in wanted)
-        _require_room(folder, positions * model.config.vocab_size * 4)
-        found = tuple(
-            _written(model, content, bos, folder / str(index), progress, prefix)
-            for index, (content, prefix) in enumerate(wanted)
-        )
+        model = load()
+        store = _Store(Path(name), cache, record_type(model.config.vocab_size))
+        found = tuple(_reference(model, store, content, bos, prefix, progress) for content, prefix in wanted)
         del model
         collect_and_return_memory()
         yield found
 
 
-def _require_room(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise ArtifactError(f"{folder}: {needed:,} bytes are needed and {free:,} are free; free space there")
+@dataclass(frozen=True)
+class _Store:
+    """Where predictions go: into the cache where it has room, else into a folder that lives as long as the check."""
+
+    folder: Path
+    cache: ReferenceCache | None
+    record: np.dtype[np.void]
+
+    def read(self, content: NDArray[np.int64], prefix: Sequence[int], bos: int | None) -> Predictions | None:
+        if self.cache is None:
+            return None
+        return self.cache.read(self.cache.file(content, prefix, bos), self.record, _shape(content))
+
+    def write(
+        self, content: NDArray[np.int64], prefix: Sequence[int], bos: int | None, rows: Iterator[Predictions]
+    ) -> Predictions:
+        needed = math.prod(_shape(content)) * self.record.itemsize
+        kept = self.cache is not None and self.cache.place(needed)
+        file = self.cache.file(content, prefix, bos) if self.cache is not None and kept else None
+        partial = (self.folder if file is None else file.parent) / f".{token_hex(8)}.partial"
+        require_free_space(partial, needed, "the reference's predictions")
+        try:
+            _write(partial, rows, self.record, _shape(content))
+            found: Predictions = np.load(partial, mmap_mode="r")
+            if file is not None:
+                partial.replace(file)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise ArtifactError(describe_os_error(error, partial.parent)) from error
+        return found
 
 
-def _written(
+def _shape(content: NDArray[np.int64]) -> tuple[int, int]:
+    return content.shape[0], content.shape[1] - 1
+
+
+def _write(file: Path, rows: Iterator[Predictions], record: np.dtype[np.void], shape: tuple[int, int]) -> None:
+    """Write an array window by window: mapped memory could not tell of a full disk."""
+    header = {"descr": np.lib.format.dtype_to_descr(record), "fortran_order": False, "shape": shape}
+    with file.open("wb") as stream:
+        np.lib.format.write_array_header_2_0(stream, header)
+        for each in rows:
+            stream.write(each.tobytes())
+
+
+def _reference(
     model: Decoder,
+    store: _Store,
     content: NDArray[np.int64],
     bos: int | None,
-    folder: Path,
+    prefix: tuple[int, ...],
     progress: Progress,
-    prefix: Sequence[int],
-) -> ReferenceLogits:
-    total = Likelihood(0.0, 0)
-    folder.mkdir()
-    for index, logits in enumerate(_window_logits(model, content, bos, prefix)):
-        try:
-            np.save(folder / f"{index}.npy", logits)
-        except OSError as error:
-            raise ArtifactError(describe_os_error(error, folder)) from error
-        total += likelihood(logits, content[index, 1:])
+) -> Reference:
+    found = store.read(content, prefix, bos)
+    if found is None:
+        return Reference(content, store.write(content, prefix, bos, _computed(model, content, bos, prefix, progress)))
+    for index in range(len(content)):
         progress("windows", index + 1, len(content))
-    return ReferenceLogits(content, folder, total.perplexity)
+    return Reference(content, found)
+
+
+def _computed(
+    model: Decoder, content: NDArray[np.int64], bos: int | None, prefix: Sequence[int], progress: Progress
+) -> Iterator[Predictions]:
+    for index, logits in enumerate(_window_logits(model, content, bos, prefix)):
+        yield predictions(logits, content[index, 1:], seed=index)
+        progress("windows", index + 1, len(content))
 
 
 def _window_logits(
@@ -114,7 +165,7 @@ def _window_logits(
         yield head.logits(states.get(index)[0, -content.shape[1] : -1]).float().cpu().numpy()
 
 
-def compare(session: BundleSession, reference: ReferenceLogits, progress: Progress = silent) -> Accuracy:
+def compare(session: BundleSession, reference: Reference, progress: Progress = silent) -> Accuracy:
     """Run a bundle over the reference's windows, one window per call.
 
     Raises:

@@ -9,15 +9,10 @@ from numpy.typing import NDArray
 
 from spike_export.calibration.decoder.perplexity import Likelihood
 from spike_export.engines.accuracy.intervals import Interval
-
-Logits = NDArray[np.float32]
-Floats = NDArray[np.float64]
+from spike_export.engines.accuracy.predictions import ROWS, Floats, Logits, Predictions, log_rest, log_softmax
 
 FIRST = 5
 """Most likely tokens of the model among which the reference's most likely one is looked for."""
-
-_ROWS = 64
-"""Positions compared at once: a few vocabulary rows in float64 would otherwise take hundreds of MB."""
 
 
 @dataclass(frozen=True)
@@ -112,9 +107,16 @@ class Accuracy:
         return Interval.of(values.reshape(len(self.windows), -1).mean(axis=1))
 
 
-def distances(reference: Logits, logits: Logits, targets: NDArray[np.int64]) -> Distances:
-    """Compare a window's logits [positions, vocab] with the reference's; `targets` [positions] is the text."""
-    parts = [slice(start, start + _ROWS) for start in range(0, len(targets), _ROWS)]
+def distances(reference: Predictions, logits: Logits, targets: NDArray[np.int64]) -> Distances:
+    """Compare a window's logits [positions, vocab] with what was kept of the reference's; `targets` is the text.
+
+    The divergence is exact over the kept tokens and their common rest. Within the rest, whose share of the probability
+    is r, it is r times the mean over the sampled tokens of q/p - 1 - ln(q/p), p and q being the two models'
+    probabilities given the rest: the mean has no bias, no term is negative, and each is of the second order of the
+    models' difference.
+    Source: J. Schulman, Approximating KL divergence, 2020, estimator k3.
+    """
+    parts = [slice(start, start + ROWS) for start in range(0, len(targets), ROWS)]
     return joined([_distances(reference[rows], logits[rows], targets[rows]) for rows in parts])
 
 
@@ -124,30 +126,45 @@ def joined(parts: Sequence[Distances]) -> Distances:
     return Distances(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
 
 
-def _distances(reference: Logits, logits: Logits, targets: NDArray[np.int64]) -> Distances:
-    expected, actual = log_softmax(reference), log_softmax(logits)
-    best = expected.argmax(axis=1)
+def _distances(reference: Predictions, logits: Logits, targets: NDArray[np.int64]) -> Distances:
+    actual = log_softmax(logits)
+    best = reference["best"].astype(np.int64)
     of_best = np.take_along_axis(actual, best[:, None], axis=1)
-    negative, reference_negative = (-np.take_along_axis(rows, targets[:, None], axis=1) for rows in (actual, expected))
+    negative = -np.take_along_axis(actual, targets[:, None], axis=1)[:, 0]
     same, among = actual.argmax(axis=1) == best, (actual > of_best).sum(axis=1) < FIRST
-    # In place: these are the largest arrays of a check.
-    np.subtract(expected, actual, out=actual)
-    divergence = np.multiply(np.exp(expected, out=expected), actual, out=actual).sum(axis=1)
-    return Distances(negative[:, 0], reference_negative[:, 0], divergence, same, among)
+    divergence = _divergence(reference, actual)  # changes `actual`
+    return Distances(negative, -log_probabilities(reference, "target"), divergence, same, among)
+
+
+def _divergence(reference: Predictions, actual: Floats) -> Floats:
+    """Return KL(reference || model) [positions] in nats; the model's log-probabilities are changed in place."""
+    expected = log_probabilities(reference, "logits")
+    of_kept = np.take_along_axis(actual, reference["tokens"], axis=1)
+    divergence: Floats = (np.exp(expected) * (expected - of_kept)).sum(axis=1)
+    if not reference["others"].shape[1]:
+        return divergence
+    of_others = np.take_along_axis(actual, reference["others"], axis=1)
+    rest, of_rest = reference["log_rest"], log_rest(actual, reference["tokens"])
+    given = log_probabilities(reference, "other_logits") - rest[:, None]
+    ratio = of_others - of_rest[:, None] - given
+    within: Floats = (np.expm1(ratio) - ratio).mean(axis=1)
+    divergence += np.exp(rest) * (rest - of_rest + within)
+    return divergence
+
+
+def log_probabilities(reference: Predictions, field: str) -> Floats:
+    """Return the log-probabilities that belong to a field of kept logits, in float64."""
+    logits = reference[field].astype(np.float64)
+    shape = (-1, *[1] * (logits.ndim - 1))
+    values: Floats = logits - reference["top"].astype(np.float64).reshape(shape)
+    values -= reference["log_sum"].reshape(shape)
+    return values
 
 
 def likelihood(logits: Logits, targets: NDArray[np.int64]) -> Likelihood:
     """Return the negative log-likelihood of `targets` [positions] under `logits` [positions, vocab]."""
     negative = 0.0
-    for start in range(0, len(targets), _ROWS):
-        rows = log_softmax(logits[start : start + _ROWS])
-        negative -= float(np.take_along_axis(rows, targets[start : start + _ROWS, None], axis=1).sum())
+    for start in range(0, len(targets), ROWS):
+        rows = log_softmax(logits[start : start + ROWS])
+        negative -= float(np.take_along_axis(rows, targets[start : start + ROWS, None], axis=1).sum())
     return Likelihood(negative, len(targets))
-
-
-def log_softmax(logits: Logits) -> Floats:
-    """Return log-probabilities over the last axis, in float64."""
-    rows = logits.astype(np.float64)
-    rows -= rows.max(axis=-1, keepdims=True)
-    rows -= np.log(np.exp(rows).sum(axis=-1, keepdims=True))
-    return rows

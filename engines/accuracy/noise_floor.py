@@ -7,10 +7,11 @@ import numpy as np
 
 from spike_export.artifacts.check_document import CheckNoise
 from spike_export.artifacts.progress import Progress, silent
-from spike_export.engines.accuracy.comparison import ReferenceLogits
+from spike_export.engines.accuracy.comparison import Reference
 from spike_export.engines.accuracy.cost import check_interval
 from spike_export.engines.accuracy.distances import Accuracy, Distances, distances
 from spike_export.engines.accuracy.intervals import Interval
+from spike_export.engines.accuracy.predictions import predictions
 from spike_export.engines.onnx_runtime.nudged_embeddings import open_nudged
 
 NOISE_WINDOWS = 4
@@ -19,7 +20,7 @@ NOISE_WINDOWS = 4
 _NUDGE = 1e-6
 
 
-def noise_floor(bundle: Path, reference: ReferenceLogits, progress: Progress = silent) -> CheckNoise:
+def noise_floor(bundle: Path, reference: Reference, progress: Progress = silent) -> CheckNoise:
     """Run a bundle as it is, and with each channel of its embeddings a little larger or smaller.
 
     The nudge is relative, 1e-6, or one rounding of the embeddings' precision where that is larger. Which channels grow
@@ -40,7 +41,7 @@ def noise_floor(bundle: Path, reference: ReferenceLogits, progress: Progress = s
     apart, before, behind = [], [], []
     for index, tokens in enumerate(content):
         plain, moved = nudged.logits(tokens), nudged.logits(tokens, scales)
-        apart.append(distances(plain, moved, tokens[1:]))
+        apart.append(distances(predictions(plain, tokens[1:]), moved, tokens[1:]))
         before.append(distances(reference.window(index), plain, tokens[1:]))
         behind.append(distances(reference.window(index), moved, tokens[1:]))
         progress("windows", index + 1, len(content))

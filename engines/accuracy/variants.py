@@ -25,9 +25,10 @@ from spike_export.artifacts.recipe import Recipe
 from spike_export.calibration.corpus.corpus import Corpus
 from spike_export.calibration.corpus.mixture import Mixture
 from spike_export.checkpoint.checkpoint import Checkpoint
-from spike_export.engines.accuracy.comparison import LoadModel, ReferenceLogits, compare, reference_logits
+from spike_export.engines.accuracy.comparison import LoadModel, Reference, compare, references
 from spike_export.engines.accuracy.cost import check_cost
 from spike_export.engines.accuracy.noise_floor import NOISE_WINDOWS, noise_floor
+from spike_export.engines.accuracy.reference_cache import ReferenceCache
 from spike_export.engines.onnx_runtime.sequences import CACHE_TYPES
 from spike_export.engines.onnx_runtime.session import BundleSession, open_bundle
 from spike_export.export.bundle import ExportOptions, export_bundle
@@ -66,15 +67,16 @@ class Text:
 
 @dataclass(frozen=True)
 class _References:
-    """The reference's logits: of the windows without a prefix, of them behind the shipped prefix, and of the texts."""
+    """The reference's predictions: of the windows without a prefix, behind the shipped one, and of the texts."""
 
-    plain: ReferenceLogits
+    plain: Reference
     prefix: tuple[int, ...]
-    behind: ReferenceLogits
-    texts: tuple[tuple[Text, ReferenceLogits], ...]
+    behind: Reference
+    texts: tuple[tuple[Text, Reference], ...]
+    scratch: Path | None
 
-    def of(self, prefix: tuple[int, ...]) -> ReferenceLogits:
-        """Return the logits that a bundle with this prefix is compared with."""
+    def of(self, prefix: tuple[int, ...]) -> Reference:
+        """Return the predictions that a bundle with this prefix is compared with."""
         return self.behind if prefix == self.prefix else self.plain
 
 
@@ -97,13 +99,15 @@ def check_variants(
     progress: Progress = silent,
     scratch: Path | None = None,
     texts: Sequence[Text] = (),
+    cache: ReferenceCache | None = None,
 ) -> Check:
     """Evaluate variants in ONNX Runtime against transformers' model on windows [windows, tokens].
 
     A variant that is no bundle yet is exported into a temporary folder, one at a time. Those with a bundle are the
     shipped ones and are evaluated as they are, unless ONNX Runtime's CPU kernels lack their precision; they are
     evaluated on further `texts` too, and their noise floor is measured. `scratch` is an existing folder for what is
-    only needed meanwhile; the system's temporary folder by default.
+    only needed meanwhile; the system's temporary folder by default. `cache` has what earlier checks computed of the
+    reference.
     """
     runnable = options.dtype in CACHE_TYPES and not any(_keeps_bfloat16(variant.recipe) for variant in variants)
     # Logits of a last-token bundle are all taken in memory, and what is exported for the check alone gives all.
@@ -114,16 +118,16 @@ def check_variants(
     total = sum(len(windows) for windows, _ in wanted) + len(variants) * len(content)
     more = sum(len(text.content) for text in texts) + min(NOISE_WINDOWS, len(content))
     told = _counted(progress, total + shipped * more)
-    with reference_logits(load, wanted, checkpoint.bos_token_id, told, scratch) as logits:
-        of_texts = tuple(zip(texts, logits[len(logits) - len(texts) :], strict=True))
-        references = _References(logits[0], prefix, logits[1 if prefix else 0], of_texts)
-        results = [_evaluate(checkpoint, variant, evaluated, runnable, references, told) for variant in variants]
+    with references(load, wanted, checkpoint.bos_token_id, told, scratch, cache) as found:
+        of_texts = tuple(zip(texts, found[len(found) - len(texts) :], strict=True))
+        known = _References(found[0], prefix, found[1 if prefix else 0], of_texts, scratch)
+        results = [_evaluate(checkpoint, variant, evaluated, runnable, known, told) for variant in variants]
     return Check(
         corpus=_corpus(corpus.name, corpus.sha256, content),
         dtype=evaluated.dtype,
         note=None if runnable else _BFLOAT16_NOTE,
         reference=CheckReference(
-            perplexity=references.plain.perplexity, behind_prefix=references.behind.perplexity if prefix else None
+            perplexity=known.plain.perplexity, behind_prefix=known.behind.perplexity if prefix else None
         ),
         variants=tuple(each.row for each in results),
         texts=tuple(text for each in results for text in each.texts),
@@ -169,7 +173,7 @@ def _evaluate(
     if variant.bundle is None:
         # Any cache will do; attention over a static one would read all of it.
         options = replace(options, cache=CacheOptions())
-    with tempfile.TemporaryDirectory(dir=references.plain.folder.parent) as name:
+    with tempfile.TemporaryDirectory(prefix="spike-export-", dir=references.scratch) as name:
         bundle = Path(name) / "bundle"
         recipe = variant.recipe if runnable else _in_float32(variant.recipe)
         manifest = export_bundle(checkpoint, recipe, options, bundle)
@@ -208,12 +212,12 @@ def _compared(
     return _Evaluated(row, tuple(_on_text(checkpoint, session, *each, progress) for each in references.texts))
 
 
-def _reference(manifest: Manifest, references: _References) -> ReferenceLogits:
+def _reference(manifest: Manifest, references: _References) -> Reference:
     return references.of(manifest.prefix.token_ids if manifest.prefix else ())
 
 
 def _on_text(
-    checkpoint: Checkpoint, session: BundleSession, text: Text, reference: ReferenceLogits, progress: Progress
+    checkpoint: Checkpoint, session: BundleSession, text: Text, reference: Reference, progress: Progress
 ) -> CheckText:
     accuracy = compare(session, reference, progress)
     return CheckText(

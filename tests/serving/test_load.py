@@ -9,6 +9,7 @@ import pytest
 from spike_export.artifacts.errors import EngineError
 from spike_export.serving.guidellm import report_of, run_guidellm
 from spike_export.serving.load import Load, percentiles, run_load
+from tests.support.documentation import json_keys
 from tests.support.tiny.cli_models import call
 from tests.support.tiny.service import Running
 
@@ -83,6 +84,7 @@ def test_the_command_serves_a_bundle_meanwhile(bundle: Path) -> None:
     small = ("--requests", "2", "--prompt-words", "3", "--new-tokens", "3", "--threads", "1", "--concurrency", "2")
     (figures,) = json.loads(call("bench", bundle, *small, "--json").out)
     assert (figures["concurrency"], figures["generated_tokens"]) == (2, 6)
+    assert sorted(figures) == sorted(json_keys()["bench"])
     assert "there is no server" in call("bench", "http://127.0.0.1:9", *small).error
     with pytest.raises(EngineError, match="requests is 0"):
         Load(requests=0)

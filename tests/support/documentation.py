@@ -75,3 +75,10 @@ def code_spans(page: str) -> Iterator[str]:
     """Yield the inline code of a page, without fenced blocks; a span that is broken over two lines is joined."""
     for match in _SPAN.finditer(_FENCE.sub("", page_text(page))):
         yield " ".join(match[1].split())
+
+
+def json_keys() -> dict[str, list[str]]:
+    """Return the documented keys of each command's `--json`."""
+    section = page_text("docs/formats.md").partition("## Results as JSON")[2]
+    rows = re.findall(r"^\| `([^`]+)` \| (.+) \|$", section, re.MULTILINE)
+    return {command: re.findall(r"`([^`]+)`", keys) for command, keys in rows}

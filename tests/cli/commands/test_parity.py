@@ -39,7 +39,7 @@ def arguments(folder: Path, bundle: str = "bundle") -> tuple[str | Path, ...]:
 
 
 def test_a_sound_bundle_passes_and_the_file_says_so(folder: Path, tmp_path: Path) -> None:
-    done = call(*arguments(folder), "--json", tmp_path / "parity.json")
+    done = call(*arguments(folder), "--out", tmp_path / "parity.json")
     assert (done.code, done.err) == (0, "")
     document = json.loads((tmp_path / "parity.json").read_text())
     assert (document["format"], document["passed"], document["windows"], document["tokens"]) == (1, True, 2, 32)
@@ -64,7 +64,7 @@ def test_bad_input_is_one_line(folder: Path, tmp_path: Path) -> None:
     assert "needs --reference MODEL" in call("check", folder / "bundle", "--parity").error
     assert "omit --recipe" in call(*(each for each in whole if each != "--parity"), "--recipe", "r").error
     (tmp_path / "note.json").write_text("{}")
-    assert "--overwrite" in call(*whole, "--json", tmp_path / "note.json").error
+    assert "--overwrite" in call(*whole, "--out", tmp_path / "note.json").error
     (tmp_path / "short.txt").write_text("short")
     assert (
         "short.txt: "
@@ -80,7 +80,7 @@ def test_a_missing_recipe_is_asked_for(folder: Path, tmp_path: Path) -> None:
 
 def test_what_a_text_clips_is_told_and_written(folder: Path, tmp_path: Path) -> None:
     whole = ("check", folder / "bundle", "--clipping", folder / "corpus.txt", "--length", "32")
-    done = call(*whole, "--json", tmp_path / "clipping.json")
+    done = call(*whole, "--out", tmp_path / "clipping.json")
     assert (done.code, done.err) == (0, "")
     document = json.loads((tmp_path / "clipping.json").read_text())
     assert (document["format"], document["text"], document["length"]) == (1, "corpus.txt", 31)
@@ -95,7 +95,7 @@ def test_what_a_text_clips_is_told_and_written(folder: Path, tmp_path: Path) -> 
 
 def test_continuations_stand_one_above_the_other(folder: Path, tmp_path: Path) -> None:
     whole = ("check", folder / "bundle", "--reference", folder / "model", "--corpus", folder / "corpus.txt", *SMALL)
-    done = call(*whole, "--continuations", "5", "--json", tmp_path / "found.json")
+    done = call(*whole, "--continuations", "5", "--out", tmp_path / "found.json")
     assert (done.code, done.err) == (0, "")
     document = json.loads((tmp_path / "found.json").read_text())
     assert (document["format"], document["tokens"], len(document["continuations"])) == (1, 5, 4)

@@ -318,7 +318,7 @@ def test_a_folder_in_the_place_of_a_file_is_kept(folder: Path, tmp_path: Path) -
         )
     checked = call("check", bundle, "--reference", folder / "model", "--out", content.parent).error
     assert_says(checked, content.parent, "is a folder", "give a file name")
-    linted = call("check", bundle, "--lint", "--json", content.parent, "--quiet").error
+    linted = call("check", bundle, "--lint", "--out", content.parent, "--quiet").error
     assert_says(linted, content.parent, "is a folder", "give a file name")
     assert content.read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
@@ -416,6 +416,27 @@ def test_a_bundle_that_lacks_a_file(folder: Path, tmp_path: Path, lost: str) -> 
 def test_a_bundle_of_another_model_is_not_checked(folder: Path, tmp_path: Path) -> None:
     other = write_model(tmp_path / "other", seed=7)
     assert_says(call("check", folder / "bundle", "--reference", other).error, folder / "bundle", "other weights")
+
+
+def test_a_bundle_with_another_tokenizer_is_not_checked(folder: Path, tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    shutil.copytree(folder / "bundle", bundle)
+    document = json.loads((bundle / "tokenizer.json").read_text())
+    known = document["model"]["vocab"]
+    first, second = list(known)[5:7]
+    known[first], known[second] = known[second], known[first]
+    (bundle / "tokenizer.json").write_text(json.dumps(document))
+    line = call("check", bundle, "--reference", folder / "model", *SMALL).error
+    assert_says(line, bundle / "tokenizer.json", "other tokens than the tokenizer of", "export the bundle again")
+
+
+@pytest.mark.parametrize("option", ["--corpus", "--text"])
+def test_a_check_on_a_text_shorter_than_a_window(folder: Path, tmp_path: Path, option: str) -> None:
+    (tmp_path / "short.txt").write_text("a few words")
+    texts = {"--corpus": folder / "corpus.txt", option: tmp_path / "short.txt"}
+    given = [str(each) for pair in texts.items() for each in pair]
+    line = call("check", folder / "bundle", "--reference", folder / "model", *given, *SMALL).error
+    assert_says(line, "short.txt", "tokens", "give a longer corpus")
 
 
 def test_a_limit_without_a_meaning_is_refused_by_check(folder: Path) -> None:

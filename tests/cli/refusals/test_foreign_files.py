@@ -66,7 +66,7 @@ PLACES: dict[str, tuple[str, Callable[[Path], None], tuple[str, ...]]] = {
         foreign_json,
         ("check", "BUNDLE", "--reference", "MODEL", "--corpus", "CORPUS", *SMALL, "--out", "PLACE"),
     ),
-    "the linter's result over notes": ("notes.json", foreign_json, ("check", "BUNDLE", "--lint", "--json", "PLACE")),
+    "the linter's result over notes": ("notes.json", foreign_json, ("check", "BUNDLE", "--lint", "--out", "PLACE")),
 }
 
 
@@ -97,7 +97,7 @@ def test_a_foreign_file_stays(inputs: Path, tmp_path: Path, case: str, force: bo
 def test_the_graph_is_not_replaced_by_its_findings(inputs: Path, tmp_path: Path) -> None:
     shutil.copytree(inputs / "run.bundle", tmp_path / "bundle")
     before = artifacts(tmp_path)
-    outcome = call("check", tmp_path / "bundle", "--lint", "--json", tmp_path / "bundle" / "model.onnx")
+    outcome = call("check", tmp_path / "bundle", "--lint", "--out", tmp_path / "bundle" / "model.onnx")
     assert "model.onnx: exists and is not the linter's result" in outcome.error
     assert artifacts(tmp_path) == before
 
@@ -121,7 +121,7 @@ def test_overwriting_is_possible_and_ours_needs_no_permission(inputs: Path, tmp_
     assert "web: exists and is not a bundle that spike-export wrote" in call(*command).error
     findings = tmp_path / "findings.json"
     for _ in range(2):
-        assert call("check", tmp_path / "web", "--lint", "--json", findings).code in (0, 1)
+        assert call("check", tmp_path / "web", "--lint", "--out", findings).code in (0, 1)
 
 
 def test_a_folder_with_a_foreign_report_is_no_work_directory(inputs: Path, tmp_path: Path) -> None:

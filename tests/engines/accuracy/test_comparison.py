@@ -10,6 +10,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from spike_export.artifacts import free_space
 from spike_export.artifacts.check_document import Check
 from spike_export.artifacts.errors import ArtifactError, EngineError
 from spike_export.artifacts.recipe import ActivationRange
@@ -26,10 +27,10 @@ from spike_export.calibration.recipe_writer import build_recipe
 from spike_export.calibration.statistics.spikes import SpikeStatistics
 from spike_export.checkpoint.checkpoint import Checkpoint
 from spike_export.checkpoint.modules import linears
-from spike_export.engines.accuracy import comparison as accuracy_module
-from spike_export.engines.accuracy.comparison import compare, reference_logits
+from spike_export.engines.accuracy.comparison import compare, references
 from spike_export.engines.accuracy.cost import _ranges
-from spike_export.engines.accuracy.distances import Accuracy, distances, likelihood, log_softmax
+from spike_export.engines.accuracy.distances import Accuracy, distances, likelihood
+from spike_export.engines.accuracy.predictions import Predictions, log_softmax, predictions, record_type
 from spike_export.engines.accuracy.variants import Text, Variant, check_variants
 from spike_export.engines.onnx_runtime.session import open_bundle
 from spike_export.export.bundle import ExportOptions, export_bundle
@@ -108,7 +109,7 @@ def test_distances_are_those_of_their_formulas(rows: int) -> None:
     reference, other = random_logits(4, rows), random_logits(5, rows)
     targets = np.random.default_rng(6).integers(0, 37, rows)
     expected, actual = torch_log_softmax(reference), torch_log_softmax(other)
-    found = distances(reference, other, targets)
+    found = distances(predictions(reference, targets), other, targets)
     divergence = torch.nn.functional.kl_div(actual, expected, log_target=True, reduction="none").sum(-1)
     np.testing.assert_allclose(found.divergence, divergence.numpy(), rtol=1e-12)
     for ours, theirs in ((found.negative, actual), (found.reference_negative, expected)):
@@ -122,13 +123,15 @@ def test_distances_are_those_of_their_formulas(rows: int) -> None:
 
 def test_a_distribution_is_at_no_distance_from_itself() -> None:
     logits, targets = random_logits(6), np.zeros(150, np.int64)
-    same = distances(logits, logits, targets)
+    same = distances(predictions(logits, targets), logits, targets)
     assert not same.divergence.any()
     assert same.same_best.all()
     assert same.best_among_first.all()
     # A constant added to all logits is the same distribution; float32 sums of this size round at 1e-6.
-    assert distances(logits, logits + np.float32(8), targets).divergence.sum() == pytest.approx(0, abs=1e-9)
-    assert not distances(EXTREMES[:3], EXTREMES[:3], targets[:3]).divergence.any()
+    moved = distances(predictions(logits, targets), logits + np.float32(8), targets)
+    assert moved.divergence.sum() == pytest.approx(0, abs=1e-9)
+    ends = EXTREMES[:3]
+    assert not distances(predictions(ends, targets[:3]), ends, targets[:3]).divergence.any()
 
 
 def transformers_logits(model: TinyModel, content: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -147,9 +150,9 @@ def test_compare_equals_a_direct_computation(
     recipe = tiny_recipe(model.checkpoint, scales) if quantized else None
     export_bundle(model.checkpoint, recipe, ExportOptions("float32"), tmp_path / "bundle")
     session = open_bundle(tmp_path / "bundle")
-    with reference_logits(lambda: Decoder(model.checkpoint), [(content, ())], BOS) as references:
-        result = compare(session, references[0])
-        perplexity = references[0].perplexity
+    with references(lambda: Decoder(model.checkpoint), [(content, ())], BOS) as (reference,):
+        result = compare(session, reference)
+        perplexity = reference.perplexity
     expected = torch.from_numpy(transformers_logits(model, content)).double()
     actual = torch.from_numpy(session.prefill(content)[:, :-1]).double()
     targets = torch.from_numpy(content[:, 1:])
@@ -189,16 +192,15 @@ def test_logits_that_are_not_finite_are_refused_by_window(
     logits = random_logits(7, 3 * 70).reshape(3, 70, 37)[..., :1].repeat(99, axis=2)
     logits[1, 5, 3] = value
     with (
-        reference_logits(lambda: Decoder(model.checkpoint), [(content, ())], BOS) as references,
+        references(lambda: Decoder(model.checkpoint), [(content, ())], BOS) as (reference,),
         pytest.raises(EngineError, match="not finite in evaluation window 1"),
     ):
-        compare(FixedSession(logits), references[0])  # type: ignore[arg-type]
+        compare(FixedSession(logits), reference)  # type: ignore[arg-type]
 
 
 def test_agreement_counts_the_positions(model: TinyModel, content: NDArray[np.int64]) -> None:
-    with reference_logits(lambda: Decoder(model.checkpoint), [(content, ())], BOS) as references:
-        reference = references[0]
-        logits = np.stack([np.pad(reference.window(index), ((0, 1), (0, 0))) for index in range(3)])
+    with references(lambda: Decoder(model.checkpoint), [(content, ())], BOS) as (reference,):
+        logits = np.stack([np.pad(whole_logits(reference.window(index)), ((0, 1), (0, 0))) for index in range(3)])
         exact = compare(FixedSession(logits), reference)  # type: ignore[arg-type]
         logits[0, :10] *= -1  # the least likely token becomes the most likely one
         turned = compare(FixedSession(logits), reference)  # type: ignore[arg-type]
@@ -210,27 +212,34 @@ def test_agreement_counts_the_positions(model: TinyModel, content: NDArray[np.in
     assert turned.worst(1)[0][2] == turned.divergence_quantile(1.0) > turned.divergence_quantile(0.9) == 0
 
 
-def test_the_reference_logits_are_gone_afterwards(model: TinyModel, content: NDArray[np.int64]) -> None:
-    with reference_logits(lambda: Decoder(model.checkpoint), [(content, ())], None) as references:
-        reference = references[0]
-        assert reference.folder.is_dir()
-        assert reference.window(2).shape == (69, 99)
-    assert not reference.folder.exists()
-    assert not reference.folder.parent.exists()
+def whole_logits(rows: Predictions) -> NDArray[np.float32]:
+    """Return the logits [positions, vocab] of predictions that kept all of the vocabulary."""
+    logits = np.full((len(rows), rows["tokens"].shape[1]), np.nan, np.float32)
+    np.put_along_axis(logits, rows["tokens"], rows["logits"], axis=1)
+    return logits
 
 
-def test_too_little_room_for_the_reference_logits(
+def test_the_references_predictions_are_gone_afterwards(
+    model: TinyModel, content: NDArray[np.int64], tmp_path: Path
+) -> None:
+    with references(lambda: Decoder(model.checkpoint), [(content, ())], None, scratch=tmp_path) as (reference,):
+        assert reference.rows.shape == (3, 69)
+        assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_too_little_room_for_the_references_predictions(
     model: TinyModel, content: NDArray[np.int64], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    needed = 3 * 69 * 99 * 4
+    needed = 3 * 69 * record_type(99).itemsize
     for free, enough in ((needed, True), (needed - 1, False)):
         usage = type("Usage", (), {"free": free})
-        monkeypatch.setattr(accuracy_module.shutil, "disk_usage", lambda _, usage=usage: usage)
-        context = reference_logits(lambda: Decoder(model.checkpoint), [(content, ())], BOS)
+        monkeypatch.setattr(free_space.shutil, "disk_usage", lambda _, usage=usage: usage)
+        context = references(lambda: Decoder(model.checkpoint), [(content, ())], BOS)
         if enough:
             with context:
                 continue
-        with pytest.raises(ArtifactError, match=f"{needed:,} bytes are needed and {free:,} are free; free space"):
+        with pytest.raises(ArtifactError, match=f"predictions needs {needed:,} bytes and {free:,} are free; free"):
             context.__enter__()
 
 
@@ -451,7 +460,8 @@ def checkpoint_of(model: TinyModel) -> Checkpoint:
 def test_figures_by_position_and_window_are_those_of_their_parts() -> None:
     """Ranges of positions hold every position once; a window's loss is the mean over its own."""
     rows, targets = 100, np.zeros(100, np.int64)
-    parts = tuple(distances(random_logits(each, rows), random_logits(each + 9, rows), targets) for each in range(3))
+    pairs = [(predictions(random_logits(each, rows), targets), random_logits(each + 9, rows)) for each in range(3)]
+    parts = tuple(distances(*pair, targets) for pair in pairs)
     accuracy = Accuracy(parts)
     ranges = [slice(0, 16), slice(16, 64), slice(64, 100)]
     assert _ranges(rows) == ranges
