@@ -31,6 +31,7 @@ from spike_export.cli.commands.triton import triton
 from spike_export.cli.config_file import config_path, require_config, require_text
 from spike_export.cli.crash import report_crash
 from spike_export.cli.exit_codes import BAD_INPUT, DONE, INTERRUPTED, PROGRAM_FAULT
+from spike_export.cli.invocation import COMMAND
 from spike_export.cli.repeatable import multiply_repeatably
 from spike_export.cli.terminal.messages import say
 from spike_export.cli.waiting import wait_asleep
@@ -76,6 +77,7 @@ def run(arguments: Sequence[str]) -> int:
     """
     try:
         require_text(arguments, "the command line")
+        COMMAND.set((app.name[0], *arguments))
         path = config_path(arguments)
         if path:
             require_config(path, app)

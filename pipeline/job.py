@@ -43,6 +43,7 @@ class Job:
         recompute_recipe: Discard a recipe that was edited by hand.
         attribution_windows: Windows on which to measure what each input causes of the divergence; 0 not to.
         cluster: Ray cluster whose workers measure the windows; None to measure them in this process.
+        command: The command line that asked for the job, for the report; empty where none did.
     """
 
     model: str
@@ -61,6 +62,7 @@ class Job:
     recompute_recipe: bool = False
     attribution_windows: int = 0
     cluster: ClusterOptions | None = None
+    command: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from spike_export.artifacts.attribution import ATTRIBUTION_FILE, Attribution, load_attribution, save_attribution
 from spike_export.artifacts.check_document import CHECK_FORMAT, Check, load_check, save_check
+from spike_export.artifacts.command_log import COMMANDS_FILE, record_command
 from spike_export.artifacts.documents import read_document
 from spike_export.artifacts.errors import ArtifactError
 from spike_export.artifacts.manifest import DATA_FILE, GRAPH_FILE, MANIFEST_FILE, load_manifest
@@ -91,6 +92,7 @@ ARTIFACTS = (
     "check.json",
     "report.html",
     "pictures",
+    COMMANDS_FILE,
 )
 """What a run writes into its work directory and may replace there. A recipe that is there is used."""
 
@@ -530,6 +532,7 @@ class Pipeline:
 
         sidecar = sidecar_path(self.job.plan) if self.job.plan and built else None
         with self.display.stage(REPORT):
+            record_command(self.run.path, self.job.command)
             return write_report(self.run.path, engine=sidecar)
 
     def _stage(

@@ -1,8 +1,10 @@
 """Documents as facts: the inputs of a run, and what its bundle and its engine say of themselves."""
 
-from collections.abc import Iterable, Mapping
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from spike_export.artifacts.command_log import Command
 from spike_export.artifacts.recipe import Recipe
 from spike_export.artifacts.visible_text import visible
 from spike_export.report.check_table import number
@@ -39,6 +41,16 @@ def engine_facts(sidecars: Mapping[str, Mapping[str, Any]]) -> Iterable[tuple[st
     """Yield the leaves of the sidecars, each behind its name where they are two."""
     for name, document in sidecars.items():
         yield from flat(document if len(sidecars) == 1 else {name: document})
+
+
+def command_lines(commands: Iterable[Command]) -> list[str]:
+    """Return the command lines, quoted for a shell."""
+    return [visible(shlex.join(command.words)) for command in commands]
+
+
+def version_facts(commands: Sequence[Command]) -> Facts:
+    """Return the versions of the tools that the last command ran with."""
+    return [(visible(tool), visible(version)) for tool, version in commands[-1].versions.items()] if commands else []
 
 
 def flat(document: Mapping[str, Any]) -> Iterable[tuple[str, str]]:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from spike_export.artifacts.attribution import Attribution, attribution_of
 from spike_export.artifacts.check_document import Check, load_check
+from spike_export.artifacts.command_log import COMMANDS_FILE, Command, load_commands
 from spike_export.artifacts.documents import read_document
 from spike_export.artifacts.errors import ArtifactError, SpikeExportError
 from spike_export.artifacts.recipe import Recipe, load_recipe
@@ -29,6 +30,7 @@ class Loaded:
     Attributes:
         attribution: Of this very recipe.
         bundle_bytes: Of all the bundle's files.
+        commands: What made the work directory, the last command last.
     """
 
     before: SpikeStatistics | None
@@ -39,6 +41,7 @@ class Loaded:
     engine: Mapping[str, Mapping[str, Any]] | None
     attribution: Attribution | None
     bundle_bytes: int | None
+    commands: tuple[Command, ...]
     absences: Mapping[str, str]
     token_text: TokenText
 
@@ -79,12 +82,22 @@ def load(run: Path, engine: Path, tokenizer: Path) -> Loaded:
         engine=part("engine", sidecars[-1], lambda: _load_engine(sidecars), "No engine has been built yet."),
         attribution=None,
         bundle_bytes=_size(manifest.parent) if manifest.is_file() else None,
+        commands=_commands(run / COMMANDS_FILE, absences),
         absences=absences,
         token_text=_token_text(tokenizer),
     )
-    if len(absences) == len(PARTS):
+    if all(part in absences for part in PARTS):
         raise ArtifactError(f"{run}: nothing to report; name the work directory of a run")
     return _with_attribution(_without_stale_prefix(loaded), run)
+
+
+def _commands(path: Path, absences: dict[str, str]) -> tuple[Command, ...]:
+    """Read the log of commands; runs of older versions have none, so that only damage is worth a sentence."""
+    try:
+        return load_commands(path).commands if path.exists() else ()
+    except ArtifactError as error:
+        absences["commands"] = f"{error}."
+        return ()
 
 
 def _size(folder: Path) -> int:

@@ -20,7 +20,7 @@ from spike_export.report.check_table import (
     noise_sentences,
     worst_lines,
 )
-from spike_export.report.facts import engine_facts, flat, run_facts
+from spike_export.report.facts import command_lines, engine_facts, flat, run_facts, version_facts
 from spike_export.report.figures.drawing import save_png, svg_text
 from spike_export.report.headline import headline, title
 from spike_export.report.loaded import Loaded, load
@@ -138,5 +138,7 @@ def _page(loaded: Loaded) -> dict[str, Any]:
         "check_sentence": corpus_sentence(check) if check is not None else "",
         "gates": [(gate.passed, gate_sentence(gate)) for gate in check.gates] if check is not None else [],
         "manifest": list(flat(loaded.manifest)) if loaded.manifest is not None else [],
+        "commands": command_lines(loaded.commands),
+        "versions": version_facts(loaded.commands),
         "engine": list(engine_facts(loaded.engine)) if loaded.engine is not None else [],
     }

@@ -23,6 +23,7 @@ from spike_export.cli.arguments import (
     RunArguments,
     ThreadArguments,
 )
+from spike_export.cli.invocation import COMMAND
 from spike_export.cli.options import (
     build_options,
     cache_options,
@@ -82,6 +83,7 @@ def job(
         texts=further_texts(gate, corpus),
         build=build_options(build),
         recompute_recipe=recompute == "recipe",
+        command=COMMAND.get(),
     )
     return _run_job(work, build.allow_fallback, Output(run_options.quiet, as_json), run_options)
 

@@ -28,8 +28,6 @@ def print_parity(parity: Parity, console: Console) -> None:
 
 
 def _verdict(link: Link) -> str:
-    if link.worst is None:
-        return f"not compared: {link.name}: {link.note}"
     verdict = f"FAILED, {len(link.outside)} of {link.compared}" if link.outside else f"passed, all {link.compared}"
     outside = "outside" if link.outside else "within"
     return f"{link.name}: {verdict} steps {outside} their tolerance; the largest error is {link.worst.excess:.2g} of it"

@@ -22,7 +22,7 @@ from spike_export.engines.onnx_runtime.taps import LOGITS, Station, Values, open
 from spike_export.engines.parity.comparison import Step, StepNames, relative_error, steps, worst
 from spike_export.engines.parity.forcing import Forcing
 from spike_export.engines.parity.simulated_model import ROUNDING, SimulatedModel, tapped_linears, unquantized_recipe
-from spike_export.engines.parity.transformers_model import run_transformers, transformers_model, transformers_obstacle
+from spike_export.engines.parity.transformers_model import run_transformers, transformers_model
 from spike_export.export.bundle import ExportOptions, export_bundle
 
 UNQUANTIZED_LINK = "transformers to the unquantized graph"
@@ -43,18 +43,16 @@ class Link:
     Attributes:
         name: Which two.
         outside: The steps outside their tolerance, in the model's order: the first is where the fault arises.
-        worst: The step nearest its tolerance, or farthest outside; None where the link was not compared.
+        worst: The step nearest its tolerance, or farthest outside.
         compared: How many steps were.
         growth: Of the error from layer to layer.
-        note: Why not, where the link was not compared.
     """
 
     name: str
-    outside: tuple[Step, ...] = ()
-    worst: Step | None = None
-    compared: int = 0
+    outside: tuple[Step, ...]
+    worst: Step
+    compared: int
     growth: Growth = ()
-    note: str | None = None
 
 
 @dataclass(frozen=True)
@@ -202,9 +200,6 @@ def unquantized_links(chain: Chain) -> tuple[tuple[Link, ...], Values]:
 
 def _of_transformers(chain: Chain, graph: Values, model: SimulatedModel) -> Link:
     """Return the first link; transformers' model is let go."""
-    obstacle = transformers_obstacle(chain.checkpoint)
-    if obstacle is not None:
-        return Link(UNQUANTIZED_LINK, note=obstacle)
     skipped = len(chain.prefix)
     run = partial(run_transformers, transformers_model(chain.checkpoint), chain.checkpoint, chain.tokens, chain.prefix)
     free = Forcing(skipped=skipped)

@@ -41,7 +41,7 @@ class Product:
         up in two orders, and 3 v sum |x| |w| of rounding input, weight and result, where v is a 16-bit format's.
         """
         weight: Any = linear.weight
-        bias: Any = linear.bias
+        bias: Any = getattr(linear, "bias", None)
         magnitude: torch.Tensor = nn.functional.linear(values.abs(), weight.abs(), None if bias is None else bias.abs())
         if self.eight_bits:
             magnitude = 4 * magnitude
@@ -84,7 +84,7 @@ class Forcing:
             yield
 
     def _hooks(self, name: str, module: nn.Module) -> Iterator[Any]:
-        if isinstance(module, nn.Linear):
+        if "weight" in module._parameters:  # a linear, or a router, which is of a class of its own in transformers
             yield module.register_forward_pre_hook(lambda _, inputs: self._input(Station(name, "input"), *inputs))
         if name == _FIRST_LAYER:
             yield module.register_forward_pre_hook(lambda _, inputs: self._input(EMBEDDED, *inputs))
@@ -97,10 +97,14 @@ class Forcing:
         station = Station(name, "output")
         if name in self.products:
             tolerance = self.products[name].tolerance(module, inputs[0])
-            self.tolerances[station] = tolerance[..., self.skipped :, :].numpy()
+            self.tolerances[station] = self._windows(station, tolerance)[:, self.skipped :].numpy()
         if isinstance(output, tuple):
             return (self._passed(station, output[0]), *output[1:])
         return self._passed(station, output)
+
+    def _windows(self, station: Station, values: torch.Tensor) -> torch.Tensor:
+        """Return a step's values as [windows, tokens, channels]; a router's tokens are flat."""
+        return values.reshape(len(self.values[station]), -1, values.shape[-1])
 
     def _passed(self, station: Station, values: torch.Tensor) -> torch.Tensor:
         """Keep a value; return what the model goes on with."""
@@ -108,7 +112,7 @@ class Forcing:
             self.computed[station] = values[:, self.skipped :].float().numpy().copy()
             return values
         forced = torch.from_numpy(self.values[station].astype(np.float32)).to(values.dtype)
-        windows = values.reshape(len(forced), -1, values.shape[-1])  # a router's tokens are flat
+        windows = self._windows(station, values)
         self.computed[station] = windows[:, self.skipped :].float().numpy().copy()
         forced = torch.cat([windows[:, : self.skipped], forced], dim=1).view_as(values)
         nudge = self.nudges.get(station, 0.0)

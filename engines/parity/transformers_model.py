@@ -9,16 +9,10 @@ from torch import nn
 
 from spike_export.calibration.decoder.attention import visible
 from spike_export.checkpoint.checkpoint import EMBEDDING, LM_HEAD, Checkpoint
-from spike_export.checkpoint.modules import linears
+from spike_export.checkpoint.families import Experts
 from spike_export.engines.onnx_runtime.taps import LOGITS
 from spike_export.engines.parity.forcing import Forcing
-
-
-def transformers_obstacle(checkpoint: Checkpoint) -> str | None:
-    """Return why transformers' model is not compared, or None where it is."""
-    if checkpoint.config.family.experts is not None:
-        return "transformers stacks the experts' weights and has no module for each"
-    return None
+from spike_export.engines.parity.simulated_model import tapped_linears
 
 
 def transformers_model(checkpoint: Checkpoint) -> Any:
@@ -32,8 +26,25 @@ def transformers_model(checkpoint: Checkpoint) -> Any:
     tensors = {name: torch.from_numpy(checkpoint.tensors.read(name)) for name in checkpoint.tensors.shapes}
     tensors.setdefault(LM_HEAD, tensors.get(EMBEDDING, torch.empty(0)))
     tensors.setdefault(EMBEDDING, tensors[LM_HEAD])
+    if checkpoint.config.family.experts is not None:
+        _stack(tensors, checkpoint.config.family.experts, checkpoint.config.num_hidden_layers)
     model.load_state_dict(tensors, assign=True)
     return model.eval()
+
+
+def _stack(tensors: dict[str, torch.Tensor], experts: Experts, layers: int) -> None:
+    """Put the experts' weights of each layer into the two tensors of transformers' model, gate above up, in place."""
+    for layer in range(layers):
+        block, place = f"model.layers.{layer}.{experts.block}", f"model.layers.{layer}.mlp"
+        router = tensors.pop(f"{block}.gate.weight")
+        rows = {
+            name: [tensors.pop(f"{block}.experts.{index}.{name}.weight") for index in range(len(router))]
+            for name in (experts.gate, experts.up, experts.down)
+        }
+        pairs = zip(rows[experts.gate], rows[experts.up], strict=True)
+        tensors[f"{place}.gate.weight"] = router
+        tensors[f"{place}.experts.gate_up_proj"] = torch.stack([torch.cat(pair) for pair in pairs])
+        tensors[f"{place}.experts.down_proj"] = torch.stack(rows[experts.down])
 
 
 def run_transformers(
@@ -49,8 +60,12 @@ def run_transformers(
 
 
 def _modules(model: Any, checkpoint: Checkpoint) -> dict[str, nn.Module]:
+    """Return linears, routers and layers by the names that the checkpoint has; experts have no modules of their own."""
     layers = (f"model.layers.{index}" for index in range(checkpoint.config.num_hidden_layers))
-    return {name: model.get_submodule(name) for name in (*linears(checkpoint.config), *layers)}
+    experts = checkpoint.config.family.experts
+    block = "mlp" if experts is None else experts.block
+    places = {name: name.replace(f".{block}.", ".mlp.") for name in tapped_linears(checkpoint)}
+    return {name: model.get_submodule(place) for name, place in (places | {name: name for name in layers}).items()}
 
 
 def _mask(checkpoint: Checkpoint, prefix: int, tokens: int) -> Any:

@@ -1,5 +1,6 @@
 """The real model: SmolLM2-135M-Instruct against transformers and against the table of figures."""
 
+import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,8 +19,9 @@ from benchmarks.accuracy.table import (
     simulated_perplexity,
     table_calibration,
 )
+from benchmarks.accuracy.unseen_text import AS_CHOSEN, Judge, evaluate
 from spike_export.artifacts.check_document import Check
-from spike_export.artifacts.recipe import Recipe
+from spike_export.artifacts.recipe import Recipe, save_recipe
 from spike_export.calibration.corpus.corpus import default_corpus
 from spike_export.calibration.corpus.token_windows import TokenWindows
 from spike_export.calibration.decoder.layerwise import Decoder
@@ -32,8 +34,11 @@ from spike_export.calibration.recipe_writer import build_recipe
 from spike_export.calibration.statistics.spikes import SpikeStatistics
 from spike_export.checkpoint.checkpoint import Checkpoint
 from spike_export.checkpoint.opening import open_checkpoint
+from spike_export.engines.accuracy.distances import distances
+from spike_export.engines.accuracy.predictions import KEPT, predictions
 from spike_export.engines.accuracy.variants import Variant, check_variants
 from spike_export.export.bundle import ExportOptions, export_bundle
+from tests.independent import fake_quantization
 from tests.support.help_topics import FIGURES_CORPUS
 from tests.support.tiny.models import CachedSession
 
@@ -253,6 +258,45 @@ def test_the_automatic_recipe_is_almost_all_int8(checkpoint: Checkpoint, recipes
     assert quantized_mac_share(checkpoint, recipes["automatic"]) >= 0.95
     assert recipes["automatic"].prefix_ids
     assert recipes["automatic"].smoothing
+
+
+@pytest.mark.slow
+def test_the_cost_is_that_of_an_independent_script(
+    smollm2: Path, calibration: Calibration, recipes: dict[str, Recipe], tmp_path: Path
+) -> None:
+    """The tables' command and plain torch on transformers' model: perplexities within 1 %."""
+    content, recipe = calibration.windows.evaluation, recipes["automatic"]
+    judge = Judge(calibration.checkpoint, {"text": content})
+    ((*_, measured),) = evaluate(judge, {"recipe": recipe}, [AS_CHOSEN])
+    save_recipe(recipe, tmp_path / "recipe.json")
+    document = json.loads((tmp_path / "recipe.json").read_text(encoding="utf-8"))
+    model, _ = fake_quantization.load(smollm2)
+    plain, quantized = fake_quantization.compared(model, document, content)
+    assert plain == pytest.approx(np.exp(judge._reference("text", recipe.prefix_ids).negative.mean()), rel=1e-4)
+    assert quantized / plain == pytest.approx(1 + measured.increase.mean, rel=0.01)
+
+
+@pytest.mark.slow
+def test_what_a_check_keeps_of_the_reference_suffices(calibration: Calibration, recipes: dict[str, Recipe]) -> None:
+    """The divergence from 1,024 tokens and a sample is that from all 49,152, within 0.5 % of the mean."""
+    recipe, content = recipes["automatic"], calibration.windows.evaluation
+    model = calibration.transformed(Transform(recipe.rotation, recipe.smoothing))
+    visit = Simulation(recipe.modules, model.quantized, recipe.attention).visit
+    fed = content if BOS in recipe.prefix_ids else with_bos(content, BOS)
+    states = [
+        decoder.run(fed, recipe.prefix_ids, visits=visits, batch_tokens=1)
+        for decoder, visits in ((calibration.model.decoder, ()), (model.decoder, (visit,)))
+    ]
+    head, found = calibration.model.decoder.head(), []
+    for index, tokens in enumerate(content):
+        rows = (each.get(index)[0, -len(tokens) : -1] for each in states)
+        reference, logits = (head.logits(each).float().numpy() for each in rows)
+        kept = [predictions(reference, tokens[1:], count) for count in (KEPT, reference.shape[1])]
+        found.append([distances(each, logits, tokens[1:]).divergence for each in kept])
+    estimate, exact = (np.concatenate(each) for each in zip(*found, strict=True))
+    assert exact.mean() > 1e-3
+    assert estimate.mean() == pytest.approx(exact.mean(), rel=0.005)
+    assert np.abs(estimate - exact).max() < 0.05 * exact.max()
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
+from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from spike_export.artifacts.check_document import load_check
+from spike_export.artifacts.command_log import COMMANDS_FILE, load_commands, record_command
 from spike_export.artifacts.errors import ArtifactError
 from spike_export.artifacts.recipe import (
     CorpusSource,
@@ -162,6 +164,7 @@ def write_run(folder: Path) -> Path:
         "audit": {"int8": 27, "float16": 1, "<img src=x>": None},
     }
     (folder / "engine.json").write_text(json.dumps(engine))
+    record_command(folder, ("spike-export", "acme/tiny", "--out", "a b.plan"))
     return folder
 
 
@@ -242,6 +245,8 @@ def test_the_page_names_result_planted_module_and_token(run: Path) -> None:
     assert "3,145,728 (3.0 MiB)" in text
     assert "SM80, SM120" in text
     assert "past.7 and 52 more" in text
+    assert "spike-export acme/tiny --out 'a b.plan'" in text
+    assert f"torch{version('torch')}" in text
 
 
 def test_texts_from_files_stay_text(drawn: Path) -> None:
@@ -564,3 +569,20 @@ def test_a_check_that_is_none_is_refused(tmp_path: Path, content: str) -> None:
     path.write_text(content)
     with pytest.raises(ArtifactError, match=r"check\.json.*run the check again"):
         load_check(path)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_commands_are_kept_once_each_and_damage_is_said(run: Path) -> None:
+    for name in ("one", "two", "one", *map(str, range(30))):
+        record_command(run, ("spike-export", name))
+    record_command(run, ())
+    words = [command.words[1] for command in load_commands(run / COMMANDS_FILE).commands]
+    assert words == [str(each) for each in range(10, 30)]
+    record_command(run, ("spike-export", "15"))
+    assert load_commands(run / COMMANDS_FILE).commands[-1].words[1] == "15"
+    (run / COMMANDS_FILE).write_text("{")
+    assert "commands.json: cannot be read; delete the file." in read(run)[1].text
+    record_command(run, ("spike-export", "anew"))
+    assert [command.words[1] for command in load_commands(run / COMMANDS_FILE).commands] == ["anew"]
+    (run / COMMANDS_FILE).unlink()
+    assert "No command line was recorded" in read(run)[1].text

@@ -9,7 +9,9 @@ import pytest
 from spike_export.artifacts.errors import EngineError
 from spike_export.artifacts.recipe import AttentionPlan, Dtype, Recipe, RotationPlan, Scheme
 from spike_export.checkpoint.modules import is_router, linears
-from spike_export.engines.parity.chain import Chain, bundle_link, parity_chain
+from spike_export.engines.parity import chain as chain_module
+from spike_export.engines.parity.chain import Chain, bundle_link, parity_chain, unquantized_links
+from spike_export.engines.parity.transformers_model import transformers_model
 from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.cache_options import CacheOptions
 from tests.support.planted_faults import Fault, changed, later_positions, planted, swapped
@@ -145,7 +147,7 @@ def test_every_scheme_passes(model: TinyModel, tmp_path: Path) -> None:
     assert parity.passed, parity.links
 
 
-@pytest.mark.parametrize("name", ["gemma2", "olmo2", "mixtral"])
+@pytest.mark.parametrize("name", ["gemma2", "olmo2", "mixtral", "qwen3_moe"])
 def test_other_families_pass(name: str, tmp_path: Path) -> None:
     """Soft caps and windows, norms behind the blocks, experts."""
     model = tiny_family(name, num_hidden_layers=2)
@@ -155,7 +157,19 @@ def test_other_families_pass(name: str, tmp_path: Path) -> None:
     export_bundle(model.checkpoint, recipe, ExportOptions("float32"), tmp_path / "bundle")
     parity = parity_chain(Chain(model.checkpoint, recipe, TOKENS), tmp_path / "bundle")
     assert parity.passed, parity.links
-    assert [link.note is None for link in parity.links] == [name != "mixtral", True, True]
+    assert all(link.worst.excess > 0 and link.growth for link in (parity.links[0], parity.links[-1]))
+
+
+def test_experts_are_compared_with_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts that have each other's weights are outside, in the sum that they enter."""
+    model = tiny_family("mixtral", num_hidden_layers=2)
+    faulty = transformers_model(model.checkpoint)
+    weights = faulty.get_parameter(f"{LAYER}.mlp.experts.down_proj")
+    weights.data = weights.data.roll(1, dims=0)
+    monkeypatch.setattr(chain_module, "transformers_model", lambda _: faulty)
+    (of_transformers, own), _ = unquantized_links(Chain(model.checkpoint, None, TOKENS))
+    assert not own.outside
+    assert of_transformers.outside[0].name == LAYER
 
 
 def test_a_bundle_without_quantization_passes(model: TinyModel, tmp_path: Path) -> None:
