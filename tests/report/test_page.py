@@ -319,7 +319,7 @@ def test_tables_and_marks_can_be_reached_by_keyboard_and_have_names(drawn: Path)
     ids = {attributes.get("id") for _, attributes in elements.tags}
     links = [attributes["href"] or "" for tag, attributes in elements.tags if tag == "a"]
     assert {link[1:] for link in links} <= ids
-    assert len(links) == 6
+    assert len(links) == 7
     assert page.count("<details>") == 5
 
 
