@@ -25,6 +25,9 @@ from tests.support.forked_command import import_libraries, run_and_exit
 from tests.support.tiny.cli_models import SMALL, artifacts, write_inputs
 
 OUT = "engine.plan"
+OF_ITSELF = (OUT, f"{OUT}.run/report.html", f"{OUT}.run/commands.json")
+"""What differs between two jobs that do the same: a plan's bytes, the report that shows them, the command line."""
+
 CHANGING: dict[str, Any] = {"build_seconds": 0, "peak_memory": 0, "plan": None}
 """Of the sidecar: TensorRT-RTX does not build the same bytes twice."""
 
@@ -110,7 +113,7 @@ def after(seconds: float, sent: signal.Signals) -> Callable[[int], None]:
 
 
 def outcome(folder: Path) -> dict[str, str]:
-    """Return every file of a finished job with its hash; of plan, sidecar and report what the same job leaves again."""
+    """Return every file of a finished job with its hash; of what tells of itself what the same job leaves again."""
     found = {name: hashlib.sha256(content).hexdigest() for name, content in artifacts(folder).items()}
     if OUT not in found:
         return found
@@ -119,7 +122,7 @@ def outcome(folder: Path) -> dict[str, str]:
         found["engine.json"] = "of another plan"
     else:
         found["engine.json"] = json.dumps(sidecar | CHANGING)
-    return found | {OUT: "", f"{OUT}.run/report.html": ""}
+    return found | dict.fromkeys(OF_ITSELF, "")
 
 
 def differences(found: dict[str, str], expected: dict[str, str]) -> list[str]:
@@ -170,7 +173,7 @@ def without_room(chaos: Chaos, states: tuple[dict[str, str], dict[str, str]], fo
 
 def _whole(name: str, found: str, states: tuple[dict[str, str], dict[str, str]]) -> bool:
     """Return whether a file is an earlier job's or this one's; plan, sidecar and report are compared when resumed."""
-    unlike = (OUT, "engine.json", f"{OUT}.run/report.html")
+    unlike = (*OF_ITSELF, "engine.json")
     passing = (".parts/", "recipe.json.sha256")  # parts of a pass, and hashes of both recipes
     return name in unlike or any(each in name for each in passing) or found in {state.get(name) for state in states}
 
