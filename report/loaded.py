@@ -12,6 +12,7 @@ from spike_export.artifacts.command_log import COMMANDS_FILE, Command, load_comm
 from spike_export.artifacts.documents import read_document
 from spike_export.artifacts.errors import ArtifactError, SpikeExportError
 from spike_export.artifacts.recipe import Recipe, load_recipe
+from spike_export.artifacts.speed_document import SPEED_FILE, Speed, load_speeds
 from spike_export.artifacts.visible_text import visible
 from spike_export.calibration.statistics.spikes import SpikeStatistics, load_spikes
 from spike_export.engines.plan.paths import plan_paths
@@ -31,6 +32,7 @@ class Loaded:
         attribution: Of this very recipe.
         bundle_bytes: Of all the bundle's files.
         commands: What made the work directory, the last command last.
+        speeds: Of a server of the bundle, by load.
     """
 
     before: SpikeStatistics | None
@@ -42,6 +44,7 @@ class Loaded:
     attribution: Attribution | None
     bundle_bytes: int | None
     commands: tuple[Command, ...]
+    speeds: tuple[Speed, ...]
     absences: Mapping[str, str]
     token_text: TokenText
 
@@ -82,7 +85,8 @@ def load(run: Path, engine: Path, tokenizer: Path) -> Loaded:
         engine=part("engine", sidecars[-1], lambda: _load_engine(sidecars), "No engine has been built yet."),
         attribution=None,
         bundle_bytes=_size(manifest.parent) if manifest.is_file() else None,
-        commands=_commands(run / COMMANDS_FILE, absences),
+        commands=_optional("commands", run / COMMANDS_FILE, lambda path: load_commands(path).commands, absences),
+        speeds=_optional("speeds", run / SPEED_FILE, load_speeds, absences),
         absences=absences,
         token_text=_token_text(tokenizer),
     )
@@ -91,12 +95,14 @@ def load(run: Path, engine: Path, tokenizer: Path) -> Loaded:
     return _with_attribution(_without_stale_prefix(loaded), run)
 
 
-def _commands(path: Path, absences: dict[str, str]) -> tuple[Command, ...]:
-    """Read the log of commands; runs of older versions have none, so that only damage is worth a sentence."""
+def _optional(
+    name: str, path: Path, read: Callable[[Path], tuple[Artifact, ...]], absences: dict[str, str]
+) -> tuple[Artifact, ...]:
+    """Read a file that many runs lack, so that only damage is worth a sentence."""
     try:
-        return load_commands(path).commands if path.exists() else ()
+        return read(path) if path.exists() else ()
     except ArtifactError as error:
-        absences["commands"] = f"{error}."
+        absences[name] = f"{error}."
         return ()
 
 

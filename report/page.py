@@ -40,6 +40,7 @@ from spike_export.report.tables import (
     kind_rows,
     prefix_rows,
     smoothing_rows,
+    speed_rows,
     token_rows,
     transform_rows,
 )
@@ -138,6 +139,7 @@ def _page(loaded: Loaded) -> dict[str, Any]:
         "check_sentence": corpus_sentence(check) if check is not None else "",
         "gates": [(gate.passed, gate_sentence(gate)) for gate in check.gates] if check is not None else [],
         "manifest": list(flat(loaded.manifest)) if loaded.manifest is not None else [],
+        "speeds": speed_rows(loaded.speeds),
         "commands": command_lines(loaded.commands),
         "versions": version_facts(loaded.commands),
         "engine": list(engine_facts(loaded.engine)) if loaded.engine is not None else [],

@@ -5,7 +5,7 @@ from typing import Any
 
 from spike_export.artifacts.check_document import Check, CheckCost
 from spike_export.artifacts.visible_text import visible
-from spike_export.report.check_table import NOT_MEASURED, percent, with_margin
+from spike_export.report.check_table import NOT_MEASURED, number, percent, with_margin
 from spike_export.report.facts import Facts
 from spike_export.report.loaded import Loaded
 
@@ -46,6 +46,9 @@ def cards(loaded: Loaded) -> Facts:
     found += [(f"Same next token, {name}", percent(cost.top1_agreement.mean)) for name, cost in costs.items()]
     manifest = loaded.manifest or {}
     found += [("Multiply-accumulates", clause) for clause in (_shares(manifest.get("linears")),) if clause]
+    for speed in loaded.speeds:
+        clients = f"{speed.concurrency} client{'' if speed.concurrency == 1 else 's'}"
+        found.append((f"Speed, {clients}", f"{number(speed.tokens_per_second)} tokens/s"))
     if loaded.bundle_bytes is not None:
         found.append(("Bundle", _megabytes(loaded.bundle_bytes)))
     for name, sidecar in (loaded.engine or {}).items():

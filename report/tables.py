@@ -1,10 +1,12 @@
 """The tables of a report: rows of text."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from spike_export.artifacts.check_document import Check
 from spike_export.artifacts.recipe import Recipe
+from spike_export.artifacts.speed_document import Speed
 from spike_export.artifacts.visible_text import visible
 from spike_export.report.check_table import check_rows, number, shipped_rows
 from spike_export.report.figures.style import layer_of
@@ -91,6 +93,30 @@ def check_table_rows(check: Check | None) -> list[TableRow]:
     if check is None:
         return []
     return [TableRow(row, strong) for row, strong in zip(check_rows(check), shipped_rows(check), strict=True)]
+
+
+def speed_rows(speeds: Sequence[Speed]) -> list[TableRow]:
+    """Return what a server of the bundle did under load; times in milliseconds, median and 99 %."""
+    return [
+        TableRow(
+            (
+                str(speed.concurrency),
+                str(speed.requests),
+                number(speed.tokens_per_second),
+                *(_milliseconds(time) for time in _times(speed)),
+            )
+        )
+        for speed in speeds
+    ]
+
+
+def _times(speed: Speed) -> tuple[float | None, ...]:
+    first, per_token = speed.time_to_first_token, speed.time_per_token
+    return first.p50, first.p99, per_token.p50, per_token.p99
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return number(None if seconds is None else 1e3 * seconds, 3)
 
 
 def transform_rows(recipe: Recipe | None) -> list[TableRow]:

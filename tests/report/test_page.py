@@ -572,6 +572,20 @@ def test_a_check_that_is_none_is_refused(tmp_path: Path, content: str) -> None:
 
 
 @pytest.mark.usefixtures("no_pictures")
+def test_speeds_are_shown_where_they_were_measured_and_damage_is_said(run: Path) -> None:
+    assert "Speed" not in read(run)[1].text
+    times = {"time_to_first_token": {"p50": 0.0125, "p90": 0.02, "p99": 0.05}}
+    nothing = {"time_per_token": dict.fromkeys(("p50", "p90", "p99"))}
+    loads = [{"concurrency": 1, "requests": 4, "tokens_per_second": 81.25, "errors": 0, **times, **nothing}]
+    (run / "speed.json").write_text(json.dumps(loads))
+    text = read(run)[1].text
+    assert "Speed, 1 client81.25 tokens/s" in text
+    assert "1481.2512.550n/an/a" in "".join(text.split())
+    (run / "speed.json").write_text("[1]")
+    assert "speed.json: cannot be read; write it anew with bench --json." in read(run)[1].text
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_commands_are_kept_once_each_and_damage_is_said(run: Path) -> None:
     for name in ("one", "two", "one", *map(str, range(30))):
         record_command(run, ("spike-export", name))

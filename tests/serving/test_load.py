@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from spike_export.artifacts.errors import EngineError
+from spike_export.artifacts.speed_document import load_speeds
 from spike_export.serving.guidellm import report_of, run_guidellm
 from spike_export.serving.load import Load, percentiles, run_load
 from tests.support.documentation import json_keys
@@ -80,11 +81,13 @@ def test_guidellm_that_is_missing_or_fails_is_one_line(tmp_path: Path, monkeypat
         run_guidellm("http://127.0.0.1:9", Load())
 
 
-def test_the_command_serves_a_bundle_meanwhile(bundle: Path) -> None:
+def test_the_command_serves_a_bundle_meanwhile(bundle: Path, tmp_path: Path) -> None:
     small = ("--requests", "2", "--prompt-words", "3", "--new-tokens", "3", "--threads", "1", "--concurrency", "2")
     (figures,) = json.loads(call("bench", bundle, *small, "--json").out)
     assert (figures["concurrency"], figures["generated_tokens"]) == (2, 6)
     assert sorted(figures) == sorted(json_keys()["bench"])
+    (tmp_path / "speed.json").write_text(json.dumps([figures]), encoding="utf-8")
+    assert load_speeds(tmp_path / "speed.json")[0].tokens_per_second == figures["tokens_per_second"]
     assert "there is no server" in call("bench", "http://127.0.0.1:9", *small).error
     with pytest.raises(EngineError, match="requests is 0"):
         Load(requests=0)
