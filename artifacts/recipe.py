@@ -224,6 +224,26 @@ class RotationPlan(_Document):
     seed: int
 
 
+class HadamardPlan(_Document):
+    """A Hadamard transform of what every `down_proj` reads, which the graph computes at run time.
+
+    Attributes:
+        block: Channels that are transformed together, a power of two that divides the input's channels.
+    """
+
+    block: int = Field(gt=1, le=4096)
+
+    @model_validator(mode="after")
+    def _a_power_of_two(self) -> "HadamardPlan":
+        if self.block & (self.block - 1):
+            raise ValueError(f"block is {self.block}; expected a power of two such as 64")
+        return self
+
+    def __str__(self) -> str:
+        """Where it is and how large its blocks are."""
+        return f"blocks of {self.block} at down_proj"
+
+
 class SmoothingPlan(_Document):
     """Scales by which the channels of one input are divided, and its readers' columns multiplied.
 
@@ -299,7 +319,8 @@ class TransformCandidate(_Document):
     """One way to transform the weights that competed.
 
     Attributes:
-        name: `none`, `smoothing`, or the rotation's kind and seed.
+        name: `none`, `smoothing`, or the rotation's kind and seed; with `+ Hadamard` where `down_proj`'s inputs are
+            transformed at run time.
         perplexity: On the search windows, with every linear quantized.
         divergence: KL divergence from the unquantized model there, per token in nats; what the choice goes by.
     """
@@ -373,9 +394,9 @@ class Recipe(_Document):
 
     `modules` is keyed by HF module name. Modules that share an input share its kind and its scale bit for bit, because
     TensorRT merges their products only then. `attention` is keyed by HF name of the attention block, `smoothing` by
-    the representative module of the input. Rotation and smoothing leave the unquantized model's function as it is;
-    ratios and scales are those of the rotated and smoothed model. `head_smoothing` scales the channels of the final
-    norm's output for a head that rounds its tokens; with another `scheme.head` nothing reads it.
+    the representative module of the input. Rotation, Hadamard transform and smoothing leave the unquantized model's
+    function as it is; ratios and scales are those of the transformed model. `head_smoothing` scales the channels of the
+    final norm's output for a head that rounds its tokens; with another `scheme.head` nothing reads it.
     """
 
     format: Literal[2] = 2
@@ -388,6 +409,7 @@ class Recipe(_Document):
     modules: Mapping[ModuleName, ModulePlan]
     attention: Mapping[ModuleName, AttentionPlan] = Field(default_factory=dict)
     rotation: RotationPlan | None = None
+    hadamard: HadamardPlan | None = None
     smoothing: Mapping[ModuleName, SmoothingPlan] = Field(default_factory=dict)
     head_smoothing: SmoothingPlan | None = None
     search: Search = Search()

@@ -58,6 +58,7 @@ def build_recipe(
         modules=module_plans(statistics, choice.kept, transform, options, per_token=per_token),
         attention=attention_plans(statistics, options),
         rotation=transform.rotation,
+        hadamard=transform.hadamard,
         smoothing=transform.smoothing,
         head_smoothing=head.plan,
         search=search.model_copy(update={"head": head.candidates}),

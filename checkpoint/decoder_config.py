@@ -59,6 +59,8 @@ class DecoderConfig:
         factors: What the family scales by.
         biased: Linears of a layer that have a bias.
         bos_token_id: Beginning-of-sequence id, or None when the model has none.
+        hadamard_block: Channels of a block of the Hadamard transform in front of `down_proj`; None without one. No
+            checkpoint has it: an equivalent model may.
     """
 
     family: Family
@@ -82,6 +84,12 @@ class DecoderConfig:
     biased: frozenset[str]
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
+    hadamard_block: int | None = None
+
+    @property
+    def inner_size(self) -> int:
+        """Channels inside the feed-forward block, or inside an expert of one: what `down_proj` reads."""
+        return self.expert_size if self.num_experts else self.intermediate_size
 
     def layer_window(self, index: int) -> int | None:
         """Return how many positions a token of layer `index` sees, itself included, or None for all."""

@@ -34,7 +34,7 @@ from spike_export.artifacts.manifest import (
 from spike_export.artifacts.progress import Progress, silent
 from spike_export.artifacts.recipe import SMOOTHED_HEAD, Dtype, ModulePlan, NumberFormat, Recipe, recipe_sha256
 from spike_export.artifacts.threads import workers
-from spike_export.calibration.decoder.equivalent_weights import equivalent_checkpoint
+from spike_export.calibration.decoder.equivalent_weights import recipe_checkpoint
 from spike_export.calibration.decoder.layerwise import Decoder, Execution
 from spike_export.calibration.decoder.smoothing import head_scales
 from spike_export.calibration.float8 import float8_modules
@@ -128,7 +128,7 @@ def export_bundle(
     checkpoint_sha256 = checkpoint.tensors.sha256()
     if recipe is not None:
         verify_recipe(recipe, checkpoint, checkpoint_sha256)
-        checkpoint = equivalent_checkpoint(checkpoint, recipe.rotation, recipe.smoothing)
+        checkpoint = recipe_checkpoint(checkpoint, recipe)
     plan = _graph_plan(checkpoint, recipe, options)
     model = build_decoder(checkpoint, plan)
     manifest = _manifest(checkpoint, checkpoint_sha256, recipe, plan, model)

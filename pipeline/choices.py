@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 from spike_export.artifacts.atomic_write import write_text
 from spike_export.artifacts.documents import read_document
 from spike_export.artifacts.errors import ArtifactError, RecipeError
-from spike_export.calibration.decoder.equivalent_weights import rotation_obstacle, stored_scales
+from spike_export.calibration.decoder.equivalent_weights import fitting_block, rotation_obstacle, stored_scales
 from spike_export.calibration.methods.prefix_choice import PrefixChoice
 from spike_export.calibration.methods.transform_choice import TransformChoice
 from spike_export.checkpoint.decoder_config import DecoderConfig
@@ -29,7 +29,7 @@ def save_prefixes(choice: PrefixChoice, path: Path) -> None:
 
 
 def save_transforms(choice: TransformChoice, path: Path) -> None:
-    """Write the choice of rotation and smoothing."""
+    """Write the choice of rotation, smoothing and Hadamard transform."""
     write_text(path, _TRANSFORMS.dump_json(choice, indent=1).decode())
 
 
@@ -49,7 +49,7 @@ def load_prefixes(path: Path, config: DecoderConfig) -> PrefixChoice:
 
 
 def load_transforms(path: Path, config: DecoderConfig) -> TransformChoice:
-    """Read the choice of rotation and smoothing for a model.
+    """Read the choice of rotation, smoothing and Hadamard transform for a model.
 
     Raises:
         ArtifactError: The file cannot be read, or is not of this model.
@@ -58,6 +58,8 @@ def load_transforms(path: Path, config: DecoderConfig) -> TransformChoice:
     def require(choice: TransformChoice) -> None:
         transform, known = choice.transform, set(representatives(config))
         stored_scales(config, transform.smoothing)
+        if transform.hadamard is not None:
+            fitting_block(transform.hadamard, config)
         rotation = transform.rotation
         if rotation is not None and (rotation.seed < 0 or rotation_obstacle(config)):
             raise ValueError(f"rotation {rotation.kind} with seed {rotation.seed}")

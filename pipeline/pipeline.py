@@ -300,7 +300,7 @@ class Pipeline:
         content = spread(self.windows.evaluation, wanted)
 
         def work(progress: Progress) -> None:
-            model = self.calibration.transformed(Transform(recipe.rotation, recipe.smoothing))
+            model = self.calibration.transformed(Transform.of(recipe))
             weights = QuantizedWeights(recipe.scheme.weights, keep=self.execution.resident)
             fed = self.calibration.fed(content, recipe.prefix_ids)
             save_attribution(attribute(model.decoder, weights, recipe, fed, content.shape[1], progress), path)
@@ -342,8 +342,7 @@ class Pipeline:
 
         many: Measure = one_by_one(measure)
         if self.workers is not None:
-            weights = Transform(transform.rotation, transform.smoothing)
-            many = partial(self.workers.measured, self.windows.calibration, prefix, weights)
+            many = partial(self.workers.measured, self.windows.calibration, prefix, transform.of_weights)
 
         def work(progress: Progress) -> None:
             statistics = measure_in_parts(many, chosen, part_size, parts, whole, progress)
@@ -356,8 +355,7 @@ class Pipeline:
 
     def _statistics_key(self, prefix: tuple[int, ...], transform: Transform) -> str:
         # What else a transform says, clips and noise, does not change what is measured.
-        weights = Transform(transform.rotation, transform.smoothing)
-        return stage_key(spikes=self._spikes_key, prefix=prefix, transform=weights)
+        return stage_key(spikes=self._spikes_key, prefix=prefix, transform=transform.of_weights)
 
     def _decode(self, token: int) -> str:
         tokenizer = self.checkpoint.tokenizer
@@ -386,7 +384,9 @@ class Pipeline:
 
     def _prefix(self, plain: SpikeStatistics) -> PrefixChoice:
         path = self.run.path / "prefix.json"
-        options = asdict(replace(_with_every_module_quantized(self.job.calibration), rotation="never"))
+        options = asdict(
+            replace(_with_every_module_quantized(self.job.calibration), rotation="never", hadamard="never")
+        )
 
         def work(progress: Progress) -> None:
             save_prefixes(choose_prefix(self.calibration, plain, progress), path)
@@ -493,6 +493,7 @@ class Pipeline:
         mixed = static and any(plan.per_token for plan in recipe.modules.values())
         parts = (
             ("rotation", recipe.rotation),
+            ("Hadamard", recipe.hadamard),
             ("smoothing", recipe.smoothing),
             (scheme.activation_range, ranged),
             ("per-token inputs", mixed),

@@ -120,7 +120,7 @@ def _milliseconds(seconds: float | None) -> str:
 
 
 def transform_rows(recipe: Recipe | None) -> list[TableRow]:
-    """Return the rotations and smoothings that competed."""
+    """Return the rotations, smoothings and Hadamard transforms that competed."""
     if recipe is None:
         return []
     return [

@@ -72,7 +72,7 @@ def simulated_perplexity(calibration: Calibration, recipe: Recipe | None) -> flo
     content = calibration.windows.evaluation
     if recipe is None:
         return unquantized_perplexity(calibration, ())
-    model = calibration.transformed(Transform(recipe.rotation, recipe.smoothing))
+    model = calibration.transformed(Transform.of(recipe))
     simulation = Simulation(recipe.modules, model.quantized, recipe.attention)
     fed = calibration.fed(content, recipe.prefix_ids)
     return model_perplexity(

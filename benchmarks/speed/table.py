@@ -57,6 +57,8 @@ class Variant:
     """Of a static cache, written in place; None for the cache that grows."""
     per_token: str | None = None
     """End of the names of the linears whose tokens have each a scale of their own."""
+    hadamard: bool = False
+    """Whether `down_proj`'s inputs pass a Hadamard transform; its steps are then not those of a calibration."""
 
 
 Leg = Variant | Peer
@@ -73,6 +75,8 @@ VARIANTS = (
     LAST_BASELINE,
     Variant("W8A8", True, "float32"),
     Variant("W8A8, down_proj per token", True, "float32", per_token="down_proj"),
+    Variant("W8A8, Hadamard", True, "float32", hadamard=True),
+    Variant("W8A8, Hadamard, down_proj per token", True, "float32", per_token="down_proj", hadamard=True),
     Variant("W8A8, last", True, "float32", logits="last"),
     Variant("W8A8, int8-weights head", True, "float32", "int8-weights"),
     Variant("W8A8, int8 head", True, "float32", "int8-per-token-dynamic"),
@@ -190,10 +194,12 @@ def build_bundles(arguments: argparse.Namespace, folder: Path) -> dict[Variant, 
         recipe = quick_recipe(checkpoint, arguments)
         for variant in found:
             if variant.quantized:
-                require_recipe(bundles[variant], _recipe_of(variant, recipe))
+                require_recipe(bundles[variant], _recipe_of(variant, recipe, checkpoint.config.inner_size))
     for variant in missing:
         _say(f"exporting {variant.name}")
-        plan = _recipe_of(variant, recipe) if recipe is not None and variant.quantized else None
+        plan = None
+        if recipe is not None and variant.quantized:
+            plan = _recipe_of(variant, recipe, checkpoint.config.inner_size)
         cache = CacheOptions() if variant.capacity is None else CacheOptions("static", variant.capacity)
         options = ExportOptions(variant.dtype, logits=variant.logits, cache=cache)
         export_bundle(checkpoint, plan, options, bundles[variant])
@@ -223,9 +229,12 @@ def build_peers(arguments: argparse.Namespace, float32: Path, folder: Path) -> t
     return built, skipped
 
 
-def _recipe_of(variant: Variant, recipe: "Recipe") -> "Recipe":
-    """Return the recipe with the variant's head and scales per token."""
+def _recipe_of(variant: Variant, recipe: "Recipe", channels: int) -> "Recipe":
+    """Return the recipe with the variant's head, transform of `down_proj`'s `channels`, and scales per token."""
+    from spike_export.calibration.decoder.hadamard import hadamard_plan
+
     scheme = recipe.scheme.model_copy(update={"head": variant.head})
+    recipe = recipe.model_copy(update={"hadamard": hadamard_plan(channels) if variant.hadamard else None})
     if variant.per_token is None:
         return recipe.model_copy(update={"scheme": scheme})
     own = {"activations": "per-token"}

@@ -1,10 +1,11 @@
 """The checkpoint of an equivalent model: rotated and smoothed weights, made from the stored ones as they are read.
 
-The unquantized function is unchanged. With x a row of the residual stream, g a norm's gain, R the rotation and s the
-scales of an input:
+The unquantized function is unchanged. With x a row of the residual stream, g a norm's gain, R the rotation, s the
+scales of an input and H the Hadamard transform (its own inverse) that `down_proj`'s input passes at run time:
     embedding E -> E R;   o_proj, down_proj (write the stream): W -> R^T W, b -> R^T b
     readers of a norm: W -> W diag(g) R, and the norm's gain -> 1   (with a rotation)
     readers of a smoothed input: W -> W diag(s);   its norm: g -> g / s;   its producing rows: W -> diag(1 / s) W
+    down_proj behind a Hadamard transform: W -> W diag(s) H
     head H -> H diag(g of the final norm) R, no longer tied to the embedding
 """
 
@@ -18,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spike_export.artifacts.errors import RecipeError
-from spike_export.artifacts.recipe import RotationPlan, SmoothingPlan
+from spike_export.artifacts.recipe import HadamardPlan, Recipe, RotationPlan, SmoothingPlan
+from spike_export.calibration.decoder.hadamard import transform_columns
 from spike_export.calibration.decoder.rotation import rotation_matrix
 from spike_export.calibration.decoder.smoothing import is_per_value_head, plan_scales, repeated_for_group
 from spike_export.checkpoint.checkpoint import EMBEDDING, LM_HEAD, Checkpoint
@@ -38,27 +40,55 @@ def rotation_obstacle(config: DecoderConfig) -> str | None:
     return None
 
 
+def recipe_checkpoint(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
+    """Return the model whose weights a recipe quantizes.
+
+    Raises:
+        RecipeError: A transformation of the recipe does not fit the model.
+    """
+    return equivalent_checkpoint(checkpoint, recipe.rotation, recipe.smoothing, recipe.hadamard)
+
+
 def equivalent_checkpoint(
-    checkpoint: Checkpoint, rotation: RotationPlan | None, smoothing: Mapping[str, SmoothingPlan]
+    checkpoint: Checkpoint,
+    rotation: RotationPlan | None,
+    smoothing: Mapping[str, SmoothingPlan],
+    hadamard: HadamardPlan | None = None,
 ) -> Checkpoint:
     """Return the rotated and smoothed model; the checkpoint itself where there is nothing to do.
 
     Its tensors' hash stays the stored files', to which recipes refer.
 
     Raises:
-        RecipeError: The family cannot be rotated, or a smoothing plan does not fit the model.
+        RecipeError: The family cannot be rotated, or a smoothing plan or the Hadamard transform does not fit the model.
     """
-    if rotation is None and not smoothing:
+    if rotation is None and not smoothing and hadamard is None:
         return checkpoint
     config = checkpoint.config
     obstacle = rotation_obstacle(config) if rotation else None
     if obstacle:
         raise RecipeError(f"rotation: {config.family.model_type} cannot be rotated: {obstacle}; remove it")
     matrix = _matrix(rotation, config.hidden_size) if rotation else None
-    tensors = EquivalentTensors(checkpoint, matrix, stored_scales(config, smoothing))
+    block = None if hadamard is None else fitting_block(hadamard, config)
+    tensors = EquivalentTensors(checkpoint, matrix, stored_scales(config, smoothing), block)
+    config = replace(config, hadamard_block=block)
     if rotation and config.tie_word_embeddings:
         config = replace(config, tie_word_embeddings=False, hf={**config.hf, "tie_word_embeddings": False})
     return replace(checkpoint, config=config, tensors=tensors)
+
+
+def fitting_block(plan: HadamardPlan, config: DecoderConfig) -> int:
+    """Return the channels of a block.
+
+    Raises:
+        RecipeError: Blocks of this size do not fill what `down_proj` reads.
+    """
+    if config.inner_size % plan.block:
+        raise RecipeError(
+            f"hadamard: block {plan.block} does not divide the {config.inner_size} channels that down_proj reads; "
+            "give another power of two, or remove it"
+        )
+    return plan.block
 
 
 def _matrix(rotation: RotationPlan, width: int) -> Floats:
@@ -121,11 +151,13 @@ class EquivalentTensors:
         original: Where the stored tensors come from.
         rotation: [hidden, hidden] float32, or None.
         scales: Representative module → scales [channels] (for `o_proj`: of the value heads).
+        hadamard: Channels of a block of the Hadamard transform in front of `down_proj`; None without one.
     """
 
     original: Checkpoint
     rotation: Floats | None
     scales: Mapping[str, Floats]
+    hadamard: int | None = None
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -216,11 +248,12 @@ class EquivalentTensors:
         return tensor
 
     def _scaling(self, layer: int, module: str, kind: str, height: int) -> "_Scaling | None":
-        """Return how the scales change a linear's tensor of so many rows; None where they do not."""
+        """Return how a linear's tensor of so many rows changes without the rotation; None where it does not."""
         produced = self._producers.get(module)
         columns = self._column_scales(layer, self._readers[module]) if kind == "weight" else None
         rows = self.scales.get(f"model.layers.{layer}.{produced.representative}") if produced is not None else None
-        return None if columns is None and rows is None else _Scaling(columns, rows, height)
+        block = self.hadamard if kind == "weight" and is_down_projection(module) else None
+        return None if columns is None and rows is None and block is None else _Scaling(columns, rows, height, block)
 
     def _column_scales(self, layer: int, site: InputSite) -> Floats | None:
         if site.behind_norm:
@@ -247,23 +280,27 @@ class EquivalentTensors:
 
 @dataclass(frozen=True)
 class _Scaling:
-    """How scales change a linear's tensor.
+    """How scales and the Hadamard transform change a linear's tensor.
 
     Attributes:
         columns: What its columns are multiplied with, or None.
         rows: What its last rows are divided by, or None. Fused projections produce with their last rows: v of q, k, v,
             and up of gate, up.
         height: How many rows the tensor has.
+        block: Channels of a block of the Hadamard transform that its columns take up, or None.
     """
 
     columns: Floats | None
     rows: Floats | None
     height: int
+    block: int | None
 
     def apply(self, rows: slice, values: Floats) -> None:
         """Change these rows of the tensor, in place."""
         if self.columns is not None:
             values *= self.columns
+        if self.block is not None:
+            transform_columns(values, self.block)
         if self.rows is not None:
             first = self.height - len(self.rows)
             start = max(rows.start, first)

@@ -6,6 +6,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from spike_export.calibration.decoder.hadamard import transform_channels
 from spike_export.checkpoint.families import Activation
 
 ACTIVATIONS: Mapping[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -22,11 +23,19 @@ class FeedForward(nn.Module):
         linears: Name → linear.
         names: Names of gate, up and down. Where gate and up have one name, they are one linear, gate's rows first.
         activation: The gate's function.
+        hadamard: Channels of a block of the Hadamard transform in front of down, whose weight has its inverse; None
+            without one.
     """
 
-    def __init__(self, linears: Mapping[str, nn.Linear], names: tuple[str, str, str], activation: Activation) -> None:
+    def __init__(
+        self,
+        linears: Mapping[str, nn.Linear],
+        names: tuple[str, str, str],
+        activation: Activation,
+        hadamard: int | None = None,
+    ) -> None:
         super().__init__()
-        self._names = names
+        self._names, self._hadamard = names, hadamard
         self._activation = ACTIVATIONS[activation]
         for name, linear in linears.items():
             self.add_module(name, linear)
@@ -38,5 +47,8 @@ class FeedForward(nn.Module):
             gate, up = self.get_submodule(up_name)(states).chunk(2, dim=-1)
         else:
             gate, up = self.get_submodule(gate_name)(states), self.get_submodule(up_name)(states)
-        product: torch.Tensor = self.get_submodule(down_name)(self._activation(gate) * up)
+        inner = self._activation(gate) * up
+        if self._hadamard is not None:
+            inner = transform_channels(inner, self._hadamard)
+        product: torch.Tensor = self.get_submodule(down_name)(inner)
         return product

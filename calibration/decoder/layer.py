@@ -75,12 +75,13 @@ def _feed_forward(config: DecoderConfig, linears: Linears) -> nn.Module:
     if family.experts is not None:
         return _mixture(config, linears, family.experts)
     names = ("gate_up_proj",) * 2 if family.fused_projections else ("gate_proj", "up_proj")
-    return FeedForward(linears["mlp"], (*names, "down_proj"), family.activation)
+    return FeedForward(linears["mlp"], (*names, "down_proj"), family.activation, config.hadamard_block)
 
 
 def _mixture(config: DecoderConfig, linears: Linears, names: Experts) -> nn.Module:
     blocks = [linears[f"{names.block}.experts.{index}"] for index in range(config.num_experts)]
-    experts = [FeedForward(block, (names.gate, names.up, names.down), config.family.activation) for block in blocks]
+    inside, family = (names.gate, names.up, names.down), config.family
+    experts = [FeedForward(block, inside, family.activation, config.hadamard_block) for block in blocks]
     return SparseMoe(config, linears[names.block]["gate"], experts)
 
 

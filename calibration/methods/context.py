@@ -17,7 +17,9 @@ from spike_export.artifacts.recipe import (
     UNREACHED,
     ActivationKind,
     AttentionPlan,
+    HadamardPlan,
     ModulePlan,
+    Recipe,
     RotationPlan,
     SmoothingPlan,
     activation_scale,
@@ -60,6 +62,7 @@ class Transform:
         clips: Representative module → share of the calibrated range that its static scale covers; 1 by default.
         noise: Representative module → estimated noise of its quantization; empty where nothing was searched.
         token_noise: The same with a scale per token.
+        hadamard: Of `down_proj`'s inputs, at run time, behind their smoothing.
     """
 
     rotation: RotationPlan | None = None
@@ -67,15 +70,26 @@ class Transform:
     clips: Mapping[str, float] = field(default_factory=dict)
     noise: Mapping[str, float] = field(default_factory=dict)
     token_noise: Mapping[str, float] = field(default_factory=dict)
+    hadamard: HadamardPlan | None = None
 
     def noise_with(self, per_token: Collection[str]) -> dict[str, float]:
         """Return the noise where the representatives in `per_token` have a scale per token."""
         return {name: (self.token_noise if name in per_token else self.noise)[name] for name in self.noise}
 
+    @classmethod
+    def of(cls, recipe: Recipe) -> "Transform":
+        """Return what a recipe does to the weights."""
+        return cls(recipe.rotation, recipe.smoothing, hadamard=recipe.hadamard)
+
+    @property
+    def of_weights(self) -> "Transform":
+        """What is done to the weights alone, without clips and noise."""
+        return Transform(self.rotation, self.smoothing, hadamard=self.hadamard)
+
     @property
     def changes_weights(self) -> bool:
         """Whether the weights are others than the checkpoint's."""
-        return self.rotation is not None or bool(self.smoothing)
+        return self.rotation is not None or self.hadamard is not None or bool(self.smoothing)
 
 
 NO_TRANSFORM = Transform()
@@ -132,7 +146,8 @@ class Calibration:
         if not self._transformed or self._transformed[0][0] != transform:
             self._transformed.clear()
             collect_and_return_memory()
-            changed = equivalent_checkpoint(self.checkpoint, transform.rotation, transform.smoothing)
+            plans = (transform.rotation, transform.smoothing, transform.hadamard)
+            changed = equivalent_checkpoint(self.checkpoint, *plans)
             self._transformed.append((transform, self._ready(Decoder(changed, self.execution, self.meter))))
         return self._transformed[0][1]
 
@@ -272,8 +287,8 @@ class Calibration:
         """Return perplexity and divergence on the search windows with all but `kept` (representatives) quantized.
 
         Args:
-            statistics: Behind the prefix that they name. Of the model before smoothing (with a rotation: of the rotated
-                one), or, if `measured`, of the transformed model.
+            statistics: Behind the prefix that they name. Of the model before smoothing and Hadamard transform (with a
+                rotation: of the rotated one), or, if `measured`, of the transformed model.
             kept: Representatives that are not quantized.
             transform: What is done to the weights.
             per_token: Representatives whose tokens have each a scale of their own.
@@ -281,8 +296,8 @@ class Calibration:
             compare: Whether to measure the divergence too.
         """
         scales = channel_scales(transform, self.checkpoint.config)
-        if scales and self._folds_smoothing and not measured:
-            # The steps of smoothed values follow from no statistics of the model before smoothing.
+        if transform.changes_weights and self._needs_weights_of(transform) and not measured:
+            # The steps of these values follow from no statistics of the model before.
             statistics, measured = self._measured_again(statistics, transform), True
         plans = module_plans(statistics, kept, transform, self.options, None if measured else scales, per_token)
         decoder, simulation = self._simulation(plans, transform, scales)
@@ -303,14 +318,13 @@ class Calibration:
         self._require_finite(found.perplexity, "the quantized model")
         return found
 
-    @property
-    def _folds_smoothing(self) -> bool:
-        """Whether a simulation needs the smoothed weights themselves, because not all that is quantized reads them.
+    def _needs_weights_of(self, transform: Transform) -> bool:
+        """Whether a simulation needs the transformed weights themselves: smoothing at the linears' inputs is not all.
 
         Attention's value operand is what v_proj writes, divided by o_proj's scales: smoothing at o_proj's input alone
-        would leave it as it was.
+        would leave it as it was. A Hadamard transform comes behind the smoothing of the same input.
         """
-        return self.options.attention != "unquantized"
+        return self.options.attention != "unquantized" or transform.hadamard is not None
 
     def _measured_again(self, statistics: SpikeStatistics, transform: Transform) -> SpikeStatistics:
         """Return statistics of the same windows behind the same prefix, of the transformed model."""
@@ -325,7 +339,7 @@ class Calibration:
         Smoothing needs no weights of its own in memory where every linear's row has a scale of its own, and nothing but
         linears is quantized.
         """
-        if not scales or self._folds_smoothing or self.options.weights == "int8-per-tensor":
+        if not scales or self._needs_weights_of(transform) or self.options.weights == "int8-per-tensor":
             model = self.transformed(transform)
             return model.decoder, Simulation(plans, model.quantized)
         if not self._smoothed or self._smoothed[0][0] != transform:

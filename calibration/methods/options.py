@@ -19,7 +19,8 @@ from spike_export.artifacts.recipe import (
 MOST_SAMPLES = 100_000
 """Calibration windows; the paper takes 512."""
 
-RotationChoice = Literal["auto", "always", "never"]
+TransformOption = Literal["auto", "always", "never"]
+"""Whether a transformation is compared with going without it, taken, or left out."""
 
 ActivationOption = Literal["auto"] | ActivationKind
 """How INT8 activations are scaled: all alike, or each input's as held-out text tells (`activation_choice`)."""
@@ -50,6 +51,8 @@ class CalibrationOptions:
         prefix_length: Most tokens of a prefix.
         smoothing: Whether scales may be moved from activations to weights.
         rotation: Whether the residual stream may be rotated: tried, always or never.
+        hadamard: Whether `down_proj`'s inputs may pass a Hadamard transform at run time: tried where smoothing is,
+            always or never.
         alpha: Threshold given by the user; None to choose.
         max_fp16_modules: Number of linears to keep at most, and exactly as many as fit; None to choose.
         max_fp16_share: Largest share of the linears' multiply-accumulates that the automatic choice keeps.
@@ -73,7 +76,8 @@ class CalibrationOptions:
     qfep: bool = True
     prefix_length: int = 5
     smoothing: bool = True
-    rotation: RotationChoice = "never"
+    rotation: TransformOption = "never"
+    hadamard: TransformOption = "auto"
     alpha: float | None = None
     max_fp16_modules: int | None = None
     max_fp16_share: float = 0.05
@@ -118,4 +122,5 @@ class CalibrationOptions:
     @property
     def searches_smoothing(self) -> bool:
         """Whether scales are searched at each input: for smoothing, or for what the static scales cover."""
-        return self.smoothing or self.activation_range == "mse" or self.rotation != "never"
+        wanted = self.rotation != "never" or self.hadamard == "always"
+        return self.smoothing or self.activation_range == "mse" or wanted

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spike_export.artifacts.recipe import QMAX, ActivationKind, ActivationRange, SmoothingPlan, WeightScheme
+from spike_export.calibration.decoder.hadamard import transform_channels, transform_columns
 from spike_export.calibration.decoder.routing import routed_positions
 from spike_export.calibration.decoder.simulate import fake_quantize, fake_quantize_tokens
 from spike_export.calibration.decoder.smoothing import (
@@ -27,9 +28,9 @@ from spike_export.calibration.decoder.smoothing import (
     smoothing_scales,
 )
 from spike_export.calibration.decoder.weight_quantization import quantize_weight
-from spike_export.calibration.statistics.spikes import ModuleSpikes, SpikeStatistics
+from spike_export.calibration.statistics.spikes import ModuleSpikes, SpikeStatistics, covered_range
 from spike_export.checkpoint.decoder_config import DecoderConfig
-from spike_export.checkpoint.modules import InputSite, input_sites, is_router
+from spike_export.checkpoint.modules import InputSite, input_sites, is_down_projection, is_router
 
 if TYPE_CHECKING:
     import torch
@@ -80,6 +81,7 @@ class SiteChoice:
         noise: Mean over tokens of the squared error that INT8 adds here to the residual stream, relative to the
             stream; estimated to first order.
         tokens: What is best where each token has a scale of its own.
+        transformed: What is best behind a Hadamard transform; None where the input passes none.
     """
 
     smoothing: SmoothingPlan | None
@@ -87,6 +89,7 @@ class SiteChoice:
     clip: float
     noise: float
     tokens: TokenChoice
+    transformed: "SiteChoice | None" = None
 
 
 def default_smoothing(
@@ -153,6 +156,9 @@ class SmoothingSearch:
         smoothing: Whether scales may be moved.
         rotated: Whether a rotation takes the place of the norms' smoothing.
         stride: Every how many tokens one is looked at.
+        windows: How many windows pass.
+        hadamard: Channels of a block of the Hadamard transform that the inputs of `down_proj` are judged behind, too;
+            None to leave that out.
         choices: Representative module → what was found; filled by the visits.
     """
 
@@ -165,6 +171,8 @@ class SmoothingSearch:
     smoothing: bool
     rotated: bool
     stride: int
+    windows: int = 1
+    hadamard: int | None = None
     choices: dict[str, SiteChoice] = field(default_factory=dict)
 
     @staticmethod
@@ -206,9 +214,11 @@ class SmoothingSearch:
             for plans in self._plans(group, layer, names)
         ]
         best = min(found, key=lambda choices: sum(choice.noise for choice in choices.values()))
+        behind = [_transformed(choices) for choices in found]
         if sum(not is_router(site.representative) for site in group) == 1:
             # Several inputs share the scales of a norm, whatever the kinds of their own scales.
             best = {name: replace(choice, tokens=_best_tokens(name, found)) for name, choice in best.items()}
+            best = {name: replace(choice, transformed=_best_of(name, behind)) for name, choice in best.items()}
         self.choices |= best
 
     def _plans(self, group: Sequence[InputSite], layer: "nn.Module", names: Mapping[str, str]) -> "Iterator[_Plans]":
@@ -233,6 +243,19 @@ class _Plans(NamedTuple):
 
     compared: SmoothingPlan | None
     final: SmoothingPlan | None
+
+
+def _transformed(choices: Mapping[str, SiteChoice]) -> dict[str, SiteChoice]:
+    return {name: choice.transformed for name, choice in choices.items() if choice.transformed is not None}
+
+
+def _best_of(name: str, found: Sequence[Mapping[str, SiteChoice]]) -> SiteChoice | None:
+    """Return the best of an input's choices, with the best of those for scales per token; None without any."""
+    choices = [each[name] for each in found if name in each]
+    if not choices:
+        return None
+    best = min(choices, key=lambda choice: choice.noise)
+    return replace(best, tokens=_best_tokens(name, found))
 
 
 def _best_tokens(name: str, found: Sequence[Mapping[str, SiteChoice]]) -> TokenChoice:
@@ -365,10 +388,22 @@ class _Site:
     def judged(self, plans: _Plans, search: SmoothingSearch) -> SiteChoice:
         """Return the noise under a plan: with the best clip of a constant scale, and with a scale per token."""
         rows, weight, scales = self._smoothed(plans.compared, search)
+        covered = self._spikes.smoothed_range(scales, search.activation_range)
+        found = self._compared(plans, rows, weight, covered, search)
+        if search.hadamard is None or not is_down_projection(self.site.representative):
+            return found
+        rows, weight, _ = self._smoothed(plans.compared, search, search.hadamard)
+        # No statistics tell of channels that are mixed: the range is that of the rows, window by window.
+        peaks = np.array([float(part.abs().max()) for part in rows.tensor_split(search.windows) if len(part)])
+        covered = covered_range(peaks, search.activation_range)
+        return replace(found, transformed=self._compared(plans, rows, weight, covered, search))
+
+    def _compared(
+        self, plans: _Plans, rows: "torch.Tensor", weight: "torch.Tensor", covered: float, search: SmoothingSearch
+    ) -> SiteChoice:
         tokens = TokenChoice(*plans, self._noise(fake_quantize_tokens(rows) @ weight))
         if search.activations == "per-token":
             return SiteChoice(*plans, 1.0, tokens.noise, tokens)
-        covered = self._spikes.smoothed_range(scales, search.activation_range)
         best: SiteChoice | None = None
         for clip in CLIPS if search.activation_range == "mse" else (1.0,):
             noise = self._noise(fake_quantize(rows, max(clip * covered, 1e-5) / QMAX) @ weight)
@@ -380,16 +415,23 @@ class _Site:
         return best
 
     def _smoothed(
-        self, plan: SmoothingPlan | None, search: SmoothingSearch
+        self, plan: SmoothingPlan | None, search: SmoothingSearch, block: int | None = None
     ) -> "tuple[torch.Tensor, torch.Tensor, Floats]":
-        """Return the smoothed rows, the weights' round trip [in_features, outputs], and the scales."""
+        """Return the smoothed rows, the weights' round trip [in_features, outputs], and the scales.
+
+        Rows and weights have passed a Hadamard transform where its `block` is given.
+        """
         import torch
 
         scales = input_scales(plan, self.site, search.config, self._weight.shape[1])
         factors = torch.from_numpy(scales).to(self._rows.device)
-        quantized, step = quantize_weight((self._weight * factors).cpu().numpy(), search.weights)
+        rows, columns = self._rows / factors, (self._weight * factors).cpu().numpy()
+        if block is not None:
+            rows = transform_channels(rows, block)
+            transform_columns(columns, block)
+        quantized, step = quantize_weight(columns, search.weights)
         weight = (torch.from_numpy(quantized).float() * torch.from_numpy(np.asarray(step))).to(self._rows.device)
-        return self._rows / factors, weight, scales
+        return rows, weight, scales
 
     def _noise(self, product: "torch.Tensor") -> float:
         error = (product - self._expected).pow(2).sum(-1) / self._scale

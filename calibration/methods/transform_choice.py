@@ -1,17 +1,19 @@
-"""How the weights are transformed before they are quantized: rotated or not, and each input smoothed and clipped.
+"""How the model is transformed before it is quantized: rotated or not, each input smoothed and clipped, and those of
+`down_proj` behind a Hadamard transform or not.
 
 Which inputs get a scale per token is chosen here too: they are smoothed otherwise than inputs with a constant, whose
 smoothing has to level the tokens as well as the channels, and stretches the weights for that.
 """
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from spike_export.artifacts.errors import CalibrationError, RecipeError
 from spike_export.artifacts.progress import Progress, silent
-from spike_export.artifacts.recipe import RotationPlan, SmoothingPlan, TransformCandidate
+from spike_export.artifacts.recipe import HadamardPlan, RotationPlan, SmoothingPlan, TransformCandidate
 from spike_export.calibration.decoder.equivalent_weights import rotation_obstacle
+from spike_export.calibration.decoder.hadamard import hadamard_plan
 from spike_export.calibration.decoder.layerwise import BATCH_TOKENS
 from spike_export.calibration.decoder.perplexity import Score
 from spike_export.calibration.decoder.rotation import rotation_plan
@@ -31,6 +33,10 @@ UNTYING = 0.003
 rotated head is another matrix, so that the bundle grows by one."""
 
 
+HADAMARD_WORTH = 0.1
+"""Smallest share of the divergence that a Hadamard transform has to save: every call computes it."""
+
+
 @dataclass(frozen=True)
 class TransformChoice:
     """The chosen transform, what it competed with, and the inputs with a scale per token, for which it is made."""
@@ -41,7 +47,9 @@ class TransformChoice:
 
 
 def choose_transform(calibration: Calibration, behind: SpikeStatistics, progress: Progress = silent) -> TransformChoice:
-    """Search smoothing and clipping with and without a rotation; the least divergence from the model itself wins.
+    """Search smoothing and clipping, with and without a rotation and a Hadamard transform of `down_proj`'s inputs.
+
+    The least divergence from the model itself wins.
 
     Args:
         calibration: The model and its windows.
@@ -58,9 +66,10 @@ def choose_transform(calibration: Calibration, behind: SpikeStatistics, progress
         statistics = behind
         if rotation is not None:
             statistics = calibration.measure(behind.prefix_ids, Transform(rotation=rotation))
-        found = _searched(calibration, statistics, rotation, progress)
-        tried.append(_Tried(name, statistics, found, found.score(calibration, statistics)))
-    best = min(tried, key=lambda each: _cost(calibration, each.found.rotation, each.score))
+        searched = _searched(calibration, statistics, rotation, progress)
+        for label, found in _with_and_without_hadamard(calibration, name, searched):
+            tried.append(_Tried(label, statistics, found, found.score(calibration, statistics)))
+    best = min(tried, key=lambda each: _cost(calibration, each.found, each.score))
     candidates = tuple(
         TransformCandidate(
             name=each.name,
@@ -92,9 +101,25 @@ def require_rotation(options: CalibrationOptions, config: DecoderConfig) -> None
         raise RecipeError(f"--rotation always: {config.family.model_type} cannot be rotated: {obstacle}")
 
 
-def _cost(calibration: Calibration, rotation: RotationPlan | None, score: Score) -> float:
-    unties = rotation is not None and calibration.checkpoint.config.tie_word_embeddings
-    return score.divergence + (UNTYING if unties and calibration.options.rotation == "auto" else 0.0)
+def _cost(calibration: Calibration, found: "_Found", score: Score) -> float:
+    unties = found.rotation is not None and calibration.checkpoint.config.tie_word_embeddings
+    divergence = score.divergence / (1 - HADAMARD_WORTH) if found.hadamard is not None else score.divergence
+    return divergence + (UNTYING if unties and calibration.options.rotation == "auto" else 0.0)
+
+
+def _with_and_without_hadamard(calibration: Calibration, name: str, found: "_Found") -> "Iterator[tuple[str, _Found]]":
+    """Yield the competitors that differ in the Hadamard transform only, by name."""
+    plan, wanted = _hadamard(calibration), calibration.options.hadamard
+    if plan is None or wanted != "always":
+        yield name, found
+    if plan is not None:
+        yield f"{name} + Hadamard", replace(found, hadamard=plan)
+
+
+def _hadamard(calibration: Calibration) -> HadamardPlan | None:
+    """Return the transform that may be used; None where the options or the model's shape leave it out."""
+    wanted = calibration.options.hadamard
+    return None if wanted == "never" else hadamard_plan(calibration.checkpoint.config.inner_size)
 
 
 def _rotations(calibration: Calibration) -> list[tuple[str, RotationPlan | None]]:
@@ -117,6 +142,7 @@ class _Found:
 
     rotation: RotationPlan | None
     choices: Mapping[str, SiteChoice]
+    hadamard: HadamardPlan | None = None
 
     def compared(self, per_token: Collection[str] = ()) -> Transform:
         """Return the transform for inputs of these kinds, made of the windows that no candidate is judged on."""
@@ -127,16 +153,24 @@ class _Found:
         return self._transform({name: each.final for name, each in self._chosen(per_token).items()})
 
     def _chosen(self, per_token: Collection[str]) -> dict[str, SiteChoice | TokenChoice]:
-        return {name: choice.tokens if name in per_token else choice for name, choice in self.choices.items()}
+        return {name: choice.tokens if name in per_token else choice for name, choice in self._sites.items()}
+
+    @property
+    def _sites(self) -> Mapping[str, SiteChoice]:
+        """The choices of the inputs as they are with or without the Hadamard transform."""
+        if self.hadamard is None:
+            return self.choices
+        return {name: choice.transformed or choice for name, choice in self.choices.items()}
 
     def _transform(self, plans: Mapping[str, SmoothingPlan | None]) -> Transform:
-        choices = self.choices
+        choices = self._sites
         return Transform(
             self.rotation,
             _once_per_norm(plans),
             clips={name: choice.clip for name, choice in choices.items()},
             noise={name: choice.noise for name, choice in choices.items()},
             token_noise={name: choice.tokens.noise for name, choice in choices.items()},
+            hadamard=self.hadamard,
         )
 
     def score(self, calibration: Calibration, statistics: SpikeStatistics, per_token: tuple[str, ...] = ()) -> Score:
@@ -158,7 +192,7 @@ class _Tried:
 def _searched(
     calibration: Calibration, statistics: SpikeStatistics, rotation: RotationPlan | None, progress: Progress
 ) -> _Found:
-    options, config = calibration.options, calibration.checkpoint.config
+    options, config, plan = calibration.options, calibration.checkpoint.config, _hadamard(calibration)
     windows, prefix = calibration.search_windows, statistics.prefix_ids
     fed = calibration.fed(windows, prefix)
     search = SmoothingSearch(
@@ -171,6 +205,8 @@ def _searched(
         smoothing=options.smoothing,
         rotated=rotation is not None,
         stride=SmoothingSearch.stride_of(fed.size),
+        windows=len(fed),
+        hadamard=None if plan is None else plan.block,
     )
     decoder = calibration.transformed(Transform(rotation=rotation)).decoder
     # One device: a site's candidates are compared on all rows.

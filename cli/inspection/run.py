@@ -81,7 +81,7 @@ def _tables(inspection: RunInspection) -> list[_Table]:
     return [
         ("prefix candidates", ("tokens", "text", "worst ratio", "16-bit ppl", "INT8 ppl", "verdict"), prefixes),
         (
-            "rotation and smoothing candidates, all linears in INT8",
+            "smoothing, rotation and Hadamard candidates, all linears in INT8",
             ("candidate", "ppl", "divergence", "verdict"),
             transforms,
         ),

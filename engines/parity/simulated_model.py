@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spike_export.artifacts.recipe import SMOOTHED_HEAD, ModulePlan, Recipe
-from spike_export.calibration.decoder.equivalent_weights import equivalent_checkpoint
+from spike_export.calibration.decoder.equivalent_weights import recipe_checkpoint
 from spike_export.calibration.decoder.layerwise import Decoder, Visit
 from spike_export.calibration.decoder.simulate import QuantizedWeights, Simulation
 from spike_export.calibration.float8 import float8_modules
@@ -56,7 +56,7 @@ class SimulatedModel:
         if recipe is None:
             return cls(checkpoint, None, {})
         plans = float8_modules(recipe) if fp8 else dict(recipe.modules)
-        return cls(equivalent_checkpoint(checkpoint, recipe.rotation, recipe.smoothing), recipe, plans)
+        return cls(recipe_checkpoint(checkpoint, recipe), recipe, plans)
 
     def products(self, dtype: str) -> dict[str, Product]:
         """Return how a graph of a precision rounds the linears that it shows."""
@@ -120,6 +120,7 @@ def unquantized_recipe(recipe: Recipe) -> Recipe:
         "scheme": recipe.scheme.model_copy(update={"head": "unquantized", "attention": "unquantized"}),
         "attention": {},
         "rotation": None,
+        "hadamard": None,
         "smoothing": {},
         "head_smoothing": None,
     }

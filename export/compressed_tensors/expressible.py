@@ -38,6 +38,12 @@ def _attention(recipe: Recipe, _: Dtype) -> str | None:
     return f"vLLM does not quantize the operands of {name}; remove the recipe's attention, or calibrate without it"
 
 
+def _hadamard(recipe: Recipe, _: Dtype) -> str | None:
+    if recipe.hadamard is None:
+        return None
+    return "the Hadamard transform of down_proj's inputs is not written; calibrate with --hadamard never"
+
+
 def _fp8(recipe: Recipe, _: Dtype) -> str | None:
     name = _first(recipe, lambda plan: plan.number_format == "fp8")
     return None if name is None else f"{name} is fp8 and this format is written in INT8; set its precision to int8"
@@ -93,4 +99,4 @@ def _first(recipe: Recipe, matches: Callable[[ModulePlan], bool]) -> str | None:
     return next((name for name, plan in recipe.modules.items() if matches(plan)), None)
 
 
-_OBSTACLES: tuple[_Obstacle, ...] = (_head, _attention, _fp8, _weights_alone, _float32, _siblings, _experts)
+_OBSTACLES: tuple[_Obstacle, ...] = (_head, _attention, _hadamard, _fp8, _weights_alone, _float32, _siblings, _experts)

@@ -2,6 +2,7 @@
 
 import onnx_ir as ir
 
+from spike_export.calibration.decoder.hadamard import hadamard_matrix
 from spike_export.export.graph.activation import ACTIVATIONS
 from spike_export.export.graph.emission import Emission
 from spike_export.export.graph.graph_builder import ELEMENT_TYPES, element_type
@@ -12,7 +13,8 @@ NAMES = ("gate_proj", "up_proj", "down_proj")
 
 
 def feed_forward(emission: Emission, module: str, normed: ir.Value, names: tuple[str, str, str] = NAMES) -> ir.Value:
-    """Append down(f(gate(x)) * up(x)), f being the family's activation.
+    """Append down(f(gate(x)) * up(x)), f being the family's activation; an equivalent model may have a Hadamard
+    transform in front of down.
 
     Where gate or up is quantized their product stays in FP32: spikes reach thousands and FP16 ends at 65,504.
 
@@ -41,4 +43,18 @@ def feed_forward(emission: Emission, module: str, normed: ir.Value, names: tuple
     gate, up = b.cast(gate, product_type), b.cast(up, product_type)
     activated = ACTIVATIONS[family.activation](b, module, gate)
     product = b.op("Mul", [activated, up], module, label="product")
-    return linears.emit(down, product)
+    block = emission.config.hadamard_block
+    return linears.emit(down, product if block is None else _transformed(emission, module, product, block))
+
+
+def _transformed(emission: Emission, module: str, inner: ir.Value, block: int) -> ir.Value:
+    """Append the Hadamard transform of [batch, sequence, channels], block by block, in float32.
+
+    A sum over a block may exceed what 16 bit hold where no single channel does.
+    """
+    b, count = emission.builder, emission.config.inner_size // block
+    inner = b.cast(inner, ir.DataType.FLOAT)
+    matrix = b.constant(f"hadamard.{block}", hadamard_matrix(block))
+    blocks = b.op("Reshape", [inner, b.integers(0, 0, count, block)], module, label="hadamard_blocks")
+    product = b.op("MatMul", [blocks, matrix], module, label="hadamard")
+    return b.op("Reshape", [product, b.integers(0, 0, count * block)], module, label="hadamard_joined")

@@ -111,15 +111,23 @@ class GraphBuilder:
         """Add a weight that `fill` writes to memory each time it is needed and that is never kept."""
         return self._add_initializer(name, StreamedTensor(name, dtype, shape, fill), shape)
 
+    def constant(self, name: str, array: NDArray[Any]) -> ir.Value:
+        """Return the small constant of this name, which all graphs share, and which therefore is in the outermost."""
+        if name not in self._initializers:
+            scopes, self._scopes = self._scopes, self._scopes[:1]
+            self.initializer(name, array)
+            self._scopes = scopes
+        return self._initializers[name]
+
     def integers(self, *values: int) -> ir.Value:
         """Return the 1-D int64 constant of these values; equal constants are one initializer."""
         name = "integers." + ".".join(str(value) for value in values)
-        return self._constant(name, np.array(values, np.int64))
+        return self.constant(name, np.array(values, np.int64))
 
     def integer(self, value: int) -> ir.Value:
         """Return the 0-D int64 constant of this value."""
         name = f"integer.{value}"
-        return self._constant(name, np.array(value, np.int64))
+        return self.constant(name, np.array(value, np.int64))
 
     def float32(self, value: float) -> ir.Value:
         """Return the 0-D float32 constant of this value."""
@@ -127,7 +135,7 @@ class GraphBuilder:
 
     def number(self, value: float, dtype: np.dtype[Any]) -> ir.Value:
         """Return the 0-D constant of this value in a floating-point type."""
-        return self._constant(f"{dtype.name}.{float(value)!r}", np.array(value, dtype))
+        return self.constant(f"{dtype.name}.{float(value)!r}", np.array(value, dtype))
 
     def op(
         self,
@@ -245,14 +253,6 @@ class GraphBuilder:
         self._initializers[name] = value
         self._scopes[-1].initializers.append(value)
         return value
-
-    def _constant(self, name: str, array: NDArray[Any]) -> ir.Value:
-        """Return a constant that all graphs share, and that therefore is in the outermost."""
-        if name not in self._initializers:
-            scopes, self._scopes = self._scopes, self._scopes[:1]
-            self.initializer(name, array)
-            self._scopes = scopes
-        return self._initializers[name]
 
 
 def element_type(value: ir.Value) -> ir.DataType:

@@ -29,7 +29,8 @@ from spike_export.artifacts.recipe import (
     WeightScheme,
     activation_scale,
 )
-from spike_export.calibration.decoder.equivalent_weights import equivalent_checkpoint
+from spike_export.calibration.decoder.equivalent_weights import equivalent_checkpoint, recipe_checkpoint
+from spike_export.calibration.decoder.hadamard import hadamard_plan
 from spike_export.calibration.decoder.layerwise import Decoder
 from spike_export.calibration.decoder.simulate import QuantizedWeights, Simulation, fake_quantize_tokens
 from spike_export.calibration.decoder.smoothing import smoothing_plan
@@ -64,6 +65,7 @@ class Case:
     weight_only: tuple[str, ...] | None = ()
     attention: bool = False
     equivalent: bool = False
+    hadamard: bool = False
     prefix: tuple[int, ...] = ()
     weights: WeightScheme = "int8-per-channel"
     model: Mapping[str, Any] = field(default_factory=dict)
@@ -80,12 +82,15 @@ CASES: Mapping[str, Case] = {
     "excluded": Case(weight_only=(DOWN, "model.layers.0.self_attn.o_proj")),
     "attention": Case(attention=True),
     "equivalent-tied": Case(equivalent=True, model={"tie": True}),
+    "hadamard": Case(hadamard=True),
+    "hadamard-equivalent-mixed": Case(hadamard=True, equivalent=True, per_token=(DOWN,)),
     "prefix": Case(prefix=PREFIX),
     "all-window": Case(
         per_token=None,
         weight_only=(DOWN,),
         attention=True,
         equivalent=True,
+        hadamard=True,
         prefix=PREFIX,
         model={"sliding_window": 6, "tie": True},
     ),
@@ -123,6 +128,7 @@ def measured(checkpoint: Checkpoint, prefix: tuple[int, ...]) -> dict[str, float
 
 def recipe_of(case: Case, checkpoint: Checkpoint, dtype: Dtype = "float32") -> Recipe:
     rotation, smoothing = None, {}
+    hadamard = hadamard_plan(checkpoint.config.inner_size) if case.hadamard else None
     if case.equivalent:
         random = np.random.default_rng(7)
         config = checkpoint.config
@@ -135,7 +141,7 @@ def recipe_of(case: Case, checkpoint: Checkpoint, dtype: Dtype = "float32") -> R
             for layer in range(config.num_hidden_layers)
             for name, width in widths.items()
         }
-    equivalent = equivalent_checkpoint(checkpoint, rotation, smoothing)
+    equivalent = equivalent_checkpoint(checkpoint, rotation, smoothing, hadamard)
     steps = measured(equivalent, case.prefix)
     blocks = [f"model.layers.{layer}.self_attn" for layer in range(checkpoint.config.num_hidden_layers)]
     attention = {
@@ -155,12 +161,13 @@ def recipe_of(case: Case, checkpoint: Checkpoint, dtype: Dtype = "float32") -> R
         modules={**base.modules, **own, **dict.fromkeys(kept, ModulePlan(precision=dtype, weights="int8"))},
         attention=attention if case.attention else {},
         rotation=rotation,
+        hadamard=hadamard,
         smoothing=smoothing,
     )
 
 
 def simulated(checkpoint: Checkpoint, recipe: Recipe) -> NDArray[np.float32]:
-    decoder = Decoder(equivalent_checkpoint(checkpoint, recipe.rotation, recipe.smoothing))
+    decoder = Decoder(recipe_checkpoint(checkpoint, recipe))
     simulation = Simulation(recipe.modules, QuantizedWeights(recipe.scheme.weights), recipe.attention)
     states = decoder.run(tokens(), recipe.prefix_ids, visits=(simulation.visit,))
     logits: NDArray[np.float32] = decoder.head().logits(states.get(0)).numpy()
@@ -205,6 +212,8 @@ PLANTED: Mapping[str, tuple[str, float]] = {
     "excluded": (f"{DOWN}.weight_scale", 1.01),
     "attention": ("model.layers.1.self_attn.key_scale", 1.05),
     "equivalent-tied": ("model.layers.1.input_layernorm.weight", 1.01),
+    "hadamard": ("hadamard.16", 1.01),
+    "hadamard-equivalent-mixed": ("hadamard.16", 1.01),
     "prefix": ("model.layers.0.self_attn.prefix_key", 1.05),
     "all-window": ("model.layers.0.self_attn.value_scale", 1.05),
 }

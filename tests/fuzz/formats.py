@@ -411,6 +411,7 @@ _TRANSFORMS = {
         "clips": {_SITE: 0.9},
         "noise": {_SITE: 0.25},
         "token_noise": {_SITE: 0.125},
+        "hadamard": {"block": 16},
     },
     "candidates": [{"name": "smoothing", "perplexity": 12.5, "divergence": 0.25, "verdict": "chosen"}],
 }
@@ -431,7 +432,8 @@ def _read_choices(folder: Path) -> object:
     with suppress(ArtifactError):  # the other one is read all the same
         _use_prefixes(load_prefixes(folder / "prefix.json", checkpoint.config))
     choice = load_transforms(folder / "smoothing.json", checkpoint.config)
-    changed = equivalent_checkpoint(checkpoint, choice.transform.rotation, choice.transform.smoothing)
+    transform = choice.transform
+    changed = equivalent_checkpoint(checkpoint, transform.rotation, transform.smoothing, transform.hadamard)
     search = Search(transforms=choice.candidates)
     assert Search.model_validate_json(search.model_dump_json()) == search
     return changed.tensor(f"{_SITE}.weight"), choice.transform.noise_with(choice.transform.noise)

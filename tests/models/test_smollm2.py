@@ -303,7 +303,7 @@ def test_what_a_check_keeps_of_the_reference_suffices(calibration: Calibration, 
 def simulated_values(calibration: Calibration, recipes: dict[str, Recipe]) -> list[NDArray[np.float32]]:
     """Outputs [tokens, channels] of the first two layers' v_proj in the simulation of the automatic recipe."""
     recipe = recipes["automatic"]
-    model = calibration.transformed(Transform(recipe.rotation, recipe.smoothing))
+    model = calibration.transformed(Transform.of(recipe))
     simulation = Simulation(recipe.modules, model.quantized, recipe.attention)
     values: list[NDArray[np.float32]] = []
 

@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from spike_export.artifacts.errors import RecipeError
-from spike_export.artifacts.recipe import RotationPlan, SmoothingPlan
+from spike_export.artifacts.recipe import HadamardPlan, RotationPlan, SmoothingPlan
 from spike_export.calibration.decoder import equivalent_weights
 from spike_export.calibration.decoder.equivalent_weights import (
     EquivalentTensors,
     equivalent_checkpoint,
     rotation_obstacle,
 )
+from spike_export.calibration.decoder.hadamard import hadamard_plan, transform_channels, transform_columns
 from spike_export.calibration.decoder.layerwise import Decoder, Execution
 from spike_export.calibration.decoder.rotation import rotation_plan
 from spike_export.calibration.decoder.smoothing import plan_scales, smoothing_plan
@@ -38,6 +39,7 @@ TOLERANCE = 1e-5
 
 ROTATABLE = tuple(name for name in NAMES if name not in ("gemma2", "gemma3_text", "olmo2"))
 ROTATION = rotation_plan(48, 3)
+HADAMARD = HadamardPlan(block=8)
 
 
 def logits(checkpoint: Checkpoint, prefix: tuple[int, ...] = ()) -> torch.Tensor:
@@ -90,15 +92,19 @@ def test_smoothing_leaves_the_logits(name: str) -> None:
     assert smoothed.tensors.shapes == original.tensors.shapes
 
 
-@pytest.mark.parametrize("rotation", [None, ROTATION], ids=["smoothed", "rotated"])
+@pytest.mark.parametrize(
+    ("rotation", "hadamard"),
+    [(None, None), (ROTATION, None), (None, HADAMARD)],
+    ids=["smoothed", "rotated", "smoothed and transformed"],
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_are_those_of_the_whole_tensor(
-    name: str, rotation: RotationPlan | None, monkeypatch: pytest.MonkeyPatch
+    name: str, rotation: RotationPlan | None, hadamard: HadamardPlan | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if rotation is not None and name not in ROTATABLE:
         pytest.skip("cannot be rotated")
     original = tiny_family(name).checkpoint
-    changed = equivalent_checkpoint(original, rotation, random_smoothing(original))
+    changed = equivalent_checkpoint(original, rotation, random_smoothing(original), hadamard)
     # Rows of 48 and more channels come in fives, so that blocks lie before, in and across a fused projection's rows.
     monkeypatch.setattr(row_blocks, "_BLOCK_ELEMENTS", 5 * 48)
     scaled = 0
@@ -123,6 +129,56 @@ def test_a_smoothed_matrix_is_never_read_whole(monkeypatch: pytest.MonkeyPatch, 
     with smoothed.block_reader(name) as read:
         row_blocks.fill_by_rows(out, read)
     np.testing.assert_array_equal(out, expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_hadamard_transform_leaves_the_logits(name: str) -> None:
+    original = tiny_family(name).checkpoint
+    rotation = ROTATION if name in ROTATABLE else None
+    changed = equivalent_checkpoint(original, rotation, random_smoothing(original), HADAMARD)
+    expected = logits(original, (1, 7))
+    assert change(changed, expected, (1, 7)) < TOLERANCE
+    # The transform in front of down_proj is a part of it.
+    without = replace(changed, config=replace(changed.config, hadamard_block=None))
+    assert change(without, expected, (1, 7)) > 0.01
+
+
+def test_the_transform_spreads_a_channel_over_its_block() -> None:
+    """A spike's magnitude falls by the square root of the block's size."""
+    original = tiny_family("llama").checkpoint
+    changed = equivalent_checkpoint(original, None, {}, HADAMARD)
+    spike = torch.zeros(80)
+    spike[21] = 800.0
+    found = transform_channels(spike, 8)
+    assert torch.count_nonzero(found) == 8
+    np.testing.assert_allclose(found[16:24].abs().numpy(), 800 / 8**0.5, rtol=1e-6)
+    name = "model.layers.0.mlp.down_proj.weight"
+    expected = original.tensor(name) @ spike.numpy()
+    np.testing.assert_allclose(changed.tensor(name) @ found.numpy(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("block", [2, 16, 64])
+def test_weights_and_activations_are_transformed_by_one_matrix(block: int) -> None:
+    """By additions in a fixed order, and as a product."""
+    values = np.random.default_rng(0).standard_normal((5, 128)).astype(np.float32)
+    matrix = np.array([[(-1.0) ** bin(row & column).count("1") for column in range(block)] for row in range(block)])
+    expected = (values.reshape(-1, block).astype(np.float64) @ matrix / block**0.5).reshape(5, 128)
+    columns = values.copy()
+    transform_columns(columns, block)
+    for found in (columns, transform_channels(torch.from_numpy(values), block).numpy()):
+        np.testing.assert_allclose(found, expected, atol=64 * 2**-24 * 4)  # as many roundings of values up to 4
+
+
+@pytest.mark.parametrize("channels", [1536, 2048, 5632, 11008, 14336, 80, 6, 1])
+def test_blocks_are_as_large_as_the_channels_allow(channels: int) -> None:
+    plan = hadamard_plan(channels)
+    fitting = [block for block in (2, 4, 8, 16, 32, 64) if channels % block == 0]
+    assert (plan and plan.block) == (max(fitting) if fitting else None)
+
+
+def test_blocks_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(RecipeError, match="hadamard: block 32 does not divide the 80 channels that down_proj reads; "):
+        equivalent_checkpoint(tiny_family("llama").checkpoint, None, {}, HadamardPlan(block=32))
 
 
 @pytest.mark.parametrize("smooth", [False, True])

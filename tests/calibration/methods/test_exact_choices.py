@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from spike_export.artifacts.errors import CalibrationError
-from spike_export.artifacts.recipe import RotationPlan, SmoothingPlan
+from spike_export.artifacts.recipe import HadamardPlan, RotationPlan, SmoothingPlan
 from spike_export.calibration.corpus.token_windows import TokenWindows
 from spike_export.calibration.decoder.perplexity import Score
 from spike_export.calibration.methods import activation_choice, context, transform_choice
@@ -60,6 +60,7 @@ def calibration() -> Calibration:
         (NO_TRANSFORM, False),
         (Transform(clips={UP: 0.9}, noise={UP: 1.0}, token_noise={UP: 0.5}), False),
         (Transform(rotation=ROTATED), True),
+        (Transform(hadamard=HadamardPlan(block=16)), True),
         (Transform(smoothing={UP: SMOOTHED}), True),
     ],
 )
@@ -142,7 +143,27 @@ def test_a_rotation_that_unties_the_head_has_to_pay_for_it(
 ) -> None:
     checkpoint = SimpleNamespace(config=SimpleNamespace(tie_word_embeddings=tied))
     calibration: Any = SimpleNamespace(options=CalibrationOptions(rotation=asked), checkpoint=checkpoint)
-    assert transform_choice._cost(calibration, rotation, Score(9.0, 0.25)) == 0.25 + more
+    found = transform_choice._Found(rotation, {})
+    assert transform_choice._cost(calibration, found, Score(9.0, 0.25)) == 0.25 + more
+
+
+@pytest.mark.parametrize(("divergence", "pays"), [(0.91, False), (0.89, True)])
+def test_a_hadamard_transform_has_to_save_a_tenth(divergence: float, pays: bool) -> None:
+    plain, changed = transform_choice._Found(None, {}), transform_choice._Found(None, {}, HadamardPlan(block=16))
+    calibration = stand_in()
+    with_it = transform_choice._cost(calibration, changed, Score(9.0, divergence))
+    assert (with_it < transform_choice._cost(calibration, plain, Score(9.0, 1.0))) == pays
+
+
+@pytest.mark.parametrize(
+    ("asked", "names"),
+    [("never", ["smoothing"]), ("auto", ["smoothing", "smoothing + Hadamard"]), ("always", ["smoothing + Hadamard"])],
+)
+def test_which_hadamard_transforms_compete(asked: Any, names: list[str]) -> None:
+    searched = transform_choice._Found(None, {})
+    found = list(transform_choice._with_and_without_hadamard(stand_in(hadamard=asked), "smoothing", searched))
+    assert [name for name, _ in found] == names
+    assert [each.hadamard for _, each in found] == [HadamardPlan(block=16) if "H" in name else None for name in names]
 
 
 @pytest.mark.parametrize(

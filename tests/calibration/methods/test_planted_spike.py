@@ -154,7 +154,9 @@ def test_the_planted_module_is_the_first_to_get_a_scale_per_token(
 ) -> None:
     ranges: ActivationRange = "mse" if searched else "max"
     share = mac_shares(calibration.checkpoint.config, tuple(plain.modules))[PLANTED_MODULE]
-    automatic = with_options(calibration, activations="auto", activation_range=ranges, max_per_token_share=share)
+    automatic = with_options(
+        calibration, activations="auto", activation_range=ranges, max_per_token_share=share, hadamard="never"
+    )
     seen: list[tuple[str, int, int]] = []
 
     def chosen_by(calibration: Calibration) -> tuple[Transform, ActivationChoice]:

@@ -14,10 +14,12 @@ from numpy.typing import NDArray
 
 from benchmarks.accuracy.table import simulated_perplexity
 from spike_export.artifacts.errors import RecipeError
-from spike_export.artifacts.recipe import Dtype, ModulePlan, Recipe
+from spike_export.artifacts.recipe import Dtype, HadamardPlan, ModulePlan, Recipe
 from spike_export.calibration.corpus.corpus import Corpus
 from spike_export.calibration.corpus.token_windows import TokenWindows
-from spike_export.calibration.decoder.perplexity import Likelihood
+from spike_export.calibration.decoder.equivalent_weights import equivalent_checkpoint
+from spike_export.calibration.decoder.layerwise import Decoder
+from spike_export.calibration.decoder.perplexity import Likelihood, score
 from spike_export.calibration.decoder.simulate import QuantizedWeights, Simulation
 from spike_export.calibration.decoder.smoothing import plan_scales, smoothing_plan, smoothing_scales
 from spike_export.calibration.methods import smoothing_search
@@ -60,7 +62,10 @@ PREFIX = (0, 7)
 
 
 def calibration_of(name: str = "llama", *, outlier: float = 1.0, **options: Any) -> Calibration:
-    """A tiny model; one channel of one down_proj's input is `outlier` times larger, its columns as much smaller."""
+    """A tiny model; one channel of one down_proj's input is `outlier` times larger, its columns as much smaller.
+
+    Without a Hadamard transform, unless the options say otherwise.
+    """
     checkpoint = tiny_family(name).checkpoint
     if outlier != 1:
         up, down = (f"model.layers.1.mlp.{linear}.weight" for linear in ("up_proj", "down_proj"))
@@ -70,7 +75,8 @@ def calibration_of(name: str = "llama", *, outlier: float = 1.0, **options: Any)
         checkpoint = replaced(checkpoint, {up: larger, down: smaller})
     content = tokens(rows=18, length=24)
     windows = TokenWindows(content[:12], content[12:])
-    return Calibration(checkpoint, windows, CalibrationOptions(samples=12, length=25, dtype="float32", **options))
+    options = {"hadamard": "never", "dtype": "float32", **options}
+    return Calibration(checkpoint, windows, CalibrationOptions(samples=12, length=25, **options))
 
 
 def searched(calibration: Calibration, smoothing: bool, statistics: SpikeStatistics) -> dict[str, SiteChoice]:
@@ -297,6 +303,30 @@ def test_rotations_compete_where_they_may() -> None:
     assert sorted(candidate.verdict for candidate in choice.candidates)[0] == "chosen"
     best = min(choice.candidates, key=lambda candidate: candidate.divergence)
     assert best.verdict == "chosen"
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_a_hadamard_transform_spreads_an_outlier(name: str) -> None:
+    """It wins without smoothing, which it comes behind, and its ranges are those of the transformed inputs."""
+    calibration = calibration_of(outlier=2000.0, hadamard="auto", smoothing=False, activation_range="mse")
+    if name == "mixtral":
+        calibration = calibration_of(name, hadamard="always")
+    choice = choose_transform(calibration, calibration.measure(()))
+    assert choice.transform.hadamard == HadamardPlan(block=16)
+    scores = {each.name: each.divergence for each in choice.candidates}
+    if name == "llama":
+        assert scores["none + Hadamard"] < 0.75 * scores["none"]
+    after = calibration.measure((), choice.transform.of_weights)
+    plans = module_plans(after, (), choice.transform, calibration.options)
+    predicted = calibration.predicted(calibration.held_out(after), (), choice.transform, measured=True)
+    assert predicted.divergence < 1.5 * scores[choice.candidates[-1].name]
+    equivalent = equivalent_checkpoint(
+        calibration.checkpoint, None, choice.transform.smoothing, choice.transform.hadamard
+    )
+    simulation = Simulation(plans, QuantizedWeights("int8-per-channel"))
+    fed = calibration.fed(calibration.search_windows, ())
+    found = score(Decoder(equivalent), fed, 24, (), (simulation.visit,), reference=calibration.reference(()))
+    assert found.divergence < 2 * predicted.divergence
 
 
 def test_a_rotation_that_is_demanded_takes_the_norms_place() -> None:

@@ -62,7 +62,7 @@ def test_the_summary_shows_what_competed(automatic: Path) -> None:
     text = "\n".join(lines(automatic))
     for title in (
         "prefix candidates",
-        "rotation and smoothing candidates, all linears in INT8",
+        "smoothing, rotation and Hadamard candidates, all linears in INT8",
         "sets of inputs with a scale per token",
         "sets of modules in 16 bit",
     ):

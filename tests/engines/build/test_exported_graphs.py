@@ -14,7 +14,16 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from spike_export.artifacts.manifest import LogitsScope
-from spike_export.artifacts.recipe import AttentionPlan, Dtype, HeadScheme, ModulePlan, Recipe, Scheme, WeightScheme
+from spike_export.artifacts.recipe import (
+    AttentionPlan,
+    Dtype,
+    HadamardPlan,
+    HeadScheme,
+    ModulePlan,
+    Recipe,
+    Scheme,
+    WeightScheme,
+)
 from spike_export.checkpoint.checkpoint import Checkpoint
 from spike_export.checkpoint.decoder_config import decoder_config
 from spike_export.checkpoint.modules import linears
@@ -81,6 +90,10 @@ def per_token(recipe: Recipe) -> dict[str, Any]:
     return {"modules": dict.fromkeys(recipe.modules, ModulePlan(precision="int8", activations="per-token"))}
 
 
+def static(_: Recipe) -> dict[str, Any]:
+    return {}
+
+
 def mixed(recipe: Recipe) -> dict[str, Any]:
     return {"modules": {**recipe.modules, KEPT: ModulePlan(precision="int8", activations="per-token")}}
 
@@ -114,6 +127,22 @@ def test_per_token_scales_and_int8_attention_leave_every_linear_in_int8(
     # A token's step is made in the kernel that rounds: the layer whose down_proj has such steps has no kernel more.
     first, second = result.audit.programs[1].layer_kernels
     assert first == second
+
+
+@pytest.mark.parametrize("change", [static, slow(mixed)])
+def test_a_hadamard_transform_costs_two_kernels_a_layer(
+    tmp_path: Path, change: Callable[[Recipe], dict[str, Any]]
+) -> None:
+    result = build(tmp_path, "float16", lambda recipe: {"hadamard": HadamardPlan(block=16), **change(recipe)})
+    assert result.deviations == ()
+    found = {module.module: module.found for module in result.audit.modules}
+    del found["lm_head"]
+    assert set(found.values()) == {("int8",)}
+    assert result.audit.int8_products == 2 * 2 * 4
+    without = build(tmp_path / "without", "float16", change)
+    for program, plain in zip(result.audit.programs, without.audit.programs, strict=True):
+        pairs = zip(program.layer_kernels or (), plain.layer_kernels or (), strict=True)
+        assert [with_it - count for with_it, count in pairs] == [2, 2]
 
 
 @pytest.mark.parametrize("dtype", ["float16", slow("bfloat16"), "float32"])

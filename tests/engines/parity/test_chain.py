@@ -7,7 +7,7 @@ import onnx
 import pytest
 
 from spike_export.artifacts.errors import EngineError
-from spike_export.artifacts.recipe import AttentionPlan, Dtype, Recipe, RotationPlan, Scheme
+from spike_export.artifacts.recipe import AttentionPlan, Dtype, HadamardPlan, Recipe, RotationPlan, Scheme
 from spike_export.checkpoint.modules import is_router, linears
 from spike_export.engines.parity import chain as chain_module
 from spike_export.engines.parity.chain import Chain, bundle_link, parity_chain, unquantized_links
@@ -132,12 +132,13 @@ def test_a_changed_graph_is_refused(chain: Chain, bundle: Path, tmp_path: Path) 
 
 
 def test_every_scheme_passes(model: TinyModel, tmp_path: Path) -> None:
-    """Rotation, INT8 attention and head, a static cache and last-token logits, in one bundle."""
+    """Rotation, Hadamard transform, INT8 attention and head, a static cache and last-token logits, in one bundle."""
     scales = input_scales(model, TOKENS)
     scheme = Scheme(head="int8-per-token-dynamic", attention="int8-per-tensor-static", unquantized="float32")
     recipe = tiny_recipe(model.checkpoint, scales, prefix=PREFIX, scheme=scheme).model_copy(
         update={
             "rotation": RotationPlan(kind="orthogonal", seed=1),
+            "hadamard": HadamardPlan(block=8),
             "attention": {f"{LAYER}.self_attn": AttentionPlan(query=0.05, key=0.05, value=0.02)},
         }
     )
@@ -154,6 +155,7 @@ def test_other_families_pass(name: str, tmp_path: Path) -> None:
     names = linears(model.checkpoint.config)
     kept: dict[str, Dtype] = {each: "float32" for each in names if is_router(each)}
     recipe = tiny_recipe(model.checkpoint, dict.fromkeys(names, 0.05), prefix=PREFIX, kept=kept)
+    recipe = recipe.model_copy(update={"hadamard": HadamardPlan(block=4)})
     export_bundle(model.checkpoint, recipe, ExportOptions("float32"), tmp_path / "bundle")
     parity = parity_chain(Chain(model.checkpoint, recipe, TOKENS), tmp_path / "bundle")
     assert parity.passed, parity.links
