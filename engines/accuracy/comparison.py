@@ -1,11 +1,14 @@
 """How close a bundle's next-token distributions are to the reference model's, on evaluation windows."""
 
+import hashlib
+import io
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from secrets import token_hex
 
@@ -123,12 +126,15 @@ def _shape(content: NDArray[np.int64]) -> tuple[int, int]:
 
 
 def _write(file: Path, rows: Iterator[Predictions], record: np.dtype[np.void], shape: tuple[int, int]) -> None:
-    """Write an array window by window: mapped memory could not tell of a full disk."""
+    """Write an array window by window, and a seal behind it: mapped memory could not tell of a full disk."""
     header = {"descr": np.lib.format.dtype_to_descr(record), "fortran_order": False, "shape": shape}
+    start, seal = io.BytesIO(), hashlib.sha256()
+    np.lib.format.write_array_header_2_0(start, header)
     with file.open("wb") as stream:
-        np.lib.format.write_array_header_2_0(stream, header)
-        for each in rows:
-            stream.write(each.tobytes())
+        for part in chain([start.getvalue()], (each.tobytes() for each in rows)):
+            seal.update(part)
+            stream.write(part)
+        stream.write(seal.digest())
 
 
 def _reference(

@@ -18,6 +18,8 @@ _FORMAT = 1
 
 _ENDING = ".npy"
 
+_SEAL = hashlib.sha256().digest_size
+
 
 @dataclass(frozen=True)
 class ReferenceCache:
@@ -46,9 +48,11 @@ class ReferenceCache:
         if self.fresh:
             return None
         try:
+            if not _sealed(file):
+                return None
             rows = np.load(file, mmap_mode="r", allow_pickle=False)
             os.utime(file)  # used now
-        except (OSError, ValueError, EOFError):
+        except (OSError, ValueError):
             return None
         return rows if (rows.dtype, rows.shape) == (record, shape) else None
 
@@ -69,3 +73,9 @@ class ReferenceCache:
                 each.unlink()
             excess -= size
         return os.access(self.folder, os.W_OK) and shutil.disk_usage(self.folder).free >= needed
+
+
+def _sealed(file: Path) -> bool:
+    """Return whether a file ends with the hash of all that stands before: numbers that a disk damaged look sound."""
+    content = np.memmap(file, np.uint8, "r")
+    return hashlib.sha256(content[:-_SEAL]).digest() == content[-_SEAL:].tobytes()

@@ -20,9 +20,11 @@ from transformers import AutoConfig
 
 from spike_export.artifacts.accuracy_limits import AccuracyLimits
 from spike_export.artifacts.check_document import load_check
+from spike_export.artifacts.command_log import load_commands
 from spike_export.artifacts.errors import ArtifactError, EngineError
 from spike_export.artifacts.manifest import load_manifest
 from spike_export.artifacts.recipe import Search, recipe_text
+from spike_export.artifacts.speed_document import load_speeds
 from spike_export.calibration.corpus.chat import rendered
 from spike_export.calibration.corpus.corpus import Corpus
 from spike_export.calibration.corpus.files import CorpusOptions, load_corpora
@@ -48,10 +50,19 @@ from spike_export.engines.plan.sidecar import load_sidecar, sidecar_text
 from spike_export.inspection.bundle import inspect_bundle
 from spike_export.inspection.run import inspect_run
 from spike_export.pipeline.choices import load_prefixes, load_transforms
-from spike_export.report.check_table import check_rows, corpus_sentence, cost_sentences, gate_sentence, worst_lines
+from spike_export.report.check_table import (
+    check_rows,
+    corpus_sentence,
+    cost_sentences,
+    gate_sentence,
+    noise_sentences,
+    worst_lines,
+)
+from spike_export.report.facts import command_lines, version_facts
+from spike_export.report.tables import speed_rows
 from tests.fuzz.damage import damaged, damaged_bytes, damaged_graph, json_text, odd
 from tests.fuzz.gguf_parts import GgufParts, damaged_gguf
-from tests.support.check_costs import cost_document
+from tests.support.check_costs import cost_document, noise_document
 from tests.support.tiny.bundles import TinyModel, tiny_manifest, write_bundle
 from tests.support.tiny.checkpoints import (
     byte_tokenizer,
@@ -348,6 +359,7 @@ _CHECK = {
     "reference": {"perplexity": 11.5, "behind_prefix": 11.4},
     "variants": [{"name": "w8a8", "perplexity": 12.0, "increase": 0.05, "cost": _COST, "shipped": True}],
     "texts": [{"corpus": {"name": "t", "windows": 2}, "reference": 9.0, "perplexity": 9.5, "cost": _COST}],
+    "noise": noise_document(),
     "gates": [{"name": "max-ppl-increase", "limit": 0.1, "value": 0.05, "passed": True}],
 }
 
@@ -355,7 +367,21 @@ _CHECK = {
 def _read_check(folder: Path) -> object:
     check = load_check(folder / "check.json")
     gates = [gate_sentence(gate) for gate in check.gated(AccuracyLimits(0.1, 0.1, 0.5)).gates]
-    return check_rows(check), cost_sentences(check), worst_lines(check), corpus_sentence(check), gates
+    sentences = cost_sentences(check), noise_sentences(check), worst_lines(check), corpus_sentence(check)
+    return check_rows(check), sentences, gates
+
+
+def _report_files() -> st.SearchStrategy[Files]:
+    times = {"p50": 0.01, "p90": 0.02, "p99": None}
+    load = {"concurrency": 1, "requests": 4, "tokens_per_second": 81.25}
+    speeds = [{**load, "time_to_first_token": times, "time_per_token": times}]
+    commands = {"format": 1, "commands": [{"words": ["spike-export", "m"], "versions": {"torch": "2"}}]}
+    return st.fixed_dictionaries({"speed.json": json_text(speeds), "commands.json": json_text(commands)})
+
+
+def _read_report_files(folder: Path) -> object:
+    speeds, log = load_speeds(folder / "speed.json"), load_commands(folder / "commands.json")
+    return speed_rows(speeds), command_lines(log.commands), version_facts(log.commands)
 
 
 @cache
@@ -532,6 +558,7 @@ FORMATS = (
     Format("ONNX graph", _graphs, _read_graph),
     Format("plan header and sidecar", _sidecars, _read_plan, 80),
     Format("check document", lambda: json_text(_CHECK).map(lambda c: {"check.json": c}), _read_check, 80),
+    Format("speeds and commands of a report", _report_files, _read_report_files),
     Format("statistics", _spikes, _read_spikes, 80),
     Format("choices of prefix and smoothing", _choices, _read_choices),
     Format("corpus", _corpus, _read_corpus, 80),

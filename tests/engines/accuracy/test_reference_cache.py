@@ -1,7 +1,7 @@
 """A second check of the same model, prefix and text computes no unquantized model; anything else does."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -73,11 +73,22 @@ def test_another_model_or_a_forced_check_is_computed(
     assert computed(model, replace(cache, **change), (CONTENT, ()))[0] > 0  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("damage", [b"", b"not numpy", None])
-def test_a_damaged_file_is_computed_anew(model: TinyModel, cache: ReferenceCache, damage: bytes | None) -> None:
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda _: b"",
+        lambda _: b"not numpy",
+        lambda content: content[:-1],
+        lambda content: content[:-100] + bytes([content[-100] ^ 1]) + content[-99:],
+    ],
+    ids=["empty", "foreign", "short", "one bit"],
+)
+def test_a_damaged_file_is_computed_anew(
+    model: TinyModel, cache: ReferenceCache, damage: Callable[[bytes], bytes]
+) -> None:
     _, (first,) = computed(model, cache, (CONTENT, ()))
     (file,) = cache.folder.iterdir()
-    file.write_bytes(file.read_bytes()[:-1] if damage is None else damage)
+    file.write_bytes(damage(file.read_bytes()))
     tokens, (rows,) = computed(model, cache, (CONTENT, ()))
     assert tokens > 0
     np.testing.assert_array_equal(rows, first)
