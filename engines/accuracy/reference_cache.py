@@ -78,4 +78,4 @@ class ReferenceCache:
 def _sealed(file: Path) -> bool:
     """Return whether a file ends with the hash of all that stands before: numbers that a disk damaged look sound."""
     content = np.memmap(file, np.uint8, "r")
-    return hashlib.sha256(content[:-_SEAL]).digest() == content[-_SEAL:].tobytes()
+    return hashlib.sha256(content[:-_SEAL].data).digest() == content[-_SEAL:].tobytes()
