@@ -11,7 +11,7 @@ from spike_export.calibration.decoder.layerwise import Decoder
 from spike_export.calibration.decoder.perplexity import model_perplexity, with_bos
 from spike_export.checkpoint.checkpoint import Checkpoint
 from spike_export.checkpoint.opening import open_checkpoint
-from spike_export.engines.accuracy.comparison import likelihood
+from spike_export.engines.accuracy.distances import likelihood
 from spike_export.engines.generation.bundle_tokenizer import BundleTokenizer
 from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.files.tokenizer_files import save_tokenizer

@@ -23,7 +23,7 @@ from spike_export.calibration.recipe_writer import build_recipe
 from spike_export.calibration.statistics.spikes import SpikeStatistics
 from spike_export.checkpoint.checkpoint import Checkpoint
 from spike_export.checkpoint.modules import representatives, siblings
-from spike_export.engines.accuracy.comparison import likelihood
+from spike_export.engines.accuracy.distances import likelihood
 from spike_export.engines.onnx_runtime.session import open_bundle
 from spike_export.export.bundle import ExportOptions, export_bundle
 from tests.support.tiny.families import replaced, tiny_family, tokens

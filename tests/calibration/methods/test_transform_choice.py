@@ -48,7 +48,7 @@ from spike_export.calibration.methods.transform_choice import choose_transform
 from spike_export.calibration.recipe_writer import build_recipe
 from spike_export.calibration.statistics.spikes import ModuleSpikes, SpikeStatistics
 from spike_export.checkpoint.modules import input_sites, is_router, representatives, siblings, split_name
-from spike_export.engines.accuracy.comparison import likelihood
+from spike_export.engines.accuracy.distances import likelihood
 from spike_export.engines.onnx_runtime.session import open_bundle
 from spike_export.export.bundle import ExportOptions, export_bundle
 from tests.support.tiny.families import NAMES, replaced, tiny_family, tokens
