@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from spike_export.artifacts.recipe import Recipe as Recipe
     from spike_export.artifacts.recipe import load_recipe as load_recipe
     from spike_export.artifacts.recipe import save_recipe as save_recipe
+    from spike_export.artifacts.task_document import TaskAccuracy as TaskAccuracy
     from spike_export.calibration.corpus.files import CorpusOptions as CorpusOptions
     from spike_export.calibration.methods.options import CalibrationOptions as CalibrationOptions
     from spike_export.calibration.revalidation import Revalidation as Revalidation
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
     from spike_export.pipeline.shard_merge import merge_shards as merge_shards
     from spike_export.pipeline.stage_display import StageCallback as StageCallback
     from spike_export.pipeline.stage_display import StageDisplay as StageDisplay
+    from spike_export.pipeline.tasks import task_accuracy as task_accuracy
     from spike_export.report.page import write_report as write_report
 
 _NAMES_OF = {
@@ -87,6 +89,7 @@ _NAMES_OF = {
         "load_recipe",
         "save_recipe",
     ),
+    "spike_export.artifacts.task_document": ("TaskAccuracy",),
     "spike_export.calibration.corpus.files": ("CorpusOptions",),
     "spike_export.calibration.methods.options": ("CalibrationOptions",),
     "spike_export.calibration.revalidation": ("Revalidation",),
@@ -148,6 +151,7 @@ _NAMES_OF = {
         "StageCallback",
         "StageDisplay",
     ),
+    "spike_export.pipeline.tasks": ("task_accuracy",),
     "spike_export.report.page": ("write_report",),
 }
 """File → public names that come from it: the imports above, for a running program."""

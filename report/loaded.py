@@ -13,6 +13,7 @@ from spike_export.artifacts.documents import read_document
 from spike_export.artifacts.errors import ArtifactError, SpikeExportError
 from spike_export.artifacts.recipe import Recipe, load_recipe
 from spike_export.artifacts.speed_document import SPEED_FILE, Speed, load_speeds
+from spike_export.artifacts.task_document import TaskAccuracy, load_task_accuracy, task_place
 from spike_export.artifacts.visible_text import visible
 from spike_export.calibration.statistics.spikes import SpikeStatistics, load_spikes
 from spike_export.engines.plan.paths import plan_paths
@@ -33,6 +34,7 @@ class Loaded:
         bundle_bytes: Of all the bundle's files.
         commands: What made the work directory, the last command last.
         speeds: Of a server of the bundle, by load.
+        tasks: Of this very bundle.
     """
 
     before: SpikeStatistics | None
@@ -47,6 +49,7 @@ class Loaded:
     speeds: tuple[Speed, ...]
     absences: Mapping[str, str]
     token_text: TokenText
+    tasks: TaskAccuracy | None = None
 
 
 def load(run: Path, engine: Path, tokenizer: Path) -> Loaded:
@@ -92,7 +95,7 @@ def load(run: Path, engine: Path, tokenizer: Path) -> Loaded:
     )
     if all(part in absences for part in PARTS):
         raise ArtifactError(f"{run}: nothing to report; name the work directory of a run")
-    return _with_attribution(_without_stale_prefix(loaded), run)
+    return _with_tasks(_with_attribution(_without_stale_prefix(loaded), run), run)
 
 
 def _optional(
@@ -118,6 +121,21 @@ def _with_attribution(loaded: Loaded, run: Path) -> Loaded:
         return replace(loaded, attribution=attribution_of(loaded.recipe, run))
     except ArtifactError as error:
         return replace(loaded, absences={**loaded.absences, "attribution": f"{error}."})
+
+
+def _with_tasks(loaded: Loaded, run: Path) -> Loaded:
+    """Add the standard tasks of this bundle; few runs have them, so that only damage and other bundles' are told."""
+    path = task_place(run / "bundle")
+    if not path.is_file() or loaded.manifest is None:
+        return loaded
+    try:
+        tasks, model = load_task_accuracy(path), loaded.manifest.get("model")
+    except ArtifactError as error:
+        return replace(loaded, absences={**loaded.absences, "tasks": f"{error}."})
+    if not isinstance(model, Mapping) or tasks.recipe_sha256 != model.get("recipe_sha256"):
+        why = "The standard tasks are left out: another bundle answered them. Run check --tasks again."
+        return replace(loaded, absences={**loaded.absences, "tasks": why})
+    return replace(loaded, tasks=tasks)
 
 
 def _without_stale_prefix(loaded: Loaded) -> Loaded:

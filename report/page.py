@@ -34,6 +34,7 @@ from spike_export.report.pictures import (
 )
 from spike_export.report.summary import cards, verdict
 from spike_export.report.tables import (
+    TableRow,
     check_table_rows,
     kept_rows,
     kept_sentence,
@@ -44,6 +45,7 @@ from spike_export.report.tables import (
     token_rows,
     transform_rows,
 )
+from spike_export.report.task_table import TASK_HEADINGS, task_gates, task_rows, task_sentence
 
 REPORT_NAME = "report.html"
 
@@ -138,6 +140,10 @@ def _page(loaded: Loaded) -> dict[str, Any]:
         "worst_positions": worst_lines(check) if check is not None else [],
         "check_sentence": corpus_sentence(check) if check is not None else "",
         "gates": [(gate.passed, gate_sentence(gate)) for gate in check.gates] if check is not None else [],
+        "task_headings": TASK_HEADINGS,
+        "task_rows": [TableRow(row) for row in task_rows(loaded.tasks)],
+        "task_sentence": "" if loaded.tasks is None else task_sentence(loaded.tasks),
+        "task_gates": [] if loaded.tasks is None else task_gates(loaded.tasks),
         "manifest": list(flat(loaded.manifest)) if loaded.manifest is not None else [],
         "speeds": speed_rows(loaded.speeds),
         "commands": command_lines(loaded.commands),

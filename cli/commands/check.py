@@ -49,9 +49,24 @@ def check(
             help="Write so many tokens behind four prompts, by the bundle and by the model; show where they part."
         ),
     ] = None,
+    tasks: Annotated[
+        str | None,
+        Parameter(
+            help="Tasks of lm-evaluation-harness by name, or YAML files, separated by commas: accuracy and flips of "
+            "the bundle beside the unquantized model."
+        ),
+    ] = None,
+    items: Annotated[int | None, Parameter(help="With --tasks: only so many items of each task.")] = None,
+    max_flips: Annotated[
+        float | None,
+        Parameter(help="With --tasks: largest share of answers that may turn right or wrong, such as 0.05."),
+    ] = None,
     out: Annotated[
         Path | None,
-        Parameter(help="JSON file for the result (default: of the accuracy BUNDLE.check.json, else none)."),
+        Parameter(
+            help="JSON file for the result (default: of the accuracy BUNDLE.check.json, of --tasks BUNDLE.tasks.json, "
+            "else none)."
+        ),
     ] = None,
     as_json: AsJson = False,
     corpus: CorpusArguments = CorpusArguments(),
@@ -61,8 +76,16 @@ def check(
 ) -> int:
     """Compare a bundle with the unquantized model (perplexity, agreement, KL), or --parity, --clipping, --lint."""
     use_threads(threads)
-    mode = _mode(lint=lint, parity=parity, clipping=clipping is not None, continuations=continuations is not None)
+    mode = _mode(
+        lint=lint,
+        parity=parity,
+        clipping=clipping is not None,
+        continuations=continuations is not None,
+        tasks=tasks is not None,
+    )
     _require_fitting(mode, reference, recipe)
+    if tasks is None and (items is not None or max_flips is not None):
+        raise ArtifactError("check takes --items and --max-flips with --tasks only; omit them")
     asked = _Asked(bundle, reference or "", evaluation_text(corpus, gate), out, run_options, as_json)
     if lint:
         return _lint(asked)
@@ -72,6 +95,8 @@ def check(
         return _parity(asked, recipe)
     if continuations is not None:
         return _continuations(asked, continuations)
+    if tasks is not None:
+        return _tasks(asked, tasks, items, max_flips)
     return _accuracy(asked, gate)
 
 
@@ -172,6 +197,31 @@ def _continuations(asked: _Asked, tokens: int) -> int:
         found = continuations(*asked.pair, tokens, asked.text, out=asked.out, progress=progress, overwrite=overwrite)
     asked.output.result(found.document(), partial(print_continuations, found))
     return DONE
+
+
+def _tasks(asked: _Asked, tasks: str, items: int | None, max_flips: float | None) -> int:
+    from spike_export.artifacts.task_document import task_place
+    from spike_export.cli.terminal.task_table import print_task_accuracy
+    from spike_export.pipeline.tasks import task_accuracy
+
+    place = asked.out or task_place(asked.bundle)
+    with asked.output.progress("tasks") as progress:
+        found = task_accuracy(
+            *asked.pair,
+            [name for each in tasks.split(",") if (name := each.strip())],
+            items=items,
+            max_flips=max_flips,
+            out=place,
+            progress=progress,
+            overwrite=asked.options.overwrite,
+        )
+
+    def show(console: Console) -> None:
+        print_task_accuracy(found, console)
+        print_lines(console, f"tasks: {place}")
+
+    asked.output.result(found.document(), show)
+    return accuracy_verdict(found.passed)
 
 
 def _clipping(asked: _Asked, text: str, corpus: CorpusArguments) -> int:

@@ -31,6 +31,7 @@ FUNCTIONS = {
     "revalidate",
     "run_job",
     "save_recipe",
+    "task_accuracy",
     "write_report",
 }
 OPTIONS = {
@@ -67,6 +68,7 @@ RESULTS = {
     "Revalidation",
     "RunDifference",
     "RunInspection",
+    "TaskAccuracy",
 }
 PROGRESS = {"Progress", "StageCallback", "StageDisplay"}
 ERRORS = {

@@ -43,8 +43,8 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "report": ("report", RUN),
 }
 MAIN = "spike-export MODEL"
-ELSEWHERE = {"bench"}
-"""Tried in tests/serving/test_load.py, which has the time to start a server."""
+ELSEWHERE = {"bench", "check --tasks"}
+"""Tried in tests/serving/test_load.py, which has the time to start a server, and tests/cli/commands/test_tasks.py."""
 
 
 def read(outcome: Outcome) -> Any:

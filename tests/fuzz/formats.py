@@ -25,6 +25,7 @@ from spike_export.artifacts.errors import ArtifactError, EngineError
 from spike_export.artifacts.manifest import load_manifest
 from spike_export.artifacts.recipe import Search, recipe_text
 from spike_export.artifacts.speed_document import load_speeds
+from spike_export.artifacts.task_document import load_task_accuracy
 from spike_export.calibration.corpus.chat import rendered
 from spike_export.calibration.corpus.corpus import Corpus
 from spike_export.calibration.corpus.files import CorpusOptions, load_corpora
@@ -60,6 +61,7 @@ from spike_export.report.check_table import (
 )
 from spike_export.report.facts import command_lines, version_facts
 from spike_export.report.tables import speed_rows
+from spike_export.report.task_table import task_gates, task_rows, task_sentence
 from tests.fuzz.damage import damaged, damaged_bytes, damaged_graph, json_text, odd
 from tests.fuzz.gguf_parts import GgufParts, damaged_gguf
 from tests.support.check_costs import cost_document, noise_document
@@ -384,6 +386,37 @@ def _read_report_files(folder: Path) -> object:
     return speed_rows(speeds), command_lines(log.commands), version_facts(log.commands)
 
 
+_TASKS = {
+    "format": 1,
+    "lm_eval": "0.4",
+    "checkpoint_sha256": "0",
+    "recipe_sha256": None,
+    "prefix": [1],
+    "max_flips": 0.1,
+    "tasks": [
+        {
+            "task": "t",
+            "metric": "acc",
+            "items": 4,
+            "accuracy": 0.5,
+            "reference_accuracy": 0.25,
+            "difference": 0.25,
+            "difference_interval": [-0.2, 0.6],
+            "p_value": 1.0,
+            "flips": 0.25,
+            "flips_interval": [0.05, 0.7],
+            "lost": [],
+            "gained": [2],
+        }
+    ],
+}
+
+
+def _read_tasks(folder: Path) -> object:
+    found = load_task_accuracy(folder / "b.tasks.json")
+    return task_rows(found), task_sentence(found), task_gates(found)
+
+
 @cache
 def _statistics() -> dict[str, bytes]:
     random = np.random.default_rng(0)
@@ -559,6 +592,7 @@ FORMATS = (
     Format("plan header and sidecar", _sidecars, _read_plan, 80),
     Format("check document", lambda: json_text(_CHECK).map(lambda c: {"check.json": c}), _read_check, 80),
     Format("speeds and commands of a report", _report_files, _read_report_files),
+    Format("tasks document", lambda: json_text(_TASKS).map(lambda c: {"b.tasks.json": c}), _read_tasks),
     Format("statistics", _spikes, _read_spikes, 80),
     Format("choices of prefix and smoothing", _choices, _read_choices),
     Format("corpus", _corpus, _read_corpus, 80),

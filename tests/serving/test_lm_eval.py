@@ -1,24 +1,23 @@
-"""lm-evaluation-harness through the server: a task has the figures that the bundle's own session gives."""
+"""lm-evaluation-harness through the server: a task has the figures that `check --tasks` gives in process."""
 
 import json
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 
-from spike_export.engines.engine import Engine
+from spike_export.artifacts.manifest import load_manifest
+from spike_export.engines.generation.bundle_tokenizer import BundleTokenizer
 from spike_export.engines.onnx_runtime.session import open_bundle
+from spike_export.engines.tasks.continuation_scores import bundle_model
 from tests.support.tiny.service import Running
 
-model_api: Any = pytest.importorskip("lm_eval.api.model", reason="lm-eval is not installed")
 task_api: Any = pytest.importorskip("lm_eval.api.task", reason="lm-eval is not installed")
 evaluator: Any = pytest.importorskip("lm_eval.evaluator", reason="lm-eval is not installed")
 clients: Any = pytest.importorskip("lm_eval.models.openai_completions", reason="lm-eval is not installed")
 pytest.importorskip("tenacity", reason="lm-eval's client of servers is not installed")
+harness_model: Any = pytest.importorskip("spike_export.engines.tasks.harness_model", reason="lm-eval is not installed")
 
 QUESTIONS = [
     {"question": "One and one is", "choices": [" two", " three", " 4"], "answer": 0},
@@ -27,33 +26,13 @@ QUESTIONS = [
 ]
 
 
-class OwnSession(model_api.TemplateLM):  # type: ignore[misc]
-    """Scores tokens with the bundle's logits, in this process."""
-
-    def __init__(self, bundle: Path) -> None:
-        super().__init__()
-        self._session, self._tokenizer = open_bundle(bundle, threads=1), Engine.open(bundle, threads=1).tokenizer
-
-    eot_token_id = 1
-
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        tokens: list[int] = self._tokenizer.encode(string, add_special_tokens=False)
-        return tokens
-
-    def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
-        return [self._score(context, continuation) for _, context, continuation in requests]
-
-    def _score(self, context: list[int], continuation: list[int]) -> tuple[float, bool]:
-        tokens = np.array([[*context, *continuation]])
-        logits = torch.from_numpy(self._session.begin(1).step(tokens)[0, len(context) - 1 : -1])
-        logprobs, targets = logits.log_softmax(-1), torch.tensor(continuation)
-        return float(logprobs.gather(1, targets[:, None]).sum()), bool((logits.argmax(-1) == targets).all())
-
-    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
-        raise NotImplementedError
-
-    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
-        raise NotImplementedError
+def in_process(bundle: Path) -> Any:
+    """Return the bundle as `check --tasks` asks it."""
+    tokenizer = BundleTokenizer.read(bundle)
+    model = bundle_model(open_bundle(bundle, threads=1, all_logits=True))
+    return harness_model.HarnessModel(
+        model, lambda text: tokenizer.encode(text, add_special_tokens=False), load_manifest(bundle)
+    )
 
 
 def figures(model: Any, data: Path) -> tuple[dict[str, Any], list[list[float]]]:
@@ -92,7 +71,7 @@ def test_a_task_scores_through_the_server_as_in_process(
         tokenizer_backend="huggingface",
         batch_size=2,
     )
-    expected, scores = figures(OwnSession(bundle), data)
+    expected, scores = figures(in_process(bundle), data)
     found, remote_scores = figures(remote, data)
     assert found == expected
     assert [len(each) for each in remote_scores] == [3, 2, 3]

@@ -1,0 +1,1 @@
+"""Standard tasks: what quantization does to a bundle's answers."""
