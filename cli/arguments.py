@@ -145,11 +145,11 @@ class ExecutionArguments:
 @Parameter(name="*", group=_EXECUTION)
 @dataclass(frozen=True, kw_only=True)
 class ClusterArguments:
-    """Which Ray cluster measures the windows."""
+    """Which Ray cluster the windows are spread over."""
 
     ray: str | None = None
     """Spread the windows over a Ray cluster: auto (the one of this machine, or RAY_ADDRESS), local (a new one on this
-    machine) or HOST:PORT; extra `ray` (default: this process measures them)."""
+    machine) or HOST:PORT; extra `ray` (default: all in this process)."""
 
     ray_workers: int | None = None
     "Workers (default: as many as the cluster has processors or GPUs for)."

@@ -66,7 +66,7 @@ def cache_options(graph: GraphArguments) -> "CacheOptions":
 
 
 def cluster_options(cluster: ClusterArguments) -> "ClusterOptions | None":
-    """Return the cluster that measures the windows, or None without --ray.
+    """Return the cluster that windows are spread over, or None without --ray.
 
     Raises:
         CalibrationError: A figure means no worker, or is given without --ray.

@@ -62,7 +62,7 @@ def calibrate(
         options: What to measure, and how to choose.
         corpus: The text to calibrate on.
         execution: Devices, precision of the forward passes, and whether layers stay in memory.
-        cluster: Ray cluster whose workers measure the windows; None to measure them in this process.
+        cluster: Ray cluster whose workers forward the windows; None to do it in this process.
         display: Follows the stages; `StageCallback(function)` reports all of them to one function.
         recompute_recipe: Move a recipe that was edited by hand to `recipe.json.old`, and choose anew.
         attribution_windows: Windows on which to measure how much of the divergence each input causes, into

@@ -1,4 +1,4 @@
-"""Which Ray cluster a calibration's windows are spread over, and what each worker there takes."""
+"""Which Ray cluster windows are spread over, and what each worker there takes."""
 
 import socket
 from dataclasses import dataclass

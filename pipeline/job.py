@@ -42,7 +42,7 @@ class Job:
         build: How to build the plan.
         recompute_recipe: Discard a recipe that was edited by hand.
         attribution_windows: Windows on which to measure what each input causes of the divergence; 0 not to.
-        cluster: Ray cluster whose workers measure the windows; None to measure them in this process.
+        cluster: Ray cluster whose workers forward the calibration's windows; None to do it in this process.
         command: The command line that asked for the job, for the report; empty where none did.
     """
 

@@ -128,7 +128,7 @@ class Pipeline:
 
     Attributes:
         read: The job's corpora, where they were read before; None to read them when they are needed.
-        workers: Processes of a cluster that measure the windows; None to measure them here.
+        workers: Processes of a cluster that forward the windows; None to do it here.
     """
 
     job: Job
@@ -210,7 +210,8 @@ class Pipeline:
     @cached_property
     def calibration(self) -> Calibration:
         """Model and windows."""
-        return Calibration(self.checkpoint, self.windows, self.job.calibration, self.execution, self.decoder)
+        options = self.job.calibration
+        return Calibration(self.checkpoint, self.windows, options, self.execution, self.decoder, workers=self.workers)
 
     @property
     def _compute(self) -> list[str]:
@@ -277,8 +278,8 @@ class Pipeline:
             )
             chosen = replace(self.calibration.options, excluded_weights=weights.form)
             search = Search(
-                reference_perplexity=self.calibration.reference(prefixes.token_ids).perplexity,
-                plain_reference_perplexity=self.calibration.reference(()).perplexity,
+                reference_perplexity=self.calibration.reference_perplexity(prefixes.token_ids),
+                plain_reference_perplexity=self.calibration.reference_perplexity(()),
                 forward_tokens=prefixes.forward_tokens or None,
                 transforms=transforms.candidates,
                 activations=kinds.candidates,

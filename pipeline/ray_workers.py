@@ -1,14 +1,14 @@
-"""Calibration windows measured by the workers of a Ray cluster: the same bits as in this process, in any order.
+"""Windows that the workers of a Ray cluster forward: the same bits as in this process, in any order.
 
-Each worker opens the model from storage that all machines share, and measures one part of the windows after another. A
-worker that is lost is begun anew by Ray, on another machine where need be, and its part is measured again.
+Each worker opens the model from storage that all machines share, and is given one part of the windows after another. A
+worker that is lost is begun anew by Ray, on another machine where need be, and its part is done again.
 """
 
 import os
 import platform
 import socket
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -24,10 +24,11 @@ from spike_export.artifacts.errors import CalibrationError, SpikeExportError, on
 from spike_export.calibration.corpus.token_windows import TokenWindows
 from spike_export.calibration.methods.context import Calibration, Transform
 from spike_export.calibration.methods.options import CalibrationOptions
+from spike_export.calibration.methods.spreading import Result
 from spike_export.calibration.statistics.partial_statistics import Samples
 from spike_export.calibration.statistics.spikes import SpikeStatistics
 from spike_export.checkpoint.opening import open_checkpoint
-from spike_export.pipeline.cluster_options import ClusterOptions
+from spike_export.pipeline.cluster_options import LOCAL, ClusterOptions
 from spike_export.pipeline.execution import ExecutionOptions, execution_of
 
 _RESTARTS = 3
@@ -85,16 +86,14 @@ class Worker:
         """Return the machine's name, and what its bits depend on."""
         return self._node, surroundings(self._task.device)
 
-    def measure(
-        self, content: NDArray[np.int64], rows: Samples, prefix: tuple[int, ...], transform: Transform
-    ) -> SpikeStatistics:
-        """Return the statistics of these windows [samples, tokens].
+    def done(self, work: Callable[..., Result], arguments: tuple[Any, ...]) -> Result:
+        """Return what `work` does with this worker's calibration.
 
         Raises:
             CalibrationError: Names the machine.
         """
         try:
-            return self._opened().measure_windows(content, rows, prefix, transform)
+            return work(self._opened(), *arguments)
         except SpikeExportError as error:
             raise CalibrationError(f"Ray worker on {self._node}: {error}") from error
         except OSError as error:
@@ -131,6 +130,8 @@ class RayWorkers:
             raise CalibrationError("--ray needs the package ray; install the extra: pip install 'spike-export[ray]'")
         self.options.require_reachable()
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        if self.options.address == LOCAL:
+            os.environ.setdefault("RAY_worker_niceness", "0")  # 15 would let everything else on this machine go first
         import ray
 
         try:
@@ -149,6 +150,14 @@ class RayWorkers:
 
         ray.shutdown()
 
+    @property
+    def count(self) -> int:
+        """How many workers the cluster has room for, or was asked for."""
+        import ray
+
+        total = ray.cluster_resources()
+        return self.options.count(total.get("CPU", 0), total.get("GPU", 0))
+
     def measured(
         self, windows: NDArray[np.int64], prefix: tuple[int, ...], transform: Transform, parts: Sequence[Samples]
     ) -> Iterator[tuple[int, SpikeStatistics]]:
@@ -161,46 +170,75 @@ class RayWorkers:
             parts: Rows of `windows`.
 
         Raises:
+            CalibrationError: As `as_done`.
+        """
+        calls = ((windows[rows], rows, prefix, transform) for rows in parts)
+        return self.as_done(Calibration.measure_here, calls, len(parts))
+
+    def results(self, work: Callable[..., Result], calls: Sequence[tuple[Any, ...]]) -> list[Result]:
+        """Return what the workers do, in the order of the calls.
+
+        Raises:
+            CalibrationError: As `as_done`.
+        """
+        found = dict(self.as_done(work, calls, len(calls)))
+        return [found[number] for number in range(len(calls))]
+
+    def as_done(
+        self, work: Callable[..., Result], calls: Iterable[tuple[Any, ...]], most: int
+    ) -> Iterator[tuple[int, Result]]:
+        """Yield each call's number and result, in the order in which they are done.
+
+        Args:
+            work: Called with a worker's calibration, and arguments.
+            calls: The arguments.
+            most: How many workers have something to do at the same time.
+
+        Raises:
             CalibrationError: A worker's model or versions differ, or it failed or was lost too often.
         """
         import ray
 
-        waiting, running = iter(enumerate(parts)), dict[Any, tuple[Any, int]]()
+        waiting, running = iter(enumerate(calls)), dict[Any, tuple[Any, int]]()
 
         def begin(worker: Any) -> None:
-            number, rows = next(waiting, (None, None))
+            number, arguments = next(waiting, (None, ()))
             if number is not None:
-                running[worker.measure.remote(windows[rows], rows, prefix, transform)] = (worker, number)
+                running[worker.done.remote(work, arguments)] = (worker, number)
 
-        for worker in self._started(len(parts)):
+        for worker in self._started(most):
             begin(worker)
         while running:
-            (done,), _ = ray.wait(list(running), num_returns=1)
-            worker, number = running.pop(done)
-            yield number, _result(done)
+            (ready,), _ = ray.wait(list(running), num_returns=1)
+            worker, number = running.pop(ready)
+            yield number, _result(ready)
             begin(worker)
 
-    def _started(self, parts: int) -> list[Any]:
-        """Return the workers, no more than there are parts; they stay for the next measurement."""
-        import ray
-
-        if not self._workers:
-            total = ray.cluster_resources()
-            count = min(self.options.count(total.get("CPU", 0), total.get("GPU", 0)), max(1, parts))
-            variables = {name: os.environ[name] for name in _FORWARDED if name in os.environ}
-            made = ray.remote(Worker).options(
-                num_cpus=self.options.cpus,
-                num_gpus=self.options.gpus,
-                max_restarts=_RESTARTS,
-                max_task_retries=_RESTARTS,
-                runtime_env={"env_vars": variables | {"OMP_NUM_THREADS": str(self.task.threads)}},
-            )
-            self._workers = [made.remote(self.task) for _ in range(count)]
+    def _started(self, most: int) -> list[Any]:
+        """Return as many workers as have something to do; they stay for later calls."""
+        wanted = min(self.count, max(1, most))
+        if len(self._workers) < wanted:
+            added = [self._made.remote(self.task) for _ in range(wanted - len(self._workers))]
+            self._workers += added
             here = surroundings(self.task.device)
-            for worker in self._workers:
+            for worker in added:
                 node, there = _result(worker.surroundings.remote())
                 require_alike(node, here, there)
-        return self._workers
+        return self._workers[:wanted]
+
+    @property
+    def _made(self) -> Any:
+        """The class `Worker` as an actor: where it is placed, and in which environment."""
+        import ray
+
+        variables = {name: os.environ[name] for name in _FORWARDED if name in os.environ}
+        return ray.remote(Worker).options(
+            num_cpus=self.options.cpus,
+            num_gpus=self.options.gpus,
+            max_restarts=_RESTARTS,
+            max_task_retries=_RESTARTS,
+            runtime_env={"env_vars": variables | {"OMP_NUM_THREADS": str(self.task.threads)}},
+        )
 
 
 def require_alike(node: str, here: Mapping[str, str], there: Mapping[str, str]) -> None:

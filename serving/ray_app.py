@@ -87,24 +87,28 @@ def build(arguments: Arguments) -> Any:
         arguments: What to serve, and how much.
     """
     from ray import serve
+
+    deployment = serve.deployment(serve.ingress()(Replica), name="spike-export", **deployment_options(arguments))
+    return deployment.bind(arguments)
+
+
+def deployment_options(arguments: Arguments) -> dict[str, Any]:
+    """Return how Ray Serve runs the replicas: how many, on what, and who gets which request."""
     from ray.serve.config import RequestRouterConfig
 
-    deployment = serve.deployment(
-        serve.ingress()(Replica),
-        name="spike-export",
-        max_ongoing_requests=arguments.rows + arguments.queue,
-        autoscaling_config={
+    return {
+        "max_ongoing_requests": arguments.rows + arguments.queue,
+        "autoscaling_config": {
             "min_replicas": arguments.min_replicas,
             "max_replicas": max(arguments.min_replicas, arguments.max_replicas),
             "target_ongoing_requests": arguments.rows,
         },
-        ray_actor_options={
+        "ray_actor_options": {
             "num_cpus": arguments.threads,
             "num_gpus": arguments.gpus,
             "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(arguments.threads)}},
         },
-        health_check_period_s=_HEALTH_SECONDS,
-        graceful_shutdown_timeout_s=arguments.drain,
-        request_router_config=RequestRouterConfig(request_router_class=ROUTER),
-    )
-    return deployment.bind(arguments)
+        "health_check_period_s": _HEALTH_SECONDS,
+        "graceful_shutdown_timeout_s": arguments.drain,
+        "request_router_config": RequestRouterConfig(request_router_class=ROUTER),
+    }

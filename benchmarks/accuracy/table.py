@@ -106,8 +106,8 @@ def automatic_recipe(
     after = calibration.measure(behind.prefix_ids, transform) if transform.changes_weights else behind
     choice = choose_kept(calibration, after, transform, per_token=kinds.per_token)
     search = Search(
-        reference_perplexity=calibration.reference(prefixes.token_ids).perplexity,
-        plain_reference_perplexity=calibration.reference(()).perplexity,
+        reference_perplexity=calibration.reference_perplexity(prefixes.token_ids),
+        plain_reference_perplexity=calibration.reference_perplexity(()),
         transforms=chosen.candidates,
         activations=kinds.candidates,
         curve=choice.curve,

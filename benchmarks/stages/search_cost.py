@@ -109,7 +109,7 @@ def costs(calibration: Calibration) -> Iterator[Cost]:
     prefix, second = measured(calibration, "prefix", lambda: choose_prefix(calibration, plain))
     yield second
     behind = calibration.measure(prefix.token_ids)
-    calibration.reference(prefix.token_ids)
+    calibration.reference_perplexity(prefix.token_ids)
     choice, third = measured(calibration, "smoothing", lambda: choose_transform(calibration, behind))
     unseen = Unseen.of(calibration)
 

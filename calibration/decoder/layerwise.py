@@ -62,9 +62,14 @@ class Execution:
     scratch: Path | None = None
 
 
+def batch_size(length: int, tokens: int) -> int:
+    """Return how many windows of `length` tokens a forward batch of about `tokens` tokens has."""
+    return max(1, tokens // max(1, length))
+
+
 def batches(windows: NDArray[np.int64], tokens: int = BATCH_TOKENS) -> list[NDArray[np.int64]]:
     """Split [samples, length] windows into forward batches of about `tokens` tokens."""
-    size = max(1, tokens // max(1, windows.shape[1]))
+    size = batch_size(windows.shape[1], tokens)
     return [windows[start : start + size] for start in range(0, len(windows), size)]
 
 

@@ -1,9 +1,11 @@
 """Perplexity of token windows. The first content token is never scored, so that every prefix scores the same tokens."""
 
 import math
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import reduce
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,14 +52,38 @@ class ReferenceStates:
     """What the unquantized model yields on some windows behind a prefix.
 
     Attributes:
-        perplexity: Of its predictions.
+        likelihoods: Of each window's content.
         states: Per window, the last layer's output at every `DIVERGENCE_EVERY`-th content token.
         head: Turns them into logits.
     """
 
-    perplexity: float
+    likelihoods: Sequence[Likelihood]
     states: "Sequence[torch.Tensor]"
     head: Head
+
+    @property
+    def perplexity(self) -> float:
+        """Of all windows."""
+        return total(self.likelihoods).perplexity
+
+
+def total(likelihoods: Iterable[Likelihood]) -> Likelihood:
+    """Return the sum, taken in order."""
+    return reduce(operator.add, likelihoods, Likelihood(0.0, 0))
+
+
+@dataclass(frozen=True, slots=True)
+class WindowScore:
+    """A model's predictions on one window.
+
+    Attributes:
+        likelihood: Of the content.
+        divergence: KL(reference || model), the sum over `compared` tokens, in nats.
+    """
+
+    likelihood: Likelihood
+    divergence: float = 0.0
+    compared: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +97,13 @@ class Score:
 
     perplexity: float
     divergence: float = 0.0
+
+    @classmethod
+    def of(cls, windows: Sequence[WindowScore]) -> Self:
+        """Return the score of all windows; sums are taken in their order."""
+        divergence = reduce(operator.add, (window.divergence for window in windows), 0.0)
+        compared = max(1, sum(window.compared for window in windows))
+        return cls(total(window.likelihood for window in windows).perplexity, divergence / compared)
 
 
 DIVERGENCE_EVERY = 4
@@ -99,24 +132,24 @@ def model_perplexity(
         head: How the language-model head computes.
         head_smoothing: Of its input; heads that do not round it have none.
     """
-    scored = score(
+    found = window_scores(
         decoder, windows, content_length, prefix, visits, head=head, head_smoothing=head_smoothing, progress=progress
     )
-    return scored.perplexity
+    return Score.of(found).perplexity
 
 
 def reference_states(
     decoder: Decoder, windows: NDArray[np.int64], content_length: int, prefix: Sequence[int]
 ) -> ReferenceStates:
-    """Run the unquantized model and keep what `score` compares with; arguments as in `model_perplexity`."""
-    total, kept, head = Likelihood(0.0, 0), [], decoder.head()
+    """Run the unquantized model and keep what scores compare with; arguments as in `model_perplexity`."""
+    likelihoods, kept, head = list[Likelihood](), [], decoder.head()
     for tokens, states in content_states(decoder, windows, content_length, prefix):
-        total += likelihood(head, states, tokens)
+        likelihoods.append(likelihood(head, states, tokens))
         kept.append(states[::DIVERGENCE_EVERY].clone())
-    return ReferenceStates(total.perplexity, kept, head)
+    return ReferenceStates(likelihoods, kept, head)
 
 
-def score(
+def window_scores(
     decoder: Decoder,
     windows: NDArray[np.int64],
     content_length: int,
@@ -127,18 +160,18 @@ def score(
     head_smoothing: SmoothingPlan | None = None,
     reference: ReferenceStates | None = None,
     progress: Progress = silent,
-) -> Score:
-    """Return perplexity and, with a reference, divergence; arguments as in `model_perplexity`."""
-    to_logits = decoder.head(head, head_smoothing)
-    total, divergence, compared = Likelihood(0.0, 0), 0.0, 0
+) -> list[WindowScore]:
+    """Return each window's likelihood and, with a reference, divergence; arguments as in `model_perplexity`."""
+    to_logits, found = decoder.head(head, head_smoothing), []
     content = content_states(decoder, windows, content_length, prefix, visits, progress)
     for index, (tokens, states) in enumerate(content):
-        total += likelihood(to_logits, states, tokens)
+        divergence, compared = 0.0, 0
         if reference is not None:
             expected = reference.states[index]
-            divergence += divergence_sum(reference.head, expected, to_logits, states[::DIVERGENCE_EVERY])
-            compared += len(expected)
-    return Score(total.perplexity, divergence / max(1, compared))
+            divergence = divergence_sum(reference.head, expected, to_logits, states[::DIVERGENCE_EVERY])
+            compared = len(expected)
+        found.append(WindowScore(likelihood(to_logits, states, tokens), divergence, compared))
+    return found
 
 
 def content_states(

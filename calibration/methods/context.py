@@ -1,7 +1,7 @@
 """The context of a calibration: a checkpoint, its windows, and the measurements that every choice is made by."""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
@@ -28,14 +28,24 @@ from spike_export.calibration.corpus.token_windows import TokenWindows
 from spike_export.calibration.decoder.equivalent_weights import equivalent_checkpoint
 from spike_export.calibration.decoder.heap import collect_and_return_memory
 from spike_export.calibration.decoder.layerwise import Decoder, Execution, Meter
-from spike_export.calibration.decoder.perplexity import ReferenceStates, Score, reference_states, score, with_bos
+from spike_export.calibration.decoder.perplexity import (
+    Likelihood,
+    ReferenceStates,
+    Score,
+    WindowScore,
+    reference_states,
+    total,
+    window_scores,
+    with_bos,
+)
 from spike_export.calibration.decoder.simulate import QuantizedWeights, Simulation
 from spike_export.calibration.decoder.smoothing import is_per_value_head, plan_scales, repeated_for_group
 from spike_export.calibration.methods.head_smoothing import HeadSmoothing, choose_head_smoothing
 from spike_export.calibration.methods.options import CalibrationOptions
 from spike_export.calibration.methods.overflow_guard import module_dtype
+from spike_export.calibration.methods.spreading import Result, Workers, window_parts
 from spike_export.calibration.statistics.measure import measure_spikes
-from spike_export.calibration.statistics.spikes import ModuleSpikes, SpikeStatistics, covered_range
+from spike_export.calibration.statistics.spikes import ModuleSpikes, SpikeStatistics, covered_range, merge_statistics
 from spike_export.checkpoint.checkpoint import Checkpoint
 from spike_export.checkpoint.decoder_config import DecoderConfig
 from spike_export.checkpoint.modules import input_sites, is_router, siblings, split_name
@@ -109,12 +119,32 @@ class Model:
 
 
 @dataclass(frozen=True)
+class QuantizedModel:
+    """A quantized model as it is simulated.
+
+    Attributes:
+        transform: What is done to the weights before they are quantized.
+        plans: Precision and scale of each linear.
+        attention: Steps of each attention block's operands.
+        head_smoothing: Of a head in INT8.
+        options: Scheme of weights and head.
+    """
+
+    transform: Transform
+    plans: Mapping[str, ModulePlan]
+    attention: Mapping[str, AttentionPlan]
+    head_smoothing: SmoothingPlan | None
+    options: CalibrationOptions
+
+
+@dataclass(frozen=True)
 class Calibration:
     """A checkpoint with the windows it is calibrated on; weights are read into memory on first use.
 
     Attributes:
         decoder: The checkpoint's own weights in torch, where they are there already.
-        meter: Counts the tokens that are forwarded here.
+        meter: Counts the tokens that are forwarded here, or for this calibration by its workers.
+        workers: Processes that forward windows for this one; None to do it here.
     """
 
     checkpoint: Checkpoint
@@ -123,7 +153,9 @@ class Calibration:
     execution: Execution = Execution()
     decoder: Decoder | None = field(default=None, repr=False)
     meter: Meter = field(default_factory=Meter, repr=False)
-    _references: dict[tuple[int, ...], ReferenceStates] = field(default_factory=dict, repr=False)
+    workers: Workers | None = field(default=None, repr=False)
+    _references: dict[tuple[bytes, tuple[int, ...]], ReferenceStates] = field(default_factory=dict, repr=False)
+    _perplexities: dict[tuple[int, ...], float] = field(default_factory=dict, repr=False)
     _head_smoothings: dict[RotationPlan | None, HeadSmoothing] = field(default_factory=dict, repr=False)
     _transformed: list[tuple[Transform, Model]] = field(default_factory=list, repr=False)
     _smoothed: list[tuple[Transform, QuantizedWeights]] = field(default_factory=list, repr=False)
@@ -143,6 +175,7 @@ class Calibration:
         """Return a transform's model; the last one is kept."""
         if not transform.changes_weights:
             return self.model
+        transform = transform.of_weights
         if not self._transformed or self._transformed[0][0] != transform:
             self._transformed.clear()
             collect_and_return_memory()
@@ -228,6 +261,21 @@ class Calibration:
         progress: Progress = silent,
     ) -> SpikeStatistics:
         """Record the statistics of some windows [samples, tokens] behind a prefix."""
+        if self.workers is None:
+            return self.measure_here(content, sample_ids, prefix, transform, progress)
+        parts = self._parts(self.workers, content, prefix)
+        calls = [(content[rows], sample_ids[rows], prefix, transform.of_weights) for rows in parts]
+        return merge_statistics(self.workers.results(Calibration.measure_here, calls))
+
+    def measure_here(
+        self,
+        content: NDArray[np.int64],
+        sample_ids: NDArray[np.int64],
+        prefix: tuple[int, ...],
+        transform: Transform = NO_TRANSFORM,
+        progress: Progress = silent,
+    ) -> SpikeStatistics:
+        """Record the same in this process."""
         return measure_spikes(
             self.transformed(transform).decoder,
             self.fed(content, prefix),
@@ -237,15 +285,38 @@ class Calibration:
             progress=progress,
         )
 
-    def reference(self, prefix: tuple[int, ...]) -> ReferenceStates:
-        """Return the unquantized model's perplexity and states on the search windows behind a prefix."""
-        if prefix not in self._references:
+    def _parts(self, workers: Workers, content: NDArray[np.int64], prefix: tuple[int, ...]) -> list[slice]:
+        """Return each worker's windows, and count them all: a worker that is lost may forward some of them again."""
+        fed = self.fed(content, prefix)
+        self.meter.layers = self.checkpoint.config.num_hidden_layers
+        self.meter.token_layers += fed.size * self.meter.layers
+        return window_parts(len(fed), fed.shape[1], workers.count)
+
+    def reference_perplexity(self, prefix: tuple[int, ...]) -> float:
+        """Return the unquantized model's perplexity on the search windows behind a prefix."""
+        if prefix not in self._perplexities:
             content = self.search_windows
+            if self.workers is None or (content.tobytes(), prefix) in self._references:
+                likelihoods = self.likelihoods_here(content, prefix)
+            else:
+                calls = [(content[rows], prefix) for rows in self._parts(self.workers, content, prefix)]
+                likelihoods = _joined(self.workers.results(Calibration.likelihoods_here, calls))
+            found = total(likelihoods).perplexity
+            self._require_finite(found, "the unquantized model")
+            self._perplexities[prefix] = found
+        return self._perplexities[prefix]
+
+    def likelihoods_here(self, content: NDArray[np.int64], prefix: tuple[int, ...]) -> Sequence[Likelihood]:
+        """Return the unquantized model's likelihood of each window [windows, tokens], computed in this process."""
+        return self.reference(content, prefix).likelihoods
+
+    def reference(self, content: NDArray[np.int64], prefix: tuple[int, ...]) -> ReferenceStates:
+        """Return what the unquantized model yields on windows [windows, tokens] behind a prefix, once computed here."""
+        key = (content.tobytes(), prefix)
+        if key not in self._references:
             fed = self.fed(content, prefix)
-            found = reference_states(self.model.decoder, fed, content.shape[1], prefix)
-            self._require_finite(found.perplexity, "the unquantized model")
-            self._references[prefix] = found
-        return self._references[prefix]
+            self._references[key] = reference_states(self.model.decoder, fed, content.shape[1], prefix)
+        return self._references[key]
 
     def _require_finite(self, perplexity: float, model: str) -> None:
         """Refuse to choose by figures that say nothing: NaN, or beyond what a float holds."""
@@ -267,7 +338,7 @@ class Calibration:
             content, judging, others = self.windows.calibration, self.search_rows, self.scale_rows
             made_of = others[:: max(1, len(others) // len(judging))][: len(judging)]
             decoder, length = self.transformed(Transform(rotation=rotation)).decoder, content.shape[1]
-            reference = self.reference(())
+            reference = self.reference(self.search_windows, ())
             if rotation is not None:
                 reference = reference_states(decoder, self.fed(self.search_windows, ()), length, ())
             windows = self.fed(content[made_of], ())
@@ -300,23 +371,46 @@ class Calibration:
             # The steps of these values follow from no statistics of the model before.
             statistics, measured = self._measured_again(statistics, transform), True
         plans = module_plans(statistics, kept, transform, self.options, None if measured else scales, per_token)
-        decoder, simulation = self._simulation(plans, transform, scales)
-        simulation = replace(simulation, attention=attention_plans(statistics, self.options))
-        content, prefix = self.search_windows, statistics.prefix_ids
-        fed = self.fed(content, prefix)
-        reference = self.reference(prefix) if compare else None
-        found = score(
+        head = self.head_smoothing(transform.rotation).plan
+        attention = attention_plans(statistics, self.options)
+        model = QuantizedModel(transform.of_weights, plans, attention, head, self.options)
+        found = Score.of(self._scores(model, statistics.prefix_ids, compare))
+        self._require_finite(found.perplexity, "the quantized model")
+        return found
+
+    def _scores(self, model: QuantizedModel, prefix: tuple[int, ...], compare: bool) -> Sequence[WindowScore]:
+        content = self.search_windows
+        if compare:
+            self.reference_perplexity(prefix)  # refuses a model that there is nothing to compare with
+        if self.workers is None:
+            return self.scores_here(content, prefix, model, compare)
+        parts = self._parts(self.workers, content, prefix)
+        calls = [(content[rows], prefix, model, compare) for rows in parts]
+        return _joined(self.workers.results(Calibration.scores_here, calls))
+
+    def scores_here(
+        self, content: NDArray[np.int64], prefix: tuple[int, ...], model: QuantizedModel, compare: bool
+    ) -> Sequence[WindowScore]:
+        """Return a quantized model's score on each window [windows, tokens] behind a prefix, computed in this process.
+
+        Args:
+            content: The windows.
+            prefix: Token ids before each of them.
+            model: What is simulated.
+            compare: Whether to measure the divergence too.
+        """
+        own = self if model.options == self.options else self.with_options(model.options)
+        decoder, simulation = own._simulation(model)
+        return window_scores(
             decoder,
-            fed,
+            self.fed(content, prefix),
             content.shape[1],
             prefix,
             (simulation.visit,),
-            head=self.options.head,
-            head_smoothing=self.head_smoothing(transform.rotation).plan,
-            reference=reference,
+            head=model.options.head,
+            head_smoothing=model.head_smoothing,
+            reference=self.reference(content, prefix) if compare else None,
         )
-        self._require_finite(found.perplexity, "the quantized model")
-        return found
 
     def _needs_weights_of(self, transform: Transform) -> bool:
         """Whether a simulation needs the transformed weights themselves: smoothing at the linears' inputs is not all.
@@ -331,22 +425,26 @@ class Calibration:
         rows = statistics.sample_ids
         return self.measure_windows(self.windows.calibration[rows], rows, statistics.prefix_ids, transform)
 
-    def _simulation(
-        self, plans: Mapping[str, ModulePlan], transform: Transform, scales: Mapping[str, NDArray[np.float32]]
-    ) -> tuple[Decoder, Simulation]:
+    def _simulation(self, model: QuantizedModel) -> tuple[Decoder, Simulation]:
         """Return the decoder to run and what to simulate in it.
 
         Smoothing needs no weights of its own in memory where every linear's row has a scale of its own, and nothing but
         linears is quantized.
         """
+        transform, scales = model.transform, channel_scales(model.transform, self.checkpoint.config)
         if not scales or self._needs_weights_of(transform) or self.options.weights == "int8-per-tensor":
-            model = self.transformed(transform)
-            return model.decoder, Simulation(plans, model.quantized)
+            own = self.transformed(transform)
+            return own.decoder, Simulation(model.plans, own.quantized, model.attention)
         if not self._smoothed or self._smoothed[0][0] != transform:
             self._smoothed[:] = [(transform, QuantizedWeights(self.options.weights, keep=self.execution.resident))]
         rotated = self.transformed(Transform(rotation=transform.rotation))
         readers = {reader: factors for name, factors in scales.items() for reader in siblings(name)}
-        return rotated.decoder, Simulation(plans, self._smoothed[0][1], smoothing=readers)
+        return rotated.decoder, Simulation(model.plans, self._smoothed[0][1], model.attention, readers)
+
+
+def _joined(parts: Sequence[Sequence[Result]]) -> list[Result]:
+    """Return what the workers found, window after window."""
+    return [each for part in parts for each in part]
 
 
 def spread(rows: NDArray[np.int64], most: int) -> NDArray[np.int64]:

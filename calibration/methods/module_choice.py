@@ -55,7 +55,7 @@ def choose_kept(
     if options.max_fp16_modules is not None:
         return _better([scores.keep_highest(options.max_fp16_modules) for scores in orders], evaluate)
 
-    reference = calibration.reference(statistics.prefix_ids).perplexity
+    reference = calibration.reference_perplexity(statistics.prefix_ids)
     largest = [(scores, scores.keep_share(options.max_fp16_share)) for scores in orders]
     scores, most = min(largest, key=lambda pair: evaluate(pair[1].kept))
     choice = choose_modules(scores, evaluate, reference, options.tolerance, most)

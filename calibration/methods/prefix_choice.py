@@ -133,14 +133,14 @@ class _Competition:
 
         Only who would win is asked whether it leaves the unquantized model as it is; if not, the next one is.
         """
-        plain = self._calibration.reference(()).perplexity
+        plain = self._calibration.reference_perplexity(())
         judged: dict[tuple[int, ...], dict[str, object]] = {(): {"reference_perplexity": plain}}
         winner: tuple[int, ...] = ()
         entered = [(each.perplexity, each.token_ids) for each in self.candidates if each.perplexity is not None]
         for _, prefix in sorted(entered, key=lambda each: each[0]):
             if not prefix:
                 break
-            reference = self._calibration.reference(prefix).perplexity
+            reference = self._calibration.reference_perplexity(prefix)
             judged[prefix] = {"reference_perplexity": reference}
             if reference <= (1 + NEUTRALITY) * plain:
                 winner = prefix

@@ -11,6 +11,7 @@ from rich.console import Console
 from spike_export.cli.arguments import (
     AsJson,
     BuildArguments,
+    ClusterArguments,
     CorpusArguments,
     DtypeArguments,
     ExecutionArguments,
@@ -28,6 +29,7 @@ from spike_export.cli.options import (
     build_options,
     cache_options,
     calibration_options,
+    cluster_options,
     corpus_options,
     execution_options,
     further_texts,
@@ -55,6 +57,7 @@ def job(
     dtype: DtypeArguments = DtypeArguments(),
     number_format: FormatArguments = FormatArguments(),
     execution: ExecutionArguments = ExecutionArguments(),
+    cluster: ClusterArguments = ClusterArguments(),
     graph: GraphArguments = GraphArguments(),
     gate: GateArguments = GateArguments(),
     build: BuildArguments = BuildArguments(),
@@ -83,6 +86,7 @@ def job(
         texts=further_texts(gate, corpus),
         build=build_options(build),
         recompute_recipe=recompute == "recipe",
+        cluster=cluster_options(cluster),
         command=COMMAND.get(),
     )
     return _run_job(work, build.allow_fallback, Output(run_options.quiet, as_json), run_options)

@@ -30,9 +30,9 @@ def test_the_winners_are_judged_on_windows_that_no_step_saw(calibration: Calibra
     unseen = Unseen.of(calibration)
     assert unseen.model is calibration.model
     np.testing.assert_array_equal(unseen.search_windows, calibration.windows.evaluation)
-    perplexity = unseen.reference(()).perplexity
+    perplexity = unseen.reference_perplexity(())
     assert perplexity == pytest.approx(unquantized_perplexity(calibration, ()), rel=1e-5)  # float32, other batches
-    assert abs(perplexity / calibration.reference(()).perplexity - 1) > 1e-3
+    assert abs(perplexity / calibration.reference_perplexity(()) - 1) > 1e-3
 
 
 def test_the_grid_is_every_combination_of_strengths(calibration: Calibration) -> None:

@@ -1,23 +1,29 @@
-"""`calibrate --ray`: the files of one process, whatever the number of workers; what cannot work is refused at once."""
+"""`--ray`: the files of one process, whatever the number of workers; what cannot work is refused at once."""
 
+import errno
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from spike_export.artifacts.errors import CalibrationError
-from spike_export.calibration.methods.context import Transform
+from spike_export.calibration.corpus.files import CorpusOptions
+from spike_export.calibration.methods.context import Calibration, Transform
 from spike_export.calibration.methods.options import CalibrationOptions
+from spike_export.checkpoint.opening import open_checkpoint
 from spike_export.pipeline.cluster_options import ClusterOptions
 from spike_export.pipeline.execution import ExecutionOptions
+from spike_export.pipeline.job import Job
 from spike_export.pipeline.ray_workers import RayWorkers, WorkerTask, require_alike, surroundings
-from tests.support.tiny.cli_models import Outcome, artifacts, call, write_inputs
+from spike_export.pipeline.run_job import run_job
+from tests.support.tiny.cli_models import Outcome, artifacts, call, corpus_text, write_inputs
 
 KILLED_BEHIND_THE_FIRST_PART = """
 import os, signal
@@ -42,12 +48,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_inputs(tmp_path_factory.mktemp("ray"))
 
 
-@pytest.fixture(autouse=True)
-def hasty_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray's workers let others go first (niceness 15), which on a busy machine takes minutes."""
-    monkeypatch.setenv("RAY_worker_niceness", "0")
-
-
 def calibrated(folder: Path, work_dir: Path, *options: str) -> Outcome:
     corpus = ("--corpus", folder / "corpus.txt")
     return call("calibrate", folder / "model", "--work-dir", work_dir, *corpus, *OPTIONS, *options)
@@ -57,15 +57,57 @@ def results(work_dir: Path) -> dict[str, bytes]:
     return {name: content for name, content in artifacts(work_dir).items() if not name.endswith(".lock")}
 
 
-@pytest.mark.slow
-def test_any_number_of_workers_leaves_the_files_of_one_process(folder: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """Two nodes of two processors each, as Ray sees them, on this machine; the address of the head."""
     pytest.importorskip("ray", reason="needs the extra `ray`")
-    assert calibrated(folder, tmp_path / "alone").code == 0
-    alone = results(tmp_path / "alone")
-    for workers in ("1", "2"):
-        done = calibrated(folder, tmp_path / workers, "--ray", "local", "--ray-workers", workers)
-        assert done.code == 0, done.err
-        assert results(tmp_path / workers) == alone
+    from ray.cluster_utils import Cluster
+
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("RAY_worker_niceness", "0")  # 15 would take minutes on a busy machine
+        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+        made.add_node(num_cpus=2)
+    yield made.address
+    made.shutdown()
+
+
+def finished(folder: Path, run: Path, cluster: ClusterOptions | None) -> dict[str, bytes]:
+    """Run all stages but the plan's; return what they left that has no place in it."""
+    options = CalibrationOptions(samples=7, length=256)
+    corpus = CorpusOptions(folder / "long.txt")
+    run_job(Job(str(folder / "model"), run, calibration=options, corpus=corpus, cluster=cluster))
+    files = results(run)
+    return {name: files[name] for name in files if not name.startswith(("report", "pictures", "."))}
+
+
+@pytest.mark.slow
+def test_any_number_of_workers_leaves_the_files_of_one_process(folder: Path, tmp_path: Path, cluster: str) -> None:
+    """Statistics, prefix, smoothing, recipe, bundle and check; windows long enough for several forward batches."""
+    (folder / "long.txt").write_text("\n".join(corpus_text(seed) for seed in range(8)), encoding="utf-8")
+    alone = finished(folder, tmp_path / "alone", None)
+    assert {"recipe.json", "prefix.json", "smoothing.json", "check.json", "bundle/model.onnx.data"} < alone.keys()
+    for workers in (1, 2, 4):
+        spread = finished(folder, tmp_path / str(workers), ClusterOptions(address=cluster, workers=workers))
+        assert spread == alone
+
+
+@pytest.mark.slow
+def test_a_full_disk_of_a_worker_names_the_machine(folder: Path) -> None:
+    pytest.importorskip("ray", reason="needs the extra `ray`")
+
+    def on_a_full_disk(_: Calibration) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/scratch/activations")
+
+    model = str(folder / "model")
+    options = CalibrationOptions(samples=2, length=8)
+    task = WorkerTask(model, open_checkpoint(model).tensors.sha256(), options, ExecutionOptions(), 1)
+    with (
+        RayWorkers(ClusterOptions(address="local", workers=1), task) as workers,
+        pytest.raises(
+            CalibrationError, match=f"Ray worker on {socket.gethostname()}: /scratch/activations: the disk is full"
+        ),
+    ):
+        workers.results(on_a_full_disk, [()])
 
 
 @pytest.mark.slow
@@ -80,6 +122,7 @@ def test_a_killed_worker_is_begun_anew(folder: Path, monkeypatch: pytest.MonkeyP
         for found in measured(self, *arguments):  # type: ignore[arg-type]
             if not killed:
                 process = ray.get(self._workers[0].__ray_call__.remote(lambda _: os.getpid()))
+                assert os.getpriority(os.PRIO_PROCESS, process) == os.getpriority(os.PRIO_PROCESS, 0)
                 os.kill(process, signal.SIGKILL)
                 killed.append(process)
             yield found

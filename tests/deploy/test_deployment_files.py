@@ -3,6 +3,7 @@
 Nothing is built or started: that needs a daemon.
 """
 
+import copy
 import json
 import re
 import shutil
@@ -14,8 +15,12 @@ from typing import Any
 
 import pytest
 import yaml
+from packaging.specifiers import SpecifierSet
+from pydantic import ValidationError
 
 from spike_export.cli.main import app
+from spike_export.serving.ray_app import Arguments
+from tests.support.kuberay import RayService
 from tests.support.tiny.service import running, write_served_bundle
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,6 +28,7 @@ DEPLOY = ROOT / "deploy"
 DOCKERFILE = (DEPLOY / "Dockerfile").read_text(encoding="utf-8")
 COMPOSE: Any = yaml.safe_load((DEPLOY / "compose.yaml").read_text(encoding="utf-8"))
 MANIFESTS: list[Any] = list(yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text(encoding="utf-8")))
+RAY_SERVICE: Any = yaml.safe_load((DEPLOY / "rayservice.yaml").read_text(encoding="utf-8"))
 (POD,) = [each["spec"]["template"]["spec"] for each in MANIFESTS if each["kind"] == "Deployment"]
 
 
@@ -57,6 +63,55 @@ def test_the_manifest_follows_kubernetes_schemas() -> None:
         validation.validate(manifest, validation.latest_version(), strict=True)
 
 
+def ray_groups() -> list[Any]:
+    cluster = RAY_SERVICE["spec"]["rayClusterConfig"]
+    return [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+
+
+def test_the_ray_service_follows_kuberays_schema() -> None:
+    RayService.model_validate(RAY_SERVICE)
+    for place in ("rayStartParams", "template"):
+        damaged = copy.deepcopy(RAY_SERVICE)
+        head = damaged["spec"]["rayClusterConfig"]["headGroupSpec"]
+        head[place.upper()] = head.pop(place)
+        with pytest.raises(ValidationError, match=rf"headGroupSpec.{place}\n.*Field required"):
+            RayService.model_validate(damaged)
+
+
+def test_the_pods_of_the_ray_service_follow_kubernetes_schemas() -> None:
+    validation: Any = pytest.importorskip("kubernetes_validate", reason="needs kubernetes-validate")
+    for group in ray_groups():
+        template = {"apiVersion": "v1", "kind": "PodTemplate", "template": group["template"]}
+        validation.validate(template, validation.latest_version(), strict=True)
+
+
+def test_the_ray_service_is_the_application_of_ray_serve() -> None:
+    application = yaml.safe_load((DEPLOY / "ray-serve.yaml").read_text(encoding="utf-8"))
+    assert yaml.safe_load(RAY_SERVICE["spec"]["serveConfigV2"]) == application
+    (arguments,) = [each["args"] for each in application["applications"]]
+    head, workers = ray_groups()
+    assert head["rayStartParams"]["num-cpus"] == "0"
+    (container,) = workers["template"]["spec"]["containers"]
+    assert int(container["resources"]["limits"]["cpu"]) == arguments["threads"]
+    assert [workers["minReplicas"], workers["maxReplicas"]] == [arguments["min_replicas"], arguments["max_replicas"]]
+    assert workers["template"]["spec"]["terminationGracePeriodSeconds"] > Arguments(path=Path("bundle")).drain
+    mounts = [each["mountPath"] for each in container["volumeMounts"]]
+    assert any(arguments["path"].startswith(f"{mount}/") for mount in mounts)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    (ray,) = project["project"]["optional-dependencies"]["ray-serve"]
+    assert SpecifierSet(ray.removeprefix("ray[serve]")).contains(RAY_SERVICE["spec"]["rayClusterConfig"]["rayVersion"])
+
+
+def test_the_pods_of_the_ray_service_run_without_rights() -> None:
+    for group in ray_groups():
+        pod = group["template"]["spec"]
+        assert pod["securityContext"]["runAsNonRoot"]
+        (container,) = pod["containers"]
+        assert container["image"] == "spike-export:ray"
+        assert container["securityContext"]["readOnlyRootFilesystem"]
+        assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+
+
 def test_images_are_pinned() -> None:
     bases = re.findall(r"^FROM (\S+) AS", DOCKERFILE, flags=re.MULTILINE)
     outer = {base for base in bases if base not in stages()}
@@ -69,7 +124,7 @@ def test_images_are_pinned() -> None:
 def test_images_run_without_rights() -> None:
     final = stages()
     assert "USER 10001:10001" in final["runtime"]
-    for target in ("cpu", "gpu", "rtx", "tensorrt"):
+    for target in ("cpu", "ray", "gpu", "rtx", "tensorrt"):
         assert final[target].startswith(("FROM runtime\n", "FROM gpu\n"))
         assert "USER" not in final[target]
     for service in COMPOSE["services"].values():

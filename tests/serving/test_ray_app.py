@@ -1,21 +1,28 @@
 """The server as an application of Ray Serve, on a cluster of this machine."""
 
 import os
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
 import yaml
-from openai import OpenAI
+from openai import OpenAI, OpenAIError
 from pydantic import ValidationError
 
 from spike_export import Engine
 from spike_export.serving.ray_app import Arguments, Replica, build
-from tests.support.tiny.service import write_served_bundle
+from tests.support.tiny.service import CAPACITY, write_served_bundle
 
 ROOT = Path(__file__).resolve().parents[2]
+
+LONG = CAPACITY - 20
+"""Tokens of an answer that takes a while."""
 
 
 @pytest.fixture(scope="module")
@@ -111,13 +118,82 @@ def test_a_session_finds_its_beginning_in_one_replica(url: str) -> None:
     assert first <= min(others)
 
 
-@pytest.mark.slow
-def test_the_others_answer_while_a_replica_is_replaced(url: str) -> None:
+def kill_a_replica() -> None:
     import ray
 
     names = [each["name"] for each in ray.util.list_named_actors(all_namespaces=True)]
     (victim, *_) = [name for name in names if "spike-export" in name]
     ray.kill(ray.get_actor(victim, namespace="serve"), no_restart=True)
+
+
+def replicas_that_run() -> int:
+    from ray import serve
+
+    (deployment,) = serve.status().applications["tiny"].deployments.values()
+    return deployment.replica_states.get("RUNNING", 0)
+
+
+@dataclass
+class Outcomes:
+    """What clients got: whole answers, whole streams, and streams that ended with an error."""
+
+    answers: int = 0
+    streams: int = 0
+    told: list[str] = field(default_factory=list)
+
+
+def ask_on(url: str, session: int, expected: str, until: threading.Event, found: Outcomes) -> None:
+    """Ask for one answer after another, half of them streamed; a request that failed is sent again by the client."""
+    headers = {"x-session-id": str(session)}
+    client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=8, timeout=60, default_headers=headers)
+    asked: dict[str, Any] = {"model": "tiny", "prompt": "ab cd", "max_tokens": LONG, "temperature": 0}
+    asked["extra_body"] = {"ignore_eos": True}
+    while not until.is_set():
+        assert client.completions.create(**asked).choices[0].text == expected
+        found.answers += 1
+        text, reason = "", None
+        try:
+            for event in client.completions.create(**asked, stream=True):
+                text += event.choices[0].text
+                reason = event.choices[0].finish_reason or reason
+        except (OpenAIError, httpx2.HTTPError) as error:
+            found.told.append(str(error))
+        else:
+            assert (text, reason) == (expected, "length"), "a stream was cut short, and nobody was told"
+            found.streams += 1
+
+
+@pytest.mark.slow
+def test_a_replica_killed_under_load_loses_no_request_that_can_be_sent_again(url: str, bundle: Path) -> None:
+    """An answer in one piece is asked for again; the reader of a stream that had begun is told that it broke."""
+    with Engine.open(bundle) as engine:
+        expected = engine.generate("ab cd", max_new_tokens=LONG, do_sample=False, ignore_eos=True)[0].text
+    until, found = threading.Event(), [Outcomes() for _ in range(6)]
+    with ThreadPoolExecutor(6) as clients:
+        running = [clients.submit(ask_on, url, session, expected, until, each) for session, each in enumerate(found)]
+        try:
+            wait_for(lambda: all(each.streams for each in found))
+            kill_a_replica()
+            before = [each.answers for each in found]
+            wait_for(lambda: all(each.answers > count + 1 for each, count in zip(found, before, strict=True)))
+            wait_for(lambda: replicas_that_run() == 2)
+        finally:
+            until.set()
+        for each in running:
+            each.result()
+    assert any(each.told for each in found)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 240
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+@pytest.mark.slow
+def test_the_others_answer_while_a_replica_is_replaced(url: str) -> None:
+    kill_a_replica()
     client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=5, timeout=60)
     for number in range(6):
         headers = {"x-session-id": str(number)}

@@ -8,7 +8,7 @@ from spike_export.artifacts.recipe import Recipe
 from spike_export.calibration.corpus.corpus import Corpus
 from spike_export.calibration.corpus.token_windows import TokenWindows
 from spike_export.calibration.decoder.layerwise import Decoder, Execution
-from spike_export.calibration.decoder.perplexity import reference_states, score
+from spike_export.calibration.decoder.perplexity import Score, reference_states, window_scores
 from spike_export.calibration.decoder.simulate import QuantizedWeights, Simulation
 from spike_export.calibration.methods.attribution import attribute
 from spike_export.calibration.methods.context import Calibration
@@ -45,7 +45,7 @@ def divergence(recipe: Recipe, quantized: Collection[str]) -> float:
     plans = {name: plan for name, plan in recipe.modules.items() if name in readers}
     visit = Simulation(plans, QuantizedWeights("int8-per-channel")).visit
     reference = reference_states(decoder, CONTENT, LENGTH, PREFIX)
-    return score(decoder, CONTENT, LENGTH, PREFIX, (visit,), reference=reference).divergence
+    return Score.of(window_scores(decoder, CONTENT, LENGTH, PREFIX, (visit,), reference=reference)).divergence
 
 
 @pytest.mark.parametrize("streamed", [False, True])

@@ -12,7 +12,7 @@ import pytest
 from spike_export.artifacts.errors import CalibrationError
 from spike_export.artifacts.recipe import HadamardPlan, RotationPlan, SmoothingPlan
 from spike_export.calibration.corpus.token_windows import TokenWindows
-from spike_export.calibration.decoder.perplexity import Score
+from spike_export.calibration.decoder.perplexity import Likelihood, Score, WindowScore
 from spike_export.calibration.methods import activation_choice, context, transform_choice
 from spike_export.calibration.methods.activation_choice import WORTH, choose_measured_activations
 from spike_export.calibration.methods.context import NO_TRANSFORM, Calibration, Transform, attention_plans, module_plans
@@ -186,7 +186,8 @@ def test_which_rotations_compete(asked: Any, smoothing: bool, names: list[str]) 
 def test_a_perplexity_that_is_no_figure_names_whose_it_is(
     calibration: Calibration, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(context, "score", lambda *_, **__: Score(math.inf))
+    endless = WindowScore(Likelihood(math.inf, 1))
+    monkeypatch.setattr(context, "window_scores", lambda *_, **__: [endless])
     measured = calibration.measure(())
     with pytest.raises(CalibrationError, match="perplexity of the quantized model is inf on the calibration windows"):
         calibration.predicted(measured, (), NO_TRANSFORM, compare=False)

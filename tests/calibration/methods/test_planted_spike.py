@@ -136,7 +136,7 @@ def test_only_the_first_occurrence_spikes(plain: SpikeStatistics) -> None:
 def test_only_who_wins_is_judged_by_the_unquantized_model(calibration: Calibration, prefixes: PrefixChoice) -> None:
     judged = {each.token_ids: each.reference_perplexity for each in prefixes.candidates if each.reference_perplexity}
     won = prefixes.token_ids
-    assert judged == {prefix: calibration.reference(prefix).perplexity for prefix in ((), won)}
+    assert judged == {prefix: calibration.reference_perplexity(prefix) for prefix in ((), won)}
 
 
 def test_a_budget_of_one_keeps_the_planted_module(calibration: Calibration, plain: SpikeStatistics) -> None:
@@ -197,7 +197,7 @@ def test_the_automatic_choice_keeps_the_planted_module_alone(calibration: Calibr
     automatic = with_options(calibration, qfem=True, max_fp16_share=0.15)
     seen: list[tuple[str, int, int]] = []
     chosen = choose_kept(automatic, plain, NO_TRANSFORM, lambda *event: seen.append(event))
-    reference = automatic.reference(()).perplexity
+    reference = automatic.reference_perplexity(())
     by_count = {point.fp16_modules: point.perplexity for point in chosen.curve}
     assert chosen.kept == (PLANTED_MODULE,)
     # All other channels of the module round to zero beside the spike: the layer is lost.
@@ -324,7 +324,7 @@ def test_the_prefix_cures_static_int8(
 ) -> None:
     for statistics, cured in ((plain, False), (behind, True)):
         score = calibration.predicted(statistics, (), NO_TRANSFORM)
-        reference = calibration.reference(statistics.prefix_ids).perplexity
+        reference = calibration.reference_perplexity(statistics.prefix_ids)
         assert (score.perplexity < 1.05 * reference) is cured
         assert (score.perplexity > 1.3 * reference) is not cured
         assert (score.divergence < 0.02) is cured

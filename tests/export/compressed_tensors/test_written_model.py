@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
 from benchmarks.accuracy.compressed_reading import computed_model, config_of, stored_state
+from benchmarks.accuracy.written_checkpoint import perplexity
 from spike_export.artifacts.errors import CheckpointError
 from spike_export.artifacts.recipe import ModulePlan, Prefix, Recipe, RotationPlan, Scheme, SmoothingPlan
 from spike_export.calibration.decoder.equivalent_weights import equivalent_checkpoint
@@ -23,10 +24,12 @@ from spike_export.calibration.statistics.measure import measure_spikes
 from spike_export.checkpoint.checkpoint import Checkpoint
 from spike_export.checkpoint.modules import is_router, linears, representative_of
 from spike_export.checkpoint.opening import open_checkpoint
+from spike_export.engines.onnx_runtime.session import open_bundle
+from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.compressed_tensors.checkpoint_export import write_checkpoint
 from spike_export.export.compressed_tensors.prefix_range import with_token_scales
 from tests.support.decoder_logits import whole_logits
-from tests.support.tiny.checkpoints import BOS, planted_spike_llama, token_of, write_hf
+from tests.support.tiny.checkpoints import BOS, planted_spike_llama, sampled_text, token_of, write_hf
 from tests.support.tiny.families import MIXTURES, NAMES, tiny_family, tokens
 from tests.support.tiny.models import tiny_recipe
 
@@ -130,6 +133,32 @@ def test_the_library_and_transformers_load_it(tmp_path: Path, spiking: Checkpoin
     assert loaded.model.layers[0].mlp.up_proj.quantization_scheme is not None
     assert getattr(loaded.get_submodule(linears(spiking.config)[-1]), "quantization_scheme", None) is None
     assert_alike(whole_logits(loaded, ids), whole_logits(computed_model(tmp_path / "out", token_range=127.5), ids))
+
+
+def test_loaded_by_the_library_it_has_the_bundles_perplexity(tmp_path: Path, spiking: Checkpoint) -> None:
+    """The library quantizes the prefix too, and divides by 127.5 where the bundle divides by 127."""
+    pytest.importorskip("compressed_tensors", reason="needs the package compressed-tensors")
+    from transformers import AutoModelForCausalLM
+
+    content = sampled_text(planted_spike_llama(), lines=8)
+    recipe = recipe_of(spiking, content, PREFIX)
+    assert recipe.prefix is not None
+    recipe = recipe.model_copy(update={"prefix": Prefix(token_ids=PREFIX, text="?", ratio=1.0)})
+    write_checkpoint(spiking, recipe, "float32", tmp_path / "out")
+    export_bundle(spiking, recipe, ExportOptions("float32"), tmp_path / "bundle")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ours = torch.from_numpy(open_bundle(tmp_path / "bundle").prefill(content))
+    full = np.concatenate([np.tile(np.array(PREFIX), (len(content), 1)), content], axis=1)
+    assert perplexity(whole_logits(loaded, full), content) == pytest.approx(perplexity(ours, content), rel=0.01)
+    # Steps that are much too wide would be seen.
+    wide = {
+        name: plan.model_copy(update={"activation_scale": 30 * plan.activation_scale})
+        if plan.activation_scale
+        else plan
+        for name, plan in recipe.modules.items()
+    }
+    spoilt = perplexity(simulated(spiking, recipe.model_copy(update={"modules": wide}), full), content)
+    assert spoilt > 1.02 * perplexity(ours, content)
 
 
 @pytest.mark.parametrize("family", MIXTURES)
