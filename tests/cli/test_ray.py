@@ -77,7 +77,7 @@ def finished(folder: Path, run: Path, cluster: ClusterOptions | None) -> dict[st
     corpus = CorpusOptions(folder / "long.txt")
     run_job(Job(str(folder / "model"), run, calibration=options, corpus=corpus, cluster=cluster))
     files = results(run)
-    return {name: files[name] for name in files if not name.startswith(("report", "pictures", "."))}
+    return {name: files[name] for name in files if not name.startswith(("report", "pictures", "commands", "."))}
 
 
 @pytest.mark.slow

@@ -71,7 +71,7 @@ def test_spread_windows_lead_to_the_same_choices(checkpoint: Checkpoint, windows
     alone = chosen(Calibration(checkpoint, windows, OPTIONS))
     processes = Processes(checkpoint, 2)
     assert chosen(Calibration(checkpoint, windows, OPTIONS, workers=processes)) == alone
-    assert len(alone[0].candidates) > 2
+    assert len(alone[0].candidates) > 1
     assert len(processes.calls) > 9
     assert set(processes.calls) == {2}
 
