@@ -184,6 +184,11 @@ def test_options_that_mean_nothing_are_refused(
     assert message in calibrated(folder, tmp_path / "run", *options).error
 
 
+def test_the_main_job_takes_the_same_options(folder: Path, tmp_path: Path) -> None:
+    words = (folder / "model", "--out", tmp_path / "engine.plan", "--corpus", folder / "corpus.txt", *OPTIONS)
+    assert "--ray nowhere: expected auto, local, or HOST:PORT" in call(*words, "--ray", "nowhere").error
+
+
 def test_an_address_without_a_cluster_is_refused_at_once(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
