@@ -1,6 +1,7 @@
-"""The server behind the OpenAI ingress of `ray.serve.llm`, whose classes of requests a stand-in of SGLang's are."""
+"""The server as a `server_cls` of `ray.serve.llm`, whose classes of requests a stand-in of SGLang's are."""
 
 import asyncio
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +9,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from openai import BadRequestError, OpenAI
 
 from spike_export import Engine
 from spike_export.artifacts.errors import EngineError
@@ -102,10 +102,9 @@ def test_answers_are_of_rays_classes(bundle: Path) -> None:
 
 
 @pytest.fixture
-def url(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A cluster of this machine with Ray's ingress in front of one server."""
-    pytest.importorskip("mmh3", reason="needs the extra `ray-serve`")
-    for name in ("httpx", "python_multipart"):
+def handle(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The server as a deployment that Ray Serve LLM builds, on a cluster of this machine."""
+    for name in ("mmh3", "httpx", "python_multipart"):
         pytest.importorskip(name, reason=f"ray.serve.llm imports {name}, which vLLM brings with it")
     for name, value in {"RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"}.items():
         monkeypatch.setenv(name, value)
@@ -113,37 +112,36 @@ def url(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         monkeypatch.setenv(name, "120")
     import ray
     from ray import serve
-    from ray.serve.llm import LLMConfig, build_openai_app
+    from ray.serve.llm import LLMConfig, build_llm_deployment
 
     path = os.pathsep.join(filter(None, (str(STAND_INS), os.environ.get("PYTHONPATH"))))
     quiet: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
-    ray.init(address="local", num_cpus=4, runtime_env={"env_vars": {"PYTHONPATH": path}}, **quiet)
-    serve.start(http_options={"host": "127.0.0.1", "port": 8138})
+    ray.init(address="local", num_cpus=3, runtime_env={"env_vars": {"PYTHONPATH": path}}, **quiet)
     config = LLMConfig(
         model_loading_config={"model_id": "tiny", "model_source": str(bundle)},
         engine_kwargs={"rows": 2},
         server_cls=CLASS,
         deployment_config={"num_replicas": 1},
     )
-    serve.run(build_openai_app({"llm_configs": [config]}), name="tiny", route_prefix="/")
-    yield "http://127.0.0.1:8138"
+    deployment = build_llm_deployment(config, deployment_cls=config.server_cls)
+    yield serve.run(deployment, name="tiny", route_prefix=None).options(stream=True)
     serve.shutdown()
     ray.shutdown()
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("stand_ins")
-def test_rays_ingress_answers_an_openai_client(url: str, bundle: Path) -> None:
+def test_a_deployment_of_ray_serve_llm_answers(handle: Any, bundle: Path) -> None:
+    from ray.serve.llm.openai_api_models import CompletionRequest
+
     with Engine.open(bundle) as engine:
         expected = engine.generate("ab cd", max_new_tokens=12, do_sample=False)[0].text
-    client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
     asked: dict[str, Any] = {"model": "tiny", "prompt": "ab cd", "max_tokens": 12, "temperature": 0}
-    assert client.completions.create(**asked).choices[0].text == expected
-    stream = client.completions.create(**asked, stream=True)
-    assert "".join(event.choices[0].text for event in stream if event.choices) == expected
-    messages: Any = [{"role": "user", "content": "ab"}]
-    chat = client.chat.completions.create(model="tiny", messages=messages, max_tokens=4)
-    assert chat.choices[0].finish_reason == "length"
-    with pytest.raises(BadRequestError, match="temperature"):
-        client.completions.create(**asked | {"temperature": 9})
-    assert [model.id for model in client.models.list()] == ["tiny"]
+    (whole,) = handle.completions.remote(CompletionRequest(**asked))
+    assert whole.choices[0]["text"] == expected
+    events = "".join(handle.completions.remote(CompletionRequest(**asked, stream=True))).splitlines()
+    pieces = [json.loads(line.removeprefix("data: ")) for line in events if line and not line.endswith("[DONE]")]
+    assert len(pieces) > 3
+    assert "".join(choice["text"] for piece in pieces for choice in piece["choices"]) == expected
+    (wrong,) = handle.completions.remote(CompletionRequest(**asked | {"temperature": 9}))
+    assert wrong.error.code == 400

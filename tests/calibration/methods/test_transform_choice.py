@@ -19,7 +19,7 @@ from spike_export.calibration.corpus.corpus import Corpus
 from spike_export.calibration.corpus.token_windows import TokenWindows
 from spike_export.calibration.decoder.equivalent_weights import equivalent_checkpoint
 from spike_export.calibration.decoder.layerwise import Decoder
-from spike_export.calibration.decoder.perplexity import Likelihood, score
+from spike_export.calibration.decoder.perplexity import Likelihood, Score, window_scores
 from spike_export.calibration.decoder.simulate import QuantizedWeights, Simulation
 from spike_export.calibration.decoder.smoothing import plan_scales, smoothing_plan, smoothing_scales
 from spike_export.calibration.methods import smoothing_search
@@ -325,7 +325,8 @@ def test_a_hadamard_transform_spreads_an_outlier(name: str) -> None:
     )
     simulation = Simulation(plans, QuantizedWeights("int8-per-channel"))
     fed = calibration.fed(calibration.search_windows, ())
-    found = score(Decoder(equivalent), fed, 24, (), (simulation.visit,), reference=calibration.reference(()))
+    reference = calibration.reference(calibration.search_windows, ())
+    found = Score.of(window_scores(Decoder(equivalent), fed, 24, (), (simulation.visit,), reference=reference))
     assert found.divergence < 2 * predicted.divergence
 
 
