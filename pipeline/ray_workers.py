@@ -10,6 +10,7 @@ import socket
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -150,9 +151,9 @@ class RayWorkers:
 
         ray.shutdown()
 
-    @property
+    @cached_property
     def count(self) -> int:
-        """How many workers the cluster has room for, or was asked for."""
+        """How many workers the cluster has room for, or was asked for; a node that is lost later does not change it."""
         import ray
 
         total = ray.cluster_resources()
