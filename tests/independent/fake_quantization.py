@@ -70,22 +70,30 @@ def rounded_input(values: torch.Tensor, plan: dict[str, Any]) -> torch.Tensor:
     return (values / step).round().clamp(-128, 127) * step
 
 
+def transformed(values: torch.Tensor, block: int) -> torch.Tensor:
+    """Return values [..., channels] multiplied by Sylvester's Hadamard matrix over the root of its size, in blocks."""
+    matrix = torch.ones(1, 1)
+    while len(matrix) < block:
+        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), matrix)
+    return (values.unflatten(-1, (-1, block)) @ matrix / block**0.5).flatten(-2)
+
+
 class FakeQuantized(nn.Module):
     """A linear whose weight, and whose input where the recipe says so, pass through INT8."""
 
-    def __init__(self, linear: nn.Linear, plan: dict[str, Any], scales: torch.Tensor | None) -> None:
-        """Round the weight, whose columns take up what the input is divided by."""
+    def __init__(self, linear: nn.Linear, plan: dict[str, Any], scales: torch.Tensor | None, block: int) -> None:
+        """Round the weight, whose columns take up what the input is divided by, and how it is transformed."""
         super().__init__()
-        self.plan, self.bias, self.whole = plan, linear.bias, linear.weight
+        self.plan, self.bias, self.whole, self.block = plan, linear.bias, linear.weight, block
         self.scales = torch.ones(linear.in_features) if scales is None else scales
-        self.weight = rounded_weight(linear.weight.detach() * self.scales)
+        self.weight = rounded_weight(transformed(linear.weight.detach() * self.scales, block))
         self.rounds = True
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         """Return the product; the plain one while the prefix is computed."""
         if not self.rounds:
             return nn.functional.linear(values, self.whole, self.bias)
-        values = values / self.scales
+        values = transformed(values / self.scales, self.block)
         if self.plan["precision"] == "int8":
             values = rounded_input(values, self.plan)
         return nn.functional.linear(values, self.weight, self.bias)
@@ -106,7 +114,8 @@ def quantize(model: Any, recipe: dict[str, Any]) -> list[FakeQuantized]:
             continue
         parent, _, leaf = name.rpartition(".")
         place = model.get_submodule(parent)
-        placed.append(FakeQuantized(getattr(place, leaf), plan, scales.get(name)))
+        block = recipe["hadamard"]["block"] if recipe.get("hadamard") and leaf == "down_proj" else 1
+        placed.append(FakeQuantized(getattr(place, leaf), plan, scales.get(name), block))
         setattr(place, leaf, placed[-1])
     return placed
 

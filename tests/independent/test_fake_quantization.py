@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from benchmarks.accuracy.unseen_text import AS_CHOSEN, Judge, evaluate
-from spike_export.artifacts.recipe import ModulePlan, Recipe, save_recipe
+from spike_export.artifacts.recipe import HadamardPlan, ModulePlan, Recipe, save_recipe
 from spike_export.calibration.decoder.smoothing import smoothing_plan
 from tests.independent import fake_quantization
 from tests.support.tiny.models import TinyModel, input_scales, tiny_llama, tiny_recipe
@@ -70,9 +70,13 @@ def increase(model: TinyModel, recipe: dict[str, Any]) -> float:
     return quantized / plain - 1
 
 
-@pytest.mark.parametrize("prefix", [(), (BOS, 5), (5,)])
-def test_both_compute_the_same_cost(model: TinyModel, tmp_path: Path, prefix: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(("prefix", "block"), [((), None), ((BOS, 5), 16), ((5,), None)])
+def test_both_compute_the_same_cost(
+    model: TinyModel, tmp_path: Path, prefix: tuple[int, ...], block: int | None
+) -> None:
     recipe = recipe_of(model, prefix)
+    if block is not None:
+        recipe = recipe.model_copy(update={"hadamard": HadamardPlan(block=block)})
     judge = Judge(model.checkpoint, {"text": CONTENT})
     ((*_, measured),) = evaluate(judge, {"recipe": recipe}, [AS_CHOSEN])
     found = increase(model, document(recipe, tmp_path))

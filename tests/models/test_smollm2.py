@@ -280,7 +280,7 @@ def test_the_cost_is_that_of_an_independent_script(
 def test_what_a_check_keeps_of_the_reference_suffices(calibration: Calibration, recipes: dict[str, Recipe]) -> None:
     """The divergence from 1,024 tokens and a sample is that from all 49,152, within 0.5 % of the mean."""
     recipe, content = recipes["automatic"], calibration.windows.evaluation
-    model = calibration.transformed(Transform(recipe.rotation, recipe.smoothing))
+    model = calibration.transformed(Transform(recipe.rotation, recipe.smoothing, hadamard=recipe.hadamard))
     visit = Simulation(recipe.modules, model.quantized, recipe.attention).visit
     fed = content if BOS in recipe.prefix_ids else with_bos(content, BOS)
     states = [
