@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from spike_export.artifacts.atomic_write import write_text
 from spike_export.artifacts.documents import read_document, require_files
 from spike_export.artifacts.errors import ArtifactError
-from spike_export.artifacts.recipe import Dtype
+from spike_export.artifacts.recipe import Dtype, KvCacheDtype
 from spike_export.artifacts.sole_writer import finish_dead_replacement
 
 CacheKind = Literal["dynamic", "static"]
@@ -122,6 +122,7 @@ class Manifest(_Document):
         tools: Package → version that wrote the bundle.
         dtype: Precision of the embeddings, residual stream, attention, cache and head.
         kv_cache: `dynamic` grows with every call; `static` is a buffer of the caller's, written in place.
+        kv_cache_dtype: How the cache holds keys and values: in `dtype`, or in INT8.
         capacity: Tokens of its own a sequence may have in a static cache; None for a dynamic one.
         cache_slots: Length of a static cache's buffer: the prefix and the capacity.
         linears: Number format → the decoder linears that have it: `int8` or `fp8` (weights and inputs), a wider
@@ -140,6 +141,7 @@ class Manifest(_Document):
     tools: Mapping[str, str]
     dtype: Dtype
     kv_cache: CacheKind = "dynamic"
+    kv_cache_dtype: KvCacheDtype = "unquantized"
     capacity: int | None = Field(default=None, ge=1)
     cache_slots: int | None = None
     bos_token_id: int | None
@@ -188,6 +190,11 @@ class Manifest(_Document):
     def prefix_length(self) -> int:
         """Number of prefix tokens; 0 when there is no prefix."""
         return self.prefix.length if self.prefix else 0
+
+    @property
+    def cache_type(self) -> str:
+        """Element type of the cache: `int8`, or a floating-point type."""
+        return self.dtype if self.kv_cache_dtype == "unquantized" else self.kv_cache_dtype
 
     @property
     def cached_prefix_length(self) -> int:

@@ -28,6 +28,9 @@ ExcludedWeights = Literal["unquantized", "int8"]
 AttentionProducts = Literal["unquantized", "int8-per-tensor-static"]
 """Operands of attention's two matrix products (Q, K and V after rope)."""
 
+KvCacheDtype = Literal["unquantized", "int8"]
+"""How the cache holds keys and values: in the unquantized precision, or in INT8 with a step per channel."""
+
 HeadScheme = Literal["unquantized", "int8-weights", "int8-per-token-dynamic"]
 """How the language-model head computes: as it is; from INT8 weights alone; or from INT8 weights and tokens that are
 quantized by their own largest magnitude at run time. Neither needs calibration."""
@@ -213,6 +216,18 @@ class AttentionPlan(_Document):
     value: PositiveFloat
 
 
+class KvCachePlan(_Document):
+    """Steps of one attention's keys (behind the rope) and values in an INT8 cache.
+
+    Attributes:
+        key: Base64 of one signed byte k per channel of the key/value heads: the step is 2 ** (k / 8).
+        value: Likewise.
+    """
+
+    key: str
+    value: str
+
+
 class RotationPlan(_Document):
     """An orthogonal rotation of the residual stream, made anew from its seed.
 
@@ -393,10 +408,11 @@ class Recipe(_Document):
     """A complete plan: for every decoder linear its precision, scale and why, and which prefix.
 
     `modules` is keyed by HF module name. Modules that share an input share its kind and its scale bit for bit, because
-    TensorRT merges their products only then. `attention` is keyed by HF name of the attention block, `smoothing` by
-    the representative module of the input. Rotation, Hadamard transform and smoothing leave the unquantized model's
-    function as it is; ratios and scales are those of the transformed model. `head_smoothing` scales the channels of the
-    final norm's output for a head that rounds its tokens; with another `scheme.head` nothing reads it.
+    TensorRT merges their products only then. `attention` and `kv_cache` are keyed by HF name of the attention block,
+    `smoothing` by the representative module of the input. Rotation, Hadamard transform and smoothing leave the
+    unquantized model's function as it is; ratios and scales are those of the transformed model. `head_smoothing` scales
+    the channels of the final norm's output for a head that rounds its tokens; with another `scheme.head` nothing reads
+    it.
     """
 
     format: Literal[2] = 2
@@ -408,6 +424,7 @@ class Recipe(_Document):
     prefix: Prefix | None
     modules: Mapping[ModuleName, ModulePlan]
     attention: Mapping[ModuleName, AttentionPlan] = Field(default_factory=dict)
+    kv_cache: Mapping[ModuleName, KvCachePlan] = Field(default_factory=dict)
     rotation: RotationPlan | None = None
     hadamard: HadamardPlan | None = None
     smoothing: Mapping[ModuleName, SmoothingPlan] = Field(default_factory=dict)
@@ -424,6 +441,12 @@ class Recipe(_Document):
         fp8 = next((name for name, plan in self.modules.items() if plan.precision == "fp8"), None)
         if self.attention and fp8:
             raise ValueError(f"{fp8}: precision fp8 does not go with operands of attention in INT8; remove either")
+        return self
+
+    @model_validator(mode="after")
+    def _keys_are_rounded_once(self) -> "Recipe":
+        if self.attention and self.kv_cache:
+            raise ValueError("attention and kv_cache both round keys and values to INT8; remove either")
         return self
 
     @property
@@ -503,7 +526,7 @@ def activation_scale(amax: float, number_format: NumberFormat = "int8") -> float
     return float(np.float32(max(amax, SMALLEST_AMAX) / LARGEST[number_format]))
 
 
-_BY_LINE = ("modules", "attention", "smoothing")
+_BY_LINE = ("modules", "attention", "kv_cache", "smoothing")
 """Parts of the document that are written one entry a line."""
 
 

@@ -8,6 +8,7 @@ from spike_export.calibration.corpus.corpus import Corpus
 from spike_export.calibration.corpus.mixture import Mixture
 from spike_export.calibration.methods import qfep
 from spike_export.calibration.methods.context import Calibration, Transform, attention_plans, module_plans
+from spike_export.calibration.methods.kv_cache_steps import kv_cache_plans
 from spike_export.calibration.methods.options import CalibrationOptions
 from spike_export.calibration.methods.overflow_guard import stream_dtype
 from spike_export.calibration.methods.prefix_choice import prefix_notes, prefix_text
@@ -57,6 +58,7 @@ def build_recipe(
         prefix=prefix,
         modules=module_plans(statistics, choice.kept, transform, options, per_token=per_token),
         attention=attention_plans(statistics, options),
+        kv_cache=kv_cache_plans(calibration, transform, ids),
         rotation=transform.rotation,
         hadamard=transform.hadamard,
         smoothing=transform.smoothing,

@@ -122,6 +122,10 @@ class QuantizationArguments:
     attention: Literal["unquantized", "int8-per-tensor-static"] = "unquantized"
     "Operands of attention's matrix products: query, key and value."
 
+    kv_cache_dtype: Literal["unquantized", "int8"] = "unquantized"
+    """Keys and values in the cache: not quantized, or INT8 with a measured step per channel, in a quarter (float32) or
+    half of the bytes."""
+
     head: Literal["unquantized", "int8-weights", "int8-per-token-dynamic"] = "unquantized"
     """Language-model head: not quantized, INT8 weights, or INT8 weights and an INT8 input with one scale per token. A
     head that is tied to the embedding gets an INT8 copy."""

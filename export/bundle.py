@@ -32,7 +32,16 @@ from spike_export.artifacts.manifest import (
     save_manifest,
 )
 from spike_export.artifacts.progress import Progress, silent
-from spike_export.artifacts.recipe import SMOOTHED_HEAD, Dtype, ModulePlan, NumberFormat, Recipe, recipe_sha256
+from spike_export.artifacts.recipe import (
+    SMOOTHED_HEAD,
+    Dtype,
+    KvCacheDtype,
+    KvCachePlan,
+    ModulePlan,
+    NumberFormat,
+    Recipe,
+    recipe_sha256,
+)
 from spike_export.artifacts.threads import workers
 from spike_export.calibration.decoder.equivalent_weights import recipe_checkpoint
 from spike_export.calibration.decoder.layerwise import Decoder, Execution
@@ -81,6 +90,7 @@ class ExportOptions:
         prefix_in: Where the recipe's prefix lives: `cache` costs nothing after the first call; `attention` copies the
             cache once more in every call, and leaves it to runtimes that allocate it themselves.
         logits: Of which tokens the graph gives logits.
+        kv_cache_dtype: How the cache holds keys and values; None as the recipe has it: in INT8 where it has steps.
     """
 
     dtype: Dtype = "float16"
@@ -89,6 +99,7 @@ class ExportOptions:
     cache: CacheOptions = field(default_factory=CacheOptions)
     prefix_in: PrefixHome = "cache"
     logits: LogitsScope = "all"
+    kv_cache_dtype: KvCacheDtype | None = None
 
     def __post_init__(self) -> None:
         """Refuse what does not go together."""
@@ -180,6 +191,12 @@ def verify_recipe(recipe: Recipe, checkpoint: Checkpoint, checkpoint_sha256: str
             f"the recipe's attention names {unknown[0]}{_more(unknown)}, which is no attention block of this decoder; "
             f"remove it"
         )
+    if recipe.kv_cache and set(recipe.kv_cache) != blocks:
+        name = sorted(blocks.symmetric_difference(recipe.kv_cache))[0]
+        raise RecipeError(
+            f"the recipe's kv_cache has to name each attention block of this decoder and no other; {name} is amiss: "
+            "calibrate again, or export with --kv-cache-dtype unquantized"
+        )
     strange = [token for token in recipe.prefix_ids if not 0 <= token < checkpoint.config.vocab_size]
     if strange:
         raise RecipeError(
@@ -192,7 +209,28 @@ def _more(names: list[str]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
+def _kv_cache(recipe: Recipe | None, options: ExportOptions) -> Mapping[str, KvCachePlan]:
+    """Return the steps of an INT8 cache; empty for one that is not quantized.
+
+    Raises:
+        RecipeError: There are no steps for the cache that is asked for, or it does not go with FP8.
+    """
+    wanted, known = options.kv_cache_dtype, {} if recipe is None else recipe.kv_cache
+    if wanted == "int8" and not known:
+        raise RecipeError(
+            "--kv-cache-dtype int8 needs a recipe with steps for keys and values; calibrate with --kv-cache-dtype int8"
+        )
+    if wanted == "unquantized" or not known:
+        return {}
+    if options.number_format == "fp8":
+        raise RecipeError(
+            "--number-format fp8 does not go with keys and values in INT8; export with --kv-cache-dtype unquantized"
+        )
+    return known
+
+
 def _graph_plan(checkpoint: Checkpoint, recipe: Recipe | None, options: ExportOptions) -> GraphPlan:
+    kv_cache = _kv_cache(recipe, options)
     if recipe is None:
         kept = ModulePlan(precision=options.dtype)
         router = ModulePlan(precision="float32", reason="router")
@@ -207,6 +245,7 @@ def _graph_plan(checkpoint: Checkpoint, recipe: Recipe | None, options: ExportOp
         prefix=prefix,
         prefix_in=options.prefix_in,
         attention=recipe.attention,
+        kv_cache=kv_cache,
         head=scheme.head,
         head_scales=_head_scales(checkpoint.config, recipe),
         cache=options.cache,
@@ -288,6 +327,7 @@ def _manifest(
         tools={tool: version(tool) for tool in _TOOLS},
         dtype=plan.dtype,
         kv_cache=plan.cache.kind,
+        kv_cache_dtype="int8" if plan.kv_cache else "unquantized",
         capacity=plan.cache.capacity,
         cache_slots=plan.cache.slots(plan.prefix_length),
         bos_token_id=checkpoint.bos_token_id,
@@ -295,7 +335,7 @@ def _manifest(
         prefix=_bundle_prefix(checkpoint, recipe, plan),
         linears=linear_shares,
         head=_head_info(checkpoint.config, plan),
-        engines=supporting_engines(plan.dtype, linear_shares),
+        engines=supporting_engines(plan.dtype, linear_shares, scattered=_scattered(plan)),
         logits=plan.logits,
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
@@ -311,6 +351,11 @@ def _manifest(
     )
 
 
+def _scattered(plan: GraphPlan) -> str:
+    """Return the type of a cache that is written in place; an empty string for one that grows."""
+    return "" if plan.cache.kind == "dynamic" else "int8" if plan.kv_cache else plan.dtype
+
+
 def _model_metadata(manifest: Manifest) -> dict[str, str]:
     """Return what a viewer of the graph shows of the manifest."""
     prefix = manifest.prefix
@@ -322,6 +367,7 @@ def _model_metadata(manifest: Manifest) -> dict[str, str]:
         "recipe_sha256": manifest.model.recipe_sha256,
         "dtype": manifest.dtype,
         "kv_cache": manifest.kv_cache,
+        "kv_cache_dtype": None if manifest.kv_cache_dtype == "unquantized" else manifest.kv_cache_dtype,
         "linears": ", ".join(f"{kind}: {share.modules}" for kind, share in manifest.linears.items()),
         "prefix_text": prefix.text if prefix else None,
         "prefix_token_ids": " ".join(map(str, prefix.token_ids)) if prefix else None,

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spike_export.artifacts.manifest import LogitsScope
-from spike_export.artifacts.recipe import AttentionPlan, Dtype, HeadScheme, ModulePlan, WeightScheme
+from spike_export.artifacts.recipe import AttentionPlan, Dtype, HeadScheme, KvCachePlan, ModulePlan, WeightScheme
 from spike_export.export.cache_options import CacheOptions
 
 PrefixHome = Literal["cache", "attention"]
@@ -29,6 +29,8 @@ class GraphPlan:
         prefix: Key/values that stand before every sequence.
         prefix_in: Where the prefix lives; says nothing where there is none.
         attention: Attention block → steps of its products' operands; blocks that are not named stay as they are.
+        kv_cache: Every attention block → steps of its keys and values in the cache; empty where the cache is in
+            `dtype`.
         head: How the language-model head computes.
         head_scales: [hidden] Scales by which the final norm's output is divided, and the columns of a head that
             rounds its tokens multiplied; None for none.
@@ -42,6 +44,7 @@ class GraphPlan:
     prefix: PrefixCache = ()
     prefix_in: PrefixHome = "cache"
     attention: Mapping[str, AttentionPlan] = field(default_factory=dict)
+    kv_cache: Mapping[str, KvCachePlan] = field(default_factory=dict)
     head: HeadScheme = "unquantized"
     head_scales: NDArray[np.float32] | None = None
     cache: CacheOptions = field(default_factory=CacheOptions)

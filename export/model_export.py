@@ -4,7 +4,7 @@ from pathlib import Path
 
 from spike_export.artifacts.manifest import LogitsScope, Manifest
 from spike_export.artifacts.progress import Progress, silent
-from spike_export.artifacts.recipe import Dtype, NumberFormat, Recipe, load_recipe
+from spike_export.artifacts.recipe import Dtype, KvCacheDtype, NumberFormat, Recipe, load_recipe
 from spike_export.artifacts.sole_writer import sole_writer
 from spike_export.checkpoint.opening import open_checkpoint
 from spike_export.export.bundle import ExportOptions, export_bundle
@@ -23,6 +23,7 @@ def export(
     cache: CacheOptions = CacheOptions(),
     prefix_in: PrefixHome = "cache",
     logits: LogitsScope = "all",
+    kv_cache_dtype: KvCacheDtype | None = None,
     progress: Progress = silent,
     overwrite: bool = False,
 ) -> Manifest:
@@ -38,6 +39,7 @@ def export(
         prefix_in: Where the recipe's prefix lives: in the `cache`, or before it, in `attention`, at the cost of a
             copy of the cache per call.
         logits: Of which tokens the graph gives logits.
+        kv_cache_dtype: How the cache holds keys and values; None as the recipe has it: in INT8 where it has steps.
         progress: Told of every tensor written.
         overwrite: Replace also a folder that is no bundle, or holds other files too.
 
@@ -54,7 +56,12 @@ def export(
     plan = load_recipe(recipe) if isinstance(recipe, (str, Path)) else recipe
     known = plan.scheme.unquantized if plan else "float16"
     options = ExportOptions(
-        dtype or known, number_format=number_format, cache=cache, prefix_in=prefix_in, logits=logits
+        dtype or known,
+        number_format=number_format,
+        cache=cache,
+        prefix_in=prefix_in,
+        logits=logits,
+        kv_cache_dtype=kv_cache_dtype,
     )
     with sole_writer(Path(out)):
         require_bundle_or_nothing(Path(out), overwrite=overwrite)

@@ -73,7 +73,7 @@ def _compared(bundle: Path, reference: str, text: EvaluationText, progress: Prog
         corpus,
         evaluation,
         [Variant(name, None, bundle)],
-        ExportOptions(manifest.dtype),
+        ExportOptions(manifest.dtype, kv_cache_dtype=manifest.kv_cache_dtype),
         progress,
         texts=further_texts(checkpoint, text.further, evaluation.shape[1], known),
         cache=reference_cache(checkpoint, Execution(), force=force),

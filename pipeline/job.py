@@ -73,8 +73,27 @@ class Job:
             raise RecipeError(
                 f"--attention {self.calibration.attention} does not go with --number-format fp8; leave one of them out"
             )
+        self._require_cache()
         if self.plan is not None:
             require_file_names(self.plan, self.build.split)
+
+    def _require_cache(self) -> None:
+        """Refuse an INT8 cache that export or TensorRT would refuse.
+
+        Raises:
+            RecipeError: Names both options.
+        """
+        if self.calibration.kv_cache_dtype == "unquantized":
+            return
+        if not self.quantize:
+            raise RecipeError("--kv-cache-dtype int8 and --no-quantize contradict each other; give one")
+        if self.number_format == "fp8":
+            raise RecipeError("--kv-cache-dtype int8 does not go with --number-format fp8; leave one of them out")
+        if self.plan is not None and self.cache.kind == "static":
+            raise RecipeError(
+                "TensorRT does not write into a static cache in INT8; give --kv-cache dynamic, or calibrate and export "
+                "for ONNX Runtime alone"
+            )
 
 
 def require_buildable(options: BuildOptions, number_format: NumberFormat = "int8") -> None:

@@ -22,6 +22,7 @@ def model_card(bundle: Path, manifest: Manifest, model: str, context: int, rows:
         "rest": manifest.dtype,
         "prefix": None if manifest.prefix is None else manifest.prefix.text,
         "cache": manifest.kv_cache,
+        "cache_type": manifest.cache_type,
         "context": context,
         "rows": rows,
         "runtime": runtime,

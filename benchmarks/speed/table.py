@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import onnxruntime as ort
 
     from spike_export.artifacts.manifest import LogitsScope, Manifest
-    from spike_export.artifacts.recipe import Dtype, HeadScheme, Recipe
+    from spike_export.artifacts.recipe import Dtype, HeadScheme, KvCacheDtype, Recipe
     from spike_export.checkpoint.checkpoint import Checkpoint
     from spike_export.engines.onnx_runtime.generation_graph import GenerationGraph
 
@@ -253,7 +253,9 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kept", type=int, default=0, help="linears the quick calibration keeps in 16 bit")
 
 
-def quick_recipe(checkpoint: "Checkpoint", arguments: argparse.Namespace) -> "Recipe":
+def quick_recipe(
+    checkpoint: "Checkpoint", arguments: argparse.Namespace, kv_cache_dtype: "KvCacheDtype" = "unquantized"
+) -> "Recipe":
     """Return the recipe given, or a quick one: the prefix [BOS] where there is a BOS, static per-tensor scales."""
     from spike_export.artifacts.recipe import load_recipe
     from spike_export.calibration.corpus.corpus import default_corpus
@@ -267,7 +269,11 @@ def quick_recipe(checkpoint: "Checkpoint", arguments: argparse.Namespace) -> "Re
         return load_recipe(arguments.recipe)
     _say(f"calibrating on {arguments.samples} windows")
     options = CalibrationOptions(
-        samples=arguments.samples, dtype="float32", activations="static", max_fp16_modules=arguments.kept
+        samples=arguments.samples,
+        dtype="float32",
+        activations="static",
+        kv_cache_dtype=kv_cache_dtype,
+        max_fp16_modules=arguments.kept,
     )
     corpus = default_corpus()
     windows = token_windows(corpus, checkpoint.tokenizer, options.samples, options.length - 1, options.seed)

@@ -9,7 +9,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from spike_export.artifacts.recipe import LARGEST, AttentionPlan, ModulePlan, NumberFormat, WeightScheme
+from spike_export.artifacts.recipe import LARGEST, AttentionPlan, KvCachePlan, ModulePlan, NumberFormat, WeightScheme
+from spike_export.calibration.decoder.kv_cache import cache_steps, cached
 from spike_export.calibration.decoder.weight_quantization import quantize_weight
 from spike_export.checkpoint.modules import split_name
 
@@ -106,6 +107,8 @@ class Simulation:
         modules: Linear → its plan; linears that are not named stay as they are.
         weights: 8-bit weights of the same model.
         attention: Attention block → steps of its operands; blocks that are not named stay as they are.
+        kv_cache: Attention block → steps of its keys and values in the cache, likewise.
+        prefix_cached: Whether the cache holds the prefix, whose keys and values are rounded then too.
         smoothing: Representative module → scales of its input's channels, divided out of the input and multiplied into
             the weight right here. The folded model computes the same with weights that are scaled per channel, where
             the producing rows' own scales take up what is folded into them.
@@ -114,6 +117,8 @@ class Simulation:
     modules: Mapping[str, ModulePlan]
     weights: QuantizedWeights
     attention: Mapping[str, AttentionPlan] = field(default_factory=dict)
+    kv_cache: Mapping[str, KvCachePlan] = field(default_factory=dict)
+    prefix_cached: bool = True
     smoothing: "Mapping[str, NDArray[np.float32]]" = field(default_factory=dict)
 
     @contextmanager
@@ -125,9 +130,12 @@ class Simulation:
                 if number == index and (plan.number_format or plan.weights):
                     linear: Any = layer.get_submodule(inner)
                     stack.enter_context(_forward(linear, self._linear(name, linear, plan)))
-            attention = self.attention.get(f"model.layers.{index}.self_attn")
+            block, module = f"model.layers.{index}.self_attn", layer.get_submodule("self_attn")
+            attention, cache = self.attention.get(block), self.kv_cache.get(block)
             if attention is not None:
-                stack.enter_context(_operands(layer.get_submodule("self_attn"), attention))
+                stack.enter_context(_operands(module, attention))
+            if cache is not None:
+                stack.enter_context(_caching(module, block, cache, exact_prefix=not self.prefix_cached))
             yield
 
     def _linear(self, name: str, linear: Any, plan: ModulePlan) -> "Callable[[torch.Tensor], torch.Tensor]":
@@ -174,6 +182,26 @@ def _operands(attention: Any, plan: AttentionPlan) -> Iterator[None]:
         return (fake_quantize(query, plan.query), *joined)
 
     attention.operands = quantized
+    try:
+        yield
+    finally:
+        attention.operands = None
+
+
+@contextmanager
+def _caching(attention: Any, block: str, plan: KvCachePlan, *, exact_prefix: bool) -> Iterator[None]:
+    import torch
+
+    def rounded(query: "torch.Tensor", key: "torch.Tensor", value: "torch.Tensor") -> "tuple[torch.Tensor, ...]":
+        steps = cache_steps(block, plan, key.shape[1], key.shape[3])
+        before = key.shape[2] - query.shape[2] if exact_prefix else 0
+        joined = [
+            torch.cat([states[:, :, :before], cached(states[:, :, before:], step)], dim=2)
+            for states, step in ((key, steps.key), (value, steps.value))
+        ]
+        return (query, *joined)
+
+    attention.operands = rounded
     try:
         yield
     finally:

@@ -5,7 +5,6 @@ of the linears that read it are multiplied: the model's function stays, its rang
 Sources: SmoothQuant (arXiv 2211.10438) and the scaling of Outlier Suppression+ (arXiv 2304.09145).
 """
 
-import base64
 from typing import Literal
 
 import numpy as np
@@ -13,14 +12,14 @@ from numpy.typing import NDArray
 
 from spike_export.artifacts.errors import RecipeError
 from spike_export.artifacts.recipe import SmoothingPlan
+from spike_export.calibration.decoder.exponents import STEPS_PER_OCTAVE, decode_scales, encode_exponents
 from spike_export.checkpoint.decoder_config import DecoderConfig
 from spike_export.checkpoint.modules import InputSite
 
 Floats = NDArray[np.float32]
 Form = Literal["smoothquant", "smoothquant-typical", "outlier-suppression"]
 
-_STEPS_PER_OCTAVE = 8
-_LARGEST_EXPONENT = 15 * _STEPS_PER_OCTAVE
+_LARGEST_EXPONENT = 15 * STEPS_PER_OCTAVE
 _SMALLEST = np.float32(1e-5)
 
 
@@ -63,10 +62,9 @@ def smoothing_scales(form: Form, parameter: float, inputs: Floats, weights: Floa
 
 def smoothing_plan(form: Form, parameter: float, scales: Floats) -> SmoothingPlan:
     """Return the plan of scales [channels], each rounded to the nearest 2 ** (k / 8); the model stays the same."""
-    steps = np.rint(_STEPS_PER_OCTAVE * np.log2(scales.astype(np.float64)))
+    steps = np.rint(STEPS_PER_OCTAVE * np.log2(scales.astype(np.float64)))
     exponents = np.clip(steps, -_LARGEST_EXPONENT, _LARGEST_EXPONENT).astype(np.int8)
-    text = base64.b64encode(exponents.tobytes()).decode("ascii")
-    return SmoothingPlan(form=form, parameter=parameter, exponents=text)
+    return SmoothingPlan(form=form, parameter=parameter, exponents=encode_exponents(exponents))
 
 
 def plan_scales(plan: SmoothingPlan) -> Floats:
@@ -75,8 +73,7 @@ def plan_scales(plan: SmoothingPlan) -> Floats:
     Raises:
         ValueError: The exponents are not Base64.
     """
-    exponents = np.frombuffer(base64.b64decode(plan.exponents, validate=True), np.int8)
-    return np.asarray(np.exp2(exponents.astype(np.float64) / _STEPS_PER_OCTAVE), np.float32)
+    return decode_scales(plan.exponents)
 
 
 def head_scales(plan: SmoothingPlan, config: DecoderConfig) -> Floats:

@@ -12,6 +12,7 @@ from spike_export.artifacts.recipe import (
     Dtype,
     ExcludedWeights,
     HeadScheme,
+    KvCacheDtype,
     WeightScheme,
     WindowKind,
 )
@@ -44,6 +45,7 @@ class CalibrationOptions:
         activation_range: What the static activation scales cover.
         excluded_weights: How excluded modules hold their weights: as is said, or as is chosen.
         attention: Operands of attention's products.
+        kv_cache_dtype: How the cache holds keys and values; for INT8 their steps are measured.
         head: How the language-model head computes.
         dtype: Precision of what is not quantized.
         qfem: Whether modules may stay in 16 bit.
@@ -70,6 +72,7 @@ class CalibrationOptions:
     activation_range: ActivationRange = "sample-mean"
     excluded_weights: KeptWeightsOption = "unquantized"
     attention: AttentionProducts = "unquantized"
+    kv_cache_dtype: KvCacheDtype = "unquantized"
     head: HeadScheme = "unquantized"
     dtype: Dtype = "float16"
     qfem: bool = True
@@ -88,6 +91,11 @@ class CalibrationOptions:
         """Refuse what cannot be meant."""
         if self.samples < 1:
             raise RecipeError(f"--samples is {self.samples}; at least one window is needed")
+        if self.attention != "unquantized" and self.kv_cache_dtype != "unquantized":
+            raise RecipeError(
+                f"--attention {self.attention} and --kv-cache-dtype {self.kv_cache_dtype} both round keys and values; "
+                "give one"
+            )
         if self.samples > MOST_SAMPLES:
             raise RecipeError(f"--samples is {self.samples}; expected at most {MOST_SAMPLES:,} windows")
         if not 0 <= self.seed < 2**63:

@@ -52,6 +52,10 @@ def export(
             "the cache, and onnxruntime-genai can run the bundle."
         ),
     ] = "cache",
+    kv_cache_dtype: Annotated[
+        Literal["unquantized", "int8"] | None,
+        Parameter(help="Keys and values in the cache (default: INT8 where the recipe has steps for them)."),
+    ] = None,
     threads: ThreadArguments = ThreadArguments(),
     as_json: AsJson = False,
     run_options: RunArguments = RunArguments(),
@@ -62,13 +66,14 @@ def export(
 
     output = Output(run_options.quiet, as_json)
     if form == "compressed-tensors":
-        graph_options = (graph, number_format, prefix_in) != (GraphArguments(), FormatArguments(), "cache")
+        given = (graph, number_format, prefix_in, kv_cache_dtype)
+        graph_options = given != (GraphArguments(), FormatArguments(), "cache", None)
         if recipe is None or not quantize:
             raise RecipeError("--format compressed-tensors needs --recipe FILE: vLLM loads other models as they are")
         if graph_options:
             raise RecipeError(
-                "--kv-cache, --capacity, --logits, --prefix-in and --number-format are of ONNX graphs; leave them out "
-                "with --format compressed-tensors"
+                "--kv-cache, --capacity, --kv-cache-dtype, --logits, --prefix-in and --number-format are of ONNX "
+                "graphs; leave them out with --format compressed-tensors"
             )
         return _export_checkpoint(model, out, recipe, dtype, output, run_options)
     if quantize == (recipe is None):
@@ -89,6 +94,7 @@ def export(
             cache=cache_options(graph),
             prefix_in=prefix_in,
             logits=graph.logits,
+            kv_cache_dtype=kv_cache_dtype,
             progress=progress,
             overwrite=run_options.overwrite,
         )

@@ -34,7 +34,7 @@ def _facts(inspection: BundleInspection) -> Iterator[tuple[str, str]]:
     else:
         yield "prefix", "none"
     room = f" of {manifest.capacity} tokens ({manifest.cache_slots} slots)" if manifest.capacity else ""
-    yield "cache", f"{manifest.kv_cache}{room}"
+    yield "cache", f"{manifest.kv_cache}{room}, {manifest.cache_type}"
     yield "logits", manifest.logits
     window = f", each seeing {manifest.sliding_window}" if manifest.sliding_window else ""
     yield "positions", f"{manifest.max_position_embeddings}{window}"

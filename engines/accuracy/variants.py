@@ -29,7 +29,7 @@ from spike_export.engines.accuracy.comparison import LoadModel, Reference, compa
 from spike_export.engines.accuracy.cost import check_cost
 from spike_export.engines.accuracy.noise_floor import NOISE_WINDOWS, noise_floor
 from spike_export.engines.accuracy.reference_cache import ReferenceCache
-from spike_export.engines.onnx_runtime.sequences import CACHE_TYPES
+from spike_export.engines.onnx_runtime.sequences import COMPUTED
 from spike_export.engines.onnx_runtime.session import BundleSession, open_bundle
 from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.cache_options import CacheOptions
@@ -109,7 +109,7 @@ def check_variants(
     only needed meanwhile; the system's temporary folder by default. `cache` has what earlier checks computed of the
     reference.
     """
-    runnable = options.dtype in CACHE_TYPES and not any(_keeps_bfloat16(variant.recipe) for variant in variants)
+    runnable = options.dtype in COMPUTED and not any(_keeps_bfloat16(variant.recipe) for variant in variants)
     # Logits of a last-token bundle are all taken in memory, and what is exported for the check alone gives all.
     evaluated = replace(options, dtype=options.dtype if runnable else "float32", logits="all")
     prefix = _shipped_prefix(variants)
@@ -171,8 +171,8 @@ def _evaluate(
     if variant.bundle is not None and runnable:
         return _measured(checkpoint, variant, load_manifest(variant.bundle), variant.bundle, references, progress)
     if variant.bundle is None:
-        # Any cache will do; attention over a static one would read all of it.
-        options = replace(options, cache=CacheOptions())
+        # Any cache will do; attention over a static one would read all of it. What is compared is not the cache.
+        options = replace(options, cache=CacheOptions(), kv_cache_dtype="unquantized")
     with tempfile.TemporaryDirectory(prefix="spike-export-", dir=references.scratch) as name:
         bundle = Path(name) / "bundle"
         recipe = variant.recipe if runnable else _in_float32(variant.recipe)

@@ -147,6 +147,11 @@ def plan_build(bundle: Path, engine: Path, options: BuildOptions, environment: B
     machine = environment.machine
     chosen = choose_backend(options.backend, machine)
     manifest = load_manifest(bundle)
+    if (manifest.kv_cache, manifest.cache_type) == ("static", "int8"):
+        raise EngineError(
+            f"{bundle}: TensorRT does not write into a static cache in INT8; export with --kv-cache dynamic, or with "
+            "--kv-cache-dtype unquantized"
+        )
     float8 = "fp8" in manifest.linears
     targets = resolve_targets(chosen.backend, options.targets, machine.gpu, float8=float8)
     note = omission(chosen.backend, options.targets) if float8 else None

@@ -204,7 +204,7 @@ ATTENTION_RULES: tuple[Rule, ...] = (
         "attention-operands-quantized",
         "note",
         "Attention with quantized operands",
-        "leave them in 16 bit unless that error is what is studied",
+        "leave them in 16 bit unless that error is what is studied, or the cache has to be small",
         _quantized_operands,
     ),
     Rule(

@@ -84,7 +84,13 @@ def generation_graph(
 def _lowered(model: onnx.ModelProto, file: WeightFile) -> dict[str, NDArray[Any]] | None:
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     prefixes = lower_attention(model)
-    return None if prefixes is None else {cache: file.values(tensors[name]) for cache, name in prefixes.items()}
+    if prefixes is None:
+        return None
+    numbers = {value.name: value.type.tensor_type.elem_type for value in model.graph.input}
+    return {
+        cache: file.values(tensors[name]).astype(helper.tensor_dtype_to_np_dtype(numbers[cache]))
+        for cache, name in prefixes.items()
+    }
 
 
 def _own_weights(model: onnx.ModelProto, file: WeightFile) -> dict[str, NDArray[Any]]:

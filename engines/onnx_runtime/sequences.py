@@ -16,8 +16,8 @@ from spike_export.engines.onnx_runtime.cache_memory import CacheMemory, HostMemo
 from spike_export.engines.onnx_runtime.clipped_activations import CLIPPED, COUNT_CLIPPED, ClippedActivations
 from spike_export.engines.onnx_runtime.denormals import denormals_flushed
 
-CACHE_TYPES = {"float32": np.float32, "float16": np.float16}
-"""Cache precisions that ONNX Runtime's CPU kernels compute in; it has no bfloat16 product."""
+COMPUTED = frozenset({"float32", "float16"})
+"""Precisions that ONNX Runtime's CPU kernels compute in; it has no bfloat16 product."""
 
 LOGITS_FROM = "logits_from"
 """Input [1] int64 of a graph that generates over a static cache: the first position with logits, -1 for the last."""
@@ -114,7 +114,7 @@ class DynamicSequences:
 
     def _empty(self, batch: int) -> list[NDArray[Any]]:
         shape = (batch, self.manifest.num_key_value_heads, 0, self.manifest.head_dim)
-        return [np.zeros(shape, CACHE_TYPES[self.manifest.dtype]) for _ in _cache_names(self.manifest)]
+        return [np.zeros(shape, cache_type(self.manifest)) for _ in _cache_names(self.manifest)]
 
 
 @dataclass
@@ -171,7 +171,7 @@ class StaticSequences:
         shape = (batch, manifest.num_key_value_heads, manifest.prefix_length + own, manifest.head_dim)
         names = [past for past, _ in _cache_names(manifest)]
         memory = memory_of(provider)
-        buffers = [memory.zeros(shape, _cache_dtype(manifest)) for _ in names]
+        buffers = [memory.zeros(shape, cache_type(manifest)) for _ in names]
         logits = next(value for value in session.get_outputs() if value.name == "logits")
         placed = None if prefix is None else {names.index(past): memory.placed(of) for past, of in prefix.items()}
         inputs = {value.name for value in session.get_inputs()}
@@ -387,7 +387,7 @@ class StaticSequences:
         prefix, kept = self.manifest.prefix_length, min(slots, self.buffers[0].shape[2])
         held = [(row, min(kept, prefix + length)) for row, length in enumerate(self.lengths.tolist()) if length]
         for index, old in enumerate(self.buffers):  # one by one: never two whole caches in memory
-            new = self.memory.zeros((*old.shape[:2], slots, old.shape[3]), _cache_dtype(self.manifest))
+            new = self.memory.zeros((*old.shape[:2], slots, old.shape[3]), cache_type(self.manifest))
             new[:, :, :prefix] = old[:, :, :prefix]
             for row, end in held:
                 new[row, :, :end] = old[row, :, :end]
@@ -440,7 +440,7 @@ def _bound(
     for output in outputs:  # the first outputs, in this order, whatever is bound later
         binding.bind_output(output, "cpu")
     for (past, present), (shape, (*device, address)) in zip(_cache_names(manifest), buffers, strict=True):
-        memory = (CACHE_TYPES[manifest.dtype], list(shape), address)
+        memory = (cache_type(manifest).type, list(shape), address)
         binding.bind_input(past, *device, *memory)
         binding.bind_output(present, *device, *memory)
     return binding
@@ -469,8 +469,9 @@ def _cache_names(manifest: Manifest) -> list[tuple[str, str]]:
     return [(f"past_key_values.{place}", f"present.{place}") for place in places]
 
 
-def _cache_dtype(manifest: Manifest) -> "np.dtype[Any]":
-    return np.dtype(CACHE_TYPES[manifest.dtype])
+def cache_type(manifest: Manifest) -> "np.dtype[Any]":
+    """Return the type of the cache's elements."""
+    return np.dtype(manifest.cache_type)
 
 
 def _counts(tokens: NDArray[np.int64], counts: NDArray[np.int64] | None, batch: int) -> NDArray[np.int64]:

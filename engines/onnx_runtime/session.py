@@ -21,10 +21,11 @@ from spike_export.engines.onnx_runtime.denormals import denormals_flushed
 from spike_export.engines.onnx_runtime.exact_products import request_exact_products
 from spike_export.engines.onnx_runtime.generation_graph import GenerationGraph, generation_graph
 from spike_export.engines.onnx_runtime.sequences import (
-    CACHE_TYPES,
+    COMPUTED,
     DynamicSequences,
     Sequences,
     StaticSequences,
+    cache_type,
     run_failure,
 )
 
@@ -80,7 +81,7 @@ class BundleSession:
         # Bound outputs would keep all of the cache, which nobody reads here.
         feeds: dict[str, NDArray[Any]] = {"input_ids": tokens, "attention_mask": np.ones_like(tokens)}
         shape = (len(tokens), manifest.num_key_value_heads, 0, manifest.head_dim)
-        empty = np.zeros(shape, CACHE_TYPES[manifest.dtype])
+        empty = np.zeros(shape, cache_type(manifest))
         for layer in range(manifest.num_hidden_layers):
             feeds[f"past_key_values.{layer}.key"] = feeds[f"past_key_values.{layer}.value"] = empty
         try:
@@ -129,7 +130,7 @@ def runnable_manifest(bundle: Path) -> Manifest:
         EngineError: The bundle is incomplete, or of a precision that the CPU lacks.
     """
     manifest = load_manifest(bundle)
-    if manifest.dtype not in CACHE_TYPES:
+    if manifest.dtype not in COMPUTED:
         raise EngineError(
             f"{bundle}: ONNX Runtime's CPU kernels have no {manifest.dtype}; export with --dtype float16 or float32"
         )

@@ -19,7 +19,7 @@ from spike_export.artifacts.manifest import GRAPH_FILE
 from spike_export.calibration.decoder.perplexity import with_bos
 from spike_export.engines.onnx_runtime.all_logits import all_logits_graph
 from spike_export.engines.onnx_runtime.denormals import denormals_flushed
-from spike_export.engines.onnx_runtime.sequences import CACHE_TYPES, run_failure
+from spike_export.engines.onnx_runtime.sequences import cache_type, run_failure
 from spike_export.engines.onnx_runtime.session import BundleSession, open_graph, runnable_manifest
 from spike_export.engines.plan.graph_file import read_graph
 
@@ -85,7 +85,7 @@ def fresh_feeds(session: BundleSession, tokens: NDArray[np.int64]) -> dict[str, 
         "fresh": np.ones(1, np.bool_),
     }
     past = (batch, manifest.num_key_value_heads, manifest.cache_slots or 0, manifest.head_dim)
-    empty = np.zeros(past, CACHE_TYPES[manifest.dtype])
+    empty = np.zeros(past, cache_type(manifest))
     return {value.name: feeds.get(value.name, empty) for value in session.session.get_inputs()}
 
 

@@ -218,7 +218,7 @@ def bundle_link(chain: Chain, bundle: Path) -> tuple[Link, Values]:
     """
     manifest = load_manifest(bundle)
     graph = chain.values(bundle)
-    model = SimulatedModel.of(chain.checkpoint, chain.recipe, fp8="fp8" in manifest.linears)
+    model = SimulatedModel.of(chain.checkpoint, chain.recipe).exported_as(manifest)
     run = partial(model.run, Decoder(model.checkpoint), chain.tokens)
     free = Forcing()
     run(free)

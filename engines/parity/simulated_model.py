@@ -2,12 +2,13 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from spike_export.artifacts.manifest import Manifest
 from spike_export.artifacts.recipe import SMOOTHED_HEAD, ModulePlan, Recipe
 from spike_export.calibration.decoder.equivalent_weights import recipe_checkpoint
 from spike_export.calibration.decoder.layerwise import Decoder, Visit
@@ -44,19 +45,30 @@ class SimulatedModel:
         checkpoint: The model, rotated and smoothed as the recipe says.
         recipe: None for the model without quantization.
         modules: Linear → its plan; empty without a recipe.
+        prefix_cached: Whether the cache holds the prefix.
     """
 
     checkpoint: Checkpoint
     recipe: Recipe | None
     modules: dict[str, ModulePlan]
+    prefix_cached: bool = True
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, recipe: Recipe | None, *, fp8: bool = False) -> "SimulatedModel":
-        """Return the model of a recipe, whose INT8 linears may have been exported as FP8."""
+    def of(cls, checkpoint: Checkpoint, recipe: Recipe | None) -> "SimulatedModel":
+        """Return the model of a recipe."""
         if recipe is None:
             return cls(checkpoint, None, {})
-        plans = float8_modules(recipe) if fp8 else dict(recipe.modules)
-        return cls(recipe_checkpoint(checkpoint, recipe), recipe, plans)
+        return cls(recipe_checkpoint(checkpoint, recipe), recipe, dict(recipe.modules))
+
+    def exported_as(self, manifest: Manifest) -> "SimulatedModel":
+        """Return the model that a bundle holds: INT8 linears may be in FP8 there, and the cache left as it was."""
+        if self.recipe is None:
+            return self
+        plans = float8_modules(self.recipe) if "fp8" in manifest.linears else self.modules
+        kept = self.recipe.kv_cache if manifest.kv_cache_dtype == "int8" else {}
+        in_cache = manifest.prefix is None or manifest.prefix.in_cache
+        recipe = self.recipe.model_copy(update={"kv_cache": kept})
+        return replace(self, recipe=recipe, modules=dict(plans), prefix_cached=in_cache)
 
     def products(self, dtype: str) -> dict[str, Product]:
         """Return how a graph of a precision rounds the linears that it shows."""
@@ -78,7 +90,8 @@ class SimulatedModel:
         recipe = self.recipe
         if recipe is None:
             return set()
-        found = {f"{block}.{name}_proj" for block in recipe.attention for name in ("q", "k", "v", "qkv")}
+        blocks = (*recipe.attention, *recipe.kv_cache)
+        found = {f"{block}.{name}_proj" for block in blocks for name in ("q", "k", "v", "qkv")}
         experts = (name for name, plan in self.modules.items() if expert_of(name) is not None and plan.number_format)
         found |= {f"model.layers.{split_name(name)[0]}.self_attn.o_proj" for name in experts}
         if recipe.scheme.head == SMOOTHED_HEAD:
@@ -103,7 +116,8 @@ class SimulatedModel:
         if self.recipe is None:
             return [watched]
         weights = QuantizedWeights(self.recipe.scheme.weights, keep=False)
-        return [Simulation(self.modules, weights, self.recipe.attention).visit, watched]
+        rounded = self.recipe.attention, self.recipe.kv_cache, self.prefix_cached
+        return [Simulation(self.modules, weights, *rounded).visit, watched]
 
 
 def _product(plan: ModulePlan | None, dtype: str) -> Product:
@@ -119,6 +133,7 @@ def unquantized_recipe(recipe: Recipe) -> Recipe:
         "modules": dict.fromkeys(recipe.modules, kept),
         "scheme": recipe.scheme.model_copy(update={"head": "unquantized", "attention": "unquantized"}),
         "attention": {},
+        "kv_cache": {},
         "rotation": None,
         "hadamard": None,
         "smoothing": {},

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from spike_export.export.attention.attention_context import AttentionContext
+from spike_export.export.attention.int8_cache import Int8Cache
 from spike_export.export.attention.kv_cache import KvCache
 from spike_export.export.attention.rope import Rope
 from spike_export.export.attention.softcap_attention import softcap_attention
@@ -42,7 +43,10 @@ class AttentionEmitter:
         )
         query, key, value = self._operands(module, query, key, value)
         key, value = self.cache.append(index, key, value, self.context)
+        in_steps = Int8Cache(self.emission) if self.emission.plan.kv_cache else None
+        query = in_steps.query(index, query) if in_steps else query
         mixed = self._attend(module, query, key, value, self.context.masks[config.layer_window(index)])
+        mixed = in_steps.result(index, mixed) if in_steps else mixed
         mixed = b.op("Transpose", [mixed], module, label="o_transpose", attributes={"perm": [0, 2, 1, 3]})
         shape = b.integers(0, 0, config.num_attention_heads * config.head_dim)
         merged = b.op("Reshape", [mixed, shape], module, label="o_merged")

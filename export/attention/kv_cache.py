@@ -5,7 +5,9 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
+from spike_export.calibration.decoder.kv_cache import quantize_cache
 from spike_export.export.attention.attention_context import AttentionContext
+from spike_export.export.attention.int8_cache import INT8, Int8Cache
 from spike_export.export.graph.emission import Emission
 
 KINDS = ("key", "value")
@@ -33,10 +35,22 @@ class KvCache(ABC):
         """Append a layer's cache after this call: of its keys (slot 0) or values (1)."""
 
     def append(self, index: int, key: ir.Value, value: ir.Value, context: AttentionContext) -> tuple[ir.Value, ...]:
-        """Add a layer's new keys and values [batch, kv_heads, sequence, head_dim]; return all that attention reads."""
-        presents = tuple(self._present(index, slot, new, context) for slot, new in enumerate((key, value)))
+        """Add a layer's new keys and values [batch, kv_heads, sequence, head_dim]; return all that attention reads.
+
+        In an INT8 cache both are numbers of steps (`Int8Cache`).
+        """
+        new: tuple[ir.Value, ...] = (key, value)
+        if self.emission.plan.kv_cache:
+            new = tuple(self._int8.written(index, kind, states) for kind, states in zip(KINDS, new, strict=True))
+        presents = tuple(self._present(index, slot, states, context) for slot, states in enumerate(new))
         self._presents.extend(presents)
-        return presents
+        if not self.emission.plan.kv_cache:
+            return presents
+        return tuple(self._int8.read(index, kind, present) for kind, present in zip(KINDS, presents, strict=True))
+
+    @property
+    def _int8(self) -> Int8Cache:
+        return Int8Cache(self.emission)
 
     def declare_outputs(self) -> None:
         """Declare `present.N.key|value` of all layers; comes after every layer's `append`."""
@@ -74,10 +88,11 @@ class DynamicCache(KvCache):
 def declare_pasts(emission: Emission, length: int | str) -> list[tuple[ir.Value, ir.Value]]:
     """Declare per layer the inputs `past_key_values.N.key|value` [batch, kv_heads, length, head_dim]."""
     config, pasts = emission.config, []
+    dtype = INT8 if emission.plan.kv_cache else emission.dtype
     shape: list[int | str] = ["batch", config.num_key_value_heads, length, config.head_dim]
     for index in range(config.num_hidden_layers):
         names = (f"past_key_values.{index}.{kind}" for kind in KINDS)
-        key, value = (emission.builder.input(name, emission.dtype, shape) for name in names)
+        key, value = (emission.builder.input(name, dtype, shape) for name in names)
         pasts.append((key, value))
     return pasts
 
@@ -96,11 +111,20 @@ def prefix_part(emission: Emission, index: int, slot: int, context: AttentionCon
     b, module, kind = emission.builder, f"model.layers.{index}.self_attn", KINDS[slot]
     # One node that repeats it for the rows and drops it where it does not enter: in decode nodes cost by their number.
     # In float16 ONNX Runtime's CPU tiles float32 and casts behind it: there it runs as many nodes as Slice and Expand.
-    return b.op("Tile", [stored_prefix(emission, index, slot), context.prefix.repeats], module, label=f"prefix_{kind}")
+    part = b.op("Tile", [stored_prefix(emission, index, slot), context.prefix.repeats], module, label=f"prefix_{kind}")
+    # TensorRT takes no constant in INT8 but a weight.
+    return Int8Cache(emission).rounded(index, f"prefix_{kind}", part) if emission.plan.kv_cache else part
 
 
 def stored_prefix(emission: Emission, index: int, slot: int) -> ir.Value:
-    """Add a layer's prefix keys (slot 0) or values (1) as a constant [1, kv_heads, P, head_dim]."""
-    cached = emission.plan.prefix[index][slot][None]
+    """Add a layer's prefix keys (slot 0) or values (1) as a constant [1, kv_heads, P, head_dim], as the cache has it.
+
+    Around an INT8 cache they are numbers of steps, and whole ones where the cache holds them.
+    """
+    states, numbers = emission.plan.prefix[index][slot][None], emission.numpy_dtype
     name = f"model.layers.{index}.self_attn.prefix_{KINDS[slot]}"
-    return emission.builder.initializer(name, cached.astype(emission.numpy_dtype))
+    if not emission.plan.kv_cache:
+        return emission.builder.initializer(name, states.astype(numbers))
+    steps = getattr(Int8Cache(emission).steps(index), KINDS[slot])
+    kept = quantize_cache(states, steps) if emission.plan.prefix_in == "cache" else states / steps
+    return emission.builder.initializer(name, kept.astype(numbers))

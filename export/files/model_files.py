@@ -82,6 +82,8 @@ def genai_obstacle(plan: GraphPlan) -> str | None:
     """Return why onnxruntime-genai cannot drive a graph, and the remedy; None where it can."""
     if plan.cache.kind == "static":
         return "onnxruntime-genai knows no `write_indices` and no `fresh`; export with --kv-cache dynamic"
+    if plan.kv_cache:
+        return "onnxruntime-genai takes no cache in INT8 on a CPU; export with --kv-cache-dtype unquantized"
     if plan.prefix and plan.prefix_in == "cache":
         return (
             "onnxruntime-genai allocates `present` for the tokens it fed, and this graph's is longer by the prefix; "

@@ -88,3 +88,29 @@ def test_several_devices_and_streamed_layers_change_no_byte(folder: Path, tmp_pa
         assert call(*command, *SMALL, *options, "--quiet").code == 0
     for name in ("spikes.safetensors", "spikes_smoothed.safetensors", "smoothing.json", "recipe.json"):
         assert len({(tmp_path / place / name).read_bytes() for place in places}) == 1, name
+
+
+def test_keys_and_values_in_int8(folder: Path, tmp_path: Path) -> None:
+    recipe = exported(folder, tmp_path, "--kv-cache-dtype", "int8")
+    assert list(recipe.kv_cache) == [f"model.layers.{index}.self_attn" for index in range(3)]
+    assert load_manifest(tmp_path / "bundle").kv_cache_dtype == "int8"
+    given = (folder / "model", "--recipe", tmp_path / "run" / "recipe.json", "--out", tmp_path / "left_out")
+    assert call("export", *given, "--kv-cache-dtype", "unquantized").code == 0
+    assert load_manifest(tmp_path / "left_out").kv_cache_dtype == "unquantized"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--no-quantize",), "--kv-cache-dtype int8 and --no-quantize contradict each other"),
+        (("--number-format", "fp8"), "does not go with --number-format fp8"),
+        (("--kv-cache", "static", "--capacity", "64"), "TensorRT does not write into a static cache in INT8"),
+        (("--attention", "int8-per-tensor-static"), "both round keys and values; give one"),
+    ],
+)
+def test_what_an_int8_cache_does_not_go_with(
+    folder: Path, tmp_path: Path, options: tuple[str, ...], message: str
+) -> None:
+    refused = call(folder / "model", "--out", tmp_path / "engine.plan", "--kv-cache-dtype", "int8", *options)
+    assert refused.code == 2
+    assert message in refused.error

@@ -58,6 +58,7 @@ def test_the_whole_manifest(tmp_path: Path) -> None:
         },
         "dtype": "float16",
         "kv_cache": "dynamic",
+        "kv_cache_dtype": "unquantized",
         "capacity": None,
         "cache_slots": None,
         "bos_token_id": 1,

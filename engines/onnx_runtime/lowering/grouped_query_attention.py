@@ -1,13 +1,15 @@
 """A layer's rotation, cache update and attention over a static cache as one `GroupQueryAttention`.
 
 ONNX Runtime's own operator reads the tokens that each row holds; the standard `Attention` reads every slot of the
-buffer, and a mask hides those behind the row's end. The operator also rotates, and writes the buffer in place.
+buffer, and a mask hides those behind the row's end. The operator also rotates, and writes the buffer in place. From a
+cache in INT8 it restores what it reads, where the standard operators restore every slot in every call.
 
 It applies to a layer whose queries see all earlier tokens. Left as they are: layers with a sliding window, behind which
 the prefix stays visible; scores with a soft cap and operands in INT8, which are nodes of their own; heads that rotate
 in part; and heads whose width is no multiple of 16, which the operator refuses.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +28,11 @@ HEAD_MULTIPLE = 16
 _MERGED = "lowering.merged"
 """The last two axes, heads and channels, as one."""
 
+_WITHOUT_POSITIONS_BIAS_AND_SINK = ("", "", "")
+"""Inputs in front of the steps."""
+
+_INT8_CACHE = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
+
 
 @dataclass(frozen=True)
 class _Operand:
@@ -35,11 +42,13 @@ class _Operand:
         heads: [batch, sequence, heads, head_dim], which a projection was split into.
         rotation: The rotary embedding; None of values.
         prefix: What a new sequence begins with, or None.
+        steps: Initializer of the steps of keys or values that are cached in INT8, or None.
     """
 
     heads: str
     rotation: onnx.NodeProto | None = None
     prefix: str | None = None
+    steps: str | None = None
 
 
 @dataclass(frozen=True)
@@ -101,16 +110,19 @@ def _match(index: GraphIndex, node: onnx.NodeProto) -> _Attention | None:
     """Return the nodes around an `Attention` if all of them are those that the operator stands for."""
     if len(node.input) != 4 or any(each.name != "scale" for each in node.attribute):
         return None
-    query = _rotated(index, node.input[0])
-    scatters = [index.producer(name, "TensorScatter") for name in node.input[1:3]]
-    if query is None or None in scatters:
+    scatters = [_read(index, name) for name in node.input[1:3]]
+    if None in scatters:
         return None
     key_scatter, value_scatter = (scatter for scatter in scatters if scatter is not None)
     key, value = _written(index, key_scatter, rotates=True), _written(index, value_scatter, rotates=False)
-    transposed = index.only_user(node.output[0], "Transpose")
+    around = _around(index, node, [key, value], [key_scatter, value_scatter])
+    if key is None or value is None or around is None:
+        return None
+    query = _rotated(index, around[0])
+    transposed = index.only_user(around[1], "Transpose")
     merged = index.only_user(transposed.output[0], "Reshape") if transposed else None
     shape = index.small_constant(merged.input[1]) if merged else None
-    if key is None or value is None or merged is None or shape is None:
+    if query is None or merged is None or shape is None:
         return None
     match = _Attention(
         node,
@@ -160,12 +172,56 @@ def _written(index: GraphIndex, scatter: onnx.NodeProto, *, rotates: bool) -> _O
     new, prefix = scatter.input[1], None
     joined = index.producer(new, "Concat")
     if joined is not None:
-        repeated = index.producer(joined.input[0], "Tile")
+        repeated = index.producer(_uncast(index, _unrounded(index, joined.input[0])), "Tile")
         if repeated is None:
             return None
         new, prefix = joined.input[1], repeated.input[0]
+    divided, steps = index.producer(_unrounded(index, new), "Div"), None
+    if divided is not None:
+        new, steps = _uncast(index, divided.input[0]), str(divided.input[1])
     found = _rotated(index, new) if rotates else _Operand(split) if (split := _split(index, new)) else None
-    return found and _Operand(found.heads, found.rotation, prefix)
+    return found and _Operand(found.heads, found.rotation, prefix, steps)
+
+
+def _read(index: GraphIndex, value: str) -> onnx.NodeProto | None:
+    """Return what writes the cache that attention reads, past a dequantizer of one step."""
+    restored = index.producer(_uncast(index, value), "DequantizeLinear")
+    if restored is not None and _is_one(index, restored.input[1]):
+        value = restored.input[0]
+    return index.producer(value, "TensorScatter")
+
+
+def _around(
+    index: GraphIndex,
+    node: onnx.NodeProto,
+    operands: Sequence[_Operand | None],
+    scatters: Sequence[onnx.NodeProto],
+) -> tuple[str, str] | None:
+    """Return queries and result without the steps of keys and values; None where not all parts of INT8 are there."""
+    in_steps = {operand is not None and operand.steps is not None for operand in operands}
+    restored = {read != scatter.output[0] for read, scatter in zip(node.input[1:3], scatters, strict=True)}
+    if in_steps != restored or len(in_steps) > 1:
+        return None
+    if in_steps == {False}:
+        return node.input[0], node.output[0]
+    scaled, rescaled = index.producer(node.input[0], "Mul"), index.only_user(node.output[0], "Mul")
+    return None if scaled is None or rescaled is None else (scaled.input[0], rescaled.output[0])
+
+
+def _unrounded(index: GraphIndex, value: str) -> str:
+    """Return what a quantizer of one step rounds, or the value itself."""
+    quantizer = index.producer(value, "QuantizeLinear")
+    return value if quantizer is None or not _is_one(index, quantizer.input[1]) else str(quantizer.input[0])
+
+
+def _uncast(index: GraphIndex, value: str) -> str:
+    cast = index.producer(value, "Cast")
+    return value if cast is None else str(cast.input[0])
+
+
+def _is_one(index: GraphIndex, name: str) -> bool:
+    scale = index.small_constant(name)
+    return scale is not None and scale.tolist() == 1
 
 
 def _split(index: GraphIndex, value: str) -> str | None:
@@ -219,6 +275,9 @@ def _replace(graph: onnx.GraphProto, index: GraphIndex, match: _Attention) -> No
     }
     lengths = (f"{positions}.last", f"{positions}.longest")
     inputs = [*(value for value, _ in merged), *match.caches, *lengths, cos, sin]
+    if match.key.steps is not None and match.value.steps is not None:
+        inputs += [*_WITHOUT_POSITIONS_BIAS_AND_SINK, match.key.steps, match.value.steps]
+        attributes |= _INT8_CACHE
     node = helper.make_node(OPERATOR, inputs, outputs, name=f"{name}.{OPERATOR}", domain=DOMAIN, **attributes)
     place = next(number for number, each in enumerate(graph.node) if each.name == match.merged.name)
     for each in (node, *(reshaped for _, reshaped in reversed(merged) if reshaped is not None)):

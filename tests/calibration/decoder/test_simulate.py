@@ -10,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from spike_export.artifacts.recipe import AttentionPlan, ModulePlan, WeightScheme
+from spike_export.artifacts.recipe import AttentionPlan, KvCachePlan, ModulePlan, WeightScheme
+from spike_export.calibration.decoder.exponents import encode_exponents
 from spike_export.calibration.decoder.layerwise import Decoder, Execution, batches
 from spike_export.calibration.decoder.simulate import (
     SMALLEST_TOKEN_AMAX,
@@ -308,6 +309,44 @@ def test_attention_multiplies_rounded_operands_and_leaves_the_prefix(name: str, 
     assert np.abs(actual - plain).max() > 1e-3
     if prefix:
         assert np.abs(actual - attended(0)).max() > 1e-3
+
+
+@pytest.mark.parametrize("prefix_cached", [True, False])
+def test_attention_reads_keys_and_values_from_an_int8_cache(prefix_cached: bool) -> None:
+    checkpoint, ids = tiny_family("llama").checkpoint, tokens(rows=2, length=14)
+    config, random = checkpoint.config, np.random.default_rng(4)
+    channels = config.num_key_value_heads * config.head_dim
+    exponents = [random.integers(-40, -24, channels).astype(np.int8) for _ in range(2)]
+    plan = KvCachePlan(key=encode_exponents(exponents[0]), value=encode_exponents(exponents[1]))
+    seen: list[Doubles] = []
+
+    @contextmanager
+    def look(index: int, layer: nn.Module) -> Iterator[None]:
+        attention: Any = layer.get_submodule("self_attn")
+        inner = attention.operands
+
+        def operands(*states: torch.Tensor) -> Any:
+            read = inner(*states)
+            seen.extend(each.double().numpy() for each in (*states, *read))
+            return read
+
+        attention.operands = operands
+        yield
+
+    simulation = Simulation(
+        {}, QuantizedWeights(PER_CHANNEL), kv_cache={"model.layers.0.self_attn": plan}, prefix_cached=prefix_cached
+    )
+    Decoder(checkpoint).run(ids, PREFIX, layers=1, visits=(simulation.visit, look))
+    assert np.array_equal(seen[0], seen[3])
+    for exact, read, powers in zip(seen[1:3], seen[4:], exponents, strict=True):
+        steps = np.exp2(powers / 8).reshape(config.num_key_value_heads, 1, config.head_dim)
+        expected = np.clip(np.rint(exact / steps), -128, 127) * steps
+        if not prefix_cached:
+            expected[:, :, : len(PREFIX)] = exact[:, :, : len(PREFIX)]
+        # Half a last bit of float32 in the step and in the product; and, rarely, a quotient between two steps.
+        apart = np.abs(read - expected) > 1e-6 * np.abs(expected)
+        assert apart.mean() < 1e-3
+        assert not np.array_equal(read, exact)
 
 
 def test_a_quantized_expert_computes_in_integers() -> None:

@@ -46,6 +46,10 @@ def test_where_an_options_range_ends(name: str) -> None:
         ({"samples": 0}, "--samples is 0; at least one window is needed"),
         ({"length": 7}, "--length is 7; a window needs at least 8 tokens"),
         ({"alpha": 3.0, "max_fp16_modules": 1}, "--alpha and --max-fp16-modules both say"),
+        (
+            {"attention": "int8-per-tensor-static", "kv_cache_dtype": "int8"},
+            "--attention int8-per-tensor-static and --kv-cache-dtype int8 both round keys and values; give one",
+        ),
         ({"max_fp16_modules": -1}, "--max-fp16-modules is -1; expected 0 or more"),
         ({"tolerance": 1.0}, "--tolerance is 1.0; expected a fraction such as 0.005"),
         ({"tolerance": -0.1}, "--tolerance is -0.1; expected a fraction"),

@@ -4,6 +4,7 @@ By default every variant is built in one of the precisions, and every precision 
 """
 
 import importlib.util
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from spike_export.artifacts.recipe import (
     Dtype,
     HadamardPlan,
     HeadScheme,
+    KvCacheDtype,
     ModulePlan,
     Recipe,
     Scheme,
@@ -33,6 +35,7 @@ from spike_export.engines.plan.backend import TENSORRT_RTX, Machine
 from spike_export.engines.plan.build_options import BatchRange, BuildOptions
 from spike_export.export.bundle import ExportOptions, export_bundle
 from tests.support.built_plans import audit_plan, build_plan
+from tests.support.tiny.kv_caches import with_kv_cache
 from tests.support.tiny.models import LLAMA3_ROPE, MemoryTensors, input_scales, tiny_llama, tiny_recipe
 
 pytestmark = pytest.mark.skipif(
@@ -101,6 +104,28 @@ def mixed(recipe: Recipe) -> dict[str, Any]:
 def int8_attention(_: Recipe) -> dict[str, Any]:
     plan = AttentionPlan(query=0.05, key=0.04, value=0.03)
     return {"attention": {f"model.layers.{layer}.self_attn": plan for layer in range(2)}}
+
+
+def test_an_int8_cache_is_restored_inside_of_attention(tmp_path: Path) -> None:
+    """The plan reads and writes INT8, and has no kernel more than one with a cache in 16 bit."""
+    model = tiny_llama()
+    scales = input_scales(model, np.random.default_rng(0).integers(3, 99, (2, 24)))
+    recipe = with_kv_cache(
+        tiny_recipe(model.checkpoint, scales, prefix=(1, 5), scheme=Scheme(unquantized="float16")),
+        model.checkpoint,
+        np.full((1, 8), 3),
+    )
+    options, programs = BuildOptions(targets=("SM86",), profiles=("decode",)), []
+    kinds: tuple[tuple[KvCacheDtype, bytes], ...] = (("int8", b"int8"), ("unquantized", b"half"))
+    for dtype, element in kinds:
+        bundle, plan = tmp_path / dtype, tmp_path / f"{dtype}.plan"
+        export_bundle(model.checkpoint, recipe, ExportOptions("float16", kv_cache_dtype=dtype), bundle)
+        result = build_plan(bundle, plan, options, environment=CPU)
+        assert result.deviations == ()
+        programs.append((result.audit.int8_products, result.audit.programs[0].layer_kernels))
+        found = re.findall(rb'name="(?:past_key_values|present)\.1\.key[.\d]*"[^\n]* type=(\w+)', plan.read_bytes())
+        assert set(found) == {element}
+    assert programs[0] == programs[1]
 
 
 @pytest.mark.parametrize(

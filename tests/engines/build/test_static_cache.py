@@ -15,7 +15,8 @@ from spike_export.engines.plan.build_options import BatchRange, BuildOptions, Pr
 from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.cache_options import CacheOptions
 from tests.support.built_plans import build_plan
-from tests.support.tiny.models import input_scales, tiny_llama, tiny_recipe
+from tests.support.tiny.kv_caches import with_kv_cache
+from tests.support.tiny.models import input_scales, tiny_llama, tiny_recipe, unquantized_recipe
 
 CPU = BuildEnvironment(Machine(frozenset({"tensorrt-rtx"}), gpu=None), available=None)
 CAPACITY = 48
@@ -82,6 +83,15 @@ def test_a_dynamic_cache_is_not_in_place(tmp_path: Path) -> None:
     places = [f"{layer}.{kind}" for layer in range(LAYERS) for kind in ("key", "value")]
     read, written = ({f"{stem}.{place}" for place in places} for stem in ("past_key_values", "present"))
     assert program_buffers(plan) == [(read, written)]
+
+
+def test_a_cache_in_int8_is_refused(tmp_path: Path) -> None:
+    model = tiny_llama(layers=1)
+    recipe = with_kv_cache(unquantized_recipe(model.checkpoint, ()), model.checkpoint, np.full((1, 8), 3))
+    options = ExportOptions("float16", cache=CacheOptions("static", CAPACITY))
+    export_bundle(model.checkpoint, recipe, options, tmp_path / "bundle")
+    with pytest.raises(EngineError, match="does not write into a static cache in INT8; export with --kv-cache dynamic"):
+        build_plan(tmp_path / "bundle", tmp_path / "engine.plan", BuildOptions(), environment=CPU)
 
 
 def test_more_context_than_the_cache_holds_is_refused(tmp_path: Path) -> None:

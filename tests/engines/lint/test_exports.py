@@ -20,6 +20,7 @@ from spike_export.engines.lint.finding import Finding
 from spike_export.engines.lint.linter import lint_model
 from spike_export.export.bundle import ExportOptions, export_bundle
 from tests.support.lint_graphs import FLOAT, graph, node, save, stored, value
+from tests.support.tiny.kv_caches import with_kv_cache
 from tests.support.tiny.models import LLAMA3_ROPE, TinyModel, tiny_llama, tiny_recipe
 
 DOWN = "model.layers.1.mlp.down_proj"
@@ -34,6 +35,7 @@ class Export:
     per_token: bool = False
     weights_only: bool = False
     attention: bool = False
+    kv_cache: bool = False
     kept: bool = False
     prefix: tuple[int, ...] = (5, 1, 9)
     quantize: bool = True
@@ -48,6 +50,7 @@ EXPORTS: Mapping[str, Export] = {
     "per token": Export({}, per_token=True),
     "weights only": Export({"weights-only": 14}, weights_only=True),
     "attention": Export({"attention-operands-quantized": 2}, attention=True),
+    "INT8 cache": Export({"attention-operands-quantized": 2}, kv_cache=True),
     "kept": Export({}, kept=True),
     "biases": Export({}, biases=True),
     "sliding window": Export({}, sliding_window=6),
@@ -70,7 +73,8 @@ def recipe_of(case: Export, model: TinyModel, dtype: Dtype) -> Recipe | None:
     blocks = [f"model.layers.{layer}.self_attn" for layer in range(model.checkpoint.config.num_hidden_layers)]
     plan = AttentionPlan(query=0.02, key=0.02, value=0.02)
     attention = dict.fromkeys(blocks, plan) if case.attention else {}
-    return base.model_copy(update={"modules": modules, "attention": attention})
+    recipe = base.model_copy(update={"modules": modules, "attention": attention})
+    return with_kv_cache(recipe, model.checkpoint, np.full((1, 8), 3)) if case.kv_cache else recipe
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])

@@ -22,6 +22,7 @@ from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.cache_options import CacheOptions
 from tests.support.graph_parity import assert_close
 from tests.support.tiny.families import NAMES, tiny_family
+from tests.support.tiny.kv_caches import with_kv_cache
 from tests.support.tiny.models import TinyModel, tiny_llama, unquantized_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -95,6 +96,69 @@ def test_every_family_computes_the_same(name: str, prefix: tuple[int, ...], tmp_
         rows[1] = batch.extend(1, prompts[1][11:])
         logits.append(np.concatenate([*rows, *(batch.step(tokens) for tokens in steps)]))
     assert_close(*logits)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3_text", "qwen3"])
+def test_a_cache_in_int8_is_read_as_the_standard_operators_read_it(name: str, tmp_path: Path) -> None:
+    """To a part of what INT8 itself changes: a key between two steps may be rounded to either."""
+    model = wide(name)
+    recipe = with_kv_cache(unquantized_recipe(model.checkpoint, PREFIX), model.checkpoint, np.arange(20)[None])
+    logits = {}
+    for dtype, lowering in (("int8", True), ("int8", False), ("unquantized", True)):
+        options = ExportOptions(
+            "float32",
+            cache=CacheOptions("static", CAPACITY),
+            logits="last",
+            kv_cache_dtype="int8" if dtype == "int8" else "unquantized",
+        )
+        export_bundle(model.checkpoint, recipe, options, tmp_path / "bundle")
+        if lowering:
+            assert operators(tmp_path / "bundle")[OPERATOR] == LOWERED[name]
+        batch, random = begun(tmp_path / "bundle", lowering=lowering), np.random.default_rng(0)
+        rows = [batch.admit(row, random.integers(0, 99, length)) for row, length in enumerate((1, 19, 6))]
+        rows += [batch.step(random.integers(0, 99, (ROWS, 1))) for _ in range(3)]
+        logits[dtype, lowering] = np.concatenate([each.reshape(-1, each.shape[-1]) for each in rows])
+    effect = np.abs(logits["int8", True] - logits["unquantized", True]).max()
+    assert effect > 1e-3
+    assert np.abs(logits["int8", True] - logits["int8", False]).max() < effect / 20
+
+
+def test_a_lowered_cache_in_int8_begins_with_the_prefix_in_steps(tmp_path: Path) -> None:
+    model = tiny_llama(max_positions=CAPACITY)
+    recipe = with_kv_cache(unquantized_recipe(model.checkpoint, PREFIX), model.checkpoint, np.arange(20)[None])
+    options = ExportOptions("float32", cache=CacheOptions("static", CAPACITY), logits="last")
+    export_bundle(model.checkpoint, recipe, options, tmp_path / "bundle")
+    graph = generation_graph(tmp_path / "bundle", load_manifest(tmp_path / "bundle"))
+    assert graph.prefix is not None
+    assert {values.dtype for values in graph.prefix.values()} == {np.dtype(np.int8)}
+    batch = begun(tmp_path / "bundle", lowering=True)
+    assert {buffer.dtype for buffer in batch.buffers} == {np.dtype(np.int8)}
+
+
+@pytest.fixture(scope="module")
+def int8_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, model = tmp_path_factory.mktemp("lowering") / "int8", tiny_llama(max_positions=CAPACITY)
+    recipe = with_kv_cache(unquantized_recipe(model.checkpoint, PREFIX), model.checkpoint, np.arange(20)[None])
+    export_bundle(model.checkpoint, recipe, ExportOptions("float32", cache=CacheOptions("static", CAPACITY)), folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "operator"),
+    [
+        ("query_restored", "Add"),
+        ("mixed_restored", "Add"),
+        ("key_in_steps", "Mul"),
+        ("value_QuantizeLinear", "Identity"),
+        ("cached_key_DequantizeLinear", "Identity"),
+    ],
+)
+def test_a_layer_whose_int8_cache_was_changed_by_hand_is_left(int8_bundle: Path, name: str, operator: str) -> None:
+    manifest = load_manifest(int8_bundle)
+    model = onnx.load_from_string(generation_graph(int8_bundle, manifest, lowering=False).serialized)
+    next(node for node in model.graph.node if node.name == f"model.layers.0.self_attn.{name}").op_type = operator
+    lower_attention(model)
+    assert Counter(node.op_type for node in model.graph.node)[OPERATOR] == manifest.num_hidden_layers - 1
 
 
 @pytest.fixture(scope="module")
