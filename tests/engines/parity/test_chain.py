@@ -16,6 +16,7 @@ from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.cache_options import CacheOptions
 from tests.support.planted_faults import Fault, changed, later_positions, planted, swapped
 from tests.support.tiny.families import tiny_family
+from tests.support.tiny.kv_caches import with_kv_cache
 from tests.support.tiny.models import TinyModel, input_scales, tiny_llama, tiny_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -146,6 +147,16 @@ def test_every_scheme_passes(model: TinyModel, tmp_path: Path) -> None:
     export_bundle(model.checkpoint, recipe, options, tmp_path / "bundle")
     parity = parity_chain(Chain(model.checkpoint, recipe, TOKENS), tmp_path / "bundle")
     assert parity.passed, parity.links
+
+
+def test_a_cache_in_int8_passes_and_is_missed_where_the_recipe_has_none(model: TinyModel, tmp_path: Path) -> None:
+    plain = tiny_recipe(model.checkpoint, input_scales(model, TOKENS), prefix=PREFIX)
+    recipe = with_kv_cache(plain, model.checkpoint, TOKENS)
+    export_bundle(model.checkpoint, recipe, ExportOptions("float32"), tmp_path / "bundle")
+    link, _ = bundle_link(Chain(model.checkpoint, recipe, TOKENS), tmp_path / "bundle")
+    assert not link.outside
+    link, _ = bundle_link(Chain(model.checkpoint, plain, TOKENS), tmp_path / "bundle")
+    assert link.outside[0].name == "model.layers.0.self_attn"
 
 
 @pytest.mark.parametrize("name", ["gemma2", "olmo2", "mixtral", "qwen3_moe"])
