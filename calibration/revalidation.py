@@ -132,7 +132,7 @@ def _increases(
     decoder: Decoder, recipe: Recipe, content: NDArray[np.int64], fed: NDArray[np.int64]
 ) -> tuple[float, ...]:
     weights = QuantizedWeights(recipe.scheme.weights, keep=False)
-    simulation = Simulation(recipe.modules, weights, recipe.attention, recipe.kv_cache)
+    simulation = Simulation(recipe.modules, weights, recipe.attention, kv_cache=recipe.kv_cache)
     plain = _losses(decoder, decoder.head(), recipe, content, fed, [])
     head = decoder.head(recipe.scheme.head, recipe.head_smoothing)
     quantized = _losses(decoder, head, recipe, content, fed, [simulation.visit])

@@ -180,7 +180,7 @@ def evaluate(
             for variant, plans in variants(recipe).items():
                 if only and variant not in only:
                     continue
-                visit = Simulation(plans, weights, recipe.attention, recipe.kv_cache).visit
+                visit = Simulation(plans, weights, recipe.attention, kv_cache=recipe.kv_cache).visit
                 yield text, name, variant, judge.measured(text, recipe, decoder, (visit,))
 
 

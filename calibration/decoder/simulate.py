@@ -107,19 +107,20 @@ class Simulation:
         modules: Linear → its plan; linears that are not named stay as they are.
         weights: 8-bit weights of the same model.
         attention: Attention block → steps of its operands; blocks that are not named stay as they are.
-        kv_cache: Attention block → steps of its keys and values in the cache, likewise.
-        prefix_cached: Whether the cache holds the prefix, whose keys and values are rounded then too.
         smoothing: Representative module → scales of its input's channels, divided out of the input and multiplied into
             the weight right here. The folded model computes the same with weights that are scaled per channel, where
             the producing rows' own scales take up what is folded into them.
+        kv_cache: Attention block → steps of its keys and values in the cache; blocks that are not named stay as they
+            are.
+        prefix_cached: Whether the cache holds the prefix, whose keys and values are rounded then too.
     """
 
     modules: Mapping[str, ModulePlan]
     weights: QuantizedWeights
     attention: Mapping[str, AttentionPlan] = field(default_factory=dict)
+    smoothing: "Mapping[str, NDArray[np.float32]]" = field(default_factory=dict)
     kv_cache: Mapping[str, KvCachePlan] = field(default_factory=dict)
     prefix_cached: bool = True
-    smoothing: "Mapping[str, NDArray[np.float32]]" = field(default_factory=dict)
 
     @contextmanager
     def visit(self, index: int, layer: "nn.Module") -> "Iterator[None]":

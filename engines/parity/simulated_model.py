@@ -116,8 +116,14 @@ class SimulatedModel:
         if self.recipe is None:
             return [watched]
         weights = QuantizedWeights(self.recipe.scheme.weights, keep=False)
-        rounded = self.recipe.attention, self.recipe.kv_cache, self.prefix_cached
-        return [Simulation(self.modules, weights, *rounded).visit, watched]
+        simulation = Simulation(
+            self.modules,
+            weights,
+            self.recipe.attention,
+            kv_cache=self.recipe.kv_cache,
+            prefix_cached=self.prefix_cached,
+        )
+        return [simulation.visit, watched]
 
 
 def _product(plan: ModulePlan | None, dtype: str) -> Product:
