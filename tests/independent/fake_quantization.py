@@ -3,7 +3,7 @@
 It reads recipe.json as JSON and the model through transformers, rounds weights and inputs as docs/recipes.md says, and
 prints the perplexity of evenly spaced windows of a text, without quantization and with it, both behind the recipe's
 prefix. It knows models whose linears have LLaMA's names, INT8, and heads and attention that are not quantized.
-Run: python -m tests.independent.fake_quantization --model MODEL --recipe RUN/recipe.json [--windows N] TEXT
+Run: python -m tests.independent.fake_quantization --model DIRECTORY --recipe RUN/recipe.json [--windows N] TEXT
 """
 
 import argparse
@@ -28,10 +28,9 @@ READERS = {
 
 
 def load(path: Path) -> tuple[Any, Any]:
-    """Return model and tokenizer of a Hugging Face directory or a .gguf file, in float32."""
-    place = (path, {}) if path.is_dir() else (path.parent, {"gguf_file": path.name})
-    model = AutoModelForCausalLM.from_pretrained(place[0], dtype=torch.float32, **place[1])
-    return model.eval(), AutoTokenizer.from_pretrained(place[0], **place[1])
+    """Return model and tokenizer of a Hugging Face directory, in float32."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    return model.eval(), AutoTokenizer.from_pretrained(path)
 
 
 def channel_scales(recipe: dict[str, Any], channels: dict[str, int]) -> dict[str, torch.Tensor]:

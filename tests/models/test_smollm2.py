@@ -40,6 +40,7 @@ from spike_export.engines.accuracy.variants import Variant, check_variants
 from spike_export.export.bundle import ExportOptions, export_bundle
 from tests.independent import fake_quantization
 from tests.support.help_topics import FIGURES_CORPUS
+from tests.support.reference_models import reference_model
 from tests.support.tiny.models import CachedSession
 
 pytestmark = pytest.mark.model
@@ -262,7 +263,7 @@ def test_the_automatic_recipe_is_almost_all_int8(checkpoint: Checkpoint, recipes
 
 @pytest.mark.slow
 def test_the_cost_is_that_of_an_independent_script(
-    smollm2: Path, calibration: Calibration, recipes: dict[str, Recipe], tmp_path: Path
+    calibration: Calibration, recipes: dict[str, Recipe], tmp_path: Path
 ) -> None:
     """The tables' command and plain torch on transformers' model: perplexities within 1 %."""
     content, recipe = calibration.windows.evaluation, recipes["automatic"]
@@ -270,7 +271,7 @@ def test_the_cost_is_that_of_an_independent_script(
     ((*_, measured),) = evaluate(judge, {"recipe": recipe}, [AS_CHOSEN])
     save_recipe(recipe, tmp_path / "recipe.json")
     document = json.loads((tmp_path / "recipe.json").read_text(encoding="utf-8"))
-    model, _ = fake_quantization.load(smollm2)
+    model = reference_model(calibration.checkpoint)
     plain, quantized = fake_quantization.compared(model, document, content)
     assert plain == pytest.approx(np.exp(judge._reference("text", recipe.prefix_ids).negative.mean()), rel=1e-4)
     assert quantized / plain == pytest.approx(1 + measured.increase.mean, rel=0.01)
@@ -280,7 +281,7 @@ def test_the_cost_is_that_of_an_independent_script(
 def test_what_a_check_keeps_of_the_reference_suffices(calibration: Calibration, recipes: dict[str, Recipe]) -> None:
     """The divergence from 1,024 tokens and a sample is that from all 49,152, within 0.5 % of the mean."""
     recipe, content = recipes["automatic"], calibration.windows.evaluation
-    model = calibration.transformed(Transform(recipe.rotation, recipe.smoothing, hadamard=recipe.hadamard))
+    model = calibration.transformed(Transform.of(recipe))
     visit = Simulation(recipe.modules, model.quantized, recipe.attention).visit
     fed = content if BOS in recipe.prefix_ids else with_bos(content, BOS)
     states = [
