@@ -101,11 +101,10 @@ def test_a_full_disk_of_a_worker_names_the_machine(folder: Path) -> None:
     model = str(folder / "model")
     options = CalibrationOptions(samples=2, length=8)
     task = WorkerTask(model, open_checkpoint(model).tensors.sha256(), options, ExecutionOptions(), 1)
+    message = f"Ray worker on {socket.gethostname()}: /scratch/activations: cannot write: the disk is full"
     with (
         RayWorkers(ClusterOptions(address="local", workers=1), task) as workers,
-        pytest.raises(
-            CalibrationError, match=f"Ray worker on {socket.gethostname()}: /scratch/activations: the disk is full"
-        ),
+        pytest.raises(CalibrationError, match=message),
     ):
         workers.results(on_a_full_disk, [()])
 
