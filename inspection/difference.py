@@ -147,7 +147,7 @@ def _words(recipe: Recipe) -> Iterator[tuple[str, str]]:
     yield "threshold", NONE if recipe.alpha is None else f"{recipe.criterion} above {recipe.alpha:.4g}"
     yield from ((name, str(value)) for name, value in recipe.scheme.model_dump(exclude_none=True).items())
     yield "rotation", NONE if recipe.rotation is None else f"{recipe.rotation.kind}, seed {recipe.rotation.seed}"
-    yield "Hadamard", str(recipe.hadamard or NONE)
+    yield "hadamard", str(recipe.hadamard or NONE)
     forms = sorted({f"{plan.form} {plan.parameter:g}" for plan in recipe.smoothing.values()})
     yield "smoothing", f"{len(recipe.smoothing)} inputs: {', '.join(forms)}" if forms else NONE
     yield "smoothing of the head", NONE if recipe.head_smoothing is None else f"{recipe.head_smoothing.parameter:g}"

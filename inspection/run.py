@@ -103,7 +103,7 @@ def _headlines(recipe: Recipe) -> list[tuple[str, str]]:
         ("linears", ", ".join(f"{count} {precision}" for precision, count in sorted(counts.items()))),
         ("prefix", f"{list(recipe.prefix.token_ids)} {recipe.prefix.text!r}" if recipe.prefix else "none"),
         ("rotation", f"{recipe.rotation.kind}, seed {recipe.rotation.seed}" if recipe.rotation else "none"),
-        ("Hadamard", str(recipe.hadamard or "none")),
+        ("hadamard", str(recipe.hadamard or "none")),
         ("smoothing", f"{len(recipe.smoothing)} inputs"),
     ]
     plain, behind = recipe.search.plain_reference_perplexity, recipe.search.reference_perplexity

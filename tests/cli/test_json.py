@@ -18,8 +18,10 @@ WITHOUT = {"serve"}
 
 BUNDLE, RUN, CORPUS = "engine.plan.run/bundle", "engine.plan.run", ("--corpus", "corpus.txt", *SMALL)
 CHECK = ("check", BUNDLE, "--reference", "model", *CORPUS)
+NEVER = ("--hadamard", "never")
+"""For the recipe that is written as a checkpoint for vLLM too."""
 COMMANDS: dict[str, tuple[str, ...]] = {
-    "calibrate": ("calibrate", "model", "--work-dir", RUN, *CORPUS),
+    "calibrate": ("calibrate", "model", "--work-dir", RUN, *CORPUS, *NEVER),
     "calibrate --shard": ("calibrate", "model", "--work-dir", "2", "--shard", "2/2", *CORPUS),
     "merge": ("merge", "1", "2", "--work-dir", "merged"),
     "export": ("export", "model", "--no-quantize", "--out", "plain"),
@@ -61,9 +63,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     write_corpus(folder / "other.txt", seed=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        done = call("model", "--out", "engine.plan", "--target", "SM86", *CORPUS, "--max-kl", "1e-9", "--json")
+        done = call("model", "--out", "engine.plan", "--target", "SM86", *CORPUS, *NEVER, "--max-kl", "1e-9", "--json")
         assert (done.code, read(done)["engine"]) == (1, None), "a missed limit has a document too"
-        whole = call("model", "--out", "engine.plan", "--target", "SM86", *CORPUS, "--json")
+        whole = call("model", "--out", "engine.plan", "--target", "SM86", *CORPUS, *NEVER, "--json")
         assert call("calibrate", "model", "--work-dir", "1", "--shard", "1/2", *CORPUS).code == 0
     assert "[1/" in whole.err, "the progress is on standard error"
     return folder, read(whole)

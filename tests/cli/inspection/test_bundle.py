@@ -71,7 +71,7 @@ def test_the_tables_say_the_same(bundle: Path) -> None:
     done = call("inspect", bundle)
     assert (done.code, done.err) == (0, "")
     lines = [" ".join(line.split()) for line in done.out.splitlines()]
-    assert "cache: static of 48 tokens (51 slots)" in lines
+    assert "cache: static of 48 tokens (51 slots), float16" in lines
     assert any(line.startswith("prefix: [1, 5, 7] ") for line in lines)
     assert "mlp.down_proj int8 weights per channel, inputs per token 0" in lines
     shares = load_manifest(bundle).linears["int8"]

@@ -495,7 +495,7 @@ def test_no_room_for_the_bundle_keeps_the_previous_one(folder: Path, tmp_path: P
 def test_no_room_for_the_check_keeps_the_previous_one(folder: Path, tmp_path: Path) -> None:
     former = b'{"format": 1, "reference": {"perplexity": 1.0}, "variants": []}'
     (tmp_path / "c.json").write_bytes(former)
-    options = ("--reference", folder / "model", "--corpus", folder / "corpus.txt", "--length", "32")
+    options = ("--reference", folder / "model", "--corpus", folder / "corpus.txt", "--length", "32", "--force")
     with file_size_limit(8192):
         line = call("check", folder / "bundle", *options, "--out", tmp_path / "c.json").error
     assert_says(line, "cannot write")
