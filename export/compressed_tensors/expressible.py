@@ -44,6 +44,12 @@ def _hadamard(recipe: Recipe, _: Dtype) -> str | None:
     return "the Hadamard transform of down_proj's inputs is not written; calibrate with --hadamard never"
 
 
+def _cache(recipe: Recipe, _: Dtype) -> str | None:
+    if not recipe.kv_cache:
+        return None
+    return "steps of a cache in INT8 are not written; remove the recipe's kv_cache, or calibrate without it"
+
+
 def _fp8(recipe: Recipe, _: Dtype) -> str | None:
     name = _first(recipe, lambda plan: plan.number_format == "fp8")
     return None if name is None else f"{name} is fp8 and this format is written in INT8; set its precision to int8"
@@ -99,4 +105,14 @@ def _first(recipe: Recipe, matches: Callable[[ModulePlan], bool]) -> str | None:
     return next((name for name, plan in recipe.modules.items() if matches(plan)), None)
 
 
-_OBSTACLES: tuple[_Obstacle, ...] = (_head, _attention, _hadamard, _fp8, _weights_alone, _float32, _siblings, _experts)
+_OBSTACLES: tuple[_Obstacle, ...] = (
+    _head,
+    _attention,
+    _hadamard,
+    _cache,
+    _fp8,
+    _weights_alone,
+    _float32,
+    _siblings,
+    _experts,
+)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from spike_export.artifacts.errors import RecipeError
-from spike_export.artifacts.recipe import AttentionPlan, Dtype, HadamardPlan, ModulePlan, Recipe, Scheme
+from spike_export.artifacts.recipe import AttentionPlan, Dtype, HadamardPlan, KvCachePlan, ModulePlan, Recipe, Scheme
 from spike_export.checkpoint.modules import linears
 from spike_export.export.compressed_tensors.expressible import require_expressible
 from tests.support.tiny.families import tiny_family
@@ -37,6 +37,12 @@ CASES: dict[str, tuple[dict[str, Any] | None, str, Dtype, str]] = {
         "operands of model.layers.0.self_attn; remove",
     ),
     "hadamard": ({"hadamard": HadamardPlan(block=16)}, "", "float16", "Hadamard transform .* --hadamard never"),
+    "cache": (
+        {"kv_cache": {"model.layers.0.self_attn": KvCachePlan(key="AA==", value="AA==")}},
+        "",
+        "float16",
+        "cache in INT8 are not written; remove the recipe's kv_cache",
+    ),
     "fp8": ({"precision": "fp8"}, DOWN, "float16", f"{DOWN} is fp8 .* set its precision to int8"),
     "weights alone": ({**KEPT, "weights": "int8"}, DOWN, "float16", f"{DOWN} .*W8A16.* --excluded-weights unquantized"),
     "float32 module": ({**KEPT, "precision": "float32"}, DOWN, "float16", f"{DOWN} is float32 .* --dtype bfloat16"),
