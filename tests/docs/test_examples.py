@@ -147,6 +147,9 @@ def require_benchmark(module: str, options: list[str], place: str) -> None:
     file = program(module)
     assert module == "pytest" or file.is_file(), f"{place}: {module} does not exist"
     source = file.read_text(encoding="utf-8") if file.is_file() else ""
+    # Benchmarks of one kind share some of their options.
+    for shared in re.findall(r"^from (benchmarks\.\S+) import", source, re.MULTILINE):
+        source += program(shared).read_text(encoding="utf-8")
     for option in options:
         assert not option.startswith("--") or module == "pytest" or f'"{option}"' in source, f"{place}: {option}"
 
