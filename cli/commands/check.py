@@ -240,19 +240,12 @@ def _clipping(asked: _Asked, text: str, corpus: CorpusArguments) -> int:
 
 
 def _lint(asked: _Asked) -> int:
-    import json
-
-    from spike_export.artifacts.atomic_write import require_file_name, write_text
-    from spike_export.artifacts.ownership import require_replaceable
     from spike_export.cli.terminal.lint_table import print_lint
-    from spike_export.engines.lint.linter import is_lint_document, lint_model
+    from spike_export.engines.lint.linter import LINT_KEYS, lint_model
+    from spike_export.pipeline.result_file import ResultFile
 
-    out = asked.out
-    if out is not None:
-        require_file_name(out)
-        require_replaceable(out, "the linter's result", is_lint_document, overwrite=asked.options.overwrite)
+    file = ResultFile.at(asked.out, "the linter's result", *LINT_KEYS, overwrite=asked.options.overwrite)
     result = lint_model(asked.bundle)
-    if out is not None:
-        write_text(out, json.dumps(result.document(), indent=2) + "\n")
+    file.write(result.document())
     asked.output.result(result.document(), partial(print_lint, result))
     return DONE if result.passed else GATE_MISSED

@@ -4,7 +4,6 @@ from pathlib import Path
 
 from spike_export.artifacts.errors import ArtifactError, one_line
 from spike_export.artifacts.manifest import GRAPH_FILE
-from spike_export.artifacts.ownership import is_document
 from spike_export.artifacts.sole_writer import finish_dead_replacement
 from spike_export.engines.lint.attention import ATTENTION_RULES
 from spike_export.engines.lint.cache import CACHE_RULES
@@ -24,6 +23,9 @@ RULES: tuple[Rule, ...] = (
     *OPERATOR_RULES,
     *FILE_RULES,
 )
+
+LINT_KEYS = ("format", "counts", "findings")
+"""Which every result of the linter has."""
 
 _OF_AN_INVALID_MODEL = (AttributeError, LookupError, OverflowError, TypeError, ValueError)
 """What an attribute of the wrong type or a tensor of impossible sizes raises; no rule is to check for all of them."""
@@ -57,8 +59,3 @@ def _findings(rule: Rule, model: GraphModel) -> list[Finding]:
             f"{model.file.path}: rule {rule.id} met what no valid ONNX model holds ({one_line(error)}); see "
             "onnx.checker, and export the model again"
         ) from error
-
-
-def is_lint_document(path: Path) -> bool:
-    """Return whether a file carries the mark of the linter's result."""
-    return is_document(path, "format", "counts", "findings")
