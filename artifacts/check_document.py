@@ -6,12 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from spike_export.artifacts.accuracy_limits import AccuracyLimits
 from spike_export.artifacts.atomic_write import write_text
-from spike_export.artifacts.documents import read_document
-from spike_export.artifacts.errors import ArtifactError
+from spike_export.artifacts.json_document import load_document
 from spike_export.artifacts.ownership import is_document
 
 CHECK_FORMAT: Literal[2] = 2
@@ -292,11 +291,4 @@ def load_check(path: Path) -> Check:
     Raises:
         ArtifactError: The file is missing, not JSON, or not a check.
     """
-    try:
-        return Check.model_validate(json.loads(read_document(path)))
-    except ValidationError as error:
-        fault = error.errors()[0]
-        where = ".".join(str(part) for part in fault["loc"]) or "the document"
-        raise ArtifactError(f"{path}: {where}: {fault['msg']}; run the check again") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path}: cannot read the check ({error}); run the check again") from error
+    return load_document(path, Check, "run the check again")

@@ -7,8 +7,8 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from spike_export.artifacts.atomic_write import write_text
-from spike_export.artifacts.documents import read_document
 from spike_export.artifacts.errors import ArtifactError
+from spike_export.artifacts.json_document import load_document
 
 COMMANDS_FILE = "commands.json"
 
@@ -76,7 +76,4 @@ def load_commands(path: Path) -> CommandLog:
     Raises:
         ArtifactError: The file cannot be read, or is none.
     """
-    try:
-        return CommandLog.model_validate_json(read_document(path))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path.name}: cannot be read; delete the file") from error
+    return load_document(path, CommandLog, "delete the file")

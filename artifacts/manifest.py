@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from spike_export.artifacts.atomic_write import write_text
 from spike_export.artifacts.documents import read_document, require_files
 from spike_export.artifacts.errors import ArtifactError
+from spike_export.artifacts.json_document import first_fault
 from spike_export.artifacts.recipe import Dtype, KvCacheDtype
 from spike_export.artifacts.sole_writer import finish_dead_replacement
 
@@ -230,6 +231,4 @@ def load_manifest(bundle: Path) -> Manifest:
     try:
         return Manifest.model_validate_json(text)
     except ValidationError as error:
-        fault = error.errors()[0]
-        where = ".".join(str(part) for part in fault["loc"]) or "the document"
-        raise ArtifactError(f"{path}: {where}: {fault['msg']}; export the bundle again") from error
+        raise ArtifactError(f"{path}: {first_fault(error)}; export the bundle again") from error

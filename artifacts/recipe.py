@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from spike_export.artifacts.atomic_write import write_text
 from spike_export.artifacts.documents import read_document
 from spike_export.artifacts.errors import RecipeError
+from spike_export.artifacts.json_document import first_fault
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 """Precision of whatever is not quantized."""
@@ -567,6 +568,4 @@ def load_recipe(path: Path | str) -> Recipe:
     try:
         return Recipe.model_validate_json(text)
     except ValidationError as error:
-        fault = error.errors()[0]
-        where = ".".join(str(part) for part in fault["loc"]) or "the document"
-        raise RecipeError(f"{path}: {where}: {fault['msg']}") from error
+        raise RecipeError(f"{path}: {first_fault(error)}") from error

@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter
+from pydantic import BaseModel, ConfigDict
 
-from spike_export.artifacts.documents import read_document
-from spike_export.artifacts.errors import ArtifactError
+from spike_export.artifacts.json_document import load_document
 
 SPEED_FILE = "speed.json"
 
@@ -46,7 +45,4 @@ def load_speeds(path: Path) -> tuple[Speed, ...]:
     Raises:
         ArtifactError: The file cannot be read, or holds something else.
     """
-    try:
-        return TypeAdapter(tuple[Speed, ...]).validate_json(read_document(path))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path.name}: cannot be read; write it anew with bench --json") from error
+    return load_document(path, tuple[Speed, ...], "write it anew with bench --json")

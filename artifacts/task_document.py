@@ -1,13 +1,11 @@
 """The content of `BUNDLE.tasks.json`: what quantization does to the answers of standard tasks."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from spike_export.artifacts.documents import read_document
-from spike_export.artifacts.errors import ArtifactError
+from spike_export.artifacts.json_document import load_document
 
 TASK_KEYS = ("format", "lm_eval", "tasks")
 """Which every such document has."""
@@ -98,11 +96,4 @@ def load_task_accuracy(path: Path) -> TaskAccuracy:
     Raises:
         ArtifactError: The file is missing, not JSON, or not of this kind.
     """
-    try:
-        return TaskAccuracy.model_validate(json.loads(read_document(path)))
-    except ValidationError as error:
-        fault = error.errors()[0]
-        where = ".".join(str(part) for part in fault["loc"]) or "the document"
-        raise ArtifactError(f"{path}: {where}: {fault['msg']}; run check --tasks again") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path}: cannot be read ({error}); run check --tasks again") from error
+    return load_document(path, TaskAccuracy, "run check --tasks again")

@@ -73,18 +73,22 @@ class Measured:
 
 
 def variants(recipe: Recipe) -> dict[str, Mapping[str, ModulePlan]]:
-    """Return the name of each variant → its plans; the recipe's own one is left out where all its inputs are alike."""
+    """Return the name of each variant → its plans."""
     quantized = {name: plan for name, plan in recipe.modules.items() if plan.number_format}
     kept = {"precision": "float32", "weights": "int8", "activations": None}
-    found: dict[str, Mapping[str, ModulePlan]] = {
+    return {
         WEIGHTS: {**recipe.modules, **{name: plan.model_copy(update=kept) for name, plan in quantized.items()}},
         PER_TOKEN: _scaled(recipe, "per-token"),
         AS_CHOSEN: recipe.modules,
         STATIC: _scaled(recipe, "static"),
     }
-    if recipe.modules in (found[STATIC], found[PER_TOKEN]):
-        del found[AS_CHOSEN]
-    return found
+
+
+def _told(recipe: Recipe) -> list[str]:
+    """Return the variants that say something: where all inputs are alike, the recipe's own one repeats another."""
+    found = variants(recipe)
+    repeated = recipe.modules in (found[STATIC], found[PER_TOKEN])
+    return [name for name in found if name != AS_CHOSEN or not repeated]
 
 
 def _scaled(recipe: Recipe, kind: ActivationKind) -> dict[str, ModulePlan]:
@@ -172,13 +176,13 @@ def evaluate(
     Args:
         judge: Has the texts.
         recipes: Name → recipe.
-        only: Variants to evaluate; empty for all.
+        only: Variants to evaluate; empty for all that say something of the recipe.
     """
     for name, recipe in recipes.items():
-        decoder, weights = judge.decoder(recipe), QuantizedWeights(recipe.scheme.weights)
+        decoder, weights, wanted = judge.decoder(recipe), QuantizedWeights(recipe.scheme.weights), only or _told(recipe)
         for text in judge.texts:
             for variant, plans in variants(recipe).items():
-                if only and variant not in only:
+                if variant not in wanted:
                     continue
                 visit = Simulation(plans, weights, recipe.attention, kv_cache=recipe.kv_cache).visit
                 yield text, name, variant, judge.measured(text, recipe, decoder, (visit,))

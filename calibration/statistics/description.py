@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from spike_export.artifacts.documents import read_document
 from spike_export.artifacts.errors import ArtifactError
+from spike_export.artifacts.json_document import first_fault
 
 Count = Annotated[int, Field(ge=0, le=1 << 31)]
 
@@ -78,10 +79,8 @@ def load_description(stem: Path) -> SpikesDescription:
     try:
         return SpikesDescription.model_validate_json(read_document(path))
     except ValidationError as error:
-        fault = error.errors()[0]
-        where = ".".join(str(part) for part in fault["loc"]) or "the document"
         raise ArtifactError(
-            f"{path}: cannot read the spike statistics ({where}: {fault['msg']}); calibrate again"
+            f"{path}: cannot read the spike statistics ({first_fault(error)}); calibrate again"
         ) from error
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{path}: cannot read the spike statistics ({error}); calibrate again") from error

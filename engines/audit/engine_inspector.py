@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from spike_export.artifacts.errors import EngineError
+from spike_export.artifacts.json_document import first_fault
 from spike_export.engines.audit.module_names import modules_of
 from spike_export.engines.audit.reading import (
     FLOAT8_WEIGHT_ONLY,
@@ -153,9 +154,7 @@ def read_layer_information(document: str, compiler: str = "") -> PlanReading:
     try:
         layers = _EngineInfo.model_validate(json.loads(document)).layers
     except ValidationError as error:
-        fault = error.errors()[0]
-        where = ".".join(str(part) for part in fault["loc"]) or "the document"
-        raise EngineError(f"the engine inspector's description has an unknown form: {where}: {fault['msg']}") from error
+        raise EngineError(f"the engine inspector's description has an unknown form: {first_fault(error)}") from error
     except ValueError as error:
         raise EngineError(f"the engine inspector's description is not JSON: {error}") from error
     detailed = [layer for layer in layers if isinstance(layer, _LayerInfo)]

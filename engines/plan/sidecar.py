@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from spike_export.artifacts.atomic_write import temporary_path
 from spike_export.artifacts.documents import read_document
 from spike_export.artifacts.errors import ArtifactError
+from spike_export.artifacts.json_document import first_fault
 from spike_export.artifacts.ownership import is_document
 from spike_export.engines.plan.build_options import HardwareCompatibility, ProfileName
 from spike_export.engines.plan.bundle_identity import hash_plan
@@ -220,9 +221,7 @@ def load_sidecar(plan: Path) -> PlanSidecar:
     try:
         sidecar = PlanSidecar.model_validate_json(text)
     except ValidationError as error:
-        fault = error.errors()[0]
-        where = ".".join(str(part) for part in fault["loc"]) or "the document"
-        raise ArtifactError(f"{path}: {where}: {fault['msg']}; build the plan again") from error
+        raise ArtifactError(f"{path}: {first_fault(error)}; build the plan again") from error
     if sidecar.plan.size != size:
         raise ArtifactError(
             f"{path} belongs to a plan of {sidecar.plan.size} bytes, but {plan} has {size}; build the plan again"

@@ -434,7 +434,9 @@ def test_variants_of_recipes_are_judged_window_by_window() -> None:
     judge = unseen_text.Judge(checkpoint, {"text": content})
     rows = list(unseen_text.evaluate(judge, {"coarse": coarse, "mixed": mixed}))
     found = {(recipe, variant): each for _, recipe, variant, each in rows}
-    assert list(unseen_text.variants(coarse)) == ["INT8 weights alone", "per token", "static"]
+    assert [variant for recipe, variant in found if recipe == "coarse"] == ["INT8 weights alone", "per token", "static"]
+    ((*_, asked),) = unseen_text.evaluate(judge, {"coarse": coarse}, [unseen_text.AS_CHOSEN])
+    assert asked.divergence.tolist() == found["coarse", "static"].divergence.tolist()
     divergence = {name: each.divergence.mean() for name, each in found.items()}
     assert divergence["mixed", "static"] == divergence["coarse", "static"]
     assert divergence["mixed", "as the recipe says"] != divergence["mixed", "static"]
