@@ -181,4 +181,4 @@ def print_check(check: Check, console: Console) -> None:
             console.print(Text(line), soft_wrap=True)
     for gate in check.gates:
         style = "green" if gate.passed else "bold red"
-        console.print(Text(gate_sentence(gate), style=style), soft_wrap=True)
+        console.print(Text(gate_sentence(gate), style=style), soft_wrap=not console.is_terminal)

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
-from rich.table import Table
+from rich.console import Console
 
 from spike_export.artifacts.errors import EngineError
 from spike_export.cli.arguments import AsJson, LoadArguments, ProgramArguments, ThreadArguments, values
@@ -14,6 +15,7 @@ from spike_export.cli.commands.serve import require_extra
 from spike_export.cli.exit_codes import DONE
 from spike_export.cli.options import use_threads
 from spike_export.cli.terminal.output import Output
+from spike_export.cli.terminal.text_table import print_table
 
 if TYPE_CHECKING:
     from spike_export.serving.load import Report
@@ -50,7 +52,7 @@ def bench(
     with _address(target, max(concurrency), threads.threads) as url:
         reports = [measured(url, each, model=model, api_key=api_key) for each in loads]
     found = [report.as_json() for report in reports]
-    Output(as_json=as_json).result(found, lambda console: console.print(_table(found)))
+    Output(as_json=as_json).result(found, partial(_print_table, found))
     for report in reports:
         _require_answers(report)
     return DONE
@@ -73,21 +75,24 @@ def _address(target: str, clients: int, threads: int | None) -> Iterator[str]:
         yield url
 
 
-def _table(found: list[dict[str, Any]]) -> Table:
-    table = Table("clients", "requests", "tokens/s", "first token p50 / p90 / p99", "per token p50 / p90 / p99")
-    for figures in found:
-        table.add_row(
+def _print_table(found: list[dict[str, Any]], console: Console) -> None:
+    rows = [
+        (
             str(figures["concurrency"]),
             str(figures["requests"]),
             f"{figures['tokens_per_second']:.1f}",
             _milliseconds(figures["time_to_first_token"]),
             _milliseconds(figures["time_per_token"]),
         )
-    return table
+        for figures in found
+    ]
+    columns = ("clients", "requests", "tokens/s", "first token, ms", "per token, ms")
+    print_table(console, "Load; times are p50 / p90 / p99", columns, rows)
 
 
 def _milliseconds(times: dict[str, float | None]) -> str:
-    return " / ".join("-" if value is None else f"{value * 1e3:.1f} ms" for value in times.values())
+    """Return times with four digits, so that a row fits into 80 columns."""
+    return " / ".join("-" if value is None else f"{value * 1e3:.4g}" for value in times.values())
 
 
 def _require_answers(report: "Report") -> None:

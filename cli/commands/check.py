@@ -240,7 +240,7 @@ def _clipping(asked: _Asked, text: str, corpus: CorpusArguments) -> int:
 
 
 def _lint(asked: _Asked) -> int:
-    from spike_export.cli.terminal.lint_table import print_lint
+    from spike_export.cli.terminal.lint_text import print_lint
     from spike_export.engines.lint.linter import LINT_KEYS, lint_model
     from spike_export.pipeline.result_file import ResultFile
 

@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
-from rich.console import Console
 
 from spike_export.cli.arguments import AsJson, RunArguments
 from spike_export.cli.exit_codes import DONE, GATE_MISSED
+from spike_export.cli.terminal.output import Output
 
 
 def inspect(
@@ -34,5 +34,5 @@ def inspect(
     """Show the precision that a plan runs in, the content of a bundle, or the choices of a run and their reasons."""
     from spike_export.cli.inspection.target import inspect_target
 
-    proved = inspect_target(target, explain, as_json, Console(), trust_plan=trust_plan)
+    proved = inspect_target(target, explain, Output(as_json=as_json), trust_plan=trust_plan)
     return DONE if proved else GATE_MISSED

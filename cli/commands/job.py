@@ -37,7 +37,7 @@ from spike_export.cli.options import (
 )
 from spike_export.cli.terminal.documents import job_document
 from spike_export.cli.terminal.outcomes import print_build, print_notes
-from spike_export.cli.terminal.output import Output, print_lines
+from spike_export.cli.terminal.output import Output, print_whole
 from spike_export.cli.verdicts import accuracy_verdict, plan_verdict
 
 if TYPE_CHECKING:
@@ -116,4 +116,4 @@ def _print_result(result: "JobResult", console: Console) -> None:
     places: list[tuple[str, object]] = [*(("plan", plan) for plan in plans), ("bundle", result.bundle)]
     serve = f"spike-export serve {shlex.quote(str(result.bundle))}"
     named = (*places, ("report", result.report), ("serve it", serve))
-    print_lines(console, *(f"{name}: {place}" for name, place in named))
+    print_whole(console, *(f"{name}: {place}" for name, place in named))

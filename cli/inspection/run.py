@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 
 from rich.console import Console
-from rich.text import Text
 
 from spike_export.artifacts.visible_text import visible
+from spike_export.cli.terminal.output import print_lines
 from spike_export.cli.terminal.text_table import print_facts, print_table
 from spike_export.inspection.run import RunInspection, decimals
 
@@ -21,9 +21,9 @@ def print_run(inspection: RunInspection, console: Console) -> None:
 def print_explanations(explained: Mapping[str, Mapping[str, str]], console: Console) -> None:
     """Print for each module its precision and the figures that decided it."""
     for name, lines in explained.items():
-        console.print(Text(name, style="bold"), soft_wrap=True)
+        print_lines(console, name, style="bold")
         for label, value in lines.items():
-            console.print(Text(f"  {label}: {visible(value)}"), soft_wrap=True)
+            print_lines(console, f"  {label}: {visible(value)}")
 
 
 _Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]

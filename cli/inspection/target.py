@@ -1,6 +1,7 @@
 """Shows what is in a target, for reading or as JSON."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -9,15 +10,13 @@ from spike_export.artifacts.errors import ArtifactError
 from spike_export.cli.inspection.bundle import print_bundle
 from spike_export.cli.inspection.plan import print_plan
 from spike_export.cli.inspection.run import print_explanations, print_run
-from spike_export.cli.terminal.output import print_json
+from spike_export.cli.terminal.output import Output
 from spike_export.inspection.plan import EngineInspection
 from spike_export.inspection.run import RunInspection
 from spike_export.inspection.target import Inspection, inspect, kind_of
 
 
-def inspect_target(
-    target: Path, explain: Sequence[str], as_json: bool, console: Console, *, trust_plan: bool = False
-) -> bool:
+def inspect_target(target: Path, explain: Sequence[str], output: Output, *, trust_plan: bool = False) -> bool:
     """Show a plan (or both of a split engine), a bundle or a run.
 
     Args:
@@ -38,11 +37,9 @@ def inspect_target(
     inspection = inspect(target, trust_plan=trust_plan)
     if isinstance(inspection, RunInspection) and explain:
         explained = inspection.explain(explain)
-        print_json(explained) if as_json else print_explanations(explained, console)
-    elif as_json:
-        print_json(inspection.document())
+        output.result(explained, partial(print_explanations, explained))
     else:
-        _print_tables(inspection, console)
+        output.result(inspection.document(), partial(_print_tables, inspection))
     return inspection.proved if isinstance(inspection, EngineInspection) else True
 
 

@@ -1,9 +1,9 @@
 """What a text clips, for the reader: the cost, the verdict, and the inputs that saturate most."""
 
 from rich.console import Console
-from rich.text import Text
 
 from spike_export.artifacts.visible_text import visible
+from spike_export.cli.terminal.output import print_lines
 from spike_export.cli.terminal.text_table import print_table
 from spike_export.engines.accuracy.clipping import DUE, Clipping
 
@@ -13,14 +13,13 @@ _LISTED = 10
 def print_clipping(result: Clipping, console: Console) -> None:
     """Print cost and verdict, and the inputs of which most is clipped."""
     cost = result.cost
-    lines = [
+    print_lines(
+        console,
         f"{visible(result.text)}, {result.windows} windows of {result.length} tokens: "
         f"{100 * result.share:.3g} % of the values in front of static scales are clipped",
         f"cost of clipping: perplexity {100 * cost.mean:+.2f} +/- {100 * cost.margin:.2f} % (95 % interval)",
         _verdict(result),
-    ]
-    for line in lines:
-        console.print(Text(line), soft_wrap=True)
+    )
     rows = [
         (each.module.removeprefix("model."), f"{100 * each.share:.3g} %", str(each.clipped))
         for each in result.inputs[:_LISTED]

@@ -1,8 +1,8 @@
 """The difference of two runs for the reader."""
 
 from rich.console import Console
-from rich.text import Text
 
+from spike_export.cli.terminal.output import print_lines
 from spike_export.cli.terminal.text_table import print_table
 from spike_export.engines.accuracy.intervals import Interval
 from spike_export.inspection.difference import AccuracyDifference, ModuleDifference, RunDifference
@@ -15,16 +15,16 @@ def print_difference(found: RunDifference, console: Console) -> None:
     if found.choices:
         print_table(console, "Choices that differ", ("", "first", "second"), found.choices)
     else:
-        console.print(Text("The two runs made the same choices."))
+        print_lines(console, "The two runs made the same choices.")
     if found.accuracy:
         columns = ("text", "cost, first", "cost, second", "perplexity, second over first")
         print_table(console, "Accuracy (95 % intervals)", columns, [_accuracy(each) for each in found.accuracy])
-    console.print(Text(_modules(found)), soft_wrap=True)
+    print_lines(console, _modules(found))
     if found.modules:
         columns = ("module", "first", "second", "ratio")
         print_table(console, "Modules that differ", columns, [_module(each) for each in found.modules[:_LISTED]])
     if len(found.modules) > _LISTED:
-        console.print(Text(f"  and {len(found.modules) - _LISTED} more; --json has all"))
+        print_lines(console, f"  and {len(found.modules) - _LISTED} more; --json has all")
 
 
 def _modules(found: RunDifference) -> str:

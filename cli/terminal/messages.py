@@ -1,9 +1,10 @@
 """What the program says about itself, on standard error: standard output belongs to the results."""
 
 from rich.console import Console
-from rich.text import Text
+
+from spike_export.cli.terminal.output import print_lines
 
 
 def say(line: str) -> None:
     """Print a line with the program's name before it."""
-    Console(stderr=True).print(Text(f"spike-export: {line}"), soft_wrap=True)
+    print_lines(Console(stderr=True), f"spike-export: {line}")

@@ -3,9 +3,9 @@
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.text import Text
 
 from spike_export.artifacts.visible_text import visible
+from spike_export.cli.terminal.output import print_lines
 
 if TYPE_CHECKING:
     from spike_export.artifacts.recipe import Recipe
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 def print_notes(recipe: "Recipe", console: Console) -> None:
     """Print what the recipe remarks about itself."""
     for note in recipe.notes():
-        console.print(Text(f"note: {visible(note)}"), soft_wrap=True)
+        print_lines(console, f"note: {visible(note)}")
 
 
 def print_build(engine: "ProvidedEngine", console: Console) -> None:
     """Print the compiler's warnings, and whether the plan was built or kept."""
     for warning in engine.warnings:
-        console.print(Text(f"the compiler warns: {visible(' '.join(warning.split()))}"), soft_wrap=True)
-    console.print(Text(f"plan {engine.note}"), soft_wrap=True)
+        print_lines(console, f"the compiler warns: {visible(' '.join(warning.split()))}")
+    print_lines(console, f"plan {engine.note}")

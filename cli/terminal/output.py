@@ -3,6 +3,7 @@
 import codecs
 import json
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,7 +59,22 @@ def print_json(document: Any, out: IO[str] | None = None) -> None:
     out.write(json.dumps(document, ensure_ascii=not holds_all, indent=2) + "\n")
 
 
-def print_lines(console: Console, *lines: str) -> None:
-    """Print lines whole, however wide the terminal, without markup."""
+def print_lines(console: Console, *lines: str, style: str = "") -> None:
+    """Print lines without markup: wrapped between words on a terminal, whole elsewhere; no path is cut."""
+    for line in lines:
+        for part in _wrapped(line, console.width) if console.is_terminal else (line,):
+            console.print(Text(part, style=style), soft_wrap=True)
+
+
+def _wrapped(line: str, width: int) -> list[str]:
+    """Return a line in parts between words; all begin with the spaces that the line begins with."""
+    indent = " " * (len(line) - len(line.lstrip(" ")))
+    return textwrap.wrap(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False) or [
+        line
+    ]
+
+
+def print_whole(console: Console, *lines: str) -> None:
+    """Print lines that are there to be copied, however wide the terminal, without markup."""
     for line in lines:
         console.print(Text(line), soft_wrap=True)

@@ -1,8 +1,8 @@
 """The parity chain for the reader: a verdict for each link, and how the error grows from layer to layer."""
 
 from rich.console import Console
-from rich.text import Text
 
+from spike_export.cli.terminal.output import print_lines
 from spike_export.cli.terminal.text_table import print_table
 from spike_export.engines.parity.chain import Link, Parity
 from spike_export.engines.parity.comparison import Step
@@ -14,10 +14,10 @@ _LISTED = 5
 def print_parity(parity: Parity, console: Console) -> None:
     """Print links, the steps outside their tolerance, and the growth of the error."""
     for link in parity.links:
-        console.print(Text(_verdict(link), style="bold red" if link.outside else ""), soft_wrap=True)
+        print_lines(console, _verdict(link), style="bold red" if link.outside else "")
         for step in link.outside[:_LISTED]:
-            console.print(Text(f"  {_fault(step)}"), soft_wrap=True)
-    console.print(Text("not compared: TensorRT, whose plans show no inner values"), soft_wrap=True)
+            print_lines(console, f"  {_fault(step)}")
+    print_lines(console, "not compared: TensorRT, whose plans show no inner values")
     columns = [*(link.growth for link in parity.links), parity.quantization]
     headings = ["transformers", "decoder", "bundle", "quantization"]
     shown = [(heading, rows) for heading, rows in zip(headings, columns, strict=True) if rows]

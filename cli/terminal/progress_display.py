@@ -16,6 +16,7 @@ from rich.text import Text
 
 from spike_export.artifacts.progress import Progress
 from spike_export.artifacts.visible_text import visible
+from spike_export.cli.terminal.output import print_lines
 
 Clock = Callable[[], float]
 """Seconds from any fixed point, never backwards."""
@@ -159,7 +160,7 @@ class ProgressDisplay:
         if not self._quiet:
             for line in text.splitlines():
                 # On a terminal a live display of this console moves down by itself.
-                self._console.print(Text(visible(line)), soft_wrap=True)
+                print_lines(self._console, visible(line))
 
     def frame(self) -> RenderableType:
         """Return the list of stages as it stands now."""
@@ -200,7 +201,7 @@ class ProgressDisplay:
     def _line(self, name: str, text: str) -> None:
         if self._live is None and not self._quiet:
             index = list(self._stages).index(name) + 1
-            self._console.print(Text(f"[{index}/{len(self._stages)}] {name}: {text}"), soft_wrap=True)
+            print_lines(self._console, f"[{index}/{len(self._stages)}] {name}: {text}")
 
 
 class _LineThrottle:

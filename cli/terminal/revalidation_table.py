@@ -1,9 +1,9 @@
 """What drifted, for the reader."""
 
 from rich.console import Console
-from rich.text import Text
 
 from spike_export.calibration.revalidation import DriftedModule, Revalidation
+from spike_export.cli.terminal.output import print_lines
 from spike_export.cli.terminal.text_table import print_table
 
 
@@ -15,8 +15,7 @@ def print_revalidation(found: Revalidation, console: Console) -> None:
         f"quantization by the recipe, simulated: perplexity {100 * found.increase:+.2f} %",
         "the recipe still fits" if found.passed else "calibrate this model anew",
     ]
-    for line in lines:
-        console.print(Text(line), soft_wrap=True)
+    print_lines(console, *lines)
     if found.drifted:
         rows = [_row(each) for each in found.drifted]
         print_table(console, "Inputs that drifted", ("input of", "magnitude", "ratio", "why"), rows)

@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from spike_export.artifacts.visible_text import visible
+from spike_export.cli.terminal.output import print_lines
 
 
 def print_table(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -23,16 +24,16 @@ def print_table(console: Console, title: str, columns: Sequence[str], rows: Sequ
         return
     lines = [list(columns), *cells]
     widths = [max(len(line[column]) for line in lines) for column in range(len(columns))]
-    console.print(Text(title), soft_wrap=True)
+    print_lines(console, title)
     for line in lines:
         text = "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-        console.print(Text(f"  {text.rstrip()}"), soft_wrap=True)
+        print_lines(console, f"  {text.rstrip()}")
 
 
 def print_facts(console: Console, facts: Sequence[tuple[str, str]]) -> None:
     """Print one line for each label and its value."""
     for label, value in facts:
-        console.print(Text(f"{label}: {visible(value)}"), soft_wrap=True)
+        print_lines(console, f"{label}: {visible(value)}")
 
 
 def size_in_words(size: int) -> str:

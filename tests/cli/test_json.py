@@ -1,4 +1,4 @@
-"""`--json`: standard output is one document, whose keys are those that the documentation lists."""
+"""Results: with `--json` one document, whose keys the documentation lists; in words within 80 columns of a terminal."""
 
 import json
 from pathlib import Path
@@ -9,12 +9,16 @@ import pytest
 from spike_export.cli.main import app
 from spike_export.engines.plan.backend import TENSORRT_RTX
 from tests.support.documentation import json_keys
+from tests.support.terminal_words import kept_words, too_wide
 from tests.support.tiny.cli_models import SMALL, Outcome, call, write_corpus, write_inputs
 
 pytestmark = pytest.mark.usefixtures("one_thread", "denormals_as_before", "blank_pictures")
 
 WITHOUT = {"serve"}
 """A server's result is that it runs."""
+
+WITHOUT_WORDS = {"generate", "triton"}
+"""The one writes the model's text, the other says on standard error where the model lies."""
 
 BUNDLE, RUN, CORPUS = "engine.plan.run/bundle", "engine.plan.run", ("--corpus", "corpus.txt", *SMALL)
 CHECK = ("check", BUNDLE, "--reference", "model", *CORPUS)
@@ -29,7 +33,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         *("export", "model", "--format", "compressed-tensors", "--out", "vllm"),
         *("--recipe", f"{RUN}/recipe.json"),
     ),
-    "check": CHECK,
+    "check": (*CHECK, "--text", "other.txt", "--text", "third.txt"),
     "check --parity": (*CHECK, "--parity"),
     "check --clipping": ("check", BUNDLE, "--clipping", "other.txt", "--length", "32"),
     "check --continuations": (*CHECK, "--continuations", "2"),
@@ -61,13 +65,17 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     pytest.importorskip(TENSORRT_RTX.module, reason=f"TensorRT-RTX is not installed: {TENSORRT_RTX.install}")
     folder = write_inputs(tmp_path_factory.mktemp("json"))
     write_corpus(folder / "other.txt", seed=1)
+    write_corpus(folder / "third.txt", seed=2)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        words = kept_words(patch)
         done = call("model", "--out", "engine.plan", "--target", "SM86", *CORPUS, *NEVER, "--max-kl", "1e-9", "--json")
         assert (done.code, read(done)["engine"]) == (1, None), "a missed limit has a document too"
         whole = call("model", "--out", "engine.plan", "--target", "SM86", *CORPUS, *NEVER, "--json")
         assert call("calibrate", "model", "--work-dir", "1", "--shard", "1/2", *CORPUS).code == 0
     assert "[1/" in whole.err, "the progress is on standard error"
+    assert any(line.startswith("plan: ") for line in words)
+    assert too_wide(words) == []
     return folder, read(whole)
 
 
@@ -89,13 +97,16 @@ def test_every_command_has_documented_keys() -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_standard_output_is_one_document_with_the_documented_keys(
+def test_a_result_is_one_document_with_the_documented_keys_or_words_within_80_columns(
     finished: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     monkeypatch.chdir(finished[0])
+    words = kept_words(monkeypatch)
     document = read(call(*COMMANDS[command], "--json"))
     for each in document if isinstance(document, list) else [document]:
         assert sorted(each) == sorted(json_keys()[command])
+    assert too_wide(words) == []
+    assert words or command in WITHOUT_WORDS
 
 
 def test_an_error_leaves_standard_output_empty(tmp_path: Path) -> None:

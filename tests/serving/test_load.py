@@ -11,6 +11,7 @@ from spike_export.artifacts.speed_document import load_speeds
 from spike_export.serving.guidellm import report_of, run_guidellm
 from spike_export.serving.load import Load, percentiles, run_load
 from tests.support.documentation import json_keys
+from tests.support.terminal_words import kept_words, too_wide
 from tests.support.tiny.cli_models import call
 from tests.support.tiny.service import Running
 
@@ -81,11 +82,14 @@ def test_guidellm_that_is_missing_or_fails_is_one_line(tmp_path: Path, monkeypat
         run_guidellm("http://127.0.0.1:9", Load())
 
 
-def test_the_command_serves_a_bundle_meanwhile(bundle: Path, tmp_path: Path) -> None:
+def test_the_command_serves_a_bundle_meanwhile(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = kept_words(monkeypatch)
     small = ("--requests", "2", "--prompt-words", "3", "--new-tokens", "3", "--threads", "1", "--concurrency", "2")
     (figures,) = json.loads(call("bench", bundle, *small, "--json").out)
     assert (figures["concurrency"], figures["generated_tokens"]) == (2, 6)
     assert sorted(figures) == sorted(json_keys()["bench"])
+    assert "per token, ms" in "".join(words)
+    assert too_wide(words) == []
     (tmp_path / "speed.json").write_text(json.dumps([figures]), encoding="utf-8")
     assert load_speeds(tmp_path / "speed.json")[0].tokens_per_second == figures["tokens_per_second"]
     assert "there is no server" in call("bench", "http://127.0.0.1:9", *small).error

@@ -18,6 +18,7 @@ from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.pipeline import tasks as pipeline_tasks
 from tests.pipeline.test_no_network import watched
 from tests.support.documentation import json_keys
+from tests.support.terminal_words import kept_words, too_wide
 from tests.support.tiny.cli_models import call, write_model
 from tests.support.tiny.models import tiny_recipe, unquantized_recipe
 
@@ -123,7 +124,11 @@ def test_the_answers_are_those_of_both_models_and_the_file_says_so(folder: Path,
 @harness_needed
 def test_the_limit_is_held_against_the_end_of_the_interval(folder: Path, tmp_path: Path) -> None:
     whole = (*arguments(folder, task_file(tmp_path)), "--items", "8", "--out", tmp_path / "found.json")
-    assert sorted(json.loads(call(*whole, "--json").out)) == sorted(json_keys()["check --tasks"])
+    with pytest.MonkeyPatch.context() as patch:
+        words = kept_words(patch)
+        assert sorted(json.loads(call(*whole, "--json").out)) == sorted(json_keys()["check --tasks"])
+    assert "McNemar" in " ".join(words)
+    assert too_wide(words) == []
     done = call(*whole, "--max-flips", "0.2")
     rows = load_task_accuracy(tmp_path / "found.json").tasks
     assert rows[0].items == 8
