@@ -70,13 +70,18 @@ class RunDirectory:
         """
         return sole_writer(self.path, self.path / ".lock")  # inside: what is around the folder may be read-only
 
+    @property
+    def is_one(self) -> bool:
+        """Whether a stage was ever begun here."""
+        return self._stamps.is_dir()
+
     def require_own(self, artifacts: Iterable[str]) -> None:
         """Refuse a folder that holds files of these names and is no run's: they would be replaced.
 
         Raises:
             ArtifactError: Names the first such file.
         """
-        if self._stamps.is_dir() or self.overwrite:
+        if self.is_one or self.overwrite:
             return
         for name in artifacts:
             require_replaceable(self.path / name, "part of a run", lambda _: False)

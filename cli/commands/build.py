@@ -7,6 +7,7 @@ from cyclopts import Parameter
 from rich.console import Console
 
 from spike_export.cli.arguments import AsJson, BuildArguments, Bundle, RunArguments, ThreadArguments
+from spike_export.cli.invocation import record
 from spike_export.cli.options import build_options, use_threads
 from spike_export.cli.terminal.documents import engine_document
 from spike_export.cli.terminal.outcomes import print_build
@@ -38,6 +39,8 @@ def build(
             force=run_options.force,
             overwrite=run_options.overwrite,
         )
+
+    record(bundle.absolute().parent)
 
     def show(console: Console) -> None:
         print_build(engine, console)

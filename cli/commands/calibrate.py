@@ -21,6 +21,7 @@ from spike_export.cli.arguments import (
     ThreadArguments,
 )
 from spike_export.cli.exit_codes import DONE
+from spike_export.cli.invocation import record
 from spike_export.cli.options import (
     calibration_options,
     cluster_options,
@@ -90,6 +91,7 @@ def calibrate(
         force=run_options.force,
         overwrite=run_options.overwrite,
     ).recipe
+    record(work_dir)
     path = work_dir / "recipe.json"
 
     def show(console: Console) -> None:
@@ -132,6 +134,7 @@ def _measure_shard(
         force=run_options.force,
         overwrite=run_options.overwrite,
     )
+    record(work_dir)
     document = {"statistics": str(statistics), "shard": shard}
     output.result(document, lambda console: print_lines(console, f"statistics of shard {shard}: {statistics}"))
     return DONE

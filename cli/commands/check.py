@@ -11,6 +11,7 @@ from rich.console import Console
 from spike_export.artifacts.errors import ArtifactError
 from spike_export.cli.arguments import AsJson, CorpusArguments, GateArguments, RunArguments, ThreadArguments
 from spike_export.cli.exit_codes import DONE, GATE_MISSED
+from spike_export.cli.invocation import record
 from spike_export.cli.options import evaluation_text, use_threads
 from spike_export.cli.terminal.output import Output, print_lines
 from spike_export.cli.verdicts import accuracy_verdict
@@ -88,16 +89,19 @@ def check(
         raise ArtifactError("check takes --items and --max-flips with --tasks only; omit them")
     asked = _Asked(bundle, reference or "", evaluation_text(corpus, gate), out, run_options, as_json)
     if lint:
-        return _lint(asked)
-    if clipping is not None:
-        return _clipping(asked, clipping, corpus)
-    if parity:
-        return _parity(asked, recipe)
-    if continuations is not None:
-        return _continuations(asked, continuations)
-    if tasks is not None:
-        return _tasks(asked, tasks, items, max_flips)
-    return _accuracy(asked, gate)
+        code = _lint(asked)
+    elif clipping is not None:
+        code = _clipping(asked, clipping, corpus)
+    elif parity:
+        code = _parity(asked, recipe)
+    elif continuations is not None:
+        code = _continuations(asked, continuations)
+    elif tasks is not None:
+        code = _tasks(asked, tasks, items, max_flips)
+    else:
+        code = _accuracy(asked, gate)
+    record(bundle.absolute().parent)
+    return code
 
 
 @dataclass(frozen=True)

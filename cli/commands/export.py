@@ -17,6 +17,7 @@ from spike_export.cli.arguments import (
     ThreadArguments,
 )
 from spike_export.cli.exit_codes import DONE
+from spike_export.cli.invocation import record
 from spike_export.cli.options import cache_options, use_threads
 from spike_export.cli.terminal.output import Output, print_lines
 
@@ -98,6 +99,7 @@ def export(
             progress=progress,
             overwrite=run_options.overwrite,
         )
+    record(*_beside(out, recipe))
     notes = [_UNGUARDED] if recipe is None and manifest.dtype == "float16" else []
     document = {
         "bundle": str(out),
@@ -108,6 +110,11 @@ def export(
     }
     output.result(document, lambda console: print_lines(console, *_noted(notes), f"bundle: {out}"))
     return DONE
+
+
+def _beside(out: Path, recipe: Path | None) -> list[Path]:
+    """Return the folders that may be a run's: of what is written, and of the recipe."""
+    return [path.absolute().parent for path in (out, recipe) if path is not None]
 
 
 def _noted(notes: Sequence[str]) -> list[str]:
@@ -128,6 +135,7 @@ def _export_checkpoint(
             progress=progress,
             overwrite=run_options.overwrite,
         )
+    record(*_beside(out, recipe))
     moved = len(written.exceeded)
     lines = (
         f"linears: {written.static} static, {written.per_token} per token, {written.kept} not quantized",

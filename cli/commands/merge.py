@@ -7,6 +7,7 @@ from cyclopts import Parameter
 
 from spike_export.cli.arguments import AsJson, RunArguments
 from spike_export.cli.exit_codes import DONE
+from spike_export.cli.invocation import record
 from spike_export.cli.terminal.output import Output, print_lines
 
 
@@ -22,6 +23,7 @@ def merge(
     from spike_export.pipeline.shard_merge import merge_shards
 
     samples = merge_shards(shards, work_dir)
+    record(work_dir)
     path = work_dir / "spikes.json"
     line = f"{samples} windows of {len(shards)} shards: {path}"
     document = {"statistics": str(path), "windows": samples, "shards": len(shards)}

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from spike_export.artifacts.check_document import load_check
+from spike_export.artifacts.command_log import COMMANDS_FILE, load_commands
 from spike_export.artifacts.manifest import load_manifest
 from spike_export.artifacts.recipe import load_recipe
 from spike_export.engines.plan.backend import TENSORRT_RTX
@@ -49,12 +51,33 @@ def test_calibrate_writes_statistics_and_recipe_and_says_where(folder: Path) -> 
         "spikes_smoothed.json",
         "spikes_smoothed.safetensors",
         "recipe.json",
+        "commands.json",
     }
     lines = (folder / "calibrated.txt").read_text().splitlines()
     recipe = load_recipe(folder / "run" / "recipe.json")
     assert lines[0] == "[1/6] spikes: started"
     assert lines[-2].startswith(f"{len(recipe.kept())} of {len(recipe.modules)} linears in float32, prefix [0")
     assert lines[-1] == f"recipe: {folder / 'run' / 'recipe.json'}"
+
+
+def test_a_run_records_the_commands_that_worked_in_it(folder: Path, tmp_path: Path) -> None:
+    log = load_commands(folder / "run" / COMMANDS_FILE).commands
+    assert [each.words[:3] for each in log[:2]] == [
+        ("spike-export", "calibrate", str(folder / "model")),
+        ("spike-export", "export", str(folder / "model")),
+    ]
+    run = tmp_path / "run"
+    (run / ".stages").mkdir(parents=True)
+    bundle = shutil.copytree(folder / "bundle", run / "bundle")
+    assert call("check", bundle, "--lint").code == 0
+    assert [each.words for each in load_commands(run / COMMANDS_FILE).commands] == [
+        ("spike-export", "check", str(bundle), "--lint")
+    ]
+    (run / COMMANDS_FILE).unlink()
+    (run / COMMANDS_FILE).mkdir()
+    assert call("check", bundle, "--lint").code == 0, "a log that cannot be written takes nothing from the result"
+    assert call("check", folder / "bundle", "--lint").code == 0
+    assert not (folder / COMMANDS_FILE).exists()
 
 
 def test_export_takes_the_precision_from_the_recipe(folder: Path) -> None:

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Self
 
+from spike_export.artifacts.command_log import COMMANDS_FILE
 from spike_export.cli.main import run
 from tests.support.tiny.checkpoints import as_text, planted_spike_llama, sampled_text, write_hf
 
@@ -77,5 +78,6 @@ def write_inputs(folder: Path) -> Path:
 
 
 def artifacts(folder: Path) -> dict[str, bytes]:
-    """Return every file under a folder: relative path → content."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    """Return every file under a folder but the log of commands, which tells runs apart: relative path → content."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != COMMANDS_FILE)
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
