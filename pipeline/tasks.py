@@ -5,14 +5,22 @@ from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from spike_export.artifacts.errors import EngineError, RecipeError
+from spike_export.artifacts.manifest import Manifest
 from spike_export.artifacts.progress import Progress, silent
 from spike_export.artifacts.task_document import TASK_KEYS, TaskAccuracy
 from spike_export.calibration.decoder.layerwise import Decoder, Execution
+from spike_export.checkpoint.checkpoint import Checkpoint
+from spike_export.engines.engine import Engine
 from spike_export.engines.generation.bundle_tokenizer import BundleTokenizer
 from spike_export.engines.onnx_runtime.session import open_bundle
 from spike_export.engines.tasks.continuation_scores import bundle_model, decoder_model
+from spike_export.engines.tasks.written_texts import TextRequest, written
+from spike_export.export.bundle import ExportOptions, export_bundle
+from spike_export.export.cache_options import CacheOptions
+from spike_export.export.unquantized import unquantized_recipe
 from spike_export.pipeline.opened_pair import opened_pair
 from spike_export.pipeline.result_file import ResultFile
 
@@ -30,8 +38,9 @@ def task_accuracy(
 ) -> TaskAccuracy:
     """Let lm-evaluation-harness judge a bundle, and the unquantized model behind the same prefix, on the same items.
 
-    The model passes layer by layer, so that one larger than memory can be judged. A task file may name Python
-    functions, which are run.
+    For likelihoods the model passes layer by layer, so that one larger than memory can be judged. Where a task asks for
+    texts, the model writes them as a bundle in float32, which is exported into a temporary folder. A task file may name
+    Python functions, which are run.
 
     Args:
         bundle: Folder that `export` wrote.
@@ -65,9 +74,10 @@ def task_accuracy(
     encode = partial(tokenizer.encode, add_special_tokens=False)
     prefix = manifest.prefix.token_ids if manifest.prefix else ()
     session = open_bundle(bundle, all_logits=True)
-    quantized = HarnessModel(bundle_model(session, progress), encode, manifest)
+    quantized = HarnessModel(bundle_model(session, progress), partial(_written, bundle, progress), encode, manifest)
     decoder = Decoder(checkpoint, Execution(resident=False))
-    unquantized = HarnessModel(decoder_model(decoder, prefix, progress), encode, manifest)
+    write = partial(_unquantized, checkpoint, manifest, progress)
+    unquantized = HarnessModel(decoder_model(decoder, prefix, progress), write, encode, manifest)
     rows = compared(loaded, quantized, unquantized, items)
     checkpoint.require_unchanged()
     model = manifest.model
@@ -81,6 +91,23 @@ def task_accuracy(
     )
     file.write(result.document())
     return result
+
+
+def _written(bundle: Path, progress: Progress, requests: Sequence[TextRequest]) -> list[str]:
+    with Engine.open(bundle) as engine:
+        return written(engine.generate, requests, progress)
+
+
+def _unquantized(
+    checkpoint: Checkpoint, manifest: Manifest, progress: Progress, requests: Sequence[TextRequest]
+) -> list[str]:
+    """Return the texts of the model that a bundle was made of, behind the bundle's prefix and in ONNX Runtime too."""
+    prefix, cache = manifest.prefix, CacheOptions(manifest.kv_cache, manifest.capacity)
+    recipe = unquantized_recipe(checkpoint, prefix.token_ids, prefix.text) if prefix else None
+    with TemporaryDirectory(prefix="spike-export-") as folder:
+        bundle = Path(folder) / "bundle"
+        export_bundle(checkpoint, recipe, ExportOptions("float32", cache=cache), bundle)
+        return _written(bundle, progress, requests)
 
 
 def _require_options(tasks: Sequence[str], items: int | None, max_flips: float | None) -> None:

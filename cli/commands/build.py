@@ -10,8 +10,9 @@ from spike_export.cli.arguments import AsJson, BuildArguments, Bundle, RunArgume
 from spike_export.cli.invocation import record
 from spike_export.cli.options import build_options, use_threads
 from spike_export.cli.terminal.documents import engine_document
+from spike_export.cli.terminal.lines import print_lines
 from spike_export.cli.terminal.outcomes import print_build
-from spike_export.cli.terminal.output import Output, print_lines
+from spike_export.cli.terminal.output import Output
 from spike_export.cli.verdicts import plan_verdict
 
 

@@ -30,8 +30,9 @@ from spike_export.cli.options import (
     use_threads,
 )
 from spike_export.cli.terminal.documents import recipe_document
+from spike_export.cli.terminal.lines import print_lines
 from spike_export.cli.terminal.outcomes import print_notes
-from spike_export.cli.terminal.output import Output, print_lines
+from spike_export.cli.terminal.output import Output
 
 if TYPE_CHECKING:
     from spike_export.calibration.corpus.files import CorpusOptions

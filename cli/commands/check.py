@@ -13,7 +13,8 @@ from spike_export.cli.arguments import AsJson, CorpusArguments, GateArguments, R
 from spike_export.cli.exit_codes import DONE, GATE_MISSED
 from spike_export.cli.invocation import record
 from spike_export.cli.options import evaluation_text, use_threads
-from spike_export.cli.terminal.output import Output, print_lines
+from spike_export.cli.terminal.lines import print_lines
+from spike_export.cli.terminal.output import Output
 from spike_export.cli.verdicts import accuracy_verdict
 
 if TYPE_CHECKING:

@@ -19,7 +19,8 @@ from spike_export.cli.arguments import (
 from spike_export.cli.exit_codes import DONE
 from spike_export.cli.invocation import record
 from spike_export.cli.options import cache_options, use_threads
-from spike_export.cli.terminal.output import Output, print_lines
+from spike_export.cli.terminal.lines import print_lines
+from spike_export.cli.terminal.output import Output
 
 _UNGUARDED = (
     "no calibration has seen whether activations stay below float16's limit of 65,504; `spike-export check` "

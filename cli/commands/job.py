@@ -36,8 +36,9 @@ from spike_export.cli.options import (
     use_threads,
 )
 from spike_export.cli.terminal.documents import job_document
+from spike_export.cli.terminal.lines import print_whole
 from spike_export.cli.terminal.outcomes import print_build, print_notes
-from spike_export.cli.terminal.output import Output, print_whole
+from spike_export.cli.terminal.output import Output
 from spike_export.cli.verdicts import accuracy_verdict, plan_verdict
 
 if TYPE_CHECKING:

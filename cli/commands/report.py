@@ -7,7 +7,8 @@ from cyclopts import Parameter
 
 from spike_export.cli.arguments import AsJson, RunArguments
 from spike_export.cli.exit_codes import DONE
-from spike_export.cli.terminal.output import Output, print_lines
+from spike_export.cli.terminal.lines import print_lines
+from spike_export.cli.terminal.output import Output
 
 
 def report(

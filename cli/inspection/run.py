@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 
 from spike_export.artifacts.visible_text import visible
-from spike_export.cli.terminal.output import print_lines
+from spike_export.cli.terminal.lines import print_lines
 from spike_export.cli.terminal.text_table import print_facts, print_table
 from spike_export.inspection.run import RunInspection, decimals
 

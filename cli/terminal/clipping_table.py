@@ -3,7 +3,7 @@
 from rich.console import Console
 
 from spike_export.artifacts.visible_text import visible
-from spike_export.cli.terminal.output import print_lines
+from spike_export.cli.terminal.lines import print_lines
 from spike_export.cli.terminal.text_table import print_table
 from spike_export.engines.accuracy.clipping import DUE, Clipping
 

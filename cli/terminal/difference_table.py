@@ -2,7 +2,7 @@
 
 from rich.console import Console
 
-from spike_export.cli.terminal.output import print_lines
+from spike_export.cli.terminal.lines import print_lines
 from spike_export.cli.terminal.text_table import print_table
 from spike_export.engines.accuracy.intervals import Interval
 from spike_export.inspection.difference import AccuracyDifference, ModuleDifference, RunDifference

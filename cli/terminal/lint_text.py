@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from rich.console import Console
 
 from spike_export.artifacts.visible_text import visible
-from spike_export.cli.terminal.output import print_lines
+from spike_export.cli.terminal.lines import print_lines
 from spike_export.engines.lint.finding import SEVERITIES, Finding, LintReport, Severity
 
 _STYLES: Mapping[Severity, str] = {"error": "bold red", "warning": "yellow", "note": "dim"}

@@ -2,7 +2,7 @@
 
 from rich.console import Console
 
-from spike_export.cli.terminal.output import print_lines
+from spike_export.cli.terminal.lines import print_lines
 
 
 def say(line: str) -> None:

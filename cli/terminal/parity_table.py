@@ -2,7 +2,7 @@
 
 from rich.console import Console
 
-from spike_export.cli.terminal.output import print_lines
+from spike_export.cli.terminal.lines import print_lines
 from spike_export.cli.terminal.text_table import print_table
 from spike_export.engines.parity.chain import Link, Parity
 from spike_export.engines.parity.comparison import Step

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from spike_export.artifacts.progress import Progress
 from spike_export.artifacts.visible_text import visible
-from spike_export.cli.terminal.output import print_lines
+from spike_export.cli.terminal.lines import print_lines
 
 Clock = Callable[[], float]
 """Seconds from any fixed point, never backwards."""

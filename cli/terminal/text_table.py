@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from spike_export.artifacts.visible_text import visible
-from spike_export.cli.terminal.output import print_lines
+from spike_export.cli.terminal.lines import print_lines
 
 
 def print_table(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

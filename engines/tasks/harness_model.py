@@ -3,7 +3,7 @@
 Importing this module needs the extra `lm-eval`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lm_eval.api.model import TemplateLM
@@ -12,13 +12,20 @@ from spike_export.artifacts.errors import EngineError
 from spike_export.artifacts.manifest import Manifest
 from spike_export.engines.tasks.continuation_scores import Model, score_continuations
 from spike_export.engines.tasks.token_rows import Request, Tokens
+from spike_export.engines.tasks.written_texts import TextRequest, Write
 
 Encode = Callable[[str], list[int]]
 """Text → its tokens, without those that a tokenizer puts around a text."""
 
+LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+"""Names that tasks give to the most tokens of a text, in the order in which the harness looks at them."""
+
+_LENGTH = 256
+"""Where a task gives none; the harness's own default."""
+
 
 class HarnessModel(TemplateLM):  # type: ignore[misc]
-    """Answers the harness's questions for likelihoods.
+    """Answers the harness's questions for likelihoods, and writes the texts that it asks for.
 
     The model is fed BOS once, by its prefix or before the text. A text without context is scored behind BOS, also
     where the prefix holds BOS: its first token can only be scored behind some token.
@@ -27,16 +34,17 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         computing: Whether the model is at work, or failed at it; what fails otherwise is the task's.
     """
 
-    def __init__(self, model: Model, encode: Encode, manifest: Manifest) -> None:
+    def __init__(self, model: Model, write: Write, encode: Encode, manifest: Manifest) -> None:
         """Wrap a model.
 
         Args:
             model: Gives logits.
+            write: Writes texts.
             encode: Of the bundle's tokenizer.
             manifest: Of the bundle; the unquantized model behind its prefix takes the same tokens.
         """
         super().__init__()
-        self._model, self._encode, self._manifest = model, encode, manifest
+        self._model, self._write, self._encode, self._manifest = model, write, encode, manifest
         self.computing = False
 
     @property
@@ -70,21 +78,36 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         if not continuation:
             raise EngineError(f"a task has an answer without tokens behind {texts[0][-60:]!r}; correct its data")
         request = Request(_with_bos(tuple(context), self._manifest), tuple(continuation))
-        room = self._manifest.capacity or self._manifest.max_position_embeddings
-        if len(request.fed) > room:
-            raise EngineError(
-                f"a task has a text of {len(request.fed)} tokens, and a sequence has room for {room}: it begins with "
-                f"{texts[0][:60]!r}; take fewer examples (num_fewshot), or leave the task out"
-            )
+        self._require_room(texts[0], len(request.fed))
         return request
+
+    def _require_room(self, text: str, tokens: int) -> None:
+        room = self._manifest.capacity or self._manifest.max_position_embeddings
+        if tokens > room:
+            raise EngineError(
+                f"a task has a text of {tokens} tokens, and a sequence has room for {room}: it begins with "
+                f"{text[:60]!r}; take fewer examples (num_fewshot), or leave the task out"
+            )
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
         """Refuse: tasks of whole texts have no answers, and are never loaded."""
         raise NotImplementedError
 
-    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
-        """Refuse: tasks that write text are never loaded."""
-        raise NotImplementedError
+    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+        """Return the text that the model writes behind each context."""
+        asked = [self._text_request(*each.args) for each in requests]
+        self.computing = True
+        texts = self._write(asked)
+        self.computing = False
+        return texts
+
+    def _text_request(self, context: str, wanted: Mapping[str, Any]) -> TextRequest:
+        tokens = tuple(self._encode(context)) or (self.eot_token_id,)
+        until, length = wanted.get("until") or (), next((wanted[name] for name in LENGTHS if name in wanted), _LENGTH)
+        stops = (until,) if isinstance(until, str) else tuple(until)
+        request = TextRequest(_with_bos(tokens, self._manifest), tuple(filter(None, stops)), int(length))
+        self._require_room(context, len(request.context) + request.tokens - 1)
+        return request
 
 
 def _with_bos(context: Tokens, manifest: Manifest) -> Tokens:

@@ -4,17 +4,25 @@ Importing this module needs the extra `lm-eval`.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from lm_eval.tasks import TaskManager
 
 from spike_export.artifacts.errors import EngineError, one_line
+from spike_export.engines.tasks.harness_model import LENGTHS
 from spike_export.engines.tasks.harness_output import quiet_harness
 
-ANSWERED = ("multiple_choice", "loglikelihood")
-"""Kinds of tasks whose items are right or wrong by likelihoods alone."""
+_WRITES = "generate_until"
+"""The kind of tasks whose answers are texts."""
+
+ANSWERED = ("multiple_choice", "loglikelihood", _WRITES)
+"""Kinds of tasks whose items are right or wrong."""
+
+_DRAWS = ("do_sample", "temperature", "top_k", "top_p")
+"""How a text is drawn; nothing of it matters where the most likely token is taken."""
 
 _FILES = (".yaml", ".yml")
 
@@ -77,20 +85,34 @@ def _require_answers(name: str, task: Any) -> None:
     kind = task.OUTPUT_TYPE
     if kind not in ANSWERED:
         raise EngineError(
-            f"{name}: the task {task.config.task} is of the kind {kind}; --tasks judges {' and '.join(ANSWERED)}"
+            f"{name}: the task {task.config.task} is of the kind {kind}; --tasks judges {', '.join(ANSWERED)}"
         )
-    if kind == "multiple_choice" and not callable(task.config.process_results):
+    if kind == _WRITES:
+        _require_greedy(name, task)
+    require = {"multiple_choice": _require_label, _WRITES: _require_target}.get(kind)
+    if require is not None and not callable(task.config.process_results):
         for item, document in enumerate(task.eval_docs):
-            _require_label(name, task, item, document)
+            require(name, task, item, document)
+
+
+def _require_greedy(name: str, task: Any) -> None:
+    """Refuse a task whose texts are drawn: two draws differ by chance, whatever quantization does."""
+    wanted = task.config.generation_kwargs or {}
+    if wanted.get("do_sample", float(wanted.get("temperature") or 0) > 0):
+        raise EngineError(
+            f"{name}: {task.config.task} draws its texts at random, and --tasks compares the most likely ones; set "
+            "do_sample to false in generation_kwargs"
+        )
+    unknown = sorted(set(wanted) - {"until", *LENGTHS, *_DRAWS})
+    if unknown:
+        raise EngineError(f"{name}: generation_kwargs of {task.config.task} has {unknown[0]}, which no text here obeys")
 
 
 def _require_label(name: str, task: Any, item: int, document: Any) -> None:
     """Refuse an item whose label names none of its choices: the harness would count it as a wrong answer."""
-    try:
+    with _templates_of(name, task, item):
         choices = task.doc_to_choice(document)
         label = task.doc_to_text(document) if task.multiple_input else task.doc_to_target(document)
-    except Exception as error:  # templates raise whatever their expressions run into
-        raise EngineError(f"{name}: item {item} of {task.config.task}: {one_line(error)}; correct the task") from error
     for each in label if isinstance(label, list) else [label]:
         known = each in choices if isinstance(each, str) else isinstance(each, int) and 0 <= each < len(choices)
         if not known:
@@ -98,3 +120,23 @@ def _require_label(name: str, task: Any, item: int, document: Any) -> None:
                 f"{name}: item {item} of {task.config.task} has the label {each!r}, which names none of its "
                 f"{len(choices)} choices; correct the labels or doc_to_target"
             )
+
+
+def _require_target(name: str, task: Any, item: int, document: Any) -> None:
+    """Refuse an item without a right text: no field of the data, whose name would be the text, or an empty one."""
+    with _templates_of(name, task, item):
+        target = task.doc_to_target(document)
+    if target is None or target in ("", [], task.config.doc_to_target):
+        raise EngineError(
+            f"{name}: item {item} of {task.config.task} has the target {target!r}, which is no answer; correct the "
+            "data or doc_to_target"
+        )
+
+
+@contextmanager
+def _templates_of(name: str, task: Any, item: int) -> Iterator[None]:
+    """Refuse an item at whose data the task's templates fail within the block."""
+    try:
+        yield
+    except Exception as error:  # templates raise whatever their expressions run into
+        raise EngineError(f"{name}: item {item} of {task.config.task}: {one_line(error)}; correct the task") from error

@@ -1,6 +1,7 @@
 """`check --tasks`: figures of both models, the JSON file, the limit, and bad input."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from spike_export.artifacts.manifest import load_manifest
 from spike_export.artifacts.task_document import load_task_accuracy, task_place
 from spike_export.checkpoint.modules import linears
 from spike_export.checkpoint.opening import open_checkpoint
+from spike_export.engines.engine import Engine
 from spike_export.engines.generation.bundle_tokenizer import BundleTokenizer
 from spike_export.engines.onnx_runtime.session import open_bundle
 from spike_export.export.bundle import ExportOptions, export_bundle
@@ -29,6 +31,14 @@ harness_needed = pytest.mark.skipif(
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 PREFIX = (0, 40)
+WRITES: dict[str, Any] = {
+    "output_type": "generate_until",
+    "doc_to_choice": None,
+    "doc_to_target": "{{question}}",
+    "generation_kwargs": {"until": ["u", "\0"], "do_sample": False, "max_gen_toks": 2},
+    "metric_list": [{"metric": "exact_match"}],
+}
+"""Fields of a task whose answers are texts."""
 WORDS = ("abc", "bed", "cad", "dab", "ebb", "ace", "fed", "bad", "fab", "cab")
 ITEMS = [
     {"question": f"{a} {b}", "choices": [a, a[::-1], b], "label": index % 3}
@@ -122,6 +132,29 @@ def test_the_answers_are_those_of_both_models_and_the_file_says_so(folder: Path,
 
 
 @harness_needed
+def test_texts_are_those_that_both_models_write(folder: Path, tmp_path: Path) -> None:
+    """The right answers are what the unquantized model writes: it has all of them right, and the bundle its own."""
+    checkpoint = open_checkpoint(str(folder / "model"))
+    recipe, texts = unquantized_recipe(checkpoint, PREFIX), []
+    export_bundle(checkpoint, recipe, ExportOptions("float32"), tmp_path / "unquantized")
+    for bundle in (folder / "bundle", tmp_path / "unquantized"):
+        with Engine.open(bundle) as engine:
+            found = (engine.generate(f"{item['question']}:", do_sample=False, max_new_tokens=2) for item in ITEMS)
+            texts.append([re.split("[u\0]", each.text)[0] for (each,) in found])
+    ours, theirs = texts
+    items = [{**item, "answer": text} for item, text in zip(ITEMS, theirs, strict=True)]
+    path = task_file(tmp_path, items, **WRITES | {"doc_to_target": "{{answer}}"})
+    done = call(*arguments(folder, path), "--out", tmp_path / "found.json")
+    assert (done.code, done.err) == (0, "")
+    (row,) = load_task_accuracy(tmp_path / "found.json").tasks
+    kept = [mine == text for mine, text in zip(ours, theirs, strict=True)]
+    assert (row.metric, row.items, row.reference_accuracy) == ("exact_match", len(ITEMS), 1)
+    assert row.lost == tuple(index for index, same in enumerate(kept) if not same)
+    assert any(kept), "scales of this size turn some texts, not all"
+    assert row.lost
+
+
+@harness_needed
 def test_the_limit_is_held_against_the_end_of_the_interval(folder: Path, tmp_path: Path) -> None:
     whole = (*arguments(folder, task_file(tmp_path)), "--items", "8", "--out", tmp_path / "found.json")
     with pytest.MonkeyPatch.context() as patch:
@@ -144,7 +177,14 @@ def test_the_limit_is_held_against_the_end_of_the_interval(folder: Path, tmp_pat
         ({"doc_to_txt": "{{question}}"}, "has a field 'doc_to_txt', which lm-evaluation-harness does not know"),
         ({"doc_to_target": "answer"}, "item 0 of words has the label 'answer', which names none of its 3 choices"),
         ({"doc_to_target": "{{answer}}"}, "'answer' is undefined"),
-        ({"output_type": "generate_until"}, "is of the kind generate_until; --tasks judges multiple_choice and"),
+        (
+            {"output_type": "loglikelihood_rolling"},
+            "is of the kind loglikelihood_rolling; --tasks judges multiple_choice,",
+        ),
+        (WRITES | {"doc_to_target": "answer"}, "item 0 of words has the target 'answer', which is no answer"),
+        (WRITES | {"generation_kwargs": {"until": [], "temperature": 0.7}}, "words draws its texts at random"),
+        (WRITES | {"generation_kwargs": {"until": [], "num_beams": 2}}, "has num_beams, which no text here obeys"),
+        (WRITES | {"generation_kwargs": {"until": [], "max_gen_toks": 300}}, "and a sequence has room for 2"),
         ({"output_type": "essay"}, "Got invalid output_type 'essay'"),
         ({"test_split": "exam"}, "exam"),
         ({"dataset_kwargs": {"data_files": {"test": "nowhere.jsonl"}}}, "the task's data cannot be read"),

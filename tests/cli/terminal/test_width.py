@@ -8,7 +8,7 @@ from rich.console import Console
 
 from spike_export.calibration.methods.options import CalibrationOptions
 from spike_export.cli.main import app
-from spike_export.cli.terminal.output import print_lines
+from spike_export.cli.terminal.lines import print_lines
 from spike_export.cli.terminal.progress_display import ProgressDisplay
 from spike_export.cli.terminal.text_table import print_table
 from spike_export.pipeline.job import Job

@@ -36,12 +36,12 @@ def manifest(bos: int | None, prefix: tuple[int, ...]) -> Any:
 def test_bos_is_fed_once(
     bos: int | None, prefix: tuple[int, ...], context: tuple[int, ...], fed: tuple[int, ...]
 ) -> None:
-    model = harness_model.HarnessModel(None, None, manifest(bos, prefix))
+    model = harness_model.HarnessModel(None, None, None, manifest(bos, prefix))
     assert model._request(("a", "b"), list(context), [9]).context == fed
 
 
 def test_what_cannot_be_scored_is_refused() -> None:
-    model = harness_model.HarnessModel(None, None, manifest(BOS, (BOS,)))
+    model = harness_model.HarnessModel(None, None, None, manifest(BOS, (BOS,)))
     with pytest.raises(EngineError, match="answer without tokens behind 'a'"):
         model._request(("a", "b"), [5], [])
     assert len(model._request(("a", "b"), [5] * 4, [6] * 5).fed) == 8
