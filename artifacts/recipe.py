@@ -44,8 +44,9 @@ SMOOTHED_HEAD: HeadScheme = "int8-per-token-dynamic"
 
 ActivationRange = Literal["max", "sample-mean", "percentile", "mse"]
 """What a static activation scale covers: the largest magnitude of all samples; the mean over the samples of each
-sample's largest (averaged min-max), which clips the rare spike that only a few samples have; the 99.9th percentile of
-the tokens' largest; or the share of the largest that makes the least error on held-out windows."""
+sample's largest (averaged min-max), which clips the rare spike that only a few samples have, with a margin for other
+kinds of text where smoothing is searched; the 99.9th percentile of the tokens' largest; or the share of the largest
+that makes the least error on held-out windows."""
 
 UNREACHED = "no token was sent here in calibration"
 """Reason of an expert that is kept because nothing is known of its input."""
@@ -158,7 +159,8 @@ class ModulePlan(_Document):
             steps finer; an FP8 scale covers it.
         weights: `int8` where a module that is kept holds its weight in INT8 (W8A16); None otherwise.
         ratio: Max-median ratio of the input.
-        clip: Share of the calibrated range that the scale covers, where it was searched.
+        clip: What the scale covers, as a multiple of the calibrated range: a share that was searched for, or more than
+            1, for a margin.
         noise: Squared error that INT8 here adds to the residual stream, relative to the stream; estimated.
         reason: Why a module is not quantized, or not in the precision asked for.
     """

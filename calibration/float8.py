@@ -26,6 +26,6 @@ def _float8(plan: ModulePlan) -> ModulePlan:
         return plan
     changes: dict[str, str | float | None] = {"precision": "fp8", "clip": None}
     if plan.activation_scale is not None:
-        covered = plan.activation_scale * QMAX / (plan.clip or 1.0)
+        covered = plan.activation_scale * QMAX / min(plan.clip or 1.0, 1.0)
         changes["activation_scale"] = activation_scale(max(covered, plan.activation_amax or 0.0), "fp8")
     return plan.model_copy(update=changes)

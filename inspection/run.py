@@ -150,6 +150,14 @@ def _head_smoothing(recipe: Recipe) -> str:
     return f"{used}: the divergence of the head alone is {alone:.4f}, without smoothing {plain:.4f}"
 
 
+def _clip(clip: float | None) -> str:
+    if clip is None:
+        return ""
+    if clip > 1:
+        return f", {clip:.2f} times the calibrated range, for other kinds of text"
+    return f", {clip:.0%} of what calibration saw; the rest saturates"
+
+
 def _explanation(recipe: Recipe, run: Path, name: str) -> dict[str, str]:
     if name == HEAD:
         return _head_explanation(recipe)
@@ -166,8 +174,7 @@ def _explanation(recipe: Recipe, run: Path, name: str) -> dict[str, str]:
         lines["activation scale"] = TOKENS_OWN
     if plan.static_scale is not None:
         covers = f"magnitudes up to {127 * plan.static_scale:.4g}"
-        clip = f", {plan.clip:.0%} of what calibration saw; the rest saturates" if plan.clip else ""
-        lines["activation scale"] = f"{plan.static_scale:.4g}: {covers}{clip}"
+        lines["activation scale"] = f"{plan.static_scale:.4g}: {covers}{_clip(plan.clip)}"
     representative = representative_of(name)
     smoothing = recipe.smoothing.get(representative)
     if smoothing is not None:

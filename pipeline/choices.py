@@ -69,8 +69,8 @@ def load_transforms(path: Path, config: DecoderConfig) -> TransformChoice:
             raise ValueError("a module without the noise of a scale per token")
         if not known.issuperset(choice.kinds.per_token):
             raise ValueError("an input that the model does not have")
-        if not all(0 < clip <= 1 for clip in transform.clips.values()):
-            raise ValueError("a clip that is no share")
+        if not all(clip > 0 for clip in transform.clips.values()):
+            raise ValueError("a clip that covers nothing")
 
     return _read(_TRANSFORMS, path, require)
 

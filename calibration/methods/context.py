@@ -69,7 +69,8 @@ class Transform:
     Attributes:
         rotation: Of the residual stream.
         smoothing: Representative module → scales of its input's channels.
-        clips: Representative module → share of the calibrated range that its static scale covers; 1 by default.
+        clips: Representative module → what its static scale covers, as a multiple of the calibrated range; 1 by
+            default.
         noise: Representative module → estimated noise of its quantization; empty where nothing was searched.
         token_noise: The same with a scale per token.
         hadamard: Of `down_proj`'s inputs, at run time, behind their smoothing.
@@ -244,6 +245,15 @@ class Calibration:
         if np.array_equal(self.scale_rows, np.arange(len(statistics.sample_ids))):
             return statistics
         return statistics.select(self.scale_rows)
+
+    def parts(self, statistics: SpikeStatistics) -> tuple[SpikeStatistics, ...]:
+        """Return the statistics of each kind of text; of two halves, where there is one kind only.
+
+        A calibration of one window has no parts.
+        """
+        kinds = self.windows.kinds if self._several_kinds else np.arange(len(self.windows.kinds)) % 2
+        rows = [np.flatnonzero(kinds == kind) for kind in np.unique(kinds)]
+        return tuple(statistics.select(each) for each in rows) if len(rows) > 1 else ()
 
     def measure(
         self, prefix: tuple[int, ...], transform: Transform = NO_TRANSFORM, progress: Progress = silent

@@ -28,6 +28,7 @@ from spike_export.calibration.decoder.smoothing import (
     smoothing_scales,
 )
 from spike_export.calibration.decoder.weight_quantization import quantize_weight
+from spike_export.calibration.methods.range_margin import range_margin
 from spike_export.calibration.statistics.spikes import ModuleSpikes, SpikeStatistics, covered_range
 from spike_export.checkpoint.decoder_config import DecoderConfig
 from spike_export.checkpoint.modules import InputSite, input_sites, is_down_projection, is_router
@@ -77,7 +78,7 @@ class SiteChoice:
     Attributes:
         smoothing: Its scales as they were compared, or None for none. For the inputs behind one norm they are the same.
         final: The same form and parameter made of all windows: more of them say better where the outliers are.
-        clip: Share of the calibrated range that the static scale covers.
+        clip: What the static scale covers, as a multiple of the calibrated range: a share, or more than 1 for a margin.
         noise: Mean over tokens of the squared error that INT8 adds here to the residual stream, relative to the
             stream; estimated to first order.
         tokens: What is best where each token has a scale of its own.
@@ -152,13 +153,16 @@ class SmoothingSearch:
         compared: Those without the windows that pass: of what candidates are made, so that none is judged on its own.
         weights: How INT8 weights are scaled.
         activations: How INT8 activations are scaled.
-        activation_range: What static scales cover; for `mse` the clips compete too.
+        activation_range: What static scales cover; for `mse` the clips compete too, and the mean of the samples' maxima
+            gets a margin.
         smoothing: Whether scales may be moved.
         rotated: Whether a rotation takes the place of the norms' smoothing.
         stride: Every how many tokens one is looked at.
         windows: How many windows pass.
         hadamard: Channels of a block of the Hadamard transform that the inputs of `down_proj` are judged behind, too;
             None to leave that out.
+        parts: The statistics of each kind of text, or of other parts of the calibration, between which margins are
+            found; none for no margin.
         choices: Representative module → what was found; filled by the visits.
     """
 
@@ -173,6 +177,7 @@ class SmoothingSearch:
     stride: int
     windows: int = 1
     hadamard: int | None = None
+    parts: Sequence[SpikeStatistics] = ()
     choices: dict[str, SiteChoice] = field(default_factory=dict)
 
     @staticmethod
@@ -205,7 +210,14 @@ class SmoothingSearch:
     ) -> None:
         names = {site.representative: f"model.layers.{index}.{site.representative}" for site in group}
         sites = [
-            _Site(site, self.compared.modules[names[site.representative]], _weight(layer, site), seen, branch)
+            _Site(
+                site,
+                self.compared.modules[names[site.representative]],
+                tuple(part.modules[names[site.representative]] for part in self.parts),
+                _weight(layer, site),
+                seen,
+                branch,
+            )
             for site in group
             if not is_router(site.representative) and site.representative in seen.inputs
         ]
@@ -222,7 +234,7 @@ class SmoothingSearch:
         self.choices |= best
 
     def _plans(self, group: Sequence[InputSite], layer: "nn.Module", names: Mapping[str, str]) -> "Iterator[_Plans]":
-        yield _Plans(None, None)
+        yield _Plans(None, None, (None,) * len(self.parts))
         site = group[0]
         if not self.smoothing or site.producer is None or (self.rotated and site.behind_norm):
             return
@@ -233,16 +245,25 @@ class SmoothingSearch:
         for form, parameter in CANDIDATES:
             inputs = (
                 np.max([_channel_magnitudes(form, statistics.modules[name]) for name in names.values()], axis=0)
-                for statistics in (self.compared, self.statistics)
+                for statistics in (self.compared, self.statistics, *self.parts)
             )
-            yield _Plans(*(_plan(form, parameter, each, columns[form], site, self.config) for each in inputs))
+            compared, final, *parts = (
+                _plan(form, parameter, each, columns[form], site, self.config) for each in inputs
+            )
+            yield _Plans(compared, final, tuple(parts))
 
 
 class _Plans(NamedTuple):
-    """One candidate: as it is compared, and made of all windows."""
+    """One candidate: as it is compared, made of all windows, and made of each part of them."""
 
     compared: SmoothingPlan | None
     final: SmoothingPlan | None
+    parts: tuple[SmoothingPlan | None, ...]
+
+    @property
+    def kept(self) -> tuple[SmoothingPlan | None, SmoothingPlan | None]:
+        """The two that a choice keeps."""
+        return self.compared, self.final
 
 
 def _transformed(choices: Mapping[str, SiteChoice]) -> dict[str, SiteChoice]:
@@ -370,11 +391,17 @@ class _Site:
     """One input with all that its candidates need."""
 
     def __init__(
-        self, site: InputSite, spikes: ModuleSpikes, weight: "torch.Tensor", seen: _Rows, branch: _Branch
+        self,
+        site: InputSite,
+        spikes: ModuleSpikes,
+        parts: tuple[ModuleSpikes, ...],
+        weight: "torch.Tensor",
+        seen: _Rows,
+        branch: _Branch,
     ) -> None:
         import torch
 
-        self.site, self._spikes, self._weight = site, spikes, weight
+        self.site, self._spikes, self._parts, self._weight = site, spikes, parts, weight
         self._rows = torch.cat(seen.inputs[site.representative])
         self._expected = self._rows @ weight.T
         self._tokens = seen.tokens
@@ -389,26 +416,47 @@ class _Site:
         """Return the noise under a plan: with the best clip of a constant scale, and with a scale per token."""
         rows, weight, scales = self._smoothed(plans.compared, search)
         covered = self._spikes.smoothed_range(scales, search.activation_range)
-        found = self._compared(plans, rows, weight, covered, search)
+        found = self._compared(plans, rows, weight, covered, self._clips(plans, search), search)
         if search.hadamard is None or not is_down_projection(self.site.representative):
             return found
         rows, weight, _ = self._smoothed(plans.compared, search, search.hadamard)
         # No statistics tell of channels that are mixed: the range is that of the rows, window by window.
         peaks = np.array([float(part.abs().max()) for part in rows.tensor_split(search.windows) if len(part)])
         covered = covered_range(peaks, search.activation_range)
-        return replace(found, transformed=self._compared(plans, rows, weight, covered, search))
+        # Mixed channels need no margin: none of them is a single channel's peak.
+        clips = CLIPS if search.activation_range == "mse" else (1.0,)
+        return replace(found, transformed=self._compared(plans, rows, weight, covered, clips, search))
+
+    def _clips(self, plans: _Plans, search: SmoothingSearch) -> tuple[float, ...]:
+        """Return what a static scale may cover, as multiples of the calibrated range."""
+        if search.activation_range == "mse":
+            return CLIPS
+        if search.activation_range != "sample-mean" or search.activations == "per-token" or not self._parts:
+            return (1.0,)
+        if is_down_projection(self.site.representative):
+            # Other text goes so far beyond the range of these products that a margin costs more than saturating.
+            return (1.0,)
+        channels = self._weight.shape[1]
+        scales = [input_scales(plan, self.site, search.config, channels) for plan in plans.parts]
+        return (range_margin(self._parts, scales),)
 
     def _compared(
-        self, plans: _Plans, rows: "torch.Tensor", weight: "torch.Tensor", covered: float, search: SmoothingSearch
+        self,
+        plans: _Plans,
+        rows: "torch.Tensor",
+        weight: "torch.Tensor",
+        covered: float,
+        clips: Sequence[float],
+        search: SmoothingSearch,
     ) -> SiteChoice:
-        tokens = TokenChoice(*plans, self._noise(fake_quantize_tokens(rows) @ weight))
+        tokens = TokenChoice(*plans.kept, self._noise(fake_quantize_tokens(rows) @ weight))
         if search.activations == "per-token":
-            return SiteChoice(*plans, 1.0, tokens.noise, tokens)
+            return SiteChoice(*plans.kept, 1.0, tokens.noise, tokens)
         best: SiteChoice | None = None
-        for clip in CLIPS if search.activation_range == "mse" else (1.0,):
+        for clip in clips:
             noise = self._noise(fake_quantize(rows, max(clip * covered, 1e-5) / QMAX) @ weight)
             if best is None or noise < best.noise:
-                best = SiteChoice(*plans, clip, noise, tokens)
+                best = SiteChoice(*plans.kept, clip, noise, tokens)
             elif noise > 2 * best.noise:
                 break  # narrower scales only saturate more
         assert best is not None

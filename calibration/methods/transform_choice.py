@@ -207,6 +207,7 @@ def _searched(
         stride=SmoothingSearch.stride_of(fed.size),
         windows=len(fed),
         hadamard=None if plan is None else plan.block,
+        parts=calibration.parts(statistics),
     )
     decoder = calibration.transformed(Transform(rotation=rotation)).decoder
     # One device: a site's candidates are compared on all rows.

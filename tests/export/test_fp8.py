@@ -216,6 +216,7 @@ def test_a_scale_covers_what_calibration_saw() -> None:
         "int8 alone": ModulePlan(precision="int8", activation_scale=2.0),
         "clipped": ModulePlan(precision="int8", activation_scale=2.0, clip=0.5),
         "rare spike": ModulePlan(precision="int8", activation_scale=2.0, activation_amax=1000.0, clip=0.5),
+        "margin": ModulePlan(precision="int8", activation_scale=2.0, clip=1.25),
         "mean above": ModulePlan(precision="int8", activation_scale=2.0, activation_amax=100.0),
         "per token": ModulePlan(precision="int8", activations="per-token"),
         "kept": ModulePlan(precision="float16", ratio=7.0, reason="score > alpha"),
@@ -224,10 +225,10 @@ def test_a_scale_covers_what_calibration_saw() -> None:
     found = float8_modules(recipe.model_copy(update={"modules": plans}))
     covered = {name: (plan.activation_scale or 0) * 448 for name, plan in found.items()}
     assert covered == pytest.approx(
-        {"int8 alone": 254, "clipped": 508, "rare spike": 1000, "mean above": 254, "per token": 0, "kept": 0}
-        | {"weights": 0}
+        {"int8 alone": 254, "clipped": 508, "rare spike": 1000, "margin": 254, "mean above": 254}
+        | {"per token": 0, "kept": 0, "weights": 0}
     )
-    assert [plan.precision for plan in found.values()] == ["fp8"] * 5 + ["float16"] * 2
+    assert [plan.precision for plan in found.values()] == ["fp8"] * 6 + ["float16"] * 2
     assert found["kept"] == plans["kept"]
     assert found["weights"] == plans["weights"]
     for plan in found.values():

@@ -56,7 +56,7 @@ def test_prefixes_that_no_model_can_be_fed_are_refused(tmp_path: Path, changes: 
         {"smoothing": {"model.layers.7.mlp.up_proj": ZEROS.model_dump()}},
         {"smoothing": {SITE: ZEROS.model_dump() | {"exponents": "AAAA"}}},
         {"rotation": {"kind": "orthogonal", "seed": -1}},
-        {"clips": {SITE: 1.5}},
+        {"clips": {SITE: -1.5}},
         {"clips": {SITE: 0.0}},
         {"noise": {"x": 0.5}, "token_noise": {"x": 0.5}},
         {"token_noise": {}},

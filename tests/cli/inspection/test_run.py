@@ -139,12 +139,19 @@ def test_what_each_input_causes_is_shown_until_the_recipe_is_edited(automatic: P
     assert "attribution.json: cannot read what each input causes; run again with --force" in damaged.err
 
 
-def test_a_clipped_scale_says_what_saturates(run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("clip", "told"),
+    [
+        (0.45, "45% of what calibration saw; the rest saturates"),
+        (1.243, "1.24 times the calibrated range, for other kinds of text"),
+    ],
+)
+def test_a_scale_says_what_it_covers(run: Path, tmp_path: Path, clip: float, told: str) -> None:
     document = json.loads((run / "recipe.json").read_text())
-    document["modules"]["model.layers.0.mlp.gate_proj"]["clip"] = 0.45
+    document["modules"]["model.layers.0.mlp.gate_proj"]["clip"] = clip
     (tmp_path / "recipe.json").write_text(json.dumps(document))
     (scale,) = (line for line in lines(tmp_path, "--explain", "0.mlp.gate_proj") if "activation scale" in line)
-    assert scale.endswith(", 45% of what calibration saw; the rest saturates")
+    assert scale.endswith(f", {told}")
 
 
 def test_several_modules_are_explained_in_the_order_given(run: Path) -> None:
