@@ -258,7 +258,7 @@ class _Plans(NamedTuple):
 
     compared: SmoothingPlan | None
     final: SmoothingPlan | None
-    parts: tuple[SmoothingPlan | None, ...]
+    parts: tuple[SmoothingPlan | None, ...] = ()
 
     @property
     def kept(self) -> tuple[SmoothingPlan | None, SmoothingPlan | None]:

@@ -96,6 +96,7 @@ def test_the_recipes_range_has_the_margin(two_kinds: tuple[Calibration, SpikeSta
     choice = choose_transform(calibration, statistics)
     clips = choice.transform.clips
     assert clips[UP] > 1.5 > clips["model.layers.0.mlp.up_proj"] > 1
+    assert {clips[name] for name in clips if name.endswith("down_proj")} == {1.0}
     after = calibration.measure((), choice.transform)
     recipe = build_recipe(calibration, Corpus("test", ("text",)), after, NOTHING_KEPT, choice.transform)
     for name in (UP, GATE):
