@@ -4,9 +4,10 @@ import json
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, ConfigDict, Field, ValidationError, field_validator
 
 from spike_export.serving.openai.errors import RequestError
+from spike_export.serving.openai.format_form import StructuredOutputs
 from spike_export.serving.openai.sampling_form import SamplingForm
 from spike_export.serving.triton.tensors import ADDED, PARAMETERS, STREAM, TEXT, WITHOUT_PROMPT
 
@@ -20,6 +21,9 @@ class TritonForm(SamplingForm):
     Attributes:
         logprobs: How many of the most probable tokens are told; `true` where `top_logprobs` says how many (a chat of
             Triton's OpenAI frontend).
+        structured_outputs: As an object, or as Triton's OpenAI frontend writes it for the arguments of a tool; earlier
+            ones name it `guided_decoding`.
+        min_tokens: None: there is no least number of tokens.
     """
 
     model_config: ClassVar[ConfigDict] = ConfigDict(strict=False, extra="ignore", populate_by_name=True)
@@ -27,6 +31,24 @@ class TritonForm(SamplingForm):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | Annotated[int, Field(ge=0, le=20)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    structured_outputs: Annotated[
+        StructuredOutputs | None, Field(validation_alias=AliasChoices("structured_outputs", "guided_decoding"))
+    ] = None
+    min_tokens: Annotated[int, Field(ge=0, le=0)] | None = None
+
+    @field_validator("structured_outputs", mode="before")
+    @classmethod
+    def _without_what_is_not_said(cls, value: Any) -> Any:
+        """Read the fields of vLLM's parameters from JSON text, in which a schema is JSON text again."""
+        if not isinstance(value, str):
+            return value
+        given = json.loads(value)
+        if not isinstance(given, dict):
+            raise ValueError("expected a JSON object")
+        fields = {name: each for name, each in given.items() if each is not None and each is not False}
+        if isinstance(fields.get("json"), str):
+            fields["json"] = json.loads(fields["json"])
+        return fields
 
     @property
     def top(self) -> int | None:

@@ -115,6 +115,49 @@ def test_a_second_bos_is_removed(model: Any, expected: str) -> None:
     assert found["num_input_tokens"][0] == 5
 
 
+def frontend_inputs(prompt: str, **changes: Any) -> dict[str, Any]:
+    """What Triton's OpenAI frontend sends with `--backend vllm`: a request's fields, defaults included, without nulls."""
+    sampling = {"frequency_penalty": 0, "presence_penalty": 0, "ignore_eos": False, "n": 1, "top_p": 1}
+    flags = {name: changes.pop(name, False) for name in ("stream", "echo")}
+    return {
+        "text_input": prompt,
+        "stream": flags["stream"],
+        "exclude_input_in_output": not flags["echo"],
+        "sampling_parameters": json.dumps(sampling | GREEDY | changes),
+        "return_logprobs": False,
+        "return_num_input_tokens": True,
+        "return_num_output_tokens": True,
+    }
+
+
+def test_the_frontends_completion_is_one_response_of_one_text(model: Any, expected: str) -> None:
+    """The frontend reads a single string, and refuses further responses where it asked for no stream."""
+    (found,) = ask(model, frontend_inputs("ab cd", seed=-3, stop=["never"]))
+    assert text(found) == expected
+    assert found.keys() == {"text_output", "num_input_tokens", "num_output_tokens"}
+    assert [int(found[f"num_{kind}_tokens"][0]) for kind in ("input", "output")] == [5, 12]
+    (echoed,) = ask(model, frontend_inputs("ab cd", echo=True))
+    assert text(echoed) == "ab cd" + expected
+
+
+def test_the_frontends_stream_adds_up_to_its_usage(model: Any, expected: str) -> None:
+    """The frontend takes the prompt's tokens from the first piece, and sums the others'."""
+    pieces = ask(model, frontend_inputs("ab cd", stream=True))
+    assert "".join(map(text, pieces)) == expected
+    assert pieces[0]["num_input_tokens"][0] == 5
+    assert sum(int(each["num_output_tokens"][0]) for each in pieces) == 12
+
+
+@pytest.mark.parametrize("name", ["structured_outputs", "guided_decoding"])
+def test_the_frontends_tool_has_arguments_of_its_schema(model: Any, name: str) -> None:
+    """A named tool's parameters come as vLLM's fields in JSON text, the schema as JSON text in it."""
+    schema = {"type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"]}
+    fields = {"json": json.dumps(schema | {"additionalProperties": False}), "regex": None, "choice": None}
+    fields |= {"json_object": None, "disable_any_whitespace": False, "_backend": None}
+    (found,) = ask(model, frontend_inputs("ab", max_tokens=60, **{name: json.dumps(fields)}))
+    assert json.loads(text(found)) in ({"a": "x"}, {"a": "y"})
+
+
 def test_a_cancelled_request_leaves_its_row(model: Any, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # The tiny model may be done before a look that comes every tenth of a second.
     monkeypatch.setattr("spike_export.serving.triton.python_model._LOOK_SECONDS", 0.001)
@@ -151,6 +194,9 @@ def test_too_many_requests_are_told_to_come_again(model: Any) -> None:
         ({"text_input": "a", "sampling_parameters": "{"}, {}, "no JSON object"),
         ({"text_input": "a"}, {"max_tokens": CAPACITY + 9}, "tokens"),
         ({"text_input": "a"}, {"temperature": "hot"}, "temperature"),
+        ({"text_input": "a"}, {"min_tokens": 4}, "min_tokens"),
+        ({"text_input": "a"}, {"structured_outputs": "3"}, "expected a JSON object"),
+        ({"text_input": "a"}, {"structured_outputs": '{"json": "{"}'}, "structured_outputs"),
         ({"text_input": "a", "stream": True, "exclude_input_in_output": False}, {}, "does not repeat the prompt"),
     ],
 )
