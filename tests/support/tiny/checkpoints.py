@@ -329,7 +329,7 @@ _IS_SPIKING, _IS_BOS, _SEEN = 0, 1, 2
 _RESERVED = 3
 
 
-def planted_spike_llama(seed: int = 0) -> LlamaForCausalLM:
+def planted_spike_llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
     r"""Return a random model in which `\n` spikes at one channel of one down_proj's input, the first time only.
 
     One hidden channel marks `\n`, one marks BOS. Head 0 of layer 0 lets `\n` look at BOS and at every `\n` so far,
@@ -339,7 +339,7 @@ def planted_spike_llama(seed: int = 0) -> LlamaForCausalLM:
     """
     # theta: slow enough that the last rotary pair, which the head uses, does not turn within the context.
     rope = {"rope_type": "default", "rope_theta": 1e8}
-    model = random_llama(seed, initializer_range=0.1, rope_parameters=rope, rms_norm_eps=1e-6)
+    model = random_llama(seed, initializer_range=0.1, rope_parameters=rope, rms_norm_eps=1e-6, **changes)
     decoder, marker = model.model, token_of(SPIKING_CHARACTER)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
