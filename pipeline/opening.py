@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 from spike_export.artifacts.atomic_write import require_writable
 from spike_export.artifacts.sole_writer import sole_writer
@@ -46,16 +45,10 @@ def open_pipeline(
             locks.enter_context(sole_writer(job.plan))
         pipeline = _pipeline(job, run, display)
         if job.cluster is not None:
-            workers = locks.enter_context(RayWorkers(job.cluster, _worker_task(job, pipeline.checkpoint)))
+            task = WorkerTask.of(job.model, pipeline.checkpoint, job.cluster, job.calibration, job.execution)
+            workers = locks.enter_context(RayWorkers(job.cluster, task))
             pipeline = replace(pipeline, workers=workers)
         yield pipeline
-
-
-def _worker_task(job: Job, checkpoint: Checkpoint) -> WorkerTask:
-    assert job.cluster is not None
-    # Workers have working directories of their own.
-    model = str(Path(job.model).resolve()) if Path(job.model).exists() else job.model
-    return WorkerTask(model, checkpoint.tensors.sha256(), job.calibration, job.execution, job.cluster.cpus)
 
 
 def _pipeline(job: Job, run: RunDirectory, display: StageDisplay) -> Pipeline:

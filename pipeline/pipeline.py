@@ -455,6 +455,7 @@ class Pipeline:
                     scratch,
                     texts,
                     reference_cache(self.checkpoint, self.execution, force=self.run.force),
+                    self.workers,
                 )
             save_check(checked, path)
 

@@ -25,9 +25,10 @@ from spike_export.artifacts.errors import CalibrationError, SpikeExportError, on
 from spike_export.calibration.corpus.token_windows import TokenWindows
 from spike_export.calibration.methods.context import Calibration, Transform
 from spike_export.calibration.methods.options import CalibrationOptions
-from spike_export.calibration.methods.spreading import Result
+from spike_export.calibration.methods.spreading import Result, unheard
 from spike_export.calibration.statistics.partial_statistics import Samples
 from spike_export.calibration.statistics.spikes import SpikeStatistics
+from spike_export.checkpoint.checkpoint import Checkpoint
 from spike_export.checkpoint.opening import open_checkpoint
 from spike_export.pipeline.cluster_options import LOCAL, ClusterOptions
 from spike_export.pipeline.execution import ExecutionOptions, execution_of
@@ -55,6 +56,19 @@ class WorkerTask:
     options: CalibrationOptions
     execution: ExecutionOptions
     threads: int
+
+    @classmethod
+    def of(
+        cls,
+        model: str,
+        checkpoint: Checkpoint,
+        cluster: ClusterOptions,
+        options: CalibrationOptions = CalibrationOptions(),
+        execution: ExecutionOptions = ExecutionOptions(),
+    ) -> Self:
+        """Return the task for a model that is open here; a local place becomes an absolute path, as workers need it."""
+        place = str(Path(model).resolve()) if Path(model).exists() else model
+        return cls(place, checkpoint.tensors.sha256(), options, execution, cluster.cpus)
 
     @property
     def device(self) -> str:
@@ -176,13 +190,18 @@ class RayWorkers:
         calls = ((windows[rows], rows, prefix, transform) for rows in parts)
         return self.as_done(Calibration.measure_here, calls, len(parts))
 
-    def results(self, work: Callable[..., Result], calls: Sequence[tuple[Any, ...]]) -> list[Result]:
-        """Return what the workers do, in the order of the calls.
+    def results(
+        self, work: Callable[..., Result], calls: Sequence[tuple[Any, ...]], done: Callable[[int], None] = unheard
+    ) -> list[Result]:
+        """Return what the workers do, in the order of the calls; `done` is told the number of each.
 
         Raises:
             CalibrationError: As `as_done`.
         """
-        found = dict(self.as_done(work, calls, len(calls)))
+        found = dict[int, Result]()
+        for number, result in self.as_done(work, calls, len(calls)):
+            found[number] = result
+            done(number)
         return [found[number] for number in range(len(calls))]
 
     def as_done(

@@ -194,6 +194,13 @@ class Calibration:
             changed.__dict__["model"] = self.model
         return changed
 
+    def forget(self) -> None:
+        """Let go of the weights in memory; they are read again when they are needed."""
+        self.__dict__.pop("model", None)
+        for kept in (self._references, self._transformed, self._smoothed):
+            kept.clear()
+        collect_and_return_memory()
+
     def fed(self, content: NDArray[np.int64], prefix: tuple[int, ...]) -> NDArray[np.int64]:
         """Return what the model is fed behind a prefix: the content, with BOS before it unless the prefix has it."""
         bos = self.checkpoint.bos_token_id

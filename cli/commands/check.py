@@ -9,15 +9,23 @@ from cyclopts import Parameter
 from rich.console import Console
 
 from spike_export.artifacts.errors import ArtifactError
-from spike_export.cli.arguments import AsJson, CorpusArguments, GateArguments, RunArguments, ThreadArguments
+from spike_export.cli.arguments import (
+    AsJson,
+    ClusterArguments,
+    CorpusArguments,
+    GateArguments,
+    RunArguments,
+    ThreadArguments,
+)
 from spike_export.cli.exit_codes import DONE, GATE_MISSED
 from spike_export.cli.invocation import record
-from spike_export.cli.options import evaluation_text, use_threads
+from spike_export.cli.options import cluster_options, evaluation_text, use_threads
 from spike_export.cli.terminal.lines import print_lines
 from spike_export.cli.terminal.output import Output
 from spike_export.cli.verdicts import accuracy_verdict
 
 if TYPE_CHECKING:
+    from spike_export.pipeline.cluster_options import ClusterOptions
     from spike_export.pipeline.evaluation_text import EvaluationText
 
 
@@ -73,6 +81,7 @@ def check(
     as_json: AsJson = False,
     corpus: CorpusArguments = CorpusArguments(),
     gate: GateArguments = GateArguments(),
+    cluster: ClusterArguments = ClusterArguments(),
     threads: ThreadArguments = ThreadArguments(),
     run_options: RunArguments = RunArguments(),
 ) -> int:
@@ -88,6 +97,9 @@ def check(
     _require_fitting(mode, reference, recipe)
     if tasks is None and (items is not None or max_flips is not None):
         raise ArtifactError("check takes --items and --max-flips with --tasks only; omit them")
+    spread = cluster_options(cluster)
+    if mode is not None and spread is not None:
+        raise ArtifactError(f"check {mode} runs in one process; omit --ray")
     asked = _Asked(bundle, reference or "", evaluation_text(corpus, gate), out, run_options, as_json)
     if lint:
         code = _lint(asked)
@@ -100,7 +112,7 @@ def check(
     elif tasks is not None:
         code = _tasks(asked, tasks, items, max_flips)
     else:
-        code = _accuracy(asked, gate)
+        code = _accuracy(asked, gate, spread)
     record(bundle.absolute().parent)
     return code
 
@@ -154,7 +166,7 @@ def _require_fitting(mode: str | None, reference: str | None, recipe: Path | Non
         raise ArtifactError("check takes --recipe with --parity only; omit --recipe")
 
 
-def _accuracy(asked: _Asked, gate: GateArguments) -> int:
+def _accuracy(asked: _Asked, gate: GateArguments, cluster: "ClusterOptions | None") -> int:
     from spike_export.pipeline.check import check as check_bundle
     from spike_export.report.check_table import print_check
 
@@ -168,6 +180,7 @@ def _accuracy(asked: _Asked, gate: GateArguments) -> int:
             max_ppl_increase=gate.max_ppl_increase,
             max_kl=gate.max_kl,
             min_agreement=gate.min_agreement,
+            cluster=cluster,
             out=path,
             progress=progress,
             force=options.force,

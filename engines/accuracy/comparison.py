@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from secrets import token_hex
@@ -18,17 +18,24 @@ from numpy.typing import NDArray
 from spike_export.artifacts.atomic_write import describe_os_error
 from spike_export.artifacts.errors import ArtifactError, EngineError
 from spike_export.artifacts.free_space import require_free_space
+from spike_export.artifacts.manifest import Manifest, load_manifest
 from spike_export.artifacts.progress import Progress, silent
 from spike_export.calibration.decoder.heap import collect_and_return_memory
 from spike_export.calibration.decoder.layerwise import Decoder
-from spike_export.calibration.decoder.perplexity import Likelihood, with_bos
+from spike_export.calibration.decoder.perplexity import Likelihood
+from spike_export.calibration.methods.context import Calibration
+from spike_export.calibration.methods.spreading import Workers, even_parts, telling
 from spike_export.engines.accuracy.distances import Accuracy, distances, log_probabilities
-from spike_export.engines.accuracy.predictions import Logits, Predictions, predictions, record_type
+from spike_export.engines.accuracy.predictions import Predictions, record_type
 from spike_export.engines.accuracy.reference_cache import ReferenceCache
-from spike_export.engines.onnx_runtime.session import BundleSession
+from spike_export.engines.accuracy.reference_model import predicted, predicted_by
+from spike_export.engines.onnx_runtime.session import BundleSession, open_bundle
 
 LoadModel = Callable[[], Decoder]
 """Gives the reference model; whoever calls it may drop it when done."""
+
+Run = Callable[[NDArray[np.int64], tuple[int, ...], Progress], Iterator[Predictions]]
+"""Yields the reference model's predictions of each window behind a prefix."""
 
 
 @dataclass(frozen=True)
@@ -38,15 +45,21 @@ class Reference:
     Attributes:
         content: [windows, tokens] int64.
         rows: [windows, tokens - 1] records, of all positions that predict content.
+        first: Number of the first window.
     """
 
     content: NDArray[np.int64]
     rows: Predictions
+    first: int = 0
 
     def window(self, index: int) -> Predictions:
         """Return one window's predictions."""
         rows: Predictions = self.rows[index]
         return rows
+
+    def part(self, rows: slice) -> "Reference":
+        """Return some of the windows, in memory."""
+        return Reference(self.content[rows], np.array(self.rows[rows]), self.first + rows.start)
 
     @cached_property
     def perplexity(self) -> float:
@@ -63,6 +76,7 @@ def references(
     progress: Progress = silent,
     scratch: Path | None = None,
     cache: ReferenceCache | None = None,
+    workers: Workers | None = None,
 ) -> Iterator[tuple[Reference, ...]]:
     """Run the reference model over windows [windows, tokens] behind prefixes, and keep its predictions for the block.
 
@@ -76,15 +90,18 @@ def references(
         progress: Told after each window.
         scratch: Existing folder for predictions that no cache takes; the system's temporary folder by default.
         cache: Of earlier checks; None to keep nothing.
+        workers: Processes that run the model; None to do it here.
 
     Raises:
         ArtifactError: The disk has too little room.
+        CalibrationError: One of the processes failed.
     """
     with tempfile.TemporaryDirectory(prefix="spike-export-", dir=scratch) as name:
         model = load()
         store = _Store(Path(name), cache, record_type(model.config.vocab_size))
-        found = tuple(_reference(model, store, content, bos, prefix, progress) for content, prefix in wanted)
-        del model
+        run: Run = partial(predicted, model, bos) if workers is None else partial(predicted_by, workers)
+        found = tuple(_reference(run, store, content, bos, prefix, progress) for content, prefix in wanted)
+        del model, run
         collect_and_return_memory()
         yield found
 
@@ -138,7 +155,7 @@ def _write(file: Path, rows: Iterator[Predictions], record: np.dtype[np.void], s
 
 
 def _reference(
-    model: Decoder,
+    run: Run,
     store: _Store,
     content: NDArray[np.int64],
     bos: int | None,
@@ -147,28 +164,10 @@ def _reference(
 ) -> Reference:
     found = store.read(content, prefix, bos)
     if found is None:
-        return Reference(content, store.write(content, prefix, bos, _computed(model, content, bos, prefix, progress)))
+        return Reference(content, store.write(content, prefix, bos, run(content, prefix, progress)))
     for index in range(len(content)):
         progress("windows", index + 1, len(content))
     return Reference(content, found)
-
-
-def _computed(
-    model: Decoder, content: NDArray[np.int64], bos: int | None, prefix: Sequence[int], progress: Progress
-) -> Iterator[Predictions]:
-    for index, logits in enumerate(_window_logits(model, content, bos, prefix)):
-        yield predictions(logits, content[index, 1:], seed=index)
-        progress("windows", index + 1, len(content))
-
-
-def _window_logits(
-    model: Decoder, content: NDArray[np.int64], bos: int | None, prefix: Sequence[int] = ()
-) -> Iterator[Logits]:
-    """Yield each window's logits [tokens - 1, vocab] of the positions that predict content, one window per call."""
-    states = model.run(content if bos in prefix else with_bos(content, bos), prefix, batch_tokens=1)
-    head = model.head()
-    for index in range(len(content)):
-        yield head.logits(states.get(index)[0, -content.shape[1] : -1]).float().cpu().numpy()
 
 
 def compare(session: BundleSession, reference: Reference, progress: Progress = silent) -> Accuracy:
@@ -182,9 +181,34 @@ def compare(session: BundleSession, reference: Reference, progress: Progress = s
         logits = session.prefill(tokens[None])[0, :-1]
         if not np.isfinite(logits).all():
             raise EngineError(
-                f"the bundle's logits are not finite in evaluation window {index}: a value overflowed; from float16, "
-                "export again with --dtype bfloat16"
+                f"the bundle's logits are not finite in evaluation window {reference.first + index}: a value "
+                "overflowed; from float16, export again with --dtype bfloat16"
             )
         windows.append(distances(reference.window(index), logits, tokens[1:]))
         progress("windows", index + 1, len(reference.content))
     return Accuracy(tuple(windows))
+
+
+def compare_by(workers: Workers, bundle: Path, reference: Reference, progress: Progress = silent) -> Accuracy:
+    """Return the same, found by the processes of a cluster, which read the bundle where this process does.
+
+    Raises:
+        CalibrationError: A process failed, or finds another bundle there; names its machine.
+    """
+    parts, place = even_parts(len(reference.content), workers.count), bundle.resolve()
+    manifest = load_manifest(place)
+    calls = [(place, manifest, reference.part(rows)) for rows in parts]
+    found = workers.results(_compared_here, calls, telling(progress, parts))
+    return Accuracy(tuple(chain.from_iterable(each.windows for each in found)))
+
+
+def _compared_here(calibration: Calibration, bundle: Path, manifest: Manifest, reference: Reference) -> Accuracy:
+    """Compare in a worker; its calibration lets go of the weights, for whose memory the bundle has a use.
+
+    Raises:
+        ArtifactError: No bundle is there, or another one.
+    """
+    if load_manifest(bundle) != manifest:
+        raise ArtifactError(f"{bundle}: another bundle lies here; let all machines share its folder")
+    calibration.forget()
+    return compare(open_bundle(bundle, all_logits=True), reference)

@@ -2,8 +2,9 @@
 
 import hashlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -24,13 +25,15 @@ from spike_export.artifacts.progress import Progress, silent
 from spike_export.artifacts.recipe import Recipe
 from spike_export.calibration.corpus.corpus import Corpus
 from spike_export.calibration.corpus.mixture import Mixture
+from spike_export.calibration.methods.spreading import Workers
 from spike_export.checkpoint.checkpoint import Checkpoint
-from spike_export.engines.accuracy.comparison import LoadModel, Reference, compare, references
+from spike_export.engines.accuracy.comparison import LoadModel, Reference, compare, compare_by, references
 from spike_export.engines.accuracy.cost import check_cost
+from spike_export.engines.accuracy.distances import Accuracy
 from spike_export.engines.accuracy.noise_floor import NOISE_WINDOWS, noise_floor
 from spike_export.engines.accuracy.reference_cache import ReferenceCache
 from spike_export.engines.onnx_runtime.sequences import COMPUTED
-from spike_export.engines.onnx_runtime.session import BundleSession, open_bundle
+from spike_export.engines.onnx_runtime.session import open_bundle
 from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.cache_options import CacheOptions
 
@@ -74,6 +77,7 @@ class _References:
     behind: Reference
     texts: tuple[tuple[Text, Reference], ...]
     scratch: Path | None
+    workers: Workers | None
 
     def of(self, prefix: tuple[int, ...]) -> Reference:
         """Return the predictions that a bundle with this prefix is compared with."""
@@ -100,6 +104,7 @@ def check_variants(
     scratch: Path | None = None,
     texts: Sequence[Text] = (),
     cache: ReferenceCache | None = None,
+    workers: Workers | None = None,
 ) -> Check:
     """Evaluate variants in ONNX Runtime against transformers' model on windows [windows, tokens].
 
@@ -107,7 +112,8 @@ def check_variants(
     shipped ones and are evaluated as they are, unless ONNX Runtime's CPU kernels lack their precision; they are
     evaluated on further `texts` too, and their noise floor is measured. `scratch` is an existing folder for what is
     only needed meanwhile; the system's temporary folder by default. `cache` has what earlier checks computed of the
-    reference.
+    reference. `workers` run the reference and the variants in this process's place; they read bundles and `scratch`
+    where this process does.
     """
     runnable = options.dtype in COMPUTED and not any(_keeps_bfloat16(variant.recipe) for variant in variants)
     # Logits of a last-token bundle are all taken in memory, and what is exported for the check alone gives all.
@@ -118,9 +124,9 @@ def check_variants(
     total = sum(len(windows) for windows, _ in wanted) + len(variants) * len(content)
     more = sum(len(text.content) for text in texts) + min(NOISE_WINDOWS, len(content))
     told = _counted(progress, total + shipped * more)
-    with references(load, wanted, checkpoint.bos_token_id, told, scratch, cache) as found:
+    with references(load, wanted, checkpoint.bos_token_id, told, scratch, cache, workers) as found:
         of_texts = tuple(zip(texts, found[len(found) - len(texts) :], strict=True))
-        known = _References(found[0], prefix, found[1 if prefix else 0], of_texts, scratch)
+        known = _References(found[0], prefix, found[1 if prefix else 0], of_texts, scratch, workers)
         results = [_evaluate(checkpoint, variant, evaluated, runnable, known, told) for variant in variants]
     return Check(
         corpus=_corpus(corpus.name, corpus.sha256, content),
@@ -203,23 +209,27 @@ def _compared(
     references: _References,
     progress: Progress,
 ) -> _Evaluated:
-    session, reference = open_bundle(bundle, all_logits=True), _reference(manifest, references)
-    accuracy = compare(session, reference, progress)
+    run, reference = _comparison(bundle, references.workers, progress), _reference(manifest, references)
+    accuracy = run(reference)
     cost = check_cost(accuracy, reference.content, checkpoint)
     row = _row(variant, manifest, accuracy.perplexity, accuracy.perplexity / references.plain.perplexity - 1, cost)
     if variant.bundle is None:
         return _Evaluated(row)
-    return _Evaluated(row, tuple(_on_text(checkpoint, session, *each, progress) for each in references.texts))
+    return _Evaluated(row, tuple(_on_text(checkpoint, *each, run(each[1])) for each in references.texts))
+
+
+def _comparison(bundle: Path, workers: Workers | None, progress: Progress) -> Callable[[Reference], Accuracy]:
+    """Return what runs a bundle over a reference's windows, here or in the processes of a cluster."""
+    if workers is not None:
+        return partial(compare_by, workers, bundle, progress=progress)
+    return partial(compare, open_bundle(bundle, all_logits=True), progress=progress)
 
 
 def _reference(manifest: Manifest, references: _References) -> Reference:
     return references.of(manifest.prefix.token_ids if manifest.prefix else ())
 
 
-def _on_text(
-    checkpoint: Checkpoint, session: BundleSession, text: Text, reference: Reference, progress: Progress
-) -> CheckText:
-    accuracy = compare(session, reference, progress)
+def _on_text(checkpoint: Checkpoint, text: Text, reference: Reference, accuracy: Accuracy) -> CheckText:
     return CheckText(
         corpus=_corpus(text.name, text.sha256, text.content),
         reference=reference.perplexity,

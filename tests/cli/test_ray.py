@@ -18,7 +18,9 @@ from spike_export.calibration.corpus.files import CorpusOptions
 from spike_export.calibration.methods.context import Calibration, Transform
 from spike_export.calibration.methods.options import CalibrationOptions
 from spike_export.checkpoint.opening import open_checkpoint
+from spike_export.pipeline.check import check
 from spike_export.pipeline.cluster_options import ClusterOptions
+from spike_export.pipeline.evaluation_text import EvaluationText
 from spike_export.pipeline.execution import ExecutionOptions
 from spike_export.pipeline.job import Job
 from spike_export.pipeline.ray_workers import RayWorkers, WorkerTask, require_alike, surroundings
@@ -89,6 +91,10 @@ def test_any_number_of_workers_leaves_the_files_of_one_process(folder: Path, tmp
     for workers in (1, 2, 4):
         spread = finished(folder, tmp_path / str(workers), ClusterOptions(address=cluster, workers=workers))
         assert spread == alone
+    text = EvaluationText(corpus=CorpusOptions(folder / "long.txt"), samples=7, length=256)
+    pair = (tmp_path / "alone/bundle", folder / "model")
+    two = ClusterOptions(address=cluster, workers=2)
+    assert check(*pair, text, cluster=two, force=True) == check(*pair, text, force=True)
 
 
 @pytest.mark.slow
@@ -186,6 +192,12 @@ def test_options_that_mean_nothing_are_refused(
 def test_the_main_job_takes_the_same_options(folder: Path, tmp_path: Path) -> None:
     words = (folder / "model", "--out", tmp_path / "engine.plan", "--corpus", folder / "corpus.txt", *OPTIONS)
     assert "--ray nowhere: expected auto, local, or HOST:PORT" in call(*words, "--ray", "nowhere").error
+
+
+def test_a_check_takes_a_cluster_for_its_windows_only(folder: Path, tmp_path: Path) -> None:
+    asked = ("check", tmp_path / "bundle", "--ray", "nowhere")
+    assert "--ray nowhere: expected auto, local, or HOST:PORT" in call(*asked, "--reference", folder / "model").error
+    assert "check --lint runs in one process; omit --ray" in call(*asked[:-1], "local", "--lint").error
 
 
 def test_an_address_without_a_cluster_is_refused_at_once(

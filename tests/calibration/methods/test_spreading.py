@@ -12,7 +12,7 @@ from spike_export.calibration.methods.context import Calibration
 from spike_export.calibration.methods.module_choice import ModuleChoice, choose_kept
 from spike_export.calibration.methods.options import CalibrationOptions
 from spike_export.calibration.methods.prefix_choice import PrefixChoice, choose_prefix
-from spike_export.calibration.methods.spreading import Result, window_parts
+from spike_export.calibration.methods.spreading import Result, even_parts, unheard, window_parts
 from spike_export.calibration.methods.transform_choice import TransformChoice, choose_transform
 from spike_export.checkpoint.checkpoint import Checkpoint
 from spike_export.checkpoint.opening import open_checkpoint
@@ -39,11 +39,15 @@ class Processes:
     def count(self) -> int:
         return len(self._calibrations)
 
-    def results(self, work: Callable[..., Result], calls: Sequence[tuple[Any, ...]]) -> list[Result]:
+    def results(
+        self, work: Callable[..., Result], calls: Sequence[tuple[Any, ...]], done: Callable[[int], None] = unheard
+    ) -> list[Result]:
         self.calls.append(len(calls))
         found = [work(each, *call) for each, call in zip(self._calibrations, calls, strict=False)]
         self._calibrations[-1] = self._begun()
         assert len(found) == len(calls)
+        for number in reversed(range(len(calls))):
+            done(number)
         return found
 
 
@@ -86,3 +90,10 @@ def test_parts_are_of_whole_batches(count: int, tokens: int, processes: int) -> 
     found = [batch for rows in parts for batch in batches(fed[rows])]
     assert [batch.shape for batch in found] == [batch.shape for batch in batches(fed, BATCH_TOKENS)]
     np.testing.assert_array_equal(np.concatenate(found), fed)
+
+
+@pytest.mark.parametrize(("windows", "processes", "sizes"), [(7, 2, [4, 3]), (4, 4, [1] * 4), (2, 3, [1, 1])])
+def test_even_parts_cover_all_windows(windows: int, processes: int, sizes: list[int]) -> None:
+    parts = even_parts(windows, processes)
+    assert [rows.stop - rows.start for rows in parts] == sizes
+    assert [index for rows in parts for index in range(rows.start, rows.stop)] == list(range(windows))

@@ -116,7 +116,7 @@ def test_a_second_bos_is_removed(model: Any, expected: str) -> None:
 
 
 def frontend_inputs(prompt: str, **changes: Any) -> dict[str, Any]:
-    """What Triton's OpenAI frontend sends with `--backend vllm`: a request's fields, defaults included, without nulls."""
+    """What Triton's OpenAI frontend sends with `--backend vllm`: all fields of a request that are not null."""
     sampling = {"frequency_penalty": 0, "presence_penalty": 0, "ignore_eos": False, "n": 1, "top_p": 1}
     flags = {name: changes.pop(name, False) for name in ("stream", "echo")}
     return {
