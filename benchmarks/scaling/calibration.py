@@ -2,7 +2,8 @@
 
 A pass over the windows costs layers x windows x seconds of a layer, the seconds in proportion to the layer's weights.
 The passes that measure activations are spread over the workers of `calibrate --ray`; the searches of prefix, smoothing
-and modules compute on the machine that runs the command (their cost in passes: docs/benchmarks.md, cost of the search).
+and modules, which are spread too, are counted on one machine (their cost in passes: docs/benchmarks.md, cost of the
+search).
 Run: python -m benchmarks.scaling.calibration [--layers N] [--parameters B] [--windows N] [--workers N ...]
 """
 

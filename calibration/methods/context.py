@@ -305,9 +305,13 @@ class Calibration:
     def _parts(self, workers: Workers, content: NDArray[np.int64], prefix: tuple[int, ...]) -> list[slice]:
         """Return each worker's windows, and count them all: a worker that is lost may forward some of them again."""
         fed = self.fed(content, prefix)
+        self.count_forwarded(fed)
+        return window_parts(len(fed), fed.shape[1], workers.count)
+
+    def count_forwarded(self, fed: NDArray[np.int64]) -> None:
+        """Count windows [windows, tokens] that workers forward."""
         self.meter.layers = self.checkpoint.config.num_hidden_layers
         self.meter.token_layers += fed.size * self.meter.layers
-        return window_parts(len(fed), fed.shape[1], workers.count)
 
     def reference_perplexity(self, prefix: tuple[int, ...]) -> float:
         """Return the unquantized model's perplexity on the search windows behind a prefix."""

@@ -163,6 +163,7 @@ class SmoothingSearch:
             None to leave that out.
         parts: The statistics of each kind of text, or of other parts of the calibration, between which margins are
             found; none for no margin.
+        layers: Those whose inputs are searched, of all that pass; None for all.
         choices: Representative module → what was found; filled by the visits.
     """
 
@@ -178,6 +179,7 @@ class SmoothingSearch:
     windows: int = 1
     hadamard: int | None = None
     parts: Sequence[SpikeStatistics] = ()
+    layers: slice | None = None
     choices: dict[str, SiteChoice] = field(default_factory=dict)
 
     @staticmethod
@@ -188,6 +190,9 @@ class SmoothingSearch:
     @contextmanager
     def visit(self, index: int, layer: "nn.Module") -> "Iterator[None]":
         """Within the block the layer's windows pass; at its end its inputs are searched."""
+        if self.layers and not self.layers.start <= index < self.layers.stop:
+            yield
+            return
         seen = _Rows(layer, self.stride)
         added = _added(self.config)
         handles = [

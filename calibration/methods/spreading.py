@@ -47,18 +47,18 @@ def window_parts(windows: int, tokens: int, processes: int) -> list[slice]:
     return [slice(start, min(start + step, windows)) for start in range(0, windows, step)]
 
 
-def even_parts(windows: int, processes: int) -> list[slice]:
-    """Divide windows that are run one by one into a part for each process, or fewer."""
-    step = -(-windows // processes)
-    return [slice(start, min(start + step, windows)) for start in range(0, windows, step)]
+def even_parts(items: int, processes: int) -> list[slice]:
+    """Divide windows that are run one by one, or layers, into a part for each process, or fewer."""
+    step = -(-items // processes)
+    return [slice(start, min(start + step, items)) for start in range(0, items, step)]
 
 
-def telling(progress: Progress, parts: Sequence[slice]) -> Callable[[int], None]:
-    """Return what tells of all windows of a part once the part is done, given its number."""
+def telling(progress: Progress, what: str, parts: Sequence[slice]) -> Callable[[int], None]:
+    """Return what tells of all items of a part, which are `what`, once the part is done, given its number."""
     counted = count(1)
 
     def told(number: int) -> None:
         for _ in range(parts[number].start, parts[number].stop):
-            progress("windows", next(counted), parts[-1].stop)
+            progress(what, next(counted), parts[-1].stop)
 
     return told

@@ -9,6 +9,9 @@ import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+from numpy.typing import NDArray
+
 from spike_export.artifacts.errors import CalibrationError, RecipeError
 from spike_export.artifacts.progress import Progress, silent
 from spike_export.artifacts.recipe import HadamardPlan, RotationPlan, SmoothingPlan, TransformCandidate
@@ -21,6 +24,7 @@ from spike_export.calibration.methods.activation_choice import ActivationChoice,
 from spike_export.calibration.methods.context import NO_TRANSFORM, Calibration, Transform
 from spike_export.calibration.methods.options import CalibrationOptions
 from spike_export.calibration.methods.smoothing_search import SiteChoice, SmoothingSearch, TokenChoice
+from spike_export.calibration.methods.spreading import even_parts, telling
 from spike_export.calibration.statistics.spikes import SpikeStatistics
 from spike_export.checkpoint.decoder_config import DecoderConfig
 from spike_export.checkpoint.modules import split_name
@@ -193,8 +197,7 @@ def _searched(
     calibration: Calibration, statistics: SpikeStatistics, rotation: RotationPlan | None, progress: Progress
 ) -> _Found:
     options, config, plan = calibration.options, calibration.checkpoint.config, _hadamard(calibration)
-    windows, prefix = calibration.search_windows, statistics.prefix_ids
-    fed = calibration.fed(windows, prefix)
+    fed = calibration.fed(calibration.search_windows, statistics.prefix_ids)
     search = SmoothingSearch(
         config=config,
         statistics=statistics,
@@ -209,12 +212,42 @@ def _searched(
         hadamard=None if plan is None else plan.block,
         parts=calibration.parts(statistics),
     )
-    decoder = calibration.transformed(Transform(rotation=rotation)).decoder
+    choices = _choices(calibration, search, fed, rotation, progress)
+    _require_finite({name: choice.noise for name, choice in choices.items()})
+    return _Found(rotation, choices)
+
+
+def _choices(
+    calibration: Calibration,
+    search: SmoothingSearch,
+    fed: NDArray[np.int64],
+    rotation: RotationPlan | None,
+    progress: Progress,
+) -> dict[str, SiteChoice]:
+    """Search all layers while windows [windows, tokens] pass; each of several processes searches some of the layers."""
+    workers = calibration.workers
+    if workers is None:
+        return _choices_here(calibration, search, fed, rotation, progress)
+    parts = even_parts(search.config.num_hidden_layers, workers.count)
+    calls = [(replace(search, layers=layers), fed, rotation) for layers in parts]
+    calibration.count_forwarded(fed)
+    found = workers.results(_choices_here, calls, telling(progress, "layers", parts))
+    return {name: choice for part in found for name, choice in part.items()}
+
+
+def _choices_here(
+    calibration: Calibration,
+    search: SmoothingSearch,
+    fed: NDArray[np.int64],
+    rotation: RotationPlan | None,
+    progress: Progress = silent,
+) -> dict[str, SiteChoice]:
+    """Return what the search finds; the windows pass all layers, as they are, wherever the search looks."""
+    decoder, own = calibration.transformed(Transform(rotation=rotation)).decoder, replace(search, choices={})
     # One device: a site's candidates are compared on all rows.
     one = replace(decoder, execution=replace(decoder.execution, devices=decoder.execution.devices[:1]))
-    one.run(fed, prefix, visits=(search.visit,), batch_tokens=BATCH_TOKENS, progress=progress)
-    _require_finite({name: choice.noise for name, choice in search.choices.items()})
-    return _Found(rotation, search.choices)
+    one.run(fed, search.statistics.prefix_ids, visits=(own.visit,), batch_tokens=BATCH_TOKENS, progress=progress)
+    return own.choices
 
 
 def _require_finite(noise: Mapping[str, float]) -> None:

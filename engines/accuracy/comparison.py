@@ -198,7 +198,7 @@ def compare_by(workers: Workers, bundle: Path, reference: Reference, progress: P
     parts, place = even_parts(len(reference.content), workers.count), bundle.resolve()
     manifest = load_manifest(place)
     calls = [(place, manifest, reference.part(rows)) for rows in parts]
-    found = workers.results(_compared_here, calls, telling(progress, parts))
+    found = workers.results(_compared_here, calls, telling(progress, "windows", parts))
     return Accuracy(tuple(chain.from_iterable(each.windows for each in found)))
 
 

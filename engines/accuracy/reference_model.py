@@ -47,7 +47,7 @@ def predicted_by(
     """
     parts = even_parts(len(content), workers.count)
     calls = [(content[rows], prefix, rows.start) for rows in parts]
-    yield from chain.from_iterable(workers.results(_predicted_here, calls, telling(progress, parts)))
+    yield from chain.from_iterable(workers.results(_predicted_here, calls, telling(progress, "windows", parts)))
 
 
 def _predicted_here(
