@@ -23,6 +23,7 @@ from spike_export import Engine
 from spike_export.serving.load import Load
 from spike_export.serving.triton.model_settings import ModelSettings
 from spike_export.serving.triton.repository import write_repository
+from tests.serving.triton.test_python_model import frontend_inputs
 from tests.support.tiny.service import CAPACITY, write_served_bundle
 
 pytestmark = [
@@ -115,6 +116,23 @@ def test_both_ends_of_the_generate_extension(triton: Triton) -> None:
     events = [line.removeprefix("data: ") for line in stream.text.splitlines() if line.startswith("data: ")]
     assert len(events) > 3
     assert "".join(json.loads(event)["text_output"] for event in events) == triton.expected
+
+
+def test_what_the_openai_frontend_sends_is_answered_in_one_response(triton: Triton) -> None:
+    """With a final response that may be empty: the frontend takes two at most."""
+    flags = frontend_inputs("ab cd")
+    parameters, text = json.loads(flags.pop("sampling_parameters")), flags.pop("text_input")
+
+    async def answers() -> list[Any]:
+        from tritonclient.grpc.aio import InferenceServerClient
+
+        async with InferenceServerClient(triton.grpc) as client:
+            return [each async for each in streamed(client, request_of("tiny", text, parameters, **flags))]
+
+    found = asyncio.run(answers())
+    assert len(found) <= 2
+    assert found[0].as_numpy("text_output").tolist() == [triton.expected.encode()]
+    assert [found[0].as_numpy(f"num_{kind}_tokens").tolist() for kind in ("input", "output")] == [[5], [12]]
 
 
 def test_a_bad_request_is_refused_and_the_model_goes_on(triton: Triton) -> None:
