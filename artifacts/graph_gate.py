@@ -1,6 +1,8 @@
 """What makes a parsed ONNX model no graph at all: found before anything walks through its nodes."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 
 import onnx
@@ -37,7 +39,7 @@ def _name_fault(model: onnx.ModelProto) -> str | None:
             return "a tensor's name is no text"
     for node in (node for nodes in _bodies(model) for node in nodes):
         names = (node.name, node.op_type, node.domain, *node.input, *node.output)
-        if not all(isinstance(name, str) for name in (*names, *(attribute.name for attribute in node.attribute))):
+        if {*map(type, names), *(type(attribute.name) for attribute in node.attribute)} != {str}:
             return f"a name of node {node.name!r} is no text"
         if not node.op_type or not node.output:
             return f"node {node.name!r} has no {'output' if node.op_type else 'operator'}"
@@ -68,24 +70,54 @@ def _operator_fault(node: onnx.NodeProto, version: int) -> str | None:
     domain, same = _OF_ONNX_RUNTIME
     if node.domain not in _STANDARD and not (node.domain == domain and node.op_type in same):
         return None
-    try:
-        schema = onnx.defs.get_schema(node.op_type, version, "")
-    except onnx.defs.SchemaError:
+    needs = _requirements(node.op_type, version)
+    if needs is None:
         return None
-    given = sum(1 for name in node.input[: schema.min_input] if name)
-    if given < schema.min_input:
-        return f"node {node.name!r} ({node.op_type}) has {given} of the {schema.min_input} inputs that it needs"
-    if len(node.output) < schema.min_output:
-        return f"node {node.name!r} ({node.op_type}) has {len(node.output)} of its {schema.min_output} outputs"
-    named = {attribute.name for attribute in node.attribute}
-    missing = sorted(name for name, each in schema.attributes.items() if each.required and name not in named)
+    given = sum(1 for name in node.input[: needs.inputs] if name)
+    if given < needs.inputs:
+        return f"node {node.name!r} ({node.op_type}) has {given} of the {needs.inputs} inputs that it needs"
+    if len(node.output) < needs.outputs:
+        return f"node {node.name!r} ({node.op_type}) has {len(node.output)} of its {needs.outputs} outputs"
+    missing = sorted(needs.attributes.difference(attribute.name for attribute in node.attribute))
     if missing:
         return f"node {node.name!r} ({node.op_type}) lacks the attribute {missing[0]!r}"
     return None
 
 
-def _cycle(nodes: Iterable[onnx.NodeProto]) -> str | None:
+@dataclass(frozen=True, slots=True)
+class _Requirements:
+    """What an operator needs at least: so many inputs and outputs, and attributes of these names."""
+
+    inputs: int
+    outputs: int
+    attributes: frozenset[str]
+
+
+@cache
+def _requirements(operator: str, version: int) -> _Requirements | None:
+    """Return what a standard operator needs; None where this onnx does not know the operator."""
+    try:
+        schema = onnx.defs.get_schema(operator, version, "")
+    except onnx.defs.SchemaError:
+        return None
+    required = frozenset(name for name, each in schema.attributes.items() if each.required)
+    return _Requirements(schema.min_input, schema.min_output, required)
+
+
+def _in_order(nodes: Sequence[onnx.NodeProto]) -> bool:
+    """Tell whether each node stands behind those that make its inputs, as the standard asks: then there is no cycle."""
+    later = {output for node in nodes for output in node.output if output}
+    for node in nodes:
+        if not later.isdisjoint(node.input):
+            return False
+        later.difference_update(node.output)
+    return True
+
+
+def _cycle(nodes: Sequence[onnx.NodeProto]) -> str | None:
     """Return which value depends on itself; the order in which the nodes are stored does not matter."""
+    if _in_order(nodes):
+        return None
     made_of = {output: [name for name in node.input if name] for node in nodes for output in node.output if output}
     try:
         TopologicalSorter(made_of).prepare()

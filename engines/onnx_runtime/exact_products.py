@@ -29,15 +29,15 @@ def products_saturate() -> bool:
     """
     import numpy as np
 
-    inputs = np.full((_ROWS, _TERMS), _INPUT, np.uint8)
+    inputs, session = np.full((_ROWS, _TERMS), _INPUT, np.uint8), _product()
     return any(
-        bool((_product(rows) != _TERMS * _INPUT * _WEIGHT).any())
+        bool((session.run(None, {"inputs": rows})[0] != _TERMS * _INPUT * _WEIGHT).any())
         for rows in (inputs, inputs[:1])  # a matrix and a vector have kernels of their own
     )
 
 
-def _product(inputs: Any) -> Any:
-    """Return ONNX Runtime's product [rows, columns] int32 of `inputs` [rows, terms] uint8 and an INT8 weight."""
+def _product() -> Any:
+    """Return a session: `inputs` [rows, terms] uint8 → their product [rows, columns] int32 with an INT8 weight."""
     import numpy as np
     import onnxruntime as ort
     from onnx import TensorProto, helper, numpy_helper
@@ -45,13 +45,12 @@ def _product(inputs: Any) -> Any:
     graph = helper.make_graph(
         [helper.make_node("MatMulInteger", ["inputs", "weight"], ["product"])],
         "probe",
-        [helper.make_tensor_value_info("inputs", TensorProto.UINT8, inputs.shape)],
-        [helper.make_tensor_value_info("product", TensorProto.INT32, [len(inputs), _COLUMNS])],
+        [helper.make_tensor_value_info("inputs", TensorProto.UINT8, ["rows", _TERMS])],
+        [helper.make_tensor_value_info("product", TensorProto.INT32, ["rows", _COLUMNS])],
         [numpy_helper.from_array(np.full((_TERMS, _COLUMNS), _WEIGHT, np.int8), "weight")],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 4
-    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return session.run(None, {"inputs": inputs})[0]
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

@@ -65,15 +65,18 @@ def values_read(node: onnx.NodeProto) -> Iterator[str]:
 
 def remove_unused(graph: onnx.GraphProto) -> None:
     """Remove the nodes whose values nobody reads, and inputs and initializers that only those read."""
-    index, kept = GraphIndex(graph), set[str]()
-    read = [value.name for value in graph.output]
-    while read:
-        node = index.producers.get(read.pop())
-        if node is not None and node.output[0] not in kept:
-            kept.update(node.output)
-            read.extend(values_read(node))
-    _keep(graph.node, lambda node: bool(kept.intersection(node.output)))
-    used = {name for node in graph.node for name in values_read(node)}
+    places = {name: place for place, node in enumerate(graph.node) for name in node.output}
+    wanted, kept, used = [value.name for value in graph.output], set[int](), set[str]()
+    while wanted:
+        place = places.get(wanted.pop())
+        if place is not None and place not in kept:
+            kept.add(place)
+            read = list(values_read(graph.node[place]))
+            used.update(read)
+            wanted.extend(read)
+    for place in reversed(range(len(graph.node))):
+        if place not in kept:
+            del graph.node[place]
     _keep(graph.input, lambda value: value.name in used)
     _keep(graph.initializer, lambda tensor: tensor.name in used)
 

@@ -31,7 +31,7 @@ def unsigned_weights(model: onnx.ModelProto, values: Callable[[str], NDArray[Any
 
     Args:
         model: The graph.
-        values: Reads an initializer by its name.
+        values: Reads an initializer by its name; what can be written of its values is changed.
 
     Returns:
         Initializer → values that the session is to be given, because no file has them.
@@ -45,11 +45,17 @@ def unsigned_weights(model: onnx.ModelProto, values: Callable[[str], NDArray[Any
         for place in (0, 2):
             name = f"{node.input[place]}.unsigned"
             if name not in turned:
-                turned[name] = values(node.input[place]).view(np.uint8) ^ np.uint8(_SIGN)
+                turned[name] = _unsigned(values(node.input[place]))
                 graph.initializer.append(given(name, turned[name]))
             node.input[place] = name
     remove_unused(graph)
     return turned
+
+
+def _unsigned(weight: NDArray[np.int8]) -> NDArray[np.uint8]:
+    """Return the bytes of a weight that are 128 higher, in its own memory where that may be written."""
+    signed = weight.view(np.uint8)
+    return np.bitwise_xor(signed, np.uint8(_SIGN), out=signed if signed.flags.writeable else None)
 
 
 def _weights(index: GraphIndex) -> Iterator[onnx.NodeProto]:
