@@ -105,8 +105,11 @@ def _requirements(operator: str, version: int) -> _Requirements | None:
 
 
 def _in_order(nodes: Sequence[onnx.NodeProto]) -> bool:
-    """Tell whether each node stands behind those that make its inputs, as the standard asks: then there is no cycle."""
-    later = {output for node in nodes for output in node.output if output}
+    """Tell whether each value has one node, which stands behind those that make its inputs: then there is no cycle."""
+    outputs = [output for node in nodes for output in node.output if output]
+    later = set(outputs)
+    if len(later) < len(outputs):
+        return False
     for node in nodes:
         if not later.isdisjoint(node.input):
             return False

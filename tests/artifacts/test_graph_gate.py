@@ -36,6 +36,7 @@ SOUND = branch(node("Identity", ["x"], ["y"]))
     [
         ((node("Identity", ["y"], ["y"]),), "value 'y' depends on itself"),
         ((node("Transpose", ["b"], ["a"]), node("Transpose", ["a"], ["b"])), "value '[ab]' depends on itself"),
+        ((node("Identity", ["x"], ["y"]), node("Transpose", ["y"], ["y"])), "value 'y' depends on itself"),
         ((node("MatMul", ["x"], ["y"]),), r"node 'the MatMul' \(MatMul\) has 1 of the 2 inputs that it needs"),
         ((node("MatMul", ["", "x"], ["y"]),), "has 1 of the 2 inputs"),
         ((node("DequantizeLinear", [], ["y"]),), "has 0 of the 2 inputs"),
