@@ -40,6 +40,18 @@ def test_bos_is_fed_once(
     assert model._request(("a", "b"), list(context), [9]).context == fed
 
 
+def test_a_text_is_written_behind_bos_up_to_the_first_string_of_some() -> None:
+    model = harness_model.HarnessModel(None, None, lambda text: list(map(int, text)), manifest(BOS, ()))
+    asked = model._text_request("56", {"until": "\n", "max_gen_toks": 3, "do_sample": False})
+    assert (asked.context, asked.stops, asked.tokens) == ((BOS, 5, 6), ("\n",), 3)
+    asked = model._text_request("", {"until": ["", "a", "b"], "max_new_tokens": 8})
+    assert (asked.context, asked.stops, asked.tokens) == ((BOS,), ("a", "b"), 8)
+    with pytest.raises(EngineError, match="9 tokens, and a sequence has room for 8: it begins with '56'"):
+        model._text_request("56", {"max_gen_toks": 7})
+    with pytest.raises(EngineError, match="258 tokens, and a sequence has room for 8"):
+        model._text_request("56", {"until": []})
+
+
 def test_what_cannot_be_scored_is_refused() -> None:
     model = harness_model.HarnessModel(None, None, None, manifest(BOS, (BOS,)))
     with pytest.raises(EngineError, match="answer without tokens behind 'a'"):
