@@ -143,7 +143,11 @@ def test_command_lines_are_understood(example: Example) -> None:
 
 
 def require_benchmark(module: str, options: list[str], place: str) -> None:
-    """Fail where a benchmark, or one of its options, does not exist."""
+    """Fail where a benchmark, or one of its options, does not exist; those behind `--` are the main command's."""
+    if "--" in options:
+        end = options.index("--")
+        options, passed_on = options[:end], options[end + 1 :]
+        app.parse_args(["model", "--out", "engine.plan", *passed_on], exit_on_error=False, print_error=False)
     file = program(module)
     assert module == "pytest" or file.is_file(), f"{place}: {module} does not exist"
     source = file.read_text(encoding="utf-8") if file.is_file() else ""
