@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from spike_export import Engine
 from spike_export.serving.triton.model_settings import ModelSettings
@@ -158,6 +159,18 @@ def test_the_frontends_tool_has_arguments_of_its_schema(model: Any, name: str) -
     assert json.loads(text(found)) in ({"a": "x"}, {"a": "y"})
 
 
+def asked_until_there_is_room(model: Any, inputs: dict[str, Any]) -> list[dict[str, NDArray[Any]]]:
+    """Return the responses to a greedy request: an answer ends just before its row is free."""
+    give_up = time.monotonic() + 30
+    while True:
+        try:
+            return ask(model, inputs, GREEDY)
+        except TritonError as error:
+            if error.code() != TritonError.UNAVAILABLE or time.monotonic() > give_up:
+                raise
+            time.sleep(0.01)
+
+
 def test_a_cancelled_request_leaves_its_row(model: Any, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # The tiny model may be done before a look that comes every tenth of a second.
     monkeypatch.setattr("spike_export.serving.triton.python_model._LOOK_SECONDS", 0.001)
@@ -174,18 +187,6 @@ def test_a_cancelled_request_leaves_its_row(model: Any, expected: str, monkeypat
     assert any(sender.responses[-1].has_error() for sender in senders)
     (found,) = asked_until_there_is_room(model, {"text_input": "ab cd", "exclude_input_in_output": True})
     assert text(found) == expected
-
-
-def asked_until_there_is_room(model: Any, inputs: dict[str, Any]) -> list[dict[str, NDArray[Any]]]:
-    """Return the responses to a greedy request: an answer ends just before its row is free."""
-    give_up = time.monotonic() + 30
-    while True:
-        try:
-            return ask(model, inputs, GREEDY)
-        except TritonError as error:
-            if error.code() != TritonError.UNAVAILABLE or time.monotonic() > give_up:
-                raise
-            time.sleep(0.01)
 
 
 def test_too_many_requests_are_told_to_come_again(model: Any) -> None:
