@@ -421,15 +421,14 @@ class _Site:
         """Return the noise under a plan: with the best clip of a constant scale, and with a scale per token."""
         rows, weight, scales = self._smoothed(plans.compared, search)
         covered = self._spikes.smoothed_range(scales, search.activation_range)
-        found = self._compared(plans, rows, weight, covered, self._clips(plans, search), search)
+        clips = self._clips(plans, search)
+        found = self._compared(plans, rows, weight, covered, clips, search)
         if search.hadamard is None or not is_down_projection(self.site.representative):
             return found
         rows, weight, _ = self._smoothed(plans.compared, search, search.hadamard)
         # No statistics tell of channels that are mixed: the range is that of the rows, window by window.
         peaks = np.array([float(part.abs().max()) for part in rows.tensor_split(search.windows) if len(part)])
         covered = covered_range(peaks, search.activation_range)
-        # Mixed channels need no margin: none of them is a single channel's peak.
-        clips = CLIPS if search.activation_range == "mse" else (1.0,)
         return replace(found, transformed=self._compared(plans, rows, weight, covered, clips, search))
 
     def _clips(self, plans: _Plans, search: SmoothingSearch) -> tuple[float, ...]:
@@ -439,7 +438,8 @@ class _Site:
         if search.activation_range != "sample-mean" or search.activations == "per-token" or not self._parts:
             return (1.0,)
         if is_down_projection(self.site.representative):
-            # Other text goes so far beyond the range of these products that a margin costs more than saturating.
+            # Other text goes so far beyond the range of these products that a margin costs more than saturating; mixed
+            # by a transform, none of their channels stands out.
             return (1.0,)
         channels = self._weight.shape[1]
         scales = [input_scales(plan, self.site, search.config, channels) for plan in plans.parts]

@@ -38,7 +38,7 @@ from spike_export.pipeline.job import Job
 from spike_export.pipeline.pipeline import Pipeline
 from spike_export.pipeline.run_directory import RunDirectory
 from spike_export.report.check_table import check_rows
-from tests.support.tiny.models import TinyModel, input_scales, tiny_llama, tiny_recipe
+from tests.support.tiny.models import TinyModel, input_scales, tiny_llama, tiny_recipe, with_bos
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -48,9 +48,7 @@ CORPUS = Corpus("test", ("text",))
 
 @pytest.fixture(scope="module")
 def model() -> TinyModel:
-    tiny = tiny_llama()
-    config = replace(tiny.checkpoint.config, bos_token_id=BOS)
-    return replace(tiny, checkpoint=replace(tiny.checkpoint, config=config))
+    return with_bos(tiny_llama(), BOS)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """A check whose windows several processes run: the figures of one process."""
 
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from spike_export.engines.accuracy.reference_model import predicted, predicted_b
 from spike_export.engines.accuracy.variants import Text, Variant, check_variants
 from spike_export.export.bundle import ExportOptions, export_bundle
 from tests.calibration.methods.test_spreading import Processes
-from tests.support.tiny.models import TinyModel, input_scales, tiny_llama, tiny_recipe
+from tests.support.tiny.models import TinyModel, input_scales, tiny_llama, tiny_recipe, with_bos
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -31,9 +30,7 @@ BOS = 1
 
 @pytest.fixture(scope="module")
 def model() -> TinyModel:
-    tiny = tiny_llama()
-    config = replace(tiny.checkpoint.config, bos_token_id=BOS)
-    return replace(tiny, checkpoint=replace(tiny.checkpoint, config=config))
+    return with_bos(tiny_llama(), BOS)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,12 @@ class TinyModel:
 
     reference: Any
     checkpoint: Checkpoint
+
+
+def with_bos(model: "TinyModel", bos: int) -> "TinyModel":
+    """Return the same weights with a token that begins every sequence."""
+    config = replace(model.checkpoint.config, bos_token_id=bos)
+    return replace(model, checkpoint=replace(model.checkpoint, config=config))
 
 
 def tiny_llama(
