@@ -1,30 +1,54 @@
 """Tokens per second of whole batches: bundles of one model side by side, in turns, at several numbers of rows.
 
 Rows have half to one and a half times as many tokens in front as `--context` says, as sequences of a server have. A
-round reads the prompts row by row, and then decodes all rows together. The first bundle is what others are compared to.
+round reads the prompts, a bundle row by row, and then decodes all rows together. The first bundle is what others are
+compared to. `--peers` adds other tools with a batch in one process, as far as they are installed: onnxruntime-genai,
+ctranslate2, openvino-genai and torch; the table says which of them have rows of equal length or padding instead.
 
-Run: python -m benchmarks.speed.batches FP32_BUNDLE BUNDLE [MORE ...]; of bundles with a static cache.
+Run: python -m benchmarks.speed.batches FP32_BUNDLE BUNDLE [MORE ...] [--peers]; of bundles with a static cache.
 """
 
 import argparse
-import time
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import numpy as np
+from numpy.typing import NDArray
 
+from benchmarks.fetch_models import smollm2_path
+from benchmarks.speed.batch_peers import PEERS, Lengths, Play, Played, timed
+from benchmarks.speed.peers import Sources, UnavailableError, failures_told
+from spike_export.checkpoint.opening import open_checkpoint
 from spike_export.engines.onnx_runtime.sequences import StaticSequences
 from spike_export.engines.onnx_runtime.session import BundleSession, open_for_generation
+
+_ABOUT: dict[Lengths, str] = {"own": "", "padded": ", padded", "equal": ", equal lengths"}
+"""What the table says of how a leg holds rows of different lengths."""
 
 
 @dataclass
 class Rates:
-    """Tokens per second of one bundle at one number of rows, one of each round."""
+    """Tokens per second of one leg at one number of rows, one of each round."""
 
     prefill: list[float] = field(default_factory=list)
     decode: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Leg:
+    """A bundle or a peer, opened.
+
+    Attributes:
+        lengths: How it holds rows of different lengths.
+    """
+
+    name: str
+    lengths: Lengths
+    play: Play
 
 
 def lengths(rows: int, context: int) -> list[int]:
@@ -32,22 +56,49 @@ def lengths(rows: int, context: int) -> list[int]:
     return [round(context * share) for share in np.linspace(0.5, 1.5, rows)] if rows > 1 else [context]
 
 
-def play(session: BundleSession, rows: int, context: int, steps: int, rates: Rates) -> None:
-    """Read a prompt into each row, then decode all of them together; the first step is not counted."""
-    batch = session.begin(rows)
+def prompts(leg: Leg, rows: int, context: int, vocabulary: int) -> list[NDArray[np.int64]]:
+    """Return random prompts as a leg can hold them; about the same number of tokens for each leg."""
+    random = np.random.default_rng(0)
+    found = [context] * rows if leg.lengths == "equal" else lengths(rows, context)
+    return [random.integers(0, vocabulary, length) for length in found]
+
+
+def play_bundle(session: BundleSession, prompts: Sequence[NDArray[np.int64]], steps: int) -> Played:
+    """Read a prompt into each row, then decode all of them together."""
+    batch = session.begin(len(prompts))
     assert isinstance(batch, StaticSequences), "a bundle with a static cache"
-    random, vocab = np.random.default_rng(0), session.manifest.vocab_size
-    prompts = [random.integers(0, vocab, length) for length in lengths(rows, context)]
-    start = time.perf_counter()
-    for row, prompt in enumerate(prompts):
-        batch.admit(row, prompt)
-    rates.prefill.append(sum(map(len, prompts)) / (time.perf_counter() - start))
-    tokens = random.integers(0, vocab, (steps + 1, rows, 1))
-    batch.step(tokens[0])
-    start = time.perf_counter()
-    for step in tokens[1:]:
-        batch.step(step)
-    rates.decode.append(rows * steps / (time.perf_counter() - start))
+    tokens: list[NDArray[np.int64]] = []
+
+    def read() -> None:
+        logits = [batch.admit(row, prompt)[0, -1] for row, prompt in enumerate(prompts)]
+        tokens.append(np.argmax(logits, axis=1)[:, None])
+
+    def step() -> None:
+        tokens.append(np.argmax(batch.step(tokens[-1])[:, -1], axis=1)[:, None])
+
+    return Played(*timed(read, step, steps), np.concatenate(tokens, axis=1))
+
+
+def peer_legs(sources: Sources, threads: int) -> list[Leg]:
+    """Return the peers that are there and can play a batch of two rows; say of the others why they are left out."""
+    legs = []
+    for peer in PEERS:
+        try:
+            with failures_told():
+                leg = Leg(peer.name, peer.lengths, peer.open(peer.built(sources), threads))
+                leg.play(prompts(leg, 2, 16, sources.checkpoint.config.vocab_size), 2)
+            legs.append(leg)
+        except UnavailableError as error:
+            print(f"{peer.name} is left out: {error}", flush=True)
+    return legs
+
+
+def measure(leg: Leg, rows: int, context: int, vocabulary: int, steps: int, rates: Rates) -> None:
+    """Play one round; the first step is not counted."""
+    given = prompts(leg, rows, context, vocabulary)
+    played = leg.play(given, steps)
+    rates.prefill.append(sum(map(len, given)) / played.prompts)
+    rates.decode.append(rows * steps / played.steps)
 
 
 def spread(values: Sequence[float]) -> str:
@@ -63,23 +114,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8, help="tokens of each row in a round")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--peers", action="store_true", help="measure other tools too, on SmolLM2-135M-Instruct")
+    parser.add_argument("--artefacts", type=Path, help="keep the peers' models here, and use again what is here")
     given = parser.parse_args(arguments)
-    sessions = [open_for_generation(path, given.threads) for path in given.bundle]
-    print("rows | bundle | decode, tokens/s | x | prefill, tokens/s | x")
-    for rows in given.rows:
-        measured = [Rates() for _ in sessions]
-        for _ in range(given.rounds):
-            for session, rates in zip(sessions, measured, strict=True):
-                play(session, rows, given.context, given.steps, rates)
-        for path, rates in zip(given.bundle, measured, strict=True):
-            decode, prefill = (
-                median(getattr(rates, kind)) / median(getattr(measured[0], kind)) for kind in ("decode", "prefill")
+    sessions = [(path.name, open_for_generation(path, given.threads)) for path in given.bundle]
+    legs = [Leg(name, "own", partial(play_bundle, session)) for name, session in sessions]
+    vocabulary = sessions[0][1].manifest.vocab_size
+    with tempfile.TemporaryDirectory(prefix="spike-export-peers-") as scratch:
+        if given.peers:
+            model = smollm2_path()
+            kept = given.artefacts or Path(scratch)
+            kept.mkdir(parents=True, exist_ok=True)
+            legs += peer_legs(
+                Sources(partial(open_checkpoint, str(model)), given.bundle[0], kept, model), given.threads
             )
-            print(
-                f"{rows:4} | {path.name} | {spread(rates.decode)} | {decode:.2f} | {spread(rates.prefill)} | "
-                f"{prefill:.2f}",
-                flush=True,
-            )
+        print("rows | leg | decode, tokens/s | x | prefill, tokens/s | x")
+        for rows in given.rows:
+            measured = [Rates() for _ in legs]
+            for _ in range(given.rounds):
+                for leg, rates in zip(legs, measured, strict=True):
+                    measure(leg, rows, given.context, vocabulary, given.steps, rates)
+            for leg, rates in zip(legs, measured, strict=True):
+                decode, prefill = (
+                    median(getattr(rates, kind)) / median(getattr(measured[0], kind)) for kind in ("decode", "prefill")
+                )
+                print(
+                    f"{rows:4} | {leg.name}{_ABOUT[leg.lengths]} | {spread(rates.decode)} | {decode:.2f} | "
+                    f"{spread(rates.prefill)} | {prefill:.2f}",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
+from importlib import import_module
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 Call = Callable[[], object]
 
 GRAPH = "model.onnx"
+
+_GENAI = "onnxruntime_genai"
 
 _HEAD_NODE = "lm_head.MatMul"
 
@@ -73,11 +76,13 @@ class Sources:
         open_checkpoint: Opens the model; called once at most.
         float32: The unquantized float32 bundle that gives all logits.
         folder: Where artefacts are kept, and found again.
+        gguf: The model's own file, where it is a GGUF one.
     """
 
     open_checkpoint: "Callable[[], Checkpoint]"
     float32: Path
     folder: Path
+    gguf: Path | None = None
 
     @cached_property
     def checkpoint(self) -> "Checkpoint":
@@ -112,14 +117,35 @@ class Peer:
         Raises:
             UnavailableError: A package is missing, or the peer's own tool fails.
         """
-        from spike_export.artifacts.atomic_write import atomic_path
+        return kept_artefact(sources, self.artefact, self.build)
 
-        place = sources.folder / self.artefact
-        if not place.exists():
-            with failures_told(), atomic_path(place) as folder:
-                folder.mkdir()
-                self.build(sources, folder)
-        return place
+
+def kept_artefact(sources: Sources, name: str, build: Callable[[Sources, Path], None]) -> Path:
+    """Return the folder of an artefact, built where it is not there yet.
+
+    Raises:
+        UnavailableError: A package is missing, or the peer's own tool fails.
+    """
+    from spike_export.artifacts.atomic_write import atomic_path
+
+    place = sources.folder / name
+    if not place.exists():
+        with failures_told(), atomic_path(place) as folder:
+            folder.mkdir()
+            build(sources, folder)
+    return place
+
+
+def require(module: str, package: str) -> Any:
+    """Import a module of another tool.
+
+    Raises:
+        UnavailableError: Its package is not installed.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise UnavailableError(f"{package} is not installed ({error})") from error
 
 
 def _quantized_static(sources: Sources, folder: Path, *, own_pairs: bool) -> None:
@@ -186,11 +212,11 @@ def _hf_directory(sources: Sources, folder: Path) -> None:
     write_hf_directory(sources.checkpoint, folder)
 
 
-def _genai_model(sources: Sources, folder: Path, *, precision: str) -> None:
+def genai_model(sources: Sources, folder: Path, *, precision: str) -> None:
     """Let onnxruntime-genai's model builder quantize the weights for its CPU provider."""
-    _require_genai()
+    require(_GENAI, "onnxruntime-genai")
     hf = TORCH.built(sources)
-    command = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
+    command = [sys.executable, "-m", f"{_GENAI}.models.builder"]
     done = subprocess.run(
         [*command, "-i", str(hf.absolute()), "-o", str(folder.absolute()), "-p", precision, "-e", "cpu"],
         capture_output=True,
@@ -202,23 +228,20 @@ def _genai_model(sources: Sources, folder: Path, *, precision: str) -> None:
         raise UnavailableError(f"onnxruntime-genai's model builder failed: {last.strip()}")
 
 
-def _require_genai() -> Any:
-    try:
-        import onnxruntime_genai
-    except ImportError as error:
-        raise UnavailableError(f"onnxruntime-genai is not installed ({error})") from error
-    return onnxruntime_genai
-
-
-def _in_genai(folder: Path, sequences: Sequences, threads: int, _: OpenOnnx) -> tuple[Call, Call]:
-    """Return calls of onnxruntime-genai's own generator, which keeps keys and values in one buffer."""
-    genai = _require_genai()
+def open_genai(folder: Path, threads: int) -> tuple[Any, Any]:
+    """Return the module onnxruntime_genai, and a folder's model opened by it."""
+    genai = require(_GENAI, "onnxruntime-genai")
     # As in all sessions here: threads that spin after a call would take the cores from whoever is next.
     options = {"intra_op_num_threads": threads, "session.force_spinning_stop": "1"}
     overlay = {"model": {"decoder": {"session_options": options}}}
     config = genai.Config(str(folder))
     config.overlay(json.dumps(overlay))
-    model = genai.Model(config)
+    return genai, genai.Model(config)
+
+
+def _in_genai(folder: Path, sequences: Sequences, threads: int, _: OpenOnnx) -> tuple[Call, Call]:
+    """Return calls of onnxruntime-genai's own generator, which keeps keys and values in one buffer."""
+    genai, model = open_genai(folder, threads)
 
     def generator() -> Any:
         parameters = genai.GeneratorParams(model)
@@ -240,6 +263,11 @@ def _in_genai(folder: Path, sequences: Sequences, threads: int, _: OpenOnnx) -> 
     return prefill, decode
 
 
+def cache_argument(model: Any) -> str:
+    """Return what a transformers model calls its cache; transformers 5.24 renamed the argument."""
+    return "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
+
+
 def _in_torch(folder: Path, sequences: Sequences, threads: int, _: OpenOnnx) -> tuple[Call, Call]:
     """Return calls of transformers' model in bfloat16, the cache of the decoded sequence cropped after each token."""
     import torch
@@ -249,9 +277,7 @@ def _in_torch(folder: Path, sequences: Sequences, threads: int, _: OpenOnnx) -> 
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     tokens = torch.from_numpy(sequences.tokens[None])
     prompt, last = tokens[:, :-1], tokens[:, -1:]
-    # transformers 5.24 renamed the argument.
-    name = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
-    cache = DynamicCache()
+    name, cache = cache_argument(model), DynamicCache()
     with torch.inference_mode():
         model(prompt, **{name: cache})
 
@@ -291,7 +317,7 @@ PEERS = (
             f"genai {precision}{where}",
             "all",
             f"genai-{precision}",
-            partial(_genai_model, precision=precision),
+            partial(genai_model, precision=precision),
             calls,
         )
         for precision in ("int8", "int4")
