@@ -226,7 +226,7 @@ def play_in_torch(folder: Path, threads: int, *, dtype: str = "bfloat16") -> Pla
 
 
 PEERS = (
-    # Its attention on a CPU takes a row's tokens from the front of the cache, so that padding would stand among them.
+    # Its generator takes one array of tokens; batches with padding were not tried.
     *(
         BatchPeer(
             f"genai {precision}", "equal", f"genai-{precision}", partial(genai_model, precision=precision), _in_genai

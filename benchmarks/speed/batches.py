@@ -3,13 +3,15 @@
 Rows have half to one and a half times as many tokens in front as `--context` says, as sequences of a server have. A
 round reads the prompts, a bundle row by row, and then decodes all rows together. The first bundle is what others are
 compared to. `--peers` adds other tools with a batch in one process, as far as they are installed: onnxruntime-genai,
-ctranslate2, openvino-genai and torch; the table says which of them have rows of equal length or padding instead.
+ctranslate2, openvino-genai (`pip install ctranslate2 openvino openvino-genai openvino-tokenizers`) and torch. The table
+says which of them have rows of equal length instead, or padding, which they compute and which is not counted.
 
 Run: python -m benchmarks.speed.batches FP32_BUNDLE BUNDLE [MORE ...] [--peers]; of bundles with a static cache.
 """
 
 import argparse
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,10 +23,15 @@ from numpy.typing import NDArray
 
 from benchmarks.fetch_models import smollm2_path
 from benchmarks.speed.batch_peers import PEERS, Lengths, Play, Played, timed
+from benchmarks.speed.kept_bundles import require_model
 from benchmarks.speed.peers import Sources, UnavailableError, failures_told
+from benchmarks.speed.table import PAUSE_SECONDS
 from spike_export.checkpoint.opening import open_checkpoint
 from spike_export.engines.onnx_runtime.sequences import StaticSequences
 from spike_export.engines.onnx_runtime.session import BundleSession, open_for_generation
+
+_ORDINARY = 3
+"""First token that no tokenizer here pads or ends with."""
 
 _ABOUT: dict[Lengths, str] = {"own": "", "padded": ", padded", "equal": ", equal lengths"}
 """What the table says of how a leg holds rows of different lengths."""
@@ -60,7 +67,7 @@ def prompts(leg: Leg, rows: int, context: int, vocabulary: int) -> list[NDArray[
     """Return random prompts as a leg can hold them; about the same number of tokens for each leg."""
     random = np.random.default_rng(0)
     found = [context] * rows if leg.lengths == "equal" else lengths(rows, context)
-    return [random.integers(0, vocabulary, length) for length in found]
+    return [random.integers(_ORDINARY, vocabulary, length) for length in found]
 
 
 def play_bundle(session: BundleSession, prompts: Sequence[NDArray[np.int64]], steps: int) -> Played:
@@ -86,7 +93,7 @@ def peer_legs(sources: Sources, threads: int) -> list[Leg]:
         try:
             with failures_told():
                 leg = Leg(peer.name, peer.lengths, peer.open(peer.built(sources), threads))
-                leg.play(prompts(leg, 2, 16, sources.checkpoint.config.vocab_size), 2)
+                measure(leg, 2, 16, sources.checkpoint.config.vocab_size, 2, Rates())
             legs.append(leg)
         except UnavailableError as error:
             print(f"{peer.name} is left out: {error}", flush=True)
@@ -94,9 +101,15 @@ def peer_legs(sources: Sources, threads: int) -> list[Leg]:
 
 
 def measure(leg: Leg, rows: int, context: int, vocabulary: int, steps: int, rates: Rates) -> None:
-    """Play one round; the first step is not counted."""
+    """Play one round; the first step is not counted.
+
+    Raises:
+        UnavailableError: The leg gave more or fewer tokens than were asked for.
+    """
     given = prompts(leg, rows, context, vocabulary)
     played = leg.play(given, steps)
+    if played.tokens.shape != (rows, steps + 2):
+        raise UnavailableError(f"{leg.name}: {played.tokens.shape} tokens, and not {(rows, steps + 2)}")
     rates.prefill.append(sum(map(len, given)) / played.prompts)
     rates.decode.append(rows * steps / played.steps)
 
@@ -123,16 +136,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="spike-export-peers-") as scratch:
         if given.peers:
             model = smollm2_path()
+            checkpoint = open_checkpoint(str(model))
+            require_model(given.bundle, checkpoint)
             kept = given.artefacts or Path(scratch)
             kept.mkdir(parents=True, exist_ok=True)
-            legs += peer_legs(
-                Sources(partial(open_checkpoint, str(model)), given.bundle[0], kept, model), given.threads
-            )
+            legs += peer_legs(Sources(lambda: checkpoint, given.bundle[0], kept, model), given.threads)
         print("rows | leg | decode, tokens/s | x | prefill, tokens/s | x")
         for rows in given.rows:
             measured = [Rates() for _ in legs]
-            for _ in range(given.rounds):
-                for leg, rates in zip(legs, measured, strict=True):
+            for turn in range(given.rounds):
+                # Nobody is always behind the same one, whose threads may still look for work.
+                for leg, rates in list(zip(legs, measured, strict=True))[:: 1 if turn % 2 == 0 else -1]:
+                    time.sleep(PAUSE_SECONDS)
                     measure(leg, rows, given.context, vocabulary, given.steps, rates)
             for leg, rates in zip(legs, measured, strict=True):
                 decode, prefill = (

@@ -77,6 +77,9 @@ def test_a_peer_that_cannot_play_is_left_out_and_named(
         require("no_such_tool", "no-such-tool")
         return played
 
+    def short(_: Path, __: int) -> Play:
+        return lambda rows, steps: played(rows, steps - 1)
+
     def unable(_: Path, __: int) -> Play:
         def play(*_: object) -> NoReturn:
             raise RuntimeError("no kernel\nfor this")
@@ -86,8 +89,13 @@ def test_a_peer_that_cannot_play_is_left_out_and_named(
     def peer(name: str, opening: Callable[[Path, int], Play]) -> BatchPeer:
         return BatchPeer(name, "padded", name, lambda *_: None, opening)
 
-    monkeypatch.setattr(batches, "PEERS", (peer("absent", absent), peer("whole", opened), peer("unable", unable)))
+    monkeypatch.setattr(
+        batches, "PEERS", (peer("absent", absent), peer("whole", opened), peer("unable", unable), peer("short", short))
+    )
     assert [leg.name for leg in peer_legs(sources, 1)] == ["whole"]
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith("absent is left out: no-such-tool is not installed (")
-    assert said[1:] == ["unable is left out: no kernel for this"]
+    assert said[1:] == [
+        "unable is left out: no kernel for this",
+        "short is left out: short: (2, 3) tokens, and not (2, 4)",
+    ]

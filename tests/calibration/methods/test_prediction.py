@@ -21,7 +21,7 @@ from spike_export.calibration.methods.options import CalibrationOptions
 from spike_export.calibration.methods.qfem import ModuleChoice
 from spike_export.calibration.recipe_writer import build_recipe
 from spike_export.calibration.statistics.spikes import SpikeStatistics
-from spike_export.checkpoint.checkpoint import Checkpoint
+from spike_export.checkpoint.checkpoint import EMBEDDING, Checkpoint
 from spike_export.checkpoint.modules import representatives, siblings
 from spike_export.engines.accuracy.distances import likelihood
 from spike_export.engines.onnx_runtime.session import open_bundle
@@ -122,16 +122,31 @@ def computed(checkpoint: Checkpoint, recipe: Recipe, windows: NDArray[np.int64])
         return [likelihood(session.prefill(each[None])[0, :-1], each[1:]).perplexity for each in windows]
 
 
-def require_same(found: Sequence[float], predicted: Sequence[float]) -> None:
-    """Require that perplexities, window by window, are those of one function.
+MODELS = 4
+"""Models in which a case may show that both sides compute one function."""
+
+
+def altered(checkpoint: Checkpoint, number: int) -> Checkpoint:
+    """The model itself for 0, and for any other number one with embeddings that differ by a thousandth."""
+    if number == 0:
+        return checkpoint
+    embedding = checkpoint.tensor(EMBEDDING)
+    noise = np.random.default_rng(number).standard_normal(embedding.shape, np.float32)
+    return replaced(checkpoint, {EMBEDDING: embedding * (1 + 1e-3 * noise)})
+
+
+def differences(found: Sequence[float], predicted: Sequence[float]) -> NDArray[np.float64]:
+    """How far perplexities are apart, window by window, which must not be far.
 
     Float32 sums in another order move a value over the middle between two steps now and then. Such a flip moves its
-    window by up to some percent in this tiny model, and leaves the others alone, which then agree to 1e-6; seldom two
-    of three windows have one. Another function, or another scale, would move all of them.
+    window by up to some percent in this tiny model, and leaves the others alone, which then agree to 1e-6. Where it
+    happens to the first token, or to what the first layer reads of a frequent one, it happens in all windows; in a
+    model with slightly other embeddings it does not. Another function, or another scale, would move all windows of all
+    models.
     """
-    differences = np.abs(np.array(found) / np.array(predicted) - 1)
-    assert differences.min() < 1e-5, differences
-    assert differences.max() < 0.2, differences
+    apart: NDArray[np.float64] = np.abs(np.array(found) / np.array(predicted) - 1)
+    assert apart.max() < 0.2, apart
+    return apart
 
 
 CHECKPOINT = tiny_family("llama").checkpoint
@@ -140,8 +155,16 @@ CHECKPOINT = tiny_family("llama").checkpoint
 @settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(_cases(CHECKPOINT))
 def test_a_prediction_is_what_the_graph_computes(case: Case) -> None:
+    model = with_uneven_values(CHECKPOINT, case.spread)
+    apart: list[NDArray[np.float64]] = []
+    while len(apart) < MODELS and not any(each.min() < 1e-5 for each in apart):
+        apart.append(from_the_graph(case, altered(model, len(apart))))
+    assert apart[-1].min() < 1e-5, apart
+
+
+def from_the_graph(case: Case, checkpoint: Checkpoint) -> NDArray[np.float64]:
+    """How far predictions are from the graph; those from two kinds of statistics have to be the same."""
     content = tokens(rows=18, length=24)
-    checkpoint = with_uneven_values(CHECKPOINT, case.spread)
     calibration = Narrowed(checkpoint, TokenWindows(content[:12], content[12:]), case.options)
     searched = content[calibration.search_rows]
     transform = transform_of(case)
@@ -164,6 +187,8 @@ def test_a_prediction_is_what_the_graph_computes(case: Case) -> None:
         return found
 
     expected = predicted(after, measured=True)
-    require_same(computed(checkpoint, recipe, searched), expected)
+    apart = differences(computed(checkpoint, recipe, searched), expected)
     # Before smoothing, the same choice is predicted from the statistics of the model as it was.
-    require_same(predicted(calibration.measure(case.prefix, Transform(transform.rotation)), measured=False), expected)
+    before = calibration.measure(case.prefix, Transform(transform.rotation))
+    assert differences(predicted(before, measured=False), expected).min() < 1e-5
+    return apart
