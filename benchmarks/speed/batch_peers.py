@@ -128,7 +128,6 @@ def _in_genai(folder: Path, threads: int) -> Play:
 
 
 def _ctranslate2_model(sources: Sources, folder: Path) -> None:
-    require("ctranslate2", "ctranslate2")
     converters: Any = require("ctranslate2.converters", "ctranslate2")
     converters.TransformersConverter(str(TORCH.built(sources))).convert(str(folder), quantization="int8", force=True)
 

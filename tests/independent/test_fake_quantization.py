@@ -4,7 +4,6 @@ import ast
 import copy
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from benchmarks.accuracy.unseen_text import AS_CHOSEN, Judge, evaluate
 from spike_export.artifacts.recipe import HadamardPlan, ModulePlan, Recipe, save_recipe
 from spike_export.calibration.decoder.smoothing import smoothing_plan
 from tests.independent import fake_quantization
-from tests.support.tiny.models import TinyModel, input_scales, tiny_llama, tiny_recipe
+from tests.support.tiny.models import TinyModel, input_scales, model_with_bos, tiny_llama, tiny_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -37,8 +36,7 @@ PLANS: Mapping[str, Mapping[str, Any]] = {
 def model() -> TinyModel:
     tiny = tiny_llama()
     tiny.reference.config.bos_token_id = BOS
-    config = replace(tiny.checkpoint.config, bos_token_id=BOS)
-    return replace(tiny, checkpoint=replace(tiny.checkpoint, config=config))
+    return model_with_bos(tiny, BOS)
 
 
 def recipe_of(model: TinyModel, prefix: tuple[int, ...]) -> Recipe:

@@ -38,7 +38,7 @@ from spike_export.pipeline.job import Job
 from spike_export.pipeline.pipeline import Pipeline
 from spike_export.pipeline.run_directory import RunDirectory
 from spike_export.report.check_table import check_rows
-from tests.support.tiny.models import TinyModel, input_scales, tiny_llama, tiny_recipe, with_bos
+from tests.support.tiny.models import TinyModel, input_scales, model_with_bos, tiny_llama, tiny_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -48,7 +48,7 @@ CORPUS = Corpus("test", ("text",))
 
 @pytest.fixture(scope="module")
 def model() -> TinyModel:
-    return with_bos(tiny_llama(), BOS)
+    return model_with_bos(tiny_llama(), BOS)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """The noise floor is measured on the bundle itself, with scaled embeddings and nothing else changed."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ from spike_export.engines.onnx_runtime.nudged_embeddings import open_nudged
 from spike_export.engines.onnx_runtime.session import open_bundle
 from spike_export.export.bundle import ExportOptions, export_bundle
 from tests.support.graph_parity import assert_close
-from tests.support.tiny.models import TinyModel, input_scales, tiny_llama, tiny_recipe
+from tests.support.tiny.models import TinyModel, input_scales, model_with_bos, tiny_llama, tiny_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -32,9 +31,7 @@ CONTENT = np.random.default_rng(0).integers(3, 99, (NOISE_WINDOWS + 1, 24))
 
 @pytest.fixture(scope="module")
 def model() -> TinyModel:
-    tiny = tiny_llama(tie=True)
-    config = replace(tiny.checkpoint.config, bos_token_id=BOS)
-    return replace(tiny, checkpoint=replace(tiny.checkpoint, config=config))
+    return model_with_bos(tiny_llama(tie=True), BOS)
 
 
 def exported(model: TinyModel, folder: Path, dtype: Dtype = "float32", *, quantized: bool = True) -> Path:

@@ -21,7 +21,7 @@ from spike_export.engines.accuracy.reference_model import predicted, predicted_b
 from spike_export.engines.accuracy.variants import Text, Variant, check_variants
 from spike_export.export.bundle import ExportOptions, export_bundle
 from tests.calibration.methods.test_spreading import Processes
-from tests.support.tiny.models import TinyModel, input_scales, tiny_llama, tiny_recipe, with_bos
+from tests.support.tiny.models import TinyModel, input_scales, model_with_bos, tiny_llama, tiny_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -30,7 +30,7 @@ BOS = 1
 
 @pytest.fixture(scope="module")
 def model() -> TinyModel:
-    return with_bos(tiny_llama(), BOS)
+    return model_with_bos(tiny_llama(), BOS)
 
 
 @pytest.fixture(scope="module")

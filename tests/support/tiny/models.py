@@ -57,7 +57,7 @@ class TinyModel:
     checkpoint: Checkpoint
 
 
-def with_bos(model: "TinyModel", bos: int) -> "TinyModel":
+def model_with_bos(model: "TinyModel", bos: int) -> "TinyModel":
     """Return the same weights with a token that begins every sequence."""
     config = replace(model.checkpoint.config, bos_token_id=bos)
     return replace(model, checkpoint=replace(model.checkpoint, config=config))
