@@ -1,7 +1,8 @@
-"""What lowering brings to generation: the standard graph, ONNX Runtime's own attention, and packed products as well.
+"""What lowering brings to generation: the standard graph, ONNX Runtime's own attention, packed products as well, and
+then scores of queries that bring their scale, in the kernels that keep them.
 
-The three run in turns. On a machine that has other work, `--processor-time --threads 1` measures the processor time of
-the one thread.
+The four run in turns. `--ragged` lets rows have half of the context to all of it. On a machine that has other work,
+`--processor-time --threads 1` measures the processor time of the one thread.
 
 Run: python -m benchmarks.speed.lowering BUNDLE [--rows 1 4 8] [--contexts 256 1024]; of a bundle with a static cache.
 """
@@ -9,6 +10,7 @@ Run: python -m benchmarks.speed.lowering BUNDLE [--rows 1 4 8] [--contexts 256 1
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -17,15 +19,36 @@ from unittest.mock import patch
 import numpy as np
 
 from spike_export.artifacts.manifest import load_manifest
-from spike_export.engines.onnx_runtime.generation_graph import GenerationGraph, generation_graph
+from spike_export.engines.onnx_runtime import generation_graph
+from spike_export.engines.onnx_runtime.attention_kernels import scores_in_rows
+from spike_export.engines.onnx_runtime.decoding import PREFILL_CHUNK
+from spike_export.engines.onnx_runtime.generation_graph import GenerationGraph
 from spike_export.engines.onnx_runtime.lowering import packed_products
 from spike_export.engines.onnx_runtime.sequences import StaticSequences
 from spike_export.engines.onnx_runtime.session import BundleSession, name_weights, session_options
 
-CHUNK = 512
 
-LARGEST_COPY = {"standard": 0, "attention": 0, "packed": packed_products.LARGEST_COPY}
-"""Graph → bytes of products that it may pack."""
+@dataclass(frozen=True)
+class Variant:
+    """What of lowering a graph has.
+
+    Attributes:
+        attention: ONNX Runtime's own.
+        packs: Products of one tensor are one.
+        scores: Queries bring the scale, and the kernels keep scores.
+    """
+
+    attention: bool = True
+    packs: bool = True
+    scores: bool = True
+
+
+VARIANTS = {
+    "standard": Variant(attention=False, packs=False, scores=False),
+    "attention": Variant(packs=False, scores=False),
+    "packed": Variant(scores=False),
+    "scores": Variant(),
+}
 
 Clock = Callable[[], float]
 
@@ -39,33 +62,42 @@ class Measured:
     decodes: list[float] = field(default_factory=list)
 
 
-def graph_of(bundle: Path, name: str) -> GenerationGraph:
+def graph_of(bundle: Path, variant: Variant) -> GenerationGraph:
     """Return one of the graphs; the engine itself knows the first and the last."""
-    with patch.object(packed_products, "LARGEST_COPY", LARGEST_COPY[name]):
-        return generation_graph(bundle, load_manifest(bundle), lowering=name != "standard")
+    with ExitStack() as changes:
+        if not variant.packs:
+            changes.enter_context(patch.object(packed_products, "LARGEST_COPY", 0))
+        if not variant.scores:
+            changes.enter_context(patch.object(generation_graph, "scale_queries", lambda *_: {}))
+        return generation_graph.generation_graph(bundle, load_manifest(bundle), lowering=variant.attention)
 
 
-def opened(bundle: Path, graph: GenerationGraph, threads: int) -> BundleSession:
-    """Open a graph over the bundle's weights and its own."""
+def opened(bundle: Path, graph: GenerationGraph, threads: int, *, scores: bool = True) -> BundleSession:
+    """Open a graph over the bundle's weights and its own; `scores` is a variant's."""
     import onnxruntime as ort
 
     options = session_options(threads)
     name_weights(options, bundle, graph.weights)
-    session = ort.InferenceSession(graph.serialized, options, providers=["CPUExecutionProvider"])
+    with scores_in_rows() if scores else nullcontext():
+        session = ort.InferenceSession(graph.serialized, options, providers=["CPUExecutionProvider"])
     return BundleSession(load_manifest(bundle), session, "cpu", graph.prefix)
 
 
-def play(times: Measured, rows: int, context: int, steps: int, clock: Clock) -> None:
-    """Read a prompt of `context` tokens into each of `rows` rows, then take steps together."""
+def play(times: Measured, rows: int, context: int, steps: int, clock: Clock, *, ragged: bool = False) -> None:
+    """Read a prompt of `context` tokens into each of `rows` rows, then take steps together.
+
+    Ragged rows have half of the context to all of it.
+    """
     batch = times.session.begin(rows)
     assert isinstance(batch, StaticSequences), "a bundle with a static cache"
     random, vocab = np.random.default_rng(0), times.session.manifest.vocab_size
-    for row in range(rows):
-        prompt = random.integers(0, vocab, context)
+    lengths = np.linspace(context / 2, context, rows).astype(int) if ragged else [context] * rows
+    for row, length in enumerate(lengths):
+        prompt = random.integers(0, vocab, length)
         start = clock()
-        batch.admit(row, prompt[:CHUNK])
-        for place in range(CHUNK, context, CHUNK):
-            batch.extend(row, prompt[place : place + CHUNK])
+        batch.admit(row, prompt[:PREFILL_CHUNK])
+        for place in range(PREFILL_CHUNK, length, PREFILL_CHUNK):
+            batch.extend(row, prompt[place : place + PREFILL_CHUNK])
         times.prefills.append(clock() - start)
     for _ in range(steps):
         tokens = random.integers(0, vocab, (rows, 1))
@@ -82,17 +114,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=20, help="tokens of each row in a round")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--ragged", action="store_true", help="rows of different lengths")
     parser.add_argument("--processor-time", action="store_true", help="of the calling thread, in place of the clock")
     given = parser.parse_args(arguments)
     clock = time.thread_time if given.processor_time else time.perf_counter
-    sessions = {name: opened(given.bundle, graph_of(given.bundle, name), given.threads) for name in LARGEST_COPY}
+    sessions = {
+        name: opened(given.bundle, graph_of(given.bundle, variant), given.threads, scores=variant.scores)
+        for name, variant in VARIANTS.items()
+    }
     print("rows | context | " + " | ".join(f"{name}: prefill, decode, ms" for name in sessions))
     for rows in given.rows:
         for context in given.contexts:
             measured = [Measured(session) for session in sessions.values()]
             for _ in range(given.rounds):
                 for times in measured:
-                    play(times, rows, context, given.steps, clock)
+                    play(times, rows, context, given.steps, clock, ragged=given.ragged)
             columns = [f"{median(t.prefills) * 1e3:.1f}, {median(t.decodes) * 1e3:.2f}" for t in measured]
             first = measured[0]
             ratios = [f"{median(first.decodes) / median(times.decodes):.2f} x" for times in measured[1:]]

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spike_export.artifacts.errors import EngineError
+from spike_export.artifacts.manifest import Manifest
 from spike_export.engines.generation.decoding import DecodedStep, require_finite
 from spike_export.engines.generation.draft_length import DraftLength
 from spike_export.engines.generation.options import GenerationOptions
@@ -18,11 +19,17 @@ from spike_export.engines.onnx_runtime.sequences import StaticSequences
 from spike_export.engines.onnx_runtime.session import BundleSession
 from spike_export.engines.onnx_runtime.slots import open_slots
 
-PREFILL_CHUNK = 512
-"""Most tokens of a prompt in one call over a static cache: bounds the memory of attention's scores.
+PREFILL_CHUNK = 256
+"""Most tokens of a prompt in one call over a static cache. Attention computes the scores of a whole call, then hides
+those behind each token: 1,024 tokens in four calls take five eighths of the scores of one call.
 
 Over a dynamic cache a prompt is read in one call, because some ropes rotate it by its whole length.
 """
+
+SCORES_BYTES = 1 << 27
+"""Most memory of a call's scores, float32, unless a call of `LEAST_CHUNK` tokens takes more."""
+
+LEAST_CHUNK = 32
 
 
 @dataclass(frozen=True)
@@ -131,15 +138,23 @@ def require_context(prompts: Sequence[NDArray[np.int64]], options: GenerationOpt
             )
 
 
+def prefill_chunk(manifest: Manifest) -> int:
+    """Return how many tokens of a prompt one call over a static cache reads: it bounds the memory of the scores."""
+    assert manifest.capacity is not None, "a static cache has a capacity"
+    scores = 4 * manifest.num_attention_heads * (manifest.prefix_length + manifest.capacity)
+    return min(PREFILL_CHUNK, max(LEAST_CHUNK, SCORES_BYTES // scores))
+
+
 def _read_prompt(sequences: StaticSequences, row: int, prompt: NDArray[np.int64]) -> NDArray[np.float32]:
     """Feed a prompt [tokens] to its row; return the logits [1, vocab] behind it.
 
     Row by row, so that no row pays for another's length.
     """
-    first, *more = (prompt[start : start + PREFILL_CHUNK] for start in range(0, len(prompt), PREFILL_CHUNK))
+    chunk = prefill_chunk(sequences.manifest)
+    first, *more = (prompt[start : start + chunk] for start in range(0, len(prompt), chunk))
     logits = sequences.admit(row, first)
-    for chunk in more:
-        logits = sequences.extend(row, chunk)
+    for part in more:
+        logits = sequences.extend(row, part)
     return _behind(logits)
 
 

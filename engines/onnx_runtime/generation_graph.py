@@ -6,8 +6,9 @@
   attention reads the whole buffer: short sequences are cheaper in a short one.
 - Over a static cache a call says how many of its last positions get logits; a draft is verified at several.
 - Where it is asked for, a call can count the activations that it clips (`clipped_activations`).
-- On a CPU, attention over a static cache becomes an operator of ONNX Runtime's own, and products of one tensor become
-  one product; where its INT8 kernels take unsigned weights, the graph brings those (`lowering`).
+- On a CPU, attention over a static cache becomes an operator of ONNX Runtime's own, queries bring the scale of its
+  scores, and products of one tensor become one product; where its INT8 kernels take unsigned weights, the graph brings
+  those (`lowering`).
 """
 
 from collections.abc import Mapping
@@ -27,6 +28,7 @@ from spike_export.engines.onnx_runtime.exact_products import products_saturate
 from spike_export.engines.onnx_runtime.lowering.given_weights import WeightFile
 from spike_export.engines.onnx_runtime.lowering.grouped_query_attention import lower_attention
 from spike_export.engines.onnx_runtime.lowering.packed_products import pack_products
+from spike_export.engines.onnx_runtime.lowering.scaled_queries import scale_queries
 from spike_export.engines.onnx_runtime.lowering.unsigned_weights import unsigned_weights
 from spike_export.engines.onnx_runtime.sequences import LOGITS_FROM
 from spike_export.engines.plan.graph_file import read_graph, require_output
@@ -94,14 +96,18 @@ def _lowered(model: onnx.ModelProto, file: WeightFile) -> dict[str, NDArray[Any]
 
 
 def _own_weights(model: onnx.ModelProto, file: WeightFile) -> dict[str, NDArray[Any]]:
-    """Pack products, and turn weights where this processor multiplies unsigned ones; return what no file has."""
-    packed = pack_products(model, file.values)
-    if not products_saturate():
-        return packed
-    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
-    turned = unsigned_weights(model, lambda name: packed[name] if name in packed else file.values(tensors[name]))
+    """Scale queries, pack products, turn weights where this processor multiplies unsigned ones.
+
+    Returns:
+        What no file has.
+    """
+    made = scale_queries(model, file.values)
+    made |= pack_products(model, lambda tensor: made[tensor.name] if tensor.name in made else file.values(tensor))
+    if products_saturate():
+        tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+        made |= unsigned_weights(model, lambda name: made[name] if name in made else file.values(tensors[name]))
     read = {tensor.name for tensor in model.graph.initializer}
-    return {name: values for name, values in (packed | turned).items() if name in read}
+    return {name: values for name, values in made.items() if name in read}
 
 
 def _keep_last_position(graph: onnx.GraphProto, residual: str, path: Path) -> None:

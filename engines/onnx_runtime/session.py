@@ -15,6 +15,7 @@ from spike_export.artifacts.host_memory import require_available
 from spike_export.artifacts.manifest import DATA_FILE, GRAPH_FILE, Manifest, load_manifest
 from spike_export.artifacts.threads import allowed_threads
 from spike_export.engines.onnx_runtime.all_logits import all_logits_graph
+from spike_export.engines.onnx_runtime.attention_kernels import scores_in_rows
 from spike_export.engines.onnx_runtime.cache_memory import Provider
 from spike_export.engines.onnx_runtime.clipped_activations import ClippedActivations
 from spike_export.engines.onnx_runtime.denormals import denormals_flushed
@@ -263,7 +264,7 @@ def _session(
         name_weights(options, bundle, weights or {})
     providers = list(dict.fromkeys((_PROVIDERS[provider], _PROVIDERS["cpu"])))
     try:
-        with denormals_flushed():
+        with denormals_flushed(), scores_in_rows():
             session = ort.InferenceSession(graph, options, providers=providers, enable_fallback=0)
     except Exception as error:  # ONNX Runtime's exceptions have no common type
         raise EngineError(f"{bundle}: ONNX Runtime refuses the graph: {str(error).splitlines()[0]}") from error

@@ -1,5 +1,6 @@
 """Weights that lowering makes of the file's: read without the file's graph, and given to a session in memory."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -12,6 +13,9 @@ from onnx import helper, numpy_helper
 from onnx.external_data_helper import ExternalDataInfo
 
 from spike_export.artifacts.errors import EngineError, one_line
+
+Values = Callable[[onnx.TensorProto], NDArray[Any]]
+"""Reads an initializer, which may lie in another file."""
 
 
 @dataclass(frozen=True)

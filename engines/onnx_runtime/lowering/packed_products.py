@@ -9,7 +9,7 @@ the packed weights take memory beside the file's. A model with more than `LARGES
 takes so long there that a node less is no gain.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from spike_export.engines.onnx_runtime.lowering.given_weights import given
+from spike_export.engines.onnx_runtime.lowering.given_weights import Values, given
 from spike_export.engines.onnx_runtime.lowering.graph_index import GraphIndex, remove_unused
 
 LARGEST_COPY = 1 << 29
@@ -26,9 +26,6 @@ LARGEST_COPY = 1 << 29
 
 _INT8_WEIGHTS = (onnx.TensorProto.INT8, onnx.TensorProto.FLOAT, onnx.TensorProto.INT8)
 """Types of weights, scales and zero points."""
-
-Values = Callable[[onnx.TensorProto], NDArray[Any]]
-"""Reads an initializer, which may lie in another file."""
 
 
 @dataclass(frozen=True)
