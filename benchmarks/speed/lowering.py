@@ -1,8 +1,9 @@
 """What lowering brings to generation: the standard graph, ONNX Runtime's own attention, packed products as well, and
-then scores of queries that bring their scale, in the kernels that keep them.
+then scores of queries that bring their scale, in the kernels that keep them, and at last residuals fused with norms.
 
-The four run in turns. `--ragged` lets rows have half of the context to all of it. On a machine that has other work,
-`--processor-time --threads 1` measures the processor time of the one thread.
+The five take each step in turns; ratios are medians of steps with the same tokens. `--ragged` lets rows have half of
+the context to all of it. On a machine that has other work, `--processor-time --threads 1` measures the processor time
+of the one thread.
 
 Run: python -m benchmarks.speed.lowering BUNDLE [--rows 1 4 8] [--contexts 256 1024]; of a bundle with a static cache.
 """
@@ -36,18 +37,21 @@ class Variant:
         attention: ONNX Runtime's own.
         packs: Products of one tensor are one.
         scores: Queries bring the scale, and the kernels keep scores.
+        norms: Residuals and norms are fused.
     """
 
     attention: bool = True
     packs: bool = True
     scores: bool = True
+    norms: bool = True
 
 
 VARIANTS = {
-    "standard": Variant(attention=False, packs=False, scores=False),
-    "attention": Variant(packs=False, scores=False),
-    "packed": Variant(scores=False),
-    "scores": Variant(),
+    "standard": Variant(attention=False, packs=False, scores=False, norms=False),
+    "attention": Variant(packs=False, scores=False, norms=False),
+    "packed": Variant(scores=False, norms=False),
+    "scores": Variant(norms=False),
+    "norms": Variant(),
 }
 
 Clock = Callable[[], float]
@@ -69,6 +73,8 @@ def graph_of(bundle: Path, variant: Variant) -> GenerationGraph:
             changes.enter_context(patch.object(packed_products, "LARGEST_COPY", 0))
         if not variant.scores:
             changes.enter_context(patch.object(generation_graph, "scale_queries", lambda *_: {}))
+        if not variant.norms:
+            changes.enter_context(patch.object(generation_graph, "fuse_residual_norms", lambda _: None))
         return generation_graph.generation_graph(bundle, load_manifest(bundle), lowering=variant.attention)
 
 
@@ -83,27 +89,35 @@ def opened(bundle: Path, graph: GenerationGraph, threads: int, *, scores: bool =
     return BundleSession(load_manifest(bundle), session, "cpu", graph.prefix)
 
 
-def play(times: Measured, rows: int, context: int, steps: int, clock: Clock, *, ragged: bool = False) -> None:
-    """Read a prompt of `context` tokens into each of `rows` rows, then take steps together.
+def play(
+    measured: Sequence[Measured], rows: int, context: int, steps: int, clock: Clock, *, ragged: bool = False
+) -> None:
+    """Read a prompt of `context` tokens into each of `rows` rows, then take steps together: the sessions in turns.
 
-    Ragged rows have half of the context to all of it.
+    Every other time the last session is the first. Ragged rows have half of the context to all of it.
     """
-    batch = times.session.begin(rows)
-    assert isinstance(batch, StaticSequences), "a bundle with a static cache"
-    random, vocab = np.random.default_rng(0), times.session.manifest.vocab_size
-    lengths = np.linspace(context / 2, context, rows).astype(int) if ragged else [context] * rows
-    for row, length in enumerate(lengths):
+    batches = [(each, each.session.begin(rows)) for each in measured]
+    random, vocab = np.random.default_rng(0), measured[0].session.manifest.vocab_size
+    for row, length in enumerate(np.linspace(context / 2, context, rows).astype(int) if ragged else [context] * rows):
         prompt = random.integers(0, vocab, length)
-        start = clock()
-        batch.admit(row, prompt[:PREFILL_CHUNK])
-        for place in range(PREFILL_CHUNK, length, PREFILL_CHUNK):
-            batch.extend(row, prompt[place : place + PREFILL_CHUNK])
-        times.prefills.append(clock() - start)
-    for _ in range(steps):
+        for times, batch in batches[:: 1 - row % 2 * 2]:
+            assert isinstance(batch, StaticSequences), "a bundle with a static cache"
+            start = clock()
+            batch.admit(row, prompt[:PREFILL_CHUNK])
+            for place in range(PREFILL_CHUNK, length, PREFILL_CHUNK):
+                batch.extend(row, prompt[place : place + PREFILL_CHUNK])
+            times.prefills.append(clock() - start)
+    for step in range(steps):
         tokens = random.integers(0, vocab, (rows, 1))
-        start = clock()
-        batch.step(tokens)
-        times.decodes.append(clock() - start)
+        for times, batch in batches[:: 1 - step % 2 * 2]:
+            start = clock()
+            batch.step(tokens)
+            times.decodes.append(clock() - start)
+
+
+def gain(first: Measured, other: Measured) -> float:
+    """Return how many times as fast the other one decodes: the median of the ratios of steps with the same tokens."""
+    return median(slow / fast for slow, fast in zip(first.decodes, other.decodes, strict=True))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -127,11 +141,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for context in given.contexts:
             measured = [Measured(session) for session in sessions.values()]
             for _ in range(given.rounds):
-                for times in measured:
-                    play(times, rows, context, given.steps, clock, ragged=given.ragged)
+                play(measured, rows, context, given.steps, clock, ragged=given.ragged)
             columns = [f"{median(t.prefills) * 1e3:.1f}, {median(t.decodes) * 1e3:.2f}" for t in measured]
-            first = measured[0]
-            ratios = [f"{median(first.decodes) / median(times.decodes):.2f} x" for times in measured[1:]]
+            ratios = [f"{gain(measured[0], times):.2f} x" for times in measured[1:]]
             print(f"{rows:4} | {context:7} | {' | '.join(columns)} | decode {', '.join(ratios)}", flush=True)
 
 

@@ -7,8 +7,8 @@
 - Over a static cache a call says how many of its last positions get logits; a draft is verified at several.
 - Where it is asked for, a call can count the activations that it clips (`clipped_activations`).
 - On a CPU, attention over a static cache becomes an operator of ONNX Runtime's own, queries bring the scale of its
-  scores, and products of one tensor become one product; where its INT8 kernels take unsigned weights, the graph brings
-  those (`lowering`).
+  scores, products of one tensor become one product, and a residual and the norm behind it one operator; where its INT8
+  kernels take unsigned weights, the graph brings those (`lowering`).
 """
 
 from collections.abc import Mapping
@@ -28,6 +28,7 @@ from spike_export.engines.onnx_runtime.exact_products import products_saturate
 from spike_export.engines.onnx_runtime.lowering.given_weights import WeightFile
 from spike_export.engines.onnx_runtime.lowering.grouped_query_attention import lower_attention
 from spike_export.engines.onnx_runtime.lowering.packed_products import pack_products
+from spike_export.engines.onnx_runtime.lowering.residual_norms import fuse_residual_norms
 from spike_export.engines.onnx_runtime.lowering.scaled_queries import scale_queries
 from spike_export.engines.onnx_runtime.lowering.unsigned_weights import unsigned_weights
 from spike_export.engines.onnx_runtime.sequences import LOGITS_FROM
@@ -79,6 +80,8 @@ def generation_graph(
         if lowering:
             prefix = _lowered(model, file)
     weights = _own_weights(model, file) if lowering else {}
+    if lowering:
+        fuse_residual_norms(model)
     groups = tuple(site.group for site in count_clipped(model.graph, bundle)) if clipping else ()
     return GenerationGraph(model.SerializeToString(), prefix, groups, weights)
 

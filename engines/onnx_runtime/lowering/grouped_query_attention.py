@@ -19,8 +19,9 @@ from onnx import helper, numpy_helper
 
 from spike_export.artifacts.manifest import CACHE_SLOTS
 from spike_export.engines.onnx_runtime.lowering.graph_index import GraphIndex, remove_unused
+from spike_export.engines.onnx_runtime.lowering.own_operators import DOMAIN, import_domain
 
-DOMAIN, OPERATOR = "com.microsoft", "GroupQueryAttention"
+OPERATOR = "GroupQueryAttention"
 
 HEAD_MULTIPLE = 16
 """The operator takes heads of a multiple of so many channels."""
@@ -96,8 +97,7 @@ def lower_attention(model: onnx.ModelProto) -> dict[str, str] | None:
         if operand.prefix is not None
     }
     remove_unused(graph)
-    if all(each.domain != DOMAIN for each in model.opset_import):
-        model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
+    import_domain(model)
     return prefixes
 
 
