@@ -470,6 +470,13 @@ class LoweringArguments:
 
     lowering: Annotated[bool, Parameter(negative="--no-lowering")] = True
     "Use ONNX Runtime's own operators where they are faster on a CPU; --no-lowering runs the bundle's standard ones."
+    weights_copy: Annotated[
+        Literal["never", "auto"],
+        Parameter(
+            help="Hold INT8 weights a second time for steps of a single row over a static cache, where the processor "
+            "has VNNI: such a step is faster, and its numbers are not those of a step in a batch."
+        ),
+    ] = "never"
 
 
 @Parameter(name="*", group=_RUN)

@@ -17,6 +17,7 @@ from spike_export.engines.plan_runtime import bundle_of, is_plan, open_plans
 if TYPE_CHECKING:
     from spike_export.engines.onnx_runtime.cache_memory import Provider
     from spike_export.engines.onnx_runtime.decoding import OnnxDecoding
+    from spike_export.engines.onnx_runtime.session import WeightsCopy
     from spike_export.engines.tensorrt.engines import RuntimeOptions
 
 Speculate = Literal["off", "ngram"]
@@ -31,6 +32,7 @@ class RuntimeChoice:
         bundle: Folder with manifest and tokenizer.
         plans: Plans that were built from it; none where ONNX Runtime runs the bundle.
         sample_clipping: Share of ONNX Runtime's calls that count clipped activations; 0 for none.
+        weights_copy: Whether ONNX Runtime computes steps of one row with a copy of the weights.
     """
 
     bundle: Path
@@ -42,6 +44,7 @@ class RuntimeChoice:
     rebuild: bool = False
     runtime: "RuntimeOptions | None" = None
     sample_clipping: float = 0.0
+    weights_copy: "WeightsCopy" = "never"
 
     @classmethod
     def of(
@@ -56,6 +59,7 @@ class RuntimeChoice:
         rebuild: bool = False,
         runtime: "RuntimeOptions | None" = None,
         sample_clipping: float = 0.0,
+        weights_copy: "WeightsCopy" = "never",
     ) -> Self:
         """Choose by what is to be opened.
 
@@ -73,7 +77,14 @@ class RuntimeChoice:
             how = "how to run plans (weight budget, GPU, CUDA graphs)"
             _refuse(given | {how: runtime is not None}, f"{target} is no engine plan")
             return cls(
-                target, (), threads or 0, provider or "cpu", lowering, speculate, sample_clipping=sample_clipping
+                target,
+                (),
+                threads or 0,
+                provider or "cpu",
+                lowering,
+                speculate,
+                sample_clipping=sample_clipping,
+                weights_copy=weights_copy,
             )
         given = {
             "threads": threads is not None,
@@ -81,6 +92,7 @@ class RuntimeChoice:
             "lowering": not lowering,
             "speculate": speculate != "off",
             "a share of calls that count clipped activations": sample_clipping != 0,
+            "a copy of the weights": weights_copy != "never",
         }
         _refuse(given, f"{target} runs in TensorRT")
         folder = bundle_of(target, Path(bundle) if bundle is not None else None)
@@ -110,6 +122,7 @@ class RuntimeChoice:
             lowering=self.lowering,
             speculate=self.speculate,
             sample_clipping=self.sample_clipping,
+            weights_copy=self.weights_copy,
         )
 
     def open_rows(self, rows: int) -> tuple[Decoding, Slots]:
@@ -140,6 +153,7 @@ def open_onnx(
     lowering: bool = True,
     speculate: Speculate = "off",
     sample_clipping: float = 0.0,
+    weights_copy: "WeightsCopy" = "never",
 ) -> "OnnxDecoding":
     """Open a bundle in ONNX Runtime.
 
@@ -149,10 +163,14 @@ def open_onnx(
     """
     if speculate not in ("off", "ngram"):
         raise EngineError(f"speculate is {speculate!r}; expected off or ngram")
+    if weights_copy not in ("never", "auto"):
+        raise EngineError(f"weights_copy is {weights_copy!r}; expected never or auto")
     if speculate != "off" and load_manifest(path).kv_cache != "static":
         raise EngineError(f"{path}: drafts are verified over a static cache; export with --kv-cache static")
     from spike_export.engines.onnx_runtime.decoding import OnnxDecoding
     from spike_export.engines.onnx_runtime.session import open_for_generation
 
-    session = open_for_generation(path, threads, provider, lowering=lowering, sample_clipping=sample_clipping)
+    session = open_for_generation(
+        path, threads, provider, lowering=lowering, sample_clipping=sample_clipping, weights_copy=weights_copy
+    )
     return OnnxDecoding(session, None if speculate == "off" else DraftLength())

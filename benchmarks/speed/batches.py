@@ -128,9 +128,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=8, help="tokens of each row in a round")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--peers", action="store_true", help="measure other tools too, on SmolLM2-135M-Instruct")
+    parser.add_argument(
+        "--weights-copy", action="store_true", help="measure each bundle with a copy of its weights too"
+    )
     parser.add_argument("--artefacts", type=Path, help="keep the peers' models here, and use again what is here")
     given = parser.parse_args(arguments)
     sessions = [(path.name, open_for_generation(path, given.threads)) for path in given.bundle]
+    if given.weights_copy:
+        copied = (open_for_generation(path, given.threads, weights_copy="auto") for path in given.bundle)
+        sessions += [(f"{name}, copy", session) for (name, _), session in zip(sessions, copied, strict=True)]
     legs = [Leg(name, "own", partial(play_bundle, session)) for name, session in sessions]
     vocabulary = sessions[0][1].manifest.vocab_size
     with tempfile.TemporaryDirectory(prefix="spike-export-peers-") as scratch:

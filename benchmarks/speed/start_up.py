@@ -74,9 +74,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("bundle", type=Path, help="folder that export wrote")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--weights-copy", choices=["never", "auto"], default="never")
     given = parser.parse_args(arguments)
     command = [sys.executable, "-P", "-c", "from spike_export.cli.main import main; main()", "generate"]
     command += [str(given.bundle), "--prompt", PROMPT, "--max-new-tokens", "1", "--threads", str(given.threads)]
+    command += ["--weights-copy", given.weights_copy]
     folders = [given.bundle, Path(sysconfig.get_path("platlib"))]
     size = sum(path.stat().st_size for path in given.bundle.iterdir())
     started(command)

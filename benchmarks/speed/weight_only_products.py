@@ -1,9 +1,10 @@
-"""Decoding with INT8 products beside ONNX Runtime's products of INT8 weights alone (`MatMulNBits`), in turns.
+"""Decoding with INT8 products beside ONNX Runtime's products of INT8 weights alone (`MatMulNBits`), step by step.
 
-The second graph has a `MatMulNBits` of 8 bits in place of each quantizer and product of the first, and no nodes that
-compute scales of tokens: that operator rounds its input by itself, in blocks of channels with a scale each (accuracy
-level 4), or not at all (level 0). Weights and their scales are the same. On a machine that has other work,
-`--processor-time --threads 1` measures the processor time of the one thread.
+The second graph is the one that `--weights-copy auto` gives single rows, also with blocks of other sizes. On a machine
+that has other work, `--processor-time --threads 1` measures the processor time of the one thread.
+
+With `--text FILE` accuracy is measured instead: windows of the text are fed token by token, and compared with those of
+the float32 bundle of the same prefix (`--reference`): perplexity, and the divergence of the distributions.
 
 Run: python -m benchmarks.speed.weight_only_products BUNDLE; of a bundle with a static cache.
 """
@@ -13,75 +14,28 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+from unittest.mock import patch
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
-from onnx import helper
 
 from benchmarks.speed.lowering import Measured, gain, opened, play
-from spike_export.artifacts.manifest import DATA_FILE, load_manifest
-from spike_export.engines.onnx_runtime.generation_graph import GenerationGraph, generation_graph
-from spike_export.engines.onnx_runtime.lowering.given_weights import WeightFile, given
-from spike_export.engines.onnx_runtime.lowering.graph_index import GraphIndex, remove_unused
+from spike_export.artifacts.manifest import load_manifest
+from spike_export.engines.bundle_text import BundleText
+from spike_export.engines.onnx_runtime import generation_graph
+from spike_export.engines.onnx_runtime.lowering.weight_only_products import weigh_only
+from spike_export.engines.onnx_runtime.session import BundleSession
 
-ZERO = 128
-"""The zero point of weights as unsigned bytes."""
-
-
-def blocks(weight: NDArray[Any], size: int) -> NDArray[np.uint8]:
-    """Return weights [inputs, outputs] as MatMulNBits reads them, [outputs, blocks, size]; the last block is padded.
-
-    Args:
-        weight: INT8, or as unsigned bytes that are 128 higher.
-        size: Inputs of a block.
-    """
-    inputs, outputs = weight.shape
-    count = -(-inputs // size)
-    padded = np.full((count * size, outputs), ZERO, np.uint8)
-    padded[:inputs] = weight if weight.dtype == np.uint8 else weight.view(np.uint8) ^ np.uint8(ZERO)
-    return np.ascontiguousarray(padded.T).reshape(outputs, count, size)
+WINDOW = 256
 
 
-def weight_only(graph: GenerationGraph, bundle: Path, size: int, level: int) -> GenerationGraph:
-    """Return the graph with MatMulNBits in place of its INT8 products, the head's left as it is."""
-    model = onnx.load_from_string(graph.serialized)
-    index, packed = GraphIndex(model.graph), dict(graph.weights)
-    for node in list(model.graph.node):
-        if node.op_type != "MatMul" or node.name.startswith("lm_head"):
-            continue
-        activation, weight = (index.producer(name, "DequantizeLinear") for name in node.input)
-        if activation is None or weight is None:
-            continue
-        values, scales = (
-            packed[name] if name in packed else WeightFile(bundle / DATA_FILE).values(index.initializers[name])
-            for name in weight.input[:2]
-        )
-        source, result = _ends(index, node, activation)
-        names = (f"{node.name}.blocks", f"{node.name}.scales")
-        spread = np.repeat(scales.astype(np.float32), -(-len(values) // size))
-        packed |= dict(zip(names, (blocks(values, size), spread), strict=True))
-        model.graph.initializer.extend(given(name, packed[name]) for name in names)
-        output, result.output[0] = result.output[0], f"{result.output[0]}.unused"
-        shape = {"K": values.shape[0], "N": values.shape[1], "bits": 8, "block_size": size, "accuracy_level": level}
-        product = helper.make_node("MatMulNBits", [source, *names], [output], domain="com.microsoft", **shape)
-        place = next(number for number, each in enumerate(model.graph.node) if each.name == node.name)
-        model.graph.node.insert(place, product)
-    remove_unused(model.graph)
-    used = {tensor.name for tensor in model.graph.initializer}
-    kept = {name: values for name, values in packed.items() if name in used}
-    return GenerationGraph(model.SerializeToString(), graph.prefix, weights=kept)
-
-
-def _ends(index: GraphIndex, node: onnx.NodeProto, activation: onnx.NodeProto) -> tuple[str, onnx.NodeProto]:
-    """Return what is rounded, and the node that gives the result: behind a token's scale where there is one."""
-    quantizer = index.producer(activation.input[0], "QuantizeLinear")
-    assert quantizer is not None, "a dequantizer of activations stands behind a quantizer"
-    scaled, rescaled = index.producer(quantizer.input[0], "Div"), index.only_user(node.output[0], "Mul")
-    if scaled is None or rescaled is None:
-        return str(quantizer.input[0]), node
-    return str(scaled.input[0]), rescaled
+def graph_of(bundle: Path, block: int | None, level: int) -> generation_graph.GenerationGraph:
+    """Return the graph with products of weights alone in blocks of a size, or with INT8 products."""
+    manifest = load_manifest(bundle)
+    if block is None:
+        return generation_graph.generation_graph(bundle, manifest)
+    with patch.object(generation_graph, "weigh_only", lambda model, values: weigh_only(model, values, block, level)):
+        return generation_graph.generation_graph(bundle, manifest, weight_only=True)
 
 
 def table(times: Mapping[str, Measured], rows: int) -> str:
@@ -92,6 +46,31 @@ def table(times: Mapping[str, Measured], rows: int) -> str:
         for name, each in times.items()
     )
     return f"{rows:3} rows | " + " | ".join(parts)
+
+
+def log_probabilities(session: BundleSession, window: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Feed a window's tokens one by one; return [tokens - 1, vocab] of what follows each."""
+    batch = session.begin(1)
+    logits = np.concatenate([batch.step(token.reshape(1, 1))[:, 0] for token in window[:-1]]).astype(np.float64)
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return result
+
+
+def compare(sessions: Mapping[str, BundleSession], reference: BundleSession, windows: NDArray[np.int64]) -> None:
+    """Print how far each session's perplexity and distributions are from the reference's."""
+    rows = np.arange(windows.shape[1] - 1)
+    costs: dict[str, list[float]] = {name: [] for name in sessions}
+    divergences: dict[str, list[float]] = {name: [] for name in sessions}
+    for window in windows:
+        right = log_probabilities(reference, window)
+        for name, session in sessions.items():
+            found = log_probabilities(session, window)
+            costs[name].append(float((right - found)[rows, window[1:]].mean()))
+            divergences[name].append(float((np.exp(right) * (right - found)).sum(axis=1).mean()))
+    for name in sessions:
+        mean, spread = np.mean(costs[name]), 1.96 * np.std(costs[name], ddof=1) / len(windows) ** 0.5
+        print(f"{name}: perplexity {np.expm1(mean):+.2%} +/- {spread:.2%}, KL {np.mean(divergences[name]):.4f}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -105,12 +84,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--processor-time", action="store_true", help="of the calling thread, in place of the clock")
+    parser.add_argument("--text", type=Path, help="measure accuracy on this text instead")
+    parser.add_argument("--reference", type=Path, help="with --text: float32 bundle with a static cache")
+    parser.add_argument("--windows", type=int, default=8, help=f"with --text: of {WINDOW} tokens")
     chosen = parser.parse_args(arguments)
     clock = time.thread_time if chosen.processor_time else time.perf_counter
-    graph = generation_graph(chosen.bundle, load_manifest(chosen.bundle))
-    graphs = {"INT8": graph}
-    graphs |= {f"blocks of {size}": weight_only(graph, chosen.bundle, size, chosen.level) for size in chosen.blocks}
-    sessions = {name: opened(chosen.bundle, each, chosen.threads) for name, each in graphs.items()}
+    variants = {"INT8": None} | {f"blocks of {size}": size for size in chosen.blocks}
+    sessions = {
+        name: opened(chosen.bundle, graph_of(chosen.bundle, size, chosen.level), chosen.threads)
+        for name, size in variants.items()
+    }
+    if chosen.text is not None:
+        tokens = BundleText.read(chosen.bundle).tokenizer.encode(chosen.text.read_text(encoding="utf-8"))
+        ids = np.array(tokens[: len(tokens) // WINDOW * WINDOW], np.int64).reshape(-1, WINDOW)
+        spread = ids[np.linspace(0, len(ids) - 1, chosen.windows).astype(int)]
+        reference = opened(chosen.reference, graph_of(chosen.reference, None, chosen.level), chosen.threads)
+        compare(sessions, reference, spread)
+        return
     for rows in chosen.rows:
         times = {name: Measured(session) for name, session in sessions.items()}
         for _ in range(chosen.rounds):

@@ -91,6 +91,7 @@ def generate(
                 [path, *also],
                 threads=threads.threads,
                 lowering=lowering.lowering,
+                weights_copy=lowering.weights_copy,
                 speculate=speculate,
                 provider=provider,
                 bundle=bundle,

@@ -68,6 +68,7 @@ def serve(
         threads=threads.threads,
         provider=provider,
         lowering=lowering.lowering,
+        weights_copy=lowering.weights_copy,
         bundle=bundle,
         runtime=runtime_options(runtime),
         sample_clipping=sample_clipping,

@@ -31,6 +31,7 @@ from spike_export.engines.onnx_runtime.lowering.packed_products import pack_prod
 from spike_export.engines.onnx_runtime.lowering.residual_norms import fuse_residual_norms
 from spike_export.engines.onnx_runtime.lowering.scaled_queries import scale_queries
 from spike_export.engines.onnx_runtime.lowering.unsigned_weights import unsigned_weights
+from spike_export.engines.onnx_runtime.lowering.weight_only_products import weigh_only
 from spike_export.engines.onnx_runtime.sequences import LOGITS_FROM
 from spike_export.engines.plan.graph_file import read_graph, require_output
 
@@ -56,7 +57,7 @@ class GenerationGraph:
 
 
 def generation_graph(
-    bundle: Path, manifest: Manifest, *, lowering: bool = True, clipping: bool = False
+    bundle: Path, manifest: Manifest, *, lowering: bool = True, clipping: bool = False, weight_only: bool = False
 ) -> GenerationGraph:
     """Return the graph that generation runs.
 
@@ -65,6 +66,8 @@ def generation_graph(
         manifest: Its manifest.
         lowering: Use operators of ONNX Runtime's own; for the CPU.
         clipping: Let calls count the activations that they clip.
+        weight_only: Let a lowered graph multiply by `MatMulNBits`, which is faster for one row; for a processor whose
+            INT8 products are exact.
 
     Raises:
         EngineError: The file is not an ONNX model, or lacks the static cache that the manifest speaks of.
@@ -79,7 +82,7 @@ def generation_graph(
         _free_positions(model.graph, bundle / GRAPH_FILE)
         if lowering:
             prefix = _lowered(model, file)
-    weights = _own_weights(model, file) if lowering else {}
+    weights = _own_weights(model, file, weight_only=weight_only) if lowering else {}
     if lowering:
         fuse_residual_norms(model)
     groups = tuple(site.group for site in count_clipped(model.graph, bundle)) if clipping else ()
@@ -98,19 +101,25 @@ def _lowered(model: onnx.ModelProto, file: WeightFile) -> dict[str, NDArray[Any]
     }
 
 
-def _own_weights(model: onnx.ModelProto, file: WeightFile) -> dict[str, NDArray[Any]]:
-    """Scale queries, pack products, turn weights where this processor multiplies unsigned ones.
+def _own_weights(model: onnx.ModelProto, file: WeightFile, *, weight_only: bool) -> dict[str, NDArray[Any]]:
+    """Scale queries, pack products, and replace them or turn their weights where that is asked for.
 
     Returns:
         What no file has.
     """
     made = scale_queries(model, file.values)
-    made |= pack_products(model, lambda tensor: made[tensor.name] if tensor.name in made else file.values(tensor))
-    if products_saturate():
+
+    def values(tensor: onnx.TensorProto) -> NDArray[Any]:
+        return made[tensor.name] if tensor.name in made else file.values(tensor)
+
+    made |= pack_products(model, values)
+    if weight_only:
+        made |= weigh_only(model, values)
+    elif products_saturate():
         tensors = {tensor.name: tensor for tensor in model.graph.initializer}
-        made |= unsigned_weights(model, lambda name: made[name] if name in made else file.values(tensors[name]))
+        made |= unsigned_weights(model, lambda name: values(tensors[name]))
     read = {tensor.name for tensor in model.graph.initializer}
-    return {name: values for name, values in made.items() if name in read}
+    return {name: each for name, each in made.items() if name in read}
 
 
 def _keep_last_position(graph: onnx.GraphProto, residual: str, path: Path) -> None:

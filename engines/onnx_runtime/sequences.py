@@ -137,6 +137,7 @@ class StaticSequences:
         verifies: Whether a call says how many positions get logits (`generation_graph`), so that `extend` gives those
             of several.
         clipped: Of a graph that counts clipped activations: where the counts go.
+        single_row: Session that computes one token of one row, where it is not `session` that does.
     """
 
     session: Any
@@ -147,12 +148,13 @@ class StaticSequences:
     prefix: Mapping[int, Any] | None = None
     verifies: bool = False
     clipped: ClippedActivations | None = None
+    single_row: Any = None
     _last_logits: bool = False
     """Whether the graph gives logits of the last column only."""
     _writes_prefix: bool = False
     """Whether the graph itself writes the prefix of some layers."""
-    _bindings: dict[tuple[int, int], Any] = field(default_factory=dict)
-    """First row, and the one behind the last → the binding that runs them."""
+    _bindings: dict[tuple[int, int, bool], Any] = field(default_factory=dict)
+    """First row, the one behind the last, and whether the session of single rows runs them → their binding."""
     _begun: bool = False
 
     @classmethod
@@ -164,6 +166,7 @@ class StaticSequences:
         provider: Provider = "cpu",
         prefix: Mapping[str, NDArray[Any]] | None = None,
         clipped: ClippedActivations | None = None,
+        single_row: Any = None,
     ) -> "StaticSequences":
         """Return `batch` sequences without tokens; `prefix` is a `GenerationGraph`'s, as is what `clipped` counts."""
         growing, capacity = not isinstance(_past_shape(session)[2], int), _capacity(manifest)
@@ -177,7 +180,9 @@ class StaticSequences:
         inputs = {value.name for value in session.get_inputs()}
         last, chooses = logits.shape[1] == 1 or LOGITS_FROM in inputs, LOGITS_FROM in inputs
         none = np.zeros(batch, np.int64)
-        return cls(session, manifest, none, buffers, memory, placed, chooses, clipped, last, "fresh" in inputs)
+        return cls(
+            session, manifest, none, buffers, memory, placed, chooses, clipped, single_row, last, "fresh" in inputs
+        )
 
     def step(self, tokens: NDArray[np.int64], counts: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
         """See `Sequences`. A row with count 0 keeps its length, but its buffer needs room for the padding.
@@ -329,7 +334,8 @@ class StaticSequences:
     ) -> NDArray[np.float32]:
         """Feed tokens [rows, sequence] to as many rows from the first one on; to some of them padding, maybe."""
         rows = slice(first, first + len(tokens))
-        binding = self._binding(rows)
+        single = self.single_row is not None and tokens.size == 1
+        session, binding = self.single_row if single else self.session, self._binding(rows, single=single)
         binding.bind_cpu_input("input_ids", np.ascontiguousarray(tokens, np.int64))
         binding.bind_cpu_input("write_indices", lengths.copy())
         if self.verifies:
@@ -344,7 +350,7 @@ class StaticSequences:
             binding.bind_cpu_input(COUNT_CLIPPED, np.array([counts]))
         for output in self._outputs:
             binding.bind_output(output, "cpu")
-        run_bound(self.session, binding, tokens.shape[1])
+        run_bound(session, binding, tokens.shape[1])
         # The buffers are outputs too, and need no objects of Python's for each call.
         outputs = binding.get_outputs_as_ortvaluevector()
         if self.clipped is not None and counts:
@@ -394,13 +400,14 @@ class StaticSequences:
             self.buffers[index] = new
         self._bindings.clear()
 
-    def _binding(self, rows: slice) -> Any:
+    def _binding(self, rows: slice, *, single: bool = False) -> Any:
         """Return the binding of some rows; their part of a buffer lies in one piece."""
-        key = (rows.start, rows.stop)
+        key = (rows.start, rows.stop, single)
         if key not in self._bindings:
             self.memory.synchronize()
             buffers = [(buffer[rows].shape, self.memory.place(buffer[rows])) for buffer in self.buffers]
-            self._bindings[key] = _bound(self.session, self.manifest, self._outputs, buffers)
+            session = self.single_row if single else self.session
+            self._bindings[key] = _bound(session, self.manifest, self._outputs, buffers)
         return self._bindings[key]
 
 

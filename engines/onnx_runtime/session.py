@@ -5,7 +5,7 @@ import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,7 @@ from spike_export.engines.onnx_runtime.attention_kernels import scores_in_rows
 from spike_export.engines.onnx_runtime.cache_memory import Provider
 from spike_export.engines.onnx_runtime.clipped_activations import ClippedActivations
 from spike_export.engines.onnx_runtime.denormals import denormals_flushed
-from spike_export.engines.onnx_runtime.exact_products import request_exact_products
+from spike_export.engines.onnx_runtime.exact_products import products_saturate, request_exact_products
 from spike_export.engines.onnx_runtime.generation_graph import GenerationGraph, generation_graph
 from spike_export.engines.onnx_runtime.sequences import (
     COMPUTED,
@@ -31,6 +31,13 @@ from spike_export.engines.onnx_runtime.sequences import (
 )
 
 _PROVIDERS: dict[Provider, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+WeightsCopy = Literal["never", "auto"]
+"""Whether a bundle's INT8 weights are held a second time, for steps of single rows.
+
+`auto` holds them for a lowered graph over a static cache, where the processor has VNNI: elsewhere the copy is no
+faster.
+"""
 
 _SPIN_MICROSECONDS = "50"
 """How long an idle thread looks for work before it sleeps: long enough for the gap between two operators."""
@@ -51,6 +58,7 @@ class BundleSession:
         prefix: Of a lowered graph (`GenerationGraph`): cache input → keys or values of the prefix.
         groups: Of a graph that counts clipped activations (`GenerationGraph`).
         sample_clipping: Share of the calls over a static cache that count them.
+        single_row: Session for one token of one row over the same cache, or None.
     """
 
     manifest: Manifest
@@ -59,6 +67,7 @@ class BundleSession:
     prefix: Mapping[str, NDArray[Any]] | None = None
     groups: tuple[str, ...] = ()
     sample_clipping: float = 0.0
+    single_row: Any = None
 
     def prefill(self, content: NDArray[np.int64]) -> NDArray[np.float32]:
         """Run fresh sequences in one call and return the logits [batch, tokens, vocab] of the content's tokens.
@@ -96,7 +105,9 @@ class BundleSession:
         """Return `batch` sequences without tokens; their BOS, where the prefix holds none, is the caller's to feed."""
         if self.manifest.kv_cache == "static":
             clipped = ClippedActivations(self.groups, self.sample_clipping) if self.groups else None
-            return StaticSequences.begin(self.session, self.manifest, batch, self.provider, self.prefix, clipped)
+            return StaticSequences.begin(
+                self.session, self.manifest, batch, self.provider, self.prefix, clipped, self.single_row
+            )
         return DynamicSequences.begin(self.session, self.manifest, batch, self.provider)
 
 
@@ -176,6 +187,7 @@ def open_for_generation(
     *,
     lowering: bool = True,
     sample_clipping: float = 0.0,
+    weights_copy: WeightsCopy = "never",
 ) -> BundleSession:
     """Load a bundle's graph as generation runs it (`generation_graph`).
 
@@ -188,6 +200,7 @@ def open_for_generation(
         provider: Where to compute.
         lowering: Use operators of ONNX Runtime's own where the CPU computes.
         sample_clipping: Share of the calls that count clipped activations; 0 for a graph that cannot.
+        weights_copy: Whether steps of one row compute with a copy of the weights; not where activations are counted.
 
     Raises:
         ArtifactError: The manifest cannot be read.
@@ -201,24 +214,41 @@ def open_for_generation(
         raise EngineError(
             f"{bundle}: clipped activations are counted over a static cache; export with --kv-cache static"
         )
-    stamps = ((bundle / name).stat() for name in (GRAPH_FILE, DATA_FILE))
     lowering = lowering and provider == "cpu"
-    key = (
-        bundle.resolve(),
-        *((stamp.st_ino, stamp.st_mtime_ns) for stamp in stamps),
-        threads,
-        provider,
-        lowering,
-        clipping,
-    )
+    session = _shared_session(bundle, manifest, threads, provider, lowering=lowering, clipping=clipping)
+    copies = weights_copy == "auto" and lowering and not clipping and _copy_pays(manifest)
+    single = _shared_session(bundle, manifest, threads, provider, lowering=True, weight_only=True) if copies else None
+    graph = _graphs[session]
+    return BundleSession(manifest, session, provider, graph.prefix, graph.groups, sample_clipping, single)
+
+
+def _copy_pays(manifest: Manifest) -> bool:
+    """Tell whether single rows are faster with weights of their own: INT8 ones, on a processor with VNNI."""
+    in_int8 = any(name.startswith("int8") for name in manifest.linears)
+    return manifest.kv_cache == "static" and manifest.dtype == "float32" and in_int8 and not products_saturate()
+
+
+def _shared_session(
+    bundle: Path,
+    manifest: Manifest,
+    threads: int,
+    provider: Provider,
+    *,
+    lowering: bool,
+    clipping: bool = False,
+    weight_only: bool = False,
+) -> Any:
+    """Return a session over a bundle's `generation_graph`: the one that is in use, or a new one."""
+    stamps = ((bundle / name).stat() for name in (GRAPH_FILE, DATA_FILE))
+    files = tuple((stamp.st_ino, stamp.st_mtime_ns) for stamp in stamps)
+    key = (bundle.resolve(), files, threads, provider, lowering, clipping, weight_only)
     with _sharing:
         session = _shared.get(key)
         if session is None:
-            graph = generation_graph(bundle, manifest, lowering=lowering, clipping=clipping)
+            graph = generation_graph(bundle, manifest, lowering=lowering, clipping=clipping, weight_only=weight_only)
             session = _session(bundle, graph.serialized, threads, provider, graph.weights)
             _shared[key], _graphs[session] = session, replace(graph, serialized=b"", weights={})
-    graph = _graphs[session]
-    return BundleSession(manifest, session, provider, graph.prefix, graph.groups, sample_clipping)
+    return session
 
 
 def require_provider(provider: str) -> None:

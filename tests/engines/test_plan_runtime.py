@@ -147,6 +147,7 @@ def test_a_batch_that_the_plan_was_not_built_for(monkeypatch: pytest.MonkeyPatch
         (("--threads", "2"), "threads was given, but {plan} runs in TensorRT; leave it out"),
         (("--provider", "cpu"), "provider was given, but {plan} runs in TensorRT; leave it out"),
         (("--speculate", "ngram"), "speculate was given, but {plan} runs in TensorRT; leave it out"),
+        (("--weights-copy", "auto"), "a copy of the weights was given, but {plan} runs in TensorRT; leave it out"),
         (("--no-lowering",), "lowering was given, but {plan} runs in TensorRT; leave it out"),
         ((), "the plan needs the tokenizer of the bundle that it was built from, and {plan}.run/bundle is not there"),
         (("--bundle", "nowhere"), "nowhere"),

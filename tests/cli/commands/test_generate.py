@@ -69,6 +69,19 @@ def test_standard_operators_say_the_same(bundle: Path, monkeypatch: pytest.Monke
     assert opened == [True, False]
 
 
+@pytest.mark.parametrize("weights_copy", ["never", "auto"])
+def test_the_copy_of_the_weights_is_chosen(weights_copy: str, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+
+    def remembered(*given: Any, open_onnx: Any = runtime_choice.open_onnx, **more: Any) -> Any:
+        opened.append(more["weights_copy"])
+        return open_onnx(*given, **more)
+
+    monkeypatch.setattr(runtime_choice, "open_onnx", remembered)
+    assert generated(bundle, "--prompt", "12", "--max-new-tokens", "3", "--weights-copy", weights_copy)
+    assert opened == [weights_copy]
+
+
 def test_drafts_are_counted(bundle: Path) -> None:
     static = bundle.parent / "drafted"
     options = ("--no-quantize", "--dtype", "float32", "--kv-cache", "static", "--capacity", "64")
