@@ -22,9 +22,9 @@ import numpy as np
 from spike_export.artifacts.manifest import load_manifest
 from spike_export.engines.onnx_runtime import generation_graph
 from spike_export.engines.onnx_runtime.attention_kernels import scores_in_rows
-from spike_export.engines.onnx_runtime.decoding import PREFILL_CHUNK
 from spike_export.engines.onnx_runtime.generation_graph import GenerationGraph
 from spike_export.engines.onnx_runtime.lowering import packed_products
+from spike_export.engines.onnx_runtime.prefill_chunk import LARGEST
 from spike_export.engines.onnx_runtime.sequences import StaticSequences
 from spike_export.engines.onnx_runtime.session import BundleSession, name_weights, session_options
 
@@ -103,9 +103,9 @@ def play(
         for times, batch in batches[:: 1 - row % 2 * 2]:
             assert isinstance(batch, StaticSequences), "a bundle with a static cache"
             start = clock()
-            batch.admit(row, prompt[:PREFILL_CHUNK])
-            for place in range(PREFILL_CHUNK, length, PREFILL_CHUNK):
-                batch.extend(row, prompt[place : place + PREFILL_CHUNK])
+            batch.admit(row, prompt[:LARGEST])
+            for place in range(LARGEST, length, LARGEST):
+                batch.extend(row, prompt[place : place + LARGEST])
             times.prefills.append(clock() - start)
     for step in range(steps):
         tokens = random.integers(0, vocab, (rows, 1))

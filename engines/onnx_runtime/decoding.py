@@ -8,28 +8,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spike_export.artifacts.errors import EngineError
-from spike_export.artifacts.manifest import Manifest
 from spike_export.engines.generation.decoding import DecodedStep, require_finite
 from spike_export.engines.generation.draft_length import DraftLength
 from spike_export.engines.generation.options import GenerationOptions
 from spike_export.engines.generation.prompt_lookup import PromptLookup
 from spike_export.engines.generation.sampling import Sampler, seen_tokens
 from spike_export.engines.generation.slots import Slots
+from spike_export.engines.onnx_runtime.prefill_chunk import prefill_chunk
 from spike_export.engines.onnx_runtime.sequences import StaticSequences
 from spike_export.engines.onnx_runtime.session import BundleSession
 from spike_export.engines.onnx_runtime.slots import open_slots
-
-PREFILL_CHUNK = 256
-"""Most tokens of a prompt in one call over a static cache. Attention computes the scores of a whole call, then hides
-those behind each token: 1,024 tokens in four calls take five eighths of the scores of one call.
-
-Over a dynamic cache a prompt is read in one call, because some ropes rotate it by its whole length.
-"""
-
-SCORES_BYTES = 1 << 27
-"""Most memory of a call's scores, float32, unless a call of `LEAST_CHUNK` tokens takes more."""
-
-LEAST_CHUNK = 32
 
 
 @dataclass(frozen=True)
@@ -136,13 +124,6 @@ def require_context(prompts: Sequence[NDArray[np.int64]], options: GenerationOpt
                 f"prompt {row} has {len(prompt)} tokens and max_new_tokens is {options.max_new_tokens}, but a sequence "
                 f"has room for {context}; ask for at most {room} new ones"
             )
-
-
-def prefill_chunk(manifest: Manifest) -> int:
-    """Return how many tokens of a prompt one call over a static cache reads: it bounds the memory of the scores."""
-    assert manifest.capacity is not None, "a static cache has a capacity"
-    scores = 4 * manifest.num_attention_heads * (manifest.prefix_length + manifest.capacity)
-    return min(PREFILL_CHUNK, max(LEAST_CHUNK, SCORES_BYTES // scores))
 
 
 def _read_prompt(sequences: StaticSequences, row: int, prompt: NDArray[np.int64]) -> NDArray[np.float32]:

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spike_export.engines.generation.slots import BLOCK, KeyValues, Slots
+from spike_export.engines.onnx_runtime.prefill_chunk import prefill_chunk
 from spike_export.engines.onnx_runtime.sequences import Sequences, StaticSequences
 from spike_export.engines.onnx_runtime.session import BundleSession
 
@@ -18,7 +19,7 @@ def open_slots(session: BundleSession, rows: int) -> Slots:
     """Return `rows` rows over a session that `open_for_generation` opened."""
     sequences = session.begin(rows)
     if isinstance(sequences, StaticSequences):
-        return StaticSlots(sequences)
+        return StaticSlots(sequences, min(PART, prefill_chunk(session.manifest)))
     return GrowingSlots(session, rows)
 
 

@@ -20,8 +20,7 @@ from spike_export.artifacts.errors import EngineError
 from spike_export.artifacts.manifest import GRAPH_FILE, LogitsScope, load_manifest
 from spike_export.engines.generation.decoding import DecodedStep
 from spike_export.engines.generation.options import GenerationOptions
-from spike_export.engines.onnx_runtime import decoding as onnx_decoding
-from spike_export.engines.onnx_runtime import sequences
+from spike_export.engines.onnx_runtime import prefill_chunk, sequences
 from spike_export.engines.onnx_runtime.decoding import OnnxDecoding
 from spike_export.engines.onnx_runtime.generation_graph import generation_graph
 from spike_export.engines.onnx_runtime.sequences import LOWERED_BUCKETS, StaticSequences
@@ -43,7 +42,7 @@ def small_steps() -> Iterator[None]:
     """Buffers that grow, and prompts that are cut, within a few tokens."""
     patch = pytest.MonkeyPatch()
     patch.setattr(sequences, "BUCKET", BUCKET)
-    patch.setattr(onnx_decoding, "PREFILL_CHUNK", CHUNK)
+    patch.setattr(prefill_chunk, "LARGEST", CHUNK)
     yield
     patch.undo()
 
