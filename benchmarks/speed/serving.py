@@ -7,7 +7,7 @@ in turns, so that what else the machine does falls on all of them.
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
@@ -54,8 +54,17 @@ def server(text: str, *, chat: bool) -> Server:
     return Server(name, url, chat)
 
 
-def throughput(servers: Sequence[Server], streams: Sequence[int], requests: int, seed: int) -> None:
-    """Ask every server with each number of streams, the servers in turns."""
+def turns(servers: Sequence[Server], repeats: int) -> Iterator[tuple[int, Server]]:
+    """Yield the servers `repeats` times, with the number of the turn; every other time the last one is the first.
+
+    Prompts differ from turn to turn, so that no server has read one before.
+    """
+    for turn in range(repeats):
+        yield from ((turn, each) for each in servers[:: 1 - turn % 2 * 2])
+
+
+def throughput(servers: Sequence[Server], streams: Sequence[int], requests: int, repeats: int, seed: int) -> None:
+    """Ask every server with each number of streams, and keep the turn with the median rate."""
     for number in streams:
         load = Load(
             requests=max(requests, 2 * number),
@@ -63,40 +72,57 @@ def throughput(servers: Sequence[Server], streams: Sequence[int], requests: int,
             prompt_words=_PROMPT_WORDS,
             new_tokens=_NEW_TOKENS,
             spread=_SPREAD,
-            seed=seed + number,
         )
+        figures: dict[str, list[dict[str, Any]]] = {each.name: [] for each in servers}
+        for turn, each in turns(servers, repeats):
+            asked = replace(load, seed=seed + number + 1000 * (turn + 1))
+            figures[each.name].append(each.asked(asked).as_json())
         for each in servers:
-            figures = each.asked(load).as_json()
-            each.found[f"{number} streams"] = figures
-            print(f"{each.name:24} {number:3} streams: {figures['tokens_per_second']:7.1f} tokens/s", flush=True)
+            rates = [one["tokens_per_second"] for one in figures[each.name]]
+            each.found[f"{number} streams"] = sorted(figures[each.name], key=lambda one: one["tokens_per_second"])[
+                len(rates) // 2
+            ]
+            spread = f"{min(rates):.0f} to {max(rates):.0f}"
+            print(f"{each.name:24} {number:3} streams: {median(rates):6.1f} tokens/s ({spread})", flush=True)
 
 
 def first_token(servers: Sequence[Server], repeats: int, seed: int) -> None:
     """Measure the time to the first token of a long prompt, and of a second prompt that shares its beginning."""
+    times: dict[str, list[float]] = {each.name: [] for each in servers}
+    ratios: dict[str, list[float]] = {each.name: [] for each in servers}
+    for turn, each in turns(servers, repeats):
+        long = Load(requests=1, concurrency=1, prompt_words=_LONG_WORDS, new_tokens=1, seed=seed + 100 + turn)
+        times[each.name] += [one.first for one in each.asked(long).requests]
+        shared = Load(
+            requests=2, concurrency=1, prompt_words=8, shared_words=_SHARED_WORDS, new_tokens=1, seed=seed + 200 + turn
+        )
+        first, second = each.asked(shared).requests
+        ratios[each.name].append(second.first / first.first)
     for each in servers:
-        long = Load(requests=repeats, concurrency=1, prompt_words=_LONG_WORDS, new_tokens=1, seed=seed)
-        each.found["first token, long prompt"] = median(one.first for one in each.asked(long).requests)
-        ratios = []
-        for number in range(1, repeats + 1):
-            shared = Load(
-                requests=2, concurrency=1, prompt_words=8, shared_words=_SHARED_WORDS, new_tokens=1, seed=seed + number
-            )
-            first, second = each.asked(shared).requests
-            ratios.append(second.first / first.first)
-        each.found["second of a shared prompt over the first"] = median(ratios)
+        found, ratio = times[each.name], median(ratios[each.name])
+        each.found["first token, long prompt"] = median(found)
+        each.found["second of a shared prompt over the first"] = ratio
         print(
-            f"{each.name:24} first token of {_LONG_WORDS} words: {each.found['first token, long prompt']:.3f} s; "
-            f"second request of a shared prompt: {median(ratios):.2f} of the first's",
+            f"{each.name:24} first token of {_LONG_WORDS} words: {median(found):.3f} s ({min(found):.3f} to "
+            f"{max(found):.3f}); second request of a shared prompt: {ratio:.2f} of the first's",
             flush=True,
         )
 
 
-def decoding(servers: Sequence[Server], requests: int, seed: int) -> None:
+def decoding(servers: Sequence[Server], repeats: int, seed: int) -> None:
     """Measure the time of a token of a single stream."""
+    times: dict[str, list[float]] = {each.name: [] for each in servers}
+    for turn, each in turns(servers, repeats):
+        load = Load(requests=1, concurrency=1, prompt_words=16, new_tokens=_NEW_TOKENS, seed=seed + turn)
+        times[each.name].append(each.asked(load).as_json()["time_per_token"]["p50"])
     for each in servers:
-        load = Load(requests=requests, concurrency=1, prompt_words=16, new_tokens=_NEW_TOKENS, seed=seed)
-        each.found["time per token"] = each.asked(load).as_json()["time_per_token"]["p50"]
-        print(f"{each.name:24} one stream: {each.found['time per token'] * 1e3:.1f} ms a token", flush=True)
+        found = times[each.name]
+        each.found["time per token"] = median(found)
+        print(
+            f"{each.name:24} one stream: {median(found) * 1e3:.1f} ms a token ({min(found) * 1e3:.1f} to "
+            f"{max(found) * 1e3:.1f})",
+            flush=True,
+        )
 
 
 def main() -> None:
@@ -110,7 +136,7 @@ def main() -> None:
     )
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 4, 8, 16])
     parser.add_argument("--requests", type=int, default=16, help="for each number of streams; twice as many at least")
-    parser.add_argument("--repeats", type=int, default=3, help="of the times to the first token")
+    parser.add_argument("--repeats", type=int, default=3, help="turns of each server, of which the median counts")
     parser.add_argument(
         "--seed",
         type=int,
@@ -126,7 +152,7 @@ def main() -> None:
             each.asked(Load(requests=1, concurrency=1, prompt_words=8, new_tokens=4, seed=given.seed - 1))  # warm
         decoding(servers, given.repeats, given.seed)
         first_token(servers, given.repeats, given.seed)
-        throughput(servers, given.streams, given.requests, given.seed)
+        throughput(servers, given.streams, given.requests, given.repeats, given.seed)
     except EngineError as error:
         raise SystemExit(one_line(error)) from error
     if given.json:
