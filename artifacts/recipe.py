@@ -64,6 +64,16 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False), AfterValidato
 ModuleName = Annotated[str, Field(pattern=r"^model\.layers\.[0-9]{1,6}\.[A-Za-z0-9_.]+$")]
 """HF's name of a part of a decoder layer, such as `model.layers.11.mlp.down_proj`."""
 
+
+def _a_power_of_two(block: int) -> int:
+    if block & (block - 1):
+        raise ValueError(f"block is {block}; expected a power of two such as 64")
+    return block
+
+
+HadamardBlock = Annotated[int, Field(gt=1, le=4096), AfterValidator(_a_power_of_two)]
+"""Channels that a Hadamard transform mixes with one another; a block divides the channels of its input."""
+
 Criterion = Literal["ratio", "noise"]
 """What decides which modules stay in 16 bit: the max-median ratio, as in the paper, or the estimated noise."""
 
@@ -243,19 +253,9 @@ class RotationPlan(_Document):
 
 
 class HadamardPlan(_Document):
-    """A Hadamard transform of what every `down_proj` reads, which the graph computes at run time.
+    """A Hadamard transform of what every `down_proj` reads, which the graph computes at run time."""
 
-    Attributes:
-        block: Channels that are transformed together, a power of two that divides the input's channels.
-    """
-
-    block: int = Field(gt=1, le=4096)
-
-    @model_validator(mode="after")
-    def _a_power_of_two(self) -> "HadamardPlan":
-        if self.block & (self.block - 1):
-            raise ValueError(f"block is {self.block}; expected a power of two such as 64")
-        return self
+    block: HadamardBlock
 
     def __str__(self) -> str:
         """Where it is and how large its blocks are."""
@@ -412,8 +412,9 @@ class Recipe(_Document):
 
     `modules` is keyed by HF module name. Modules that share an input share its kind and its scale bit for bit, because
     TensorRT merges their products only then. `attention` and `kv_cache` are keyed by HF name of the attention block,
-    `smoothing` by the representative module of the input. Rotation, Hadamard transform and smoothing leave the
-    unquantized model's function as it is; ratios and scales are those of the transformed model. `head_smoothing` scales
+    `smoothing` by the representative module of the input, `value_rotation` by the `o_proj` behind the value heads that
+    a Hadamard transform rotates. Rotations, Hadamard transform and smoothing leave the unquantized model's function as
+    it is; ratios and scales are those of the transformed model. `head_smoothing` scales
     the channels of the final norm's output for a head that rounds its tokens; with another `scheme.head` nothing reads
     it.
     """
@@ -431,6 +432,7 @@ class Recipe(_Document):
     rotation: RotationPlan | None = None
     hadamard: HadamardPlan | None = None
     smoothing: Mapping[ModuleName, SmoothingPlan] = Field(default_factory=dict)
+    value_rotation: Mapping[ModuleName, HadamardBlock] = Field(default_factory=dict)
     head_smoothing: SmoothingPlan | None = None
     search: Search = Search()
 

@@ -62,6 +62,7 @@ def build_recipe(
         rotation=transform.rotation,
         hadamard=transform.hadamard,
         smoothing=transform.smoothing,
+        value_rotation=transform.value_rotation,
         head_smoothing=head.plan,
         search=search.model_copy(update={"head": head.candidates}),
     )

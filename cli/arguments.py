@@ -104,6 +104,10 @@ class QuantizationArguments:
     """Hadamard transform of down_proj's inputs at run time, which spreads their largest channels: take it if it saves a
     tenth of the divergence on held-out text (auto), always or never. Formats for other engines cannot express it."""
 
+    value_rotation: Literal["auto", "never"] = "auto"
+    """Rotate attention's value heads in the weights, which costs nothing at run time: in the layers where o_proj is
+    more accurate with it (auto), or never."""
+
     weights: Literal["int8-per-channel", "int8-per-tensor"] = "int8-per-channel"
     "Scales of INT8 weights."
 

@@ -150,6 +150,7 @@ def _words(recipe: Recipe) -> Iterator[tuple[str, str]]:
     yield "hadamard", str(recipe.hadamard or NONE)
     forms = sorted({f"{plan.form} {plan.parameter:g}" for plan in recipe.smoothing.values()})
     yield "smoothing", f"{len(recipe.smoothing)} inputs: {', '.join(forms)}" if forms else NONE
+    yield "value rotation", f"{len(recipe.value_rotation)} layers" if recipe.value_rotation else NONE
     yield "smoothing of the head", NONE if recipe.head_smoothing is None else f"{recipe.head_smoothing.parameter:g}"
     yield "modules kept", str(len(recipe.kept()))
 

@@ -105,6 +105,7 @@ def _headlines(recipe: Recipe) -> list[tuple[str, str]]:
         ("rotation", f"{recipe.rotation.kind}, seed {recipe.rotation.seed}" if recipe.rotation else "none"),
         ("hadamard", str(recipe.hadamard or "none")),
         ("smoothing", f"{len(recipe.smoothing)} inputs"),
+        ("value rotation", f"{len(recipe.value_rotation)} layers"),
     ]
     plain, behind = recipe.search.plain_reference_perplexity, recipe.search.reference_perplexity
     searched = f"{decimals(plain)}, behind the prefix {decimals(behind)}" if behind is not None else "not measured"

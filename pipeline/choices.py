@@ -11,7 +11,12 @@ from pydantic import TypeAdapter
 from spike_export.artifacts.atomic_write import write_text
 from spike_export.artifacts.documents import read_document
 from spike_export.artifacts.errors import ArtifactError, RecipeError
-from spike_export.calibration.decoder.equivalent_weights import fitting_block, rotation_obstacle, stored_scales
+from spike_export.calibration.decoder.equivalent_weights import (
+    fitting_block,
+    fitting_value_blocks,
+    rotation_obstacle,
+    stored_scales,
+)
 from spike_export.calibration.methods.prefix_choice import PrefixChoice
 from spike_export.calibration.methods.transform_choice import TransformChoice
 from spike_export.checkpoint.decoder_config import DecoderConfig
@@ -60,6 +65,7 @@ def load_transforms(path: Path, config: DecoderConfig) -> TransformChoice:
         stored_scales(config, transform.smoothing)
         if transform.hadamard is not None:
             fitting_block(transform.hadamard, config)
+        fitting_value_blocks(transform.value_rotation, config)
         rotation = transform.rotation
         if rotation is not None and (rotation.seed < 0 or rotation_obstacle(config)):
             raise ValueError(f"rotation {rotation.kind} with seed {rotation.seed}")

@@ -385,9 +385,8 @@ class Pipeline:
 
     def _prefix(self, plain: SpikeStatistics) -> PrefixChoice:
         path = self.run.path / "prefix.json"
-        options = asdict(
-            replace(_with_every_module_quantized(self.job.calibration), rotation="never", hadamard="never")
-        )
+        chosen = _with_every_module_quantized(self.job.calibration)
+        options = asdict(replace(chosen, rotation="never", hadamard="never", value_rotation="never"))
 
         def work(progress: Progress) -> None:
             save_prefixes(choose_prefix(self.calibration, plain, progress), path)
@@ -497,6 +496,7 @@ class Pipeline:
             ("rotation", recipe.rotation),
             ("Hadamard", recipe.hadamard),
             ("smoothing", recipe.smoothing),
+            ("value rotation", recipe.value_rotation),
             (scheme.activation_range, ranged),
             ("per-token inputs", mixed),
         )

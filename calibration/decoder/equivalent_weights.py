@@ -1,18 +1,21 @@
 """The checkpoint of an equivalent model: rotated and smoothed weights, made from the stored ones as they are read.
 
 The unquantized function is unchanged. With x a row of the residual stream, g a norm's gain, R the rotation, s the
-scales of an input and H the Hadamard transform (its own inverse) that `down_proj`'s input passes at run time:
+scales of an input and H a Hadamard transform (its own inverse), which `down_proj`'s input passes at run time and which
+the values pass through attention, because attention sums each channel over the tokens:
     embedding E -> E R;   o_proj, down_proj (write the stream): W -> R^T W, b -> R^T b
     readers of a norm: W -> W diag(g) R, and the norm's gain -> 1   (with a rotation)
     readers of a smoothed input: W -> W diag(s);   its norm: g -> g / s;   its producing rows: W -> diag(1 / s) W
     down_proj behind a Hadamard transform: W -> W diag(s) H
+    rotated value heads: o_proj W -> W diag(s) H, v_proj's rows W -> H diag(1 / s) W, b -> H diag(1 / s) b
     head H -> H diag(g of the final norm) R, no longer tied to the embedding
 """
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -20,7 +23,7 @@ from numpy.typing import NDArray
 
 from spike_export.artifacts.errors import RecipeError
 from spike_export.artifacts.recipe import HadamardPlan, Recipe, RotationPlan, SmoothingPlan
-from spike_export.calibration.decoder.hadamard import transform_columns
+from spike_export.calibration.decoder.hadamard import transform_columns, transform_rows
 from spike_export.calibration.decoder.rotation import rotation_matrix
 from spike_export.calibration.decoder.smoothing import is_per_value_head, plan_scales, repeated_for_group
 from spike_export.checkpoint.checkpoint import EMBEDDING, LM_HEAD, Checkpoint
@@ -46,7 +49,7 @@ def recipe_checkpoint(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
     Raises:
         RecipeError: A transformation of the recipe does not fit the model.
     """
-    return equivalent_checkpoint(checkpoint, recipe.rotation, recipe.smoothing, recipe.hadamard)
+    return equivalent_checkpoint(checkpoint, recipe.rotation, recipe.smoothing, recipe.hadamard, recipe.value_rotation)
 
 
 def equivalent_checkpoint(
@@ -54,15 +57,17 @@ def equivalent_checkpoint(
     rotation: RotationPlan | None,
     smoothing: Mapping[str, SmoothingPlan],
     hadamard: HadamardPlan | None = None,
+    value_rotation: Mapping[str, int] = MappingProxyType({}),
 ) -> Checkpoint:
     """Return the rotated and smoothed model; the checkpoint itself where there is nothing to do.
 
     Its tensors' hash stays the stored files', to which recipes refer.
 
     Raises:
-        RecipeError: The family cannot be rotated, or a smoothing plan or the Hadamard transform does not fit the model.
+        RecipeError: The family cannot be rotated, or a smoothing plan, the Hadamard transform or the rotation of the
+            value heads does not fit the model.
     """
-    if rotation is None and not smoothing and hadamard is None:
+    if rotation is None and not smoothing and hadamard is None and not value_rotation:
         return checkpoint
     config = checkpoint.config
     obstacle = rotation_obstacle(config) if rotation else None
@@ -70,7 +75,8 @@ def equivalent_checkpoint(
         raise RecipeError(f"rotation: {config.family.model_type} cannot be rotated: {obstacle}; remove it")
     matrix = _matrix(rotation, config.hidden_size) if rotation else None
     block = None if hadamard is None else fitting_block(hadamard, config)
-    tensors = EquivalentTensors(checkpoint, matrix, stored_scales(config, smoothing), block)
+    values = fitting_value_blocks(value_rotation, config)
+    tensors = EquivalentTensors(checkpoint, matrix, stored_scales(config, smoothing), block, values)
     config = replace(config, hadamard_block=block)
     if rotation and config.tie_word_embeddings:
         config = replace(config, tie_word_embeddings=False, hf={**config.hf, "tie_word_embeddings": False})
@@ -89,6 +95,25 @@ def fitting_block(plan: HadamardPlan, config: DecoderConfig) -> int:
             "give another power of two, or remove it"
         )
     return plan.block
+
+
+def fitting_value_blocks(value_rotation: Mapping[str, int], config: DecoderConfig) -> Mapping[str, int]:
+    """Return the rotations of value heads as they are given: attention's output → channels of a block.
+
+    Raises:
+        RecipeError: Blocks of this size do not fill a head, or an input is not attention's output.
+    """
+    outputs = {site.representative for site in input_sites(config) if is_per_value_head(site)}
+    for name, block in value_rotation.items():
+        layer, inner = split_name(name)
+        if inner not in outputs or not 0 <= layer < config.num_hidden_layers:
+            raise RecipeError(f"value_rotation of {name}: no o_proj of this decoder has that name; remove the entry")
+        if config.head_dim % block:
+            raise RecipeError(
+                f"value_rotation of {name}: block {block} does not divide the {config.head_dim} channels of a head; "
+                "give another power of two, or remove the entry"
+            )
+    return value_rotation
 
 
 def _matrix(rotation: RotationPlan, width: int) -> Floats:
@@ -152,12 +177,14 @@ class EquivalentTensors:
         rotation: [hidden, hidden] float32, or None.
         scales: Representative module → scales [channels] (for `o_proj`: of the value heads).
         hadamard: Channels of a block of the Hadamard transform in front of `down_proj`; None without one.
+        values: `o_proj` → channels of a block of the rotation of the value heads in front of it.
     """
 
     original: Checkpoint
     rotation: Floats | None
     scales: Mapping[str, Floats]
     hadamard: int | None = None
+    values: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -249,11 +276,17 @@ class EquivalentTensors:
 
     def _scaling(self, layer: int, module: str, kind: str, height: int) -> "_Scaling | None":
         """Return how a linear's tensor of so many rows changes without the rotation; None where it does not."""
-        produced = self._producers.get(module)
+        produced, name = self._producers.get(module), f"model.layers.{layer}.{module}"
         columns = self._column_scales(layer, self._readers[module]) if kind == "weight" else None
-        rows = self.scales.get(f"model.layers.{layer}.{produced.representative}") if produced is not None else None
-        block = self.hadamard if kind == "weight" and is_down_projection(module) else None
-        return None if columns is None and rows is None and block is None else _Scaling(columns, rows, height, block)
+        column_block = self.hadamard if is_down_projection(module) else self.values.get(name)
+        rows, row_block = None, None
+        if produced is not None:
+            read_by = f"model.layers.{layer}.{produced.representative}"
+            rows, row_block = self.scales.get(read_by), self.values.get(read_by)
+            if row_block is not None and rows is None:
+                rows = np.ones(_width(self.original.config, produced), np.float32)
+        scaling = _Scaling(columns, rows, height, column_block if kind == "weight" else None, row_block)
+        return scaling if scaling.changes else None
 
     def _column_scales(self, layer: int, site: InputSite) -> Floats | None:
         if site.behind_norm:
@@ -274,39 +307,51 @@ class EquivalentTensors:
         scaling = None
         if module in self._readers:
             scaling = self._scaling(layer, module, kind, self.original.stored_shape(name)[0])
+        if scaling is not None and scaling.row_block is not None:
+            yield array_reader(self.read(name))  # rows of a block are mixed with one another
+            return
         with self.original.block_reader(name) as read:
             yield read if scaling is None else scaling.reader(read)
 
 
 @dataclass(frozen=True)
 class _Scaling:
-    """How scales and the Hadamard transform change a linear's tensor.
+    """How scales and Hadamard transforms change a linear's tensor.
 
     Attributes:
         columns: What its columns are multiplied with, or None.
         rows: What its last rows are divided by, or None. Fused projections produce with their last rows: v of q, k, v,
             and up of gate, up.
         height: How many rows the tensor has.
-        block: Channels of a block of the Hadamard transform that its columns take up, or None.
+        column_block: Channels of a block of the Hadamard transform that its columns take up, or None.
+        row_block: Rows of a block of the transform that its last rows pass behind `rows`, or None.
     """
 
     columns: Floats | None
     rows: Floats | None
     height: int
-    block: int | None
+    column_block: int | None
+    row_block: int | None
+
+    @property
+    def changes(self) -> bool:
+        """Whether anything is done."""
+        return self.columns is not None or self.rows is not None or self.column_block is not None
 
     def apply(self, rows: slice, values: Floats) -> None:
-        """Change these rows of the tensor, in place."""
+        """Change these rows of the tensor, in place; all of them where rows are mixed."""
         if self.columns is not None:
             values *= self.columns
-        if self.block is not None:
-            transform_columns(values, self.block)
+        if self.column_block is not None:
+            transform_columns(values, self.column_block)
         if self.rows is not None:
             first = self.height - len(self.rows)
             start = max(rows.start, first)
             if start < rows.stop:
                 divisors = self.rows[start - first : rows.stop - first]
                 values[start - rows.start :] /= divisors.reshape(-1, *[1] * (values.ndim - 1))
+            if self.row_block is not None:
+                transform_rows(values[first:], self.row_block)
 
     def reader(self, read: BlockReader) -> BlockReader:
         """Return what reads the changed rows, rounded once, to the precision that is asked for."""

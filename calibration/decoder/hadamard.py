@@ -1,9 +1,10 @@
-"""The Hadamard transform of what `down_proj` reads: blocks of channels, each multiplied by one orthogonal matrix.
+"""Hadamard transforms of what `down_proj` and `o_proj` read: blocks of channels, multiplied by one orthogonal matrix.
 
-The input of `down_proj` is a product of two activations, whose few largest channels take the whole range of an INT8
-scale. The transform spreads each of them over the channels of its block. No weight in front can take it up, because
-the product stands between; the columns of `down_proj` take up its inverse, which is the same matrix.
-Source: QuaRot (arXiv 2404.00456), "online Hadamard transform"; in blocks, so that it costs little.
+A few large channels take the whole range of an INT8 scale. The transform spreads each of them over the channels of its
+block, and the columns of the linear that reads them take up its inverse, which is the same matrix. The input of
+`down_proj` is a product of two activations: no weight in front can take the transform up, and it is computed at run
+time. Attention sums the channels of a value head over the tokens: there `v_proj` takes it up, and it costs nothing.
+Source: QuaRot (arXiv 2404.00456), the "online Hadamard transform" and the transform of values; in blocks.
 """
 
 from functools import lru_cache
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spike_export.artifacts.recipe import HadamardPlan
+from spike_export.checkpoint.decoder_config import DecoderConfig
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +32,15 @@ def hadamard_plan(channels: int) -> HadamardPlan | None:
     return HadamardPlan(block=block) if block > 1 else None
 
 
+def value_block(config: DecoderConfig) -> int | None:
+    """Return the channels of a block that rotates value heads, the largest that a head holds; None for an odd number.
+
+    The weights take it up, so that a large block costs no more than a small one.
+    """
+    block = config.head_dim & -config.head_dim
+    return block if block > 1 else None
+
+
 @lru_cache(maxsize=8)
 def hadamard_matrix(block: int) -> Floats:
     """Return the orthogonal matrix [block, block] of Sylvester's construction; it is symmetric, and its own inverse."""
@@ -45,12 +56,22 @@ def transform_columns(weight: Floats, block: int) -> None:
     By additions in a fixed order (the fast Walsh-Hadamard transform): a product of a library may sum otherwise for
     another number of rows, and the weight's bits would depend on how many are read at a time.
     """
-    values, half = weight, 1
-    while half < block:
-        pairs = values.reshape(-1, block // (2 * half), 2, half)
-        values = np.stack((pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]), axis=2)
+    _transform(weight, block, 1)
+
+
+def transform_rows(weight: Floats, block: int) -> None:
+    """Multiply the matrix by the rows of a weight [out_features, ...], block by block, in place; a bias likewise."""
+    _transform(weight, block, weight[0].size)
+
+
+def _transform(values: Floats, block: int, run: int) -> None:
+    """Transform blocks of so many runs of `run` values that lie one behind the other, in place."""
+    found, half = values, run
+    while half < block * run:
+        pairs = found.reshape(-1, 2, half)
+        found = np.stack((pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]), axis=1)
         half *= 2
-    np.multiply(values.reshape(weight.shape), np.float32(1 / np.sqrt(block)), out=weight)
+    np.multiply(found.reshape(values.shape), np.float32(1 / np.sqrt(block)), out=values)
 
 
 def transform_channels(values: "torch.Tensor", block: int) -> "torch.Tensor":

@@ -74,6 +74,7 @@ class Transform:
         noise: Representative module → estimated noise of its quantization; empty where nothing was searched.
         token_noise: The same with a scale per token.
         hadamard: Of `down_proj`'s inputs, at run time, behind their smoothing.
+        value_rotation: `o_proj` → channels of a block of the rotation of its value heads, behind their smoothing.
     """
 
     rotation: RotationPlan | None = None
@@ -82,6 +83,7 @@ class Transform:
     noise: Mapping[str, float] = field(default_factory=dict)
     token_noise: Mapping[str, float] = field(default_factory=dict)
     hadamard: HadamardPlan | None = None
+    value_rotation: Mapping[str, int] = field(default_factory=dict)
 
     def noise_with(self, per_token: Collection[str]) -> dict[str, float]:
         """Return the noise where the representatives in `per_token` have a scale per token."""
@@ -90,17 +92,22 @@ class Transform:
     @classmethod
     def of(cls, recipe: Recipe) -> "Transform":
         """Return what a recipe does to the weights."""
-        return cls(recipe.rotation, recipe.smoothing, hadamard=recipe.hadamard)
+        return cls(recipe.rotation, recipe.smoothing, hadamard=recipe.hadamard, value_rotation=recipe.value_rotation)
 
     @property
     def of_weights(self) -> "Transform":
         """What is done to the weights alone, without clips and noise."""
-        return Transform(self.rotation, self.smoothing, hadamard=self.hadamard)
+        return Transform(self.rotation, self.smoothing, hadamard=self.hadamard, value_rotation=self.value_rotation)
 
     @property
     def changes_weights(self) -> bool:
         """Whether the weights are others than the checkpoint's."""
-        return self.rotation is not None or self.hadamard is not None or bool(self.smoothing)
+        return self.rotation is not None or self.mixes_channels or bool(self.smoothing)
+
+    @property
+    def mixes_channels(self) -> bool:
+        """Whether a linear reads channels that are mixed with one another: no scales make them of those before."""
+        return self.hadamard is not None or bool(self.value_rotation)
 
 
 NO_TRANSFORM = Transform()
@@ -180,7 +187,7 @@ class Calibration:
         if not self._transformed or self._transformed[0][0] != transform:
             self._transformed.clear()
             collect_and_return_memory()
-            plans = (transform.rotation, transform.smoothing, transform.hadamard)
+            plans = (transform.rotation, transform.smoothing, transform.hadamard, transform.value_rotation)
             changed = equivalent_checkpoint(self.checkpoint, *plans)
             self._transformed.append((transform, self._ready(Decoder(changed, self.execution, self.meter))))
         return self._transformed[0][1]
@@ -437,9 +444,9 @@ class Calibration:
         """Whether a simulation needs the transformed weights themselves: smoothing at the linears' inputs is not all.
 
         Attention's value operand is what v_proj writes, divided by o_proj's scales: smoothing at o_proj's input alone
-        would leave it as it was. A Hadamard transform comes behind the smoothing of the same input.
+        would leave it as it was. Hadamard transforms come behind the smoothing of the same input.
         """
-        return self.options.attention != "unquantized" or transform.hadamard is not None
+        return self.options.attention != "unquantized" or transform.mixes_channels
 
     def _measured_again(self, statistics: SpikeStatistics, transform: Transform) -> SpikeStatistics:
         """Return statistics of the same windows behind the same prefix, of the transformed model."""

@@ -55,6 +55,7 @@ class CalibrationOptions:
         rotation: Whether the residual stream may be rotated: tried, always or never.
         hadamard: Whether `down_proj`'s inputs may pass a Hadamard transform at run time: tried where smoothing is,
             always or never.
+        value_rotation: Whether attention's value heads may be rotated: where it makes less noise, or never.
         alpha: Threshold given by the user; None to choose.
         max_fp16_modules: Number of linears to keep at most, and exactly as many as fit; None to choose.
         max_fp16_share: Largest share of the linears' multiply-accumulates that the automatic choice keeps.
@@ -81,6 +82,7 @@ class CalibrationOptions:
     smoothing: bool = True
     rotation: TransformOption = "never"
     hadamard: TransformOption = "auto"
+    value_rotation: Literal["auto", "never"] = "auto"
     alpha: float | None = None
     max_fp16_modules: int | None = None
     max_fp16_share: float = 0.05

@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from spike_export.artifacts.recipe import QMAX, ActivationKind, ActivationRange, SmoothingPlan, WeightScheme
+from spike_export.artifacts.recipe import (
+    QMAX,
+    SMALLEST_AMAX,
+    ActivationKind,
+    ActivationRange,
+    SmoothingPlan,
+    WeightScheme,
+)
 from spike_export.calibration.decoder.hadamard import transform_channels, transform_columns
 from spike_export.calibration.decoder.routing import routed_positions
 from spike_export.calibration.decoder.simulate import fake_quantize, fake_quantize_tokens
@@ -69,6 +76,7 @@ class TokenChoice:
     smoothing: SmoothingPlan | None
     final: SmoothingPlan | None
     noise: float
+    value_block: int | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +90,8 @@ class SiteChoice:
         noise: Mean over tokens of the squared error that INT8 adds here to the residual stream, relative to the
             stream; estimated to first order.
         tokens: What is best where each token has a scale of its own.
-        transformed: What is best behind a Hadamard transform; None where the input passes none.
+        value_block: Channels of a block of the rotation of the value heads that make the input; None for none.
+        transformed: What is best behind a Hadamard transform at run time; None where the input passes none.
     """
 
     smoothing: SmoothingPlan | None
@@ -90,6 +99,7 @@ class SiteChoice:
     clip: float
     noise: float
     tokens: TokenChoice
+    value_block: int | None = None
     transformed: "SiteChoice | None" = None
 
 
@@ -161,6 +171,8 @@ class SmoothingSearch:
         windows: How many windows pass.
         hadamard: Channels of a block of the Hadamard transform that the inputs of `down_proj` are judged behind, too;
             None to leave that out.
+        value_block: Channels of a block of the rotation of the value heads that competes at the inputs of `o_proj`;
+            None for no rotation.
         parts: The statistics of each kind of text, or of other parts of the calibration, between which margins are
             found; none for no margin.
         layers: Those whose inputs are searched, of all that pass; None for all.
@@ -178,6 +190,7 @@ class SmoothingSearch:
     stride: int
     windows: int = 1
     hadamard: int | None = None
+    value_block: int | None = None
     parts: Sequence[SpikeStatistics] = ()
     layers: slice | None = None
     choices: dict[str, SiteChoice] = field(default_factory=dict)
@@ -269,6 +282,18 @@ class _Plans(NamedTuple):
     def kept(self) -> tuple[SmoothingPlan | None, SmoothingPlan | None]:
         """The two that a choice keeps."""
         return self.compared, self.final
+
+
+def _better(one: SiteChoice, other: SiteChoice) -> SiteChoice:
+    """Return the choice with the least noise for a constant scale, and the one for scales per token."""
+    best = min(one, other, key=lambda choice: choice.noise)
+    return replace(best, tokens=min(one.tokens, other.tokens, key=lambda choice: choice.noise))
+
+
+def _range_of(rows: "torch.Tensor", search: SmoothingSearch) -> float:
+    """Return what a static scale covers of these rows, window by window."""
+    peaks = np.array([float(part.abs().max()) for part in rows.tensor_split(search.windows) if len(part)])
+    return covered_range(peaks, search.activation_range)
 
 
 def _transformed(choices: Mapping[str, SiteChoice]) -> dict[str, SiteChoice]:
@@ -423,13 +448,17 @@ class _Site:
         covered = self._spikes.smoothed_range(scales, search.activation_range)
         clips = self._clips(plans, search)
         found = self._compared(plans, rows, weight, covered, clips, search)
-        if search.hadamard is None or not is_down_projection(self.site.representative):
-            return found
-        rows, weight, _ = self._smoothed(plans.compared, search, search.hadamard)
-        # No statistics tell of channels that are mixed: the range is that of the rows, window by window.
-        peaks = np.array([float(part.abs().max()) for part in rows.tensor_split(search.windows) if len(part)])
-        covered = covered_range(peaks, search.activation_range)
-        return replace(found, transformed=self._compared(plans, rows, weight, covered, clips, search))
+        if search.hadamard is not None and is_down_projection(self.site.representative):
+            mixed, weight, _ = self._smoothed(plans.compared, search, search.hadamard)
+            # No statistics tell of channels that are mixed: the range is that of the rows.
+            covered = _range_of(mixed, search)
+            return replace(found, transformed=self._compared(plans, mixed, weight, covered, clips, search))
+        if search.value_block is not None and is_per_value_head(self.site):
+            mixed, weight, _ = self._smoothed(plans.compared, search, search.value_block)
+            # All tokens of the statistics go beyond the few rows here; those of mixed channels as far as the others.
+            covered *= _range_of(mixed, search) / max(_range_of(rows, search), SMALLEST_AMAX)
+            return _better(found, self._compared(plans, mixed, weight, covered, clips, search, search.value_block))
+        return found
 
     def _clips(self, plans: _Plans, search: SmoothingSearch) -> tuple[float, ...]:
         """Return what a static scale may cover, as multiples of the calibrated range."""
@@ -453,15 +482,16 @@ class _Site:
         covered: float,
         clips: Sequence[float],
         search: SmoothingSearch,
+        value_block: int | None = None,
     ) -> SiteChoice:
-        tokens = TokenChoice(*plans.kept, self._noise(fake_quantize_tokens(rows) @ weight))
+        tokens = TokenChoice(*plans.kept, self._noise(fake_quantize_tokens(rows) @ weight), value_block)
         if search.activations == "per-token":
-            return SiteChoice(*plans.kept, 1.0, tokens.noise, tokens)
+            return SiteChoice(*plans.kept, 1.0, tokens.noise, tokens, value_block)
         best: SiteChoice | None = None
         for clip in clips:
             noise = self._noise(fake_quantize(rows, max(clip * covered, 1e-5) / QMAX) @ weight)
             if best is None or noise < best.noise:
-                best = SiteChoice(*plans.kept, clip, noise, tokens)
+                best = SiteChoice(*plans.kept, clip, noise, tokens, value_block)
             elif noise > 2 * best.noise:
                 break  # narrower scales only saturate more
         assert best is not None

@@ -16,7 +16,7 @@ from spike_export.artifacts.errors import CalibrationError, RecipeError
 from spike_export.artifacts.progress import Progress, silent
 from spike_export.artifacts.recipe import HadamardPlan, RotationPlan, SmoothingPlan, TransformCandidate
 from spike_export.calibration.decoder.equivalent_weights import rotation_obstacle
-from spike_export.calibration.decoder.hadamard import hadamard_plan
+from spike_export.calibration.decoder.hadamard import hadamard_plan, value_block
 from spike_export.calibration.decoder.layerwise import BATCH_TOKENS
 from spike_export.calibration.decoder.perplexity import Score
 from spike_export.calibration.decoder.rotation import rotation_plan
@@ -150,11 +150,13 @@ class _Found:
 
     def compared(self, per_token: Collection[str] = ()) -> Transform:
         """Return the transform for inputs of these kinds, made of the windows that no candidate is judged on."""
-        return self._transform({name: each.smoothing for name, each in self._chosen(per_token).items()})
+        chosen = self._chosen(per_token)
+        return self._transform(chosen, {name: each.smoothing for name, each in chosen.items()})
 
     def final(self, per_token: Collection[str] = ()) -> Transform:
         """Return the same transform, made of all windows."""
-        return self._transform({name: each.final for name, each in self._chosen(per_token).items()})
+        chosen = self._chosen(per_token)
+        return self._transform(chosen, {name: each.final for name, each in chosen.items()})
 
     def _chosen(self, per_token: Collection[str]) -> dict[str, SiteChoice | TokenChoice]:
         return {name: choice.tokens if name in per_token else choice for name, choice in self._sites.items()}
@@ -166,7 +168,9 @@ class _Found:
             return self.choices
         return {name: choice.transformed or choice for name, choice in self.choices.items()}
 
-    def _transform(self, plans: Mapping[str, SmoothingPlan | None]) -> Transform:
+    def _transform(
+        self, chosen: Mapping[str, SiteChoice | TokenChoice], plans: Mapping[str, SmoothingPlan | None]
+    ) -> Transform:
         choices = self._sites
         return Transform(
             self.rotation,
@@ -175,6 +179,7 @@ class _Found:
             noise={name: choice.noise for name, choice in choices.items()},
             token_noise={name: choice.tokens.noise for name, choice in choices.items()},
             hadamard=self.hadamard,
+            value_rotation={name: each.value_block for name, each in chosen.items() if each.value_block is not None},
         )
 
     def score(self, calibration: Calibration, statistics: SpikeStatistics, per_token: tuple[str, ...] = ()) -> Score:
@@ -210,6 +215,7 @@ def _searched(
         stride=SmoothingSearch.stride_of(fed.size),
         windows=len(fed),
         hadamard=None if plan is None else plan.block,
+        value_block=value_block(config) if options.value_rotation == "auto" else None,
         parts=calibration.parts(statistics),
     )
     choices = _choices(calibration, search, fed, rotation, progress)

@@ -143,6 +143,7 @@ def unquantized_recipe(recipe: Recipe) -> Recipe:
         "rotation": None,
         "hadamard": None,
         "smoothing": {},
+        "value_rotation": {},
         "head_smoothing": None,
     }
     return recipe.model_copy(update=changes)

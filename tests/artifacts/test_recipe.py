@@ -93,6 +93,7 @@ def full_recipe() -> Recipe:
         "attention": {ATTENTION: AttentionPlan(query=0.25, key=1 / 3, value=0.5)},
         "rotation": RotationPlan(kind="hadamard", seed=5),
         "smoothing": {UP: SmoothingPlan(form="smoothquant", parameter=0.5, exponents="AAj4")},
+        "value_rotation": {f"{ATTENTION}.o_proj": 64},
     }
     return Recipe.model_validate(recipe().model_dump() | changes)
 
@@ -161,6 +162,10 @@ def test_a_recipe_of_the_first_format_keeps_its_meaning(tmp_path: Path) -> None:
     [
         (lambda d: d["attention"][ATTENTION].pop("key"), f"attention.{ATTENTION}.key: Field required"),
         (lambda d: d["attention"][ATTENTION].update(query=0), f"attention.{ATTENTION}.query: "),
+        (
+            lambda d: d["value_rotation"].update({f"{ATTENTION}.o_proj": 48}),
+            f"value_rotation.{ATTENTION}.o_proj: Value error, block is 48; expected a power of two such as 64",
+        ),
         (lambda d: d["rotation"].update(kind="fourier"), "rotation.kind: Input should be 'hadamard' or 'orthogonal'"),
         (lambda d: d["smoothing"][UP].update(form="x"), f"smoothing.{UP}.form: Input should be 'smoothquant', "),
         (lambda d: d["smoothing"][UP].update(scales=[1]), f"smoothing.{UP}.scales: Extra inputs"),

@@ -66,6 +66,7 @@ class Case:
     attention: bool = False
     equivalent: bool = False
     hadamard: bool = False
+    values: bool = False
     prefix: tuple[int, ...] = ()
     weights: WeightScheme = "int8-per-channel"
     model: Mapping[str, Any] = field(default_factory=dict)
@@ -83,6 +84,7 @@ CASES: Mapping[str, Case] = {
     "attention": Case(attention=True),
     "equivalent-tied": Case(equivalent=True, model={"tie": True}),
     "hadamard": Case(hadamard=True),
+    "values": Case(values=True, model={"biases": True}),
     "hadamard-equivalent-mixed": Case(hadamard=True, equivalent=True, per_token=(DOWN,)),
     "prefix": Case(prefix=PREFIX),
     "all-window": Case(
@@ -91,6 +93,7 @@ CASES: Mapping[str, Case] = {
         attention=True,
         equivalent=True,
         hadamard=True,
+        values=True,
         prefix=PREFIX,
         model={"sliding_window": 6, "tie": True},
     ),
@@ -127,23 +130,23 @@ def measured(checkpoint: Checkpoint, prefix: tuple[int, ...]) -> dict[str, float
 
 
 def recipe_of(case: Case, checkpoint: Checkpoint, dtype: Dtype = "float32") -> Recipe:
-    rotation, smoothing = None, {}
+    rotation, smoothing, layers = None, {}, range(checkpoint.config.num_hidden_layers)
     hadamard = hadamard_plan(checkpoint.config.inner_size) if case.hadamard else None
     if case.equivalent:
         random = np.random.default_rng(7)
-        config = checkpoint.config
         widths = {"self_attn.q_proj": 48, "self_attn.o_proj": 32, "mlp.up_proj": 48, "mlp.down_proj": 80}
         rotation = RotationPlan(kind="hadamard", seed=11)
         smoothing = {
             f"model.layers.{layer}.{name}": smoothing_plan(
                 "smoothquant", 0.5, np.exp2(random.uniform(-2, 2, width)).astype(np.float32)
             )
-            for layer in range(config.num_hidden_layers)
+            for layer in layers
             for name, width in widths.items()
         }
-    equivalent = equivalent_checkpoint(checkpoint, rotation, smoothing, hadamard)
+    values = {f"model.layers.{layer}.self_attn.o_proj": 8 for layer in layers} if case.values else {}
+    equivalent = equivalent_checkpoint(checkpoint, rotation, smoothing, hadamard, values)
     steps = measured(equivalent, case.prefix)
-    blocks = [f"model.layers.{layer}.self_attn" for layer in range(checkpoint.config.num_hidden_layers)]
+    blocks = [f"model.layers.{layer}.self_attn" for layer in layers]
     attention = {
         block: AttentionPlan(query=steps[f"{block}.query"], key=steps[f"{block}.key"], value=steps[f"{block}.value"])
         for block in blocks
@@ -163,6 +166,7 @@ def recipe_of(case: Case, checkpoint: Checkpoint, dtype: Dtype = "float32") -> R
         rotation=rotation,
         hadamard=hadamard,
         smoothing=smoothing,
+        value_rotation=values,
     )
 
 
@@ -214,6 +218,7 @@ PLANTED: Mapping[str, tuple[str, float]] = {
     "equivalent-tied": ("model.layers.1.input_layernorm.weight", 1.01),
     "hadamard": ("hadamard.16", 1.01),
     "hadamard-equivalent-mixed": ("hadamard.16", 1.01),
+    "values": ("model.layers.0.self_attn.o_proj.weight_scale", 1.01),
     "prefix": ("model.layers.0.self_attn.prefix_key", 1.05),
     "all-window": ("model.layers.0.self_attn.value_scale", 1.05),
 }

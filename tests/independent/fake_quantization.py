@@ -33,16 +33,21 @@ def load(path: Path) -> tuple[Any, Any]:
     return model.eval(), AutoTokenizer.from_pretrained(path)
 
 
+def stored_scales(plan: dict[str, Any]) -> torch.Tensor:
+    """Return the scales of a smoothed input as the recipe holds them: 2 ** (k / 8), k in Base64."""
+    k = np.frombuffer(base64.b64decode(plan["exponents"]), np.int8).astype(np.float64)
+    return torch.from_numpy(2.0 ** (k / 8)).float()
+
+
 def channel_scales(recipe: dict[str, Any], channels: dict[str, int]) -> dict[str, torch.Tensor]:
-    """Return for each smoothed linear what the channels of its input are divided by: 2 ** (k / 8), k in Base64.
+    """Return for each smoothed linear what the channels of its input are divided by.
 
     The value heads of attention's output have one scale for all query heads that share them.
     """
     found = {}
     for name, plan in recipe["smoothing"].items():
         layer, _, place = name.partition("self_attn" if "self_attn" in name else "mlp")
-        k = np.frombuffer(base64.b64decode(plan["exponents"]), np.int8).astype(np.float64)
-        scales = torch.from_numpy(2.0 ** (k / 8)).float()
+        scales = stored_scales(plan)
         for reader in READERS[name.removeprefix(layer)]:
             full = layer + reader
             shared = channels[full] // len(scales)
@@ -78,14 +83,28 @@ def transformed(values: torch.Tensor, block: int) -> torch.Tensor:
 
 
 class FakeQuantized(nn.Module):
-    """A linear whose weight, and whose input where the recipe says so, pass through INT8."""
+    """A linear whose weight, and whose input where the recipe says so, pass through INT8.
 
-    def __init__(self, linear: nn.Linear, plan: dict[str, Any], scales: torch.Tensor | None, block: int) -> None:
+    One that makes values for `o_proj` also takes up `values`: what that linear divides its input by, and its block.
+    """
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        plan: dict[str, Any],
+        scales: torch.Tensor | None,
+        block: int,
+        values: tuple[torch.Tensor, int] | None = None,
+    ) -> None:
         """Round the weight, whose columns take up what the input is divided by, and how it is transformed."""
         super().__init__()
+        self.values = values
         self.plan, self.bias, self.whole, self.block = plan, linear.bias, linear.weight, block
         self.scales = torch.ones(linear.in_features) if scales is None else scales
-        self.weight = rounded_weight(transformed(linear.weight.detach() * self.scales, block))
+        weight = transformed(linear.weight.detach() * self.scales, block)
+        if values is not None:
+            weight = transformed((weight / values[0][:, None]).T, values[1]).T
+        self.weight = rounded_weight(weight)
         self.rounds = True
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
@@ -95,7 +114,10 @@ class FakeQuantized(nn.Module):
         values = transformed(values / self.scales, self.block)
         if self.plan["precision"] == "int8":
             values = rounded_input(values, self.plan)
-        return nn.functional.linear(values, self.weight, self.bias)
+        result = nn.functional.linear(values, self.weight)
+        if self.values is not None:
+            result = transformed(result, self.values[1]) * self.values[0]
+        return result if self.bias is None else result + self.bias
 
 
 def quantize(model: Any, recipe: dict[str, Any]) -> list[FakeQuantized]:
@@ -113,8 +135,14 @@ def quantize(model: Any, recipe: dict[str, Any]) -> list[FakeQuantized]:
             continue
         parent, _, leaf = name.rpartition(".")
         place = model.get_submodule(parent)
-        block = recipe["hadamard"]["block"] if recipe.get("hadamard") and leaf == "down_proj" else 1
-        placed.append(FakeQuantized(getattr(place, leaf), plan, scales.get(name), block))
+        rotated = recipe.get("value_rotation", {})
+        block = recipe["hadamard"]["block"] if recipe.get("hadamard") and leaf == "down_proj" else rotated.get(name, 1)
+        linear, output, values = getattr(place, leaf), f"{parent}.o_proj", None
+        if leaf == "v_proj" and output in rotated:
+            smoothed = recipe["smoothing"].get(output)
+            divisors = stored_scales(smoothed) if smoothed else torch.ones(linear.out_features)
+            values = divisors, rotated[output]
+        placed.append(FakeQuantized(linear, plan, scales.get(name), block, values))
         setattr(place, leaf, placed[-1])
     return placed
 

@@ -74,7 +74,8 @@ def test_both_compute_the_same_cost(
 ) -> None:
     recipe = recipe_of(model, prefix)
     if block is not None:
-        recipe = recipe.model_copy(update={"hadamard": HadamardPlan(block=block)})
+        rotated = {f"model.layers.{layer}.self_attn.o_proj": block // 2 for layer in (0, 1)}
+        recipe = recipe.model_copy(update={"hadamard": HadamardPlan(block=block), "value_rotation": rotated})
     judge = Judge(model.checkpoint, {"text": CONTENT})
     ((*_, measured),) = evaluate(judge, {"recipe": recipe}, [AS_CHOSEN])
     found = increase(model, document(recipe, tmp_path))

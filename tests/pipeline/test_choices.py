@@ -16,11 +16,19 @@ from tests.support.tiny.models import tiny_llama
 
 CONFIG = tiny_llama().checkpoint.config
 SITE = "model.layers.0.mlp.up_proj"
+OUTPUT = "model.layers.0.self_attn.o_proj"
 CANDIDATE = PrefixCandidate(token_ids=(1,), text="a", worst_module="m", ratio=3.5, verdict="chosen")
 PREFIXES = PrefixChoice((1, 98), (CANDIDATE,), 40)
 ZEROS = SmoothingPlan(form="smoothquant", parameter=0.5, exponents="A" * 64)  # 48 channels, each scaled by 1
 TRANSFORMS = TransformChoice(
-    Transform(RotationPlan(kind="orthogonal", seed=0), {SITE: ZEROS}, {SITE: 0.9}, {SITE: 0.25}, {SITE: 0.1}),
+    Transform(
+        RotationPlan(kind="orthogonal", seed=0),
+        {SITE: ZEROS},
+        {SITE: 0.9},
+        {SITE: 0.25},
+        {SITE: 0.1},
+        value_rotation={OUTPUT: 16},
+    ),
     (TransformCandidate(name="smoothing", perplexity=12.5, divergence=0.25, verdict="chosen"),),
 )
 
@@ -56,6 +64,9 @@ def test_prefixes_that_no_model_can_be_fed_are_refused(tmp_path: Path, changes: 
         {"smoothing": {"model.layers.7.mlp.up_proj": ZEROS.model_dump()}},
         {"smoothing": {SITE: ZEROS.model_dump() | {"exponents": "AAAA"}}},
         {"rotation": {"kind": "orthogonal", "seed": -1}},
+        {"value_rotation": {SITE: 8}},
+        {"value_rotation": {OUTPUT: 32}},
+        {"value_rotation": {"model.layers.7.self_attn.o_proj": 8}},
         {"clips": {SITE: -1.5}},
         {"clips": {SITE: 0.0}},
         {"noise": {"x": 0.5}, "token_noise": {"x": 0.5}},

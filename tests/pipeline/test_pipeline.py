@@ -171,9 +171,12 @@ def test_force_runs_all_again_to_the_same_bytes(copied: Path) -> None:
         ({"tolerance": 0.0051}, {RECIPE}),
         ({"activation_range": "max"}, {PREFIX, SMOOTHING, AFTER, RECIPE, BUNDLE, CHECK}),
         ({"smoothing": False}, {PREFIX, RECIPE, BUNDLE, CHECK}),  # nothing is searched
-        ({"smoothing": False, "activation_range": "mse"}, {PREFIX, SMOOTHING, RECIPE, BUNDLE, CHECK}),
+        # Value heads are rotated without smoothing too.
+        ({"smoothing": False, "activation_range": "mse"}, {PREFIX, SMOOTHING, AFTER, RECIPE, BUNDLE, CHECK}),
         ({"rotation": "always"}, {SMOOTHING, AFTER, RECIPE, BUNDLE, CHECK}),
         ({"hadamard": "always"}, {SMOOTHING, AFTER, RECIPE, BUNDLE, CHECK}),
+        # No head is rotated in the end: only the candidate with scales per token has one, and is in the recipe.
+        ({"value_rotation": "never"}, {SMOOTHING, RECIPE, BUNDLE, CHECK}),
         ({"activations": "per-token"}, {PREFIX, SMOOTHING, AFTER, RECIPE, BUNDLE, CHECK}),
     ],
 )

@@ -17,7 +17,13 @@ from spike_export.calibration.decoder.equivalent_weights import (
     equivalent_checkpoint,
     rotation_obstacle,
 )
-from spike_export.calibration.decoder.hadamard import hadamard_plan, transform_channels, transform_columns
+from spike_export.calibration.decoder.hadamard import (
+    hadamard_plan,
+    transform_channels,
+    transform_columns,
+    transform_rows,
+    value_block,
+)
 from spike_export.calibration.decoder.layerwise import Decoder, Execution
 from spike_export.calibration.decoder.rotation import rotation_plan
 from spike_export.calibration.decoder.smoothing import plan_scales, smoothing_plan
@@ -29,7 +35,7 @@ from spike_export.checkpoint.hf_directory import SafetensorsSource
 from spike_export.checkpoint.modules import input_sites
 from spike_export.checkpoint.opening import open_checkpoint
 from tests.support.tiny.checkpoints import random_llama, write_hf
-from tests.support.tiny.families import NAMES, tiny_family, tokens
+from tests.support.tiny.families import NAMES, replaced, tiny_family, tokens
 from tests.support.tiny.models import MemoryTensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -76,6 +82,14 @@ def random_smoothing(checkpoint: Checkpoint, seed: int = 0) -> dict[str, Smoothi
     }
 
 
+def value_blocks(checkpoint: Checkpoint) -> dict[str, int]:
+    """Rotate the value heads of all layers but the first."""
+    block = value_block(checkpoint.config)
+    assert block is not None
+    layers = range(1, checkpoint.config.num_hidden_layers)
+    return {f"model.layers.{layer}.self_attn.o_proj": block for layer in layers}
+
+
 def test_which_families_can_be_rotated() -> None:
     configs = {name: tiny_family(name).checkpoint.config for name in NAMES}
     assert tuple(name for name, config in configs.items() if rotation_obstacle(config) is None) == ROTATABLE
@@ -93,18 +107,23 @@ def test_smoothing_leaves_the_logits(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rotation", "hadamard"),
-    [(None, None), (ROTATION, None), (None, HADAMARD)],
-    ids=["smoothed", "rotated", "smoothed and transformed"],
+    ("rotation", "hadamard", "values"),
+    [(None, None, False), (ROTATION, None, False), (None, HADAMARD, False), (None, HADAMARD, True)],
+    ids=["smoothed", "rotated", "smoothed and transformed", "with rotated values"],
 )
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_are_those_of_the_whole_tensor(
-    name: str, rotation: RotationPlan | None, hadamard: HadamardPlan | None, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    rotation: RotationPlan | None,
+    hadamard: HadamardPlan | None,
+    values: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if rotation is not None and name not in ROTATABLE:
         pytest.skip("cannot be rotated")
     original = tiny_family(name).checkpoint
-    changed = equivalent_checkpoint(original, rotation, random_smoothing(original), hadamard)
+    rotated = value_blocks(original) if values else {}
+    changed = equivalent_checkpoint(original, rotation, random_smoothing(original), hadamard, rotated)
     # Rows of 48 and more channels come in fives, so that blocks lie before, in and across a fused projection's rows.
     monkeypatch.setattr(row_blocks, "_BLOCK_ELEMENTS", 5 * 48)
     scaled = 0
@@ -143,6 +162,53 @@ def test_a_hadamard_transform_leaves_the_logits(name: str) -> None:
     assert change(without, expected, (1, 7)) > 0.01
 
 
+@pytest.mark.parametrize("smooth", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_rotated_value_heads_leave_the_logits(name: str, smooth: bool) -> None:
+    original = tiny_family(name).checkpoint
+    rotation = ROTATION if name in ROTATABLE and smooth else None
+    smoothing = random_smoothing(original) if smooth else {}
+    changed = equivalent_checkpoint(original, rotation, smoothing, None, value_blocks(original))
+    assert change(changed, logits(original, (1, 7)), (1, 7)) < TOLERANCE
+    output = "model.layers.{}.self_attn.o_proj.weight"
+    same = [
+        np.array_equal(changed.tensor(output.format(layer)), original.tensor(output.format(layer))) for layer in (0, 1)
+    ]
+    assert same == [not smooth, False]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "phi3"])
+def test_a_value_channel_is_spread_over_its_head(name: str) -> None:
+    """By the root of the block's size, in a projection of its own and in a fused one; its other rows stay."""
+    original = tiny_family(name).checkpoint
+    blocks, wide = value_blocks(original), original.config.num_key_value_heads * original.config.head_dim
+    size = blocks["model.layers.1.self_attn.o_proj"]
+    producer = "model.layers.1.self_attn." + ("qkv_proj" if name == "phi3" else "v_proj")
+    larger = original.tensor(f"{producer}.weight").copy()
+    larger[-wide + 3] *= 1e6
+    spiked = replaced(original, {f"{producer}.weight": larger})
+    changed = equivalent_checkpoint(spiked, None, {}, None, blocks)
+    before, after = (np.abs(each.tensor(f"{producer}.weight")[-wide:]).max(axis=1) for each in (spiked, changed))
+    assert before[3] > 100 * np.median(before[:size])
+    np.testing.assert_allclose(after[:size], before[3] / size**0.5, rtol=1e-3)
+    np.testing.assert_array_equal(
+        changed.tensor(f"{producer}.weight")[:-wide], spiked.tensor(f"{producer}.weight")[:-wide]
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "block", "message"),
+    [
+        ("self_attn.o_proj", 32, r"block 32 does not divide the 16 channels of a head; give another power of two"),
+        ("mlp.down_proj", 8, "no o_proj of this decoder has that name; remove the entry"),
+    ],
+)
+def test_value_blocks_that_do_not_fit_are_refused(name: str, block: int, message: str) -> None:
+    module = f"model.layers.1.{name}"
+    with pytest.raises(RecipeError, match=rf"^value_rotation of {module}: {message}"):
+        equivalent_checkpoint(tiny_family("llama").checkpoint, None, {}, None, {module: block})
+
+
 def test_the_transform_spreads_a_channel_over_its_block() -> None:
     """A spike's magnitude falls by the square root of the block's size."""
     original = tiny_family("llama").checkpoint
@@ -163,9 +229,10 @@ def test_weights_and_activations_are_transformed_by_one_matrix(block: int) -> No
     values = np.random.default_rng(0).standard_normal((5, 128)).astype(np.float32)
     matrix = np.array([[(-1.0) ** bin(row & column).count("1") for column in range(block)] for row in range(block)])
     expected = (values.reshape(-1, block).astype(np.float64) @ matrix / block**0.5).reshape(5, 128)
-    columns = values.copy()
+    columns, rows = values.copy(), values.T.copy()
     transform_columns(columns, block)
-    for found in (columns, transform_channels(torch.from_numpy(values), block).numpy()):
+    transform_rows(rows, block)
+    for found in (columns, rows.T, transform_channels(torch.from_numpy(values), block).numpy()):
         np.testing.assert_allclose(found, expected, atol=64 * 2**-24 * 4)  # as many roundings of values up to 4
 
 

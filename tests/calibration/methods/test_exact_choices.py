@@ -61,6 +61,7 @@ def calibration() -> Calibration:
         (Transform(clips={UP: 0.9}, noise={UP: 1.0}, token_noise={UP: 0.5}), False),
         (Transform(rotation=ROTATED), True),
         (Transform(hadamard=HadamardPlan(block=16)), True),
+        (Transform(value_rotation={UP: 16}), True),
         (Transform(smoothing={UP: SMOOTHED}), True),
     ],
 )

@@ -64,7 +64,7 @@ PREFIX = (0, 7)
 def calibration_of(name: str = "llama", *, outlier: float = 1.0, **options: Any) -> Calibration:
     """A tiny model; one channel of one down_proj's input is `outlier` times larger, its columns as much smaller.
 
-    Without a Hadamard transform, unless the options say otherwise.
+    Without a Hadamard transform, at run time or of the value heads, unless the options say otherwise.
     """
     checkpoint = tiny_family(name).checkpoint
     if outlier != 1:
@@ -75,7 +75,7 @@ def calibration_of(name: str = "llama", *, outlier: float = 1.0, **options: Any)
         checkpoint = replaced(checkpoint, {up: larger, down: smaller})
     content = tokens(rows=18, length=24)
     windows = TokenWindows(content[:12], content[12:])
-    options = {"hadamard": "never", "dtype": "float32", **options}
+    options = {"hadamard": "never", "value_rotation": "never", "dtype": "float32", **options}
     return Calibration(checkpoint, windows, CalibrationOptions(samples=12, length=25, **options))
 
 
@@ -328,6 +328,41 @@ def test_a_hadamard_transform_spreads_an_outlier(name: str) -> None:
     reference = calibration.reference(calibration.search_windows, ())
     found = Score.of(window_scores(Decoder(equivalent), fed, 24, (), (simulation.visit,), reference=reference))
     assert found.divergence < 2 * predicted.divergence
+
+
+def spiked_values() -> Calibration:
+    """One value channel of layer 1 is large, but seldom so: its head's other channels are as good as nothing to it."""
+    calibration = calibration_of(value_rotation="auto", smoothing=False, activation_range="mse")
+    name = "model.layers.1.self_attn.v_proj.weight"
+    larger = calibration.checkpoint.tensor(name).copy()
+    larger[5] *= 30.0
+    return replace(calibration, checkpoint=replaced(calibration.checkpoint, {name: larger}))
+
+
+def test_rotated_value_heads_compete_in_each_layer() -> None:
+    calibration = spiked_values()
+    statistics = calibration.measure(())
+    without = replace(calibration, options=replace(calibration.options, value_rotation="never"))
+    chosen, plain = (choose_transform(each, statistics).transform for each in (calibration, without))
+    output = "model.layers.1.self_attn.o_proj"
+    assert chosen.value_rotation[output] == 16
+    assert plain.value_rotation == {}
+    # Of each layer the better one is taken, and the choice names what is better.
+    assert chosen.noise[output] < plain.noise[output] / 2
+    for name in (name for name in plain.noise if name.endswith("o_proj")):
+        better = chosen.noise[name] < plain.noise[name]
+        assert better == (name in chosen.value_rotation)
+        assert better or chosen.noise[name] == plain.noise[name]
+    rotated, as_it_was = (
+        calibration.predicted(calibration.measure((), each), (), each, measured=True) for each in (chosen, plain)
+    )
+    assert rotated.divergence < as_it_was.divergence
+    # Each kind of scale has its own choice: that of inputs with a scale per token may leave the heads as they are.
+    tokens = choose_transform(
+        replace(calibration, options=replace(calibration.options, activations="per-token")), statistics
+    )
+    assert all(block == 16 for block in tokens.transform.value_rotation.values())
+    assert tokens.transform.noise[output] <= plain.token_noise[output]
 
 
 def test_a_rotation_that_is_demanded_takes_the_norms_place() -> None:
