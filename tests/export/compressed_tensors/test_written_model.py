@@ -16,7 +16,7 @@ from benchmarks.accuracy.compressed_reading import computed_model, config_of, st
 from benchmarks.accuracy.written_checkpoint import perplexity
 from spike_export.artifacts.errors import CheckpointError
 from spike_export.artifacts.recipe import ModulePlan, Prefix, Recipe, RotationPlan, Scheme, SmoothingPlan
-from spike_export.calibration.decoder.equivalent_weights import equivalent_checkpoint
+from spike_export.calibration.decoder.equivalent_weights import equivalent_checkpoint, recipe_checkpoint
 from spike_export.calibration.decoder.layerwise import Decoder
 from spike_export.calibration.decoder.simulate import QuantizedWeights, Simulation
 from spike_export.calibration.decoder.smoothing import smoothing_plan
@@ -49,7 +49,7 @@ def recipe_of(checkpoint: Checkpoint, ids: NDArray[np.int64], prefix: tuple[int,
 
 
 def simulated(checkpoint: Checkpoint, recipe: Recipe, ids: NDArray[np.int64]) -> torch.Tensor:
-    decoder = Decoder(equivalent_checkpoint(checkpoint, recipe.rotation, recipe.smoothing))
+    decoder = Decoder(recipe_checkpoint(checkpoint, recipe))
     simulation = Simulation(recipe.modules, QuantizedWeights(recipe.scheme.weights))
     states = decoder.run(ids, visits=(simulation.visit,))
     return torch.cat([decoder.head().logits(states.get(index)) for index in range(len(states))])
@@ -72,7 +72,7 @@ def test_every_family_is_read_as_the_simulation_computes_it(tmp_path: Path, fami
 
 
 @pytest.mark.parametrize("weights", ["int8-per-tensor", "int8-per-channel"])
-def test_rotation_and_smoothing_are_in_the_weights(tmp_path: Path, weights: Any) -> None:
+def test_rotations_and_smoothing_are_in_the_weights(tmp_path: Path, weights: Any) -> None:
     model, ids = tiny_family("llama", tie_word_embeddings=True), tokens(2, 8)
     rng = np.random.default_rng(0)
     smoothing = {
@@ -81,8 +81,10 @@ def test_rotation_and_smoothing_are_in_the_weights(tmp_path: Path, weights: Any)
         "model.layers.1.mlp.down_proj": _smoothing(rng, 80),
     }
     rotation = RotationPlan(kind="orthogonal", seed=3)
-    folded = equivalent_checkpoint(model.checkpoint, rotation, smoothing)
-    recipe = recipe_of(folded, ids, rotation=rotation, smoothing=smoothing, scheme=Scheme(weights=weights))
+    values = {"model.layers.0.self_attn.o_proj": 16, "model.layers.2.self_attn.o_proj": 4}
+    folded = equivalent_checkpoint(model.checkpoint, rotation, smoothing, None, values)
+    scheme = Scheme(weights=weights)
+    recipe = recipe_of(folded, ids, rotation=rotation, smoothing=smoothing, value_rotation=values, scheme=scheme)
     write_checkpoint(model.checkpoint, recipe, "float32", tmp_path / "out")
     assert_alike(whole_logits(computed_model(tmp_path / "out"), ids), simulated(model.checkpoint, recipe, ids))
     assert config_of(tmp_path / "out")["tie_word_embeddings"] is False
