@@ -414,9 +414,8 @@ class Recipe(_Document):
     TensorRT merges their products only then. `attention` and `kv_cache` are keyed by HF name of the attention block,
     `smoothing` by the representative module of the input, `value_rotation` by the `o_proj` behind the value heads that
     a Hadamard transform rotates. Rotations, Hadamard transform and smoothing leave the unquantized model's function as
-    it is; ratios and scales are those of the transformed model. `head_smoothing` scales
-    the channels of the final norm's output for a head that rounds its tokens; with another `scheme.head` nothing reads
-    it.
+    it is; ratios and scales are those of the transformed model. `head_smoothing` scales the channels of the final
+    norm's output for a head that rounds its tokens; with another `scheme.head` nothing reads it.
     """
 
     format: Literal[2] = 2
