@@ -75,8 +75,8 @@ def equivalent_checkpoint(
         raise RecipeError(f"rotation: {config.family.model_type} cannot be rotated: {obstacle}; remove it")
     matrix = _matrix(rotation, config.hidden_size) if rotation else None
     block = None if hadamard is None else fitting_block(hadamard, config)
-    values = fitting_value_blocks(value_rotation, config)
-    tensors = EquivalentTensors(checkpoint, matrix, stored_scales(config, smoothing), block, values)
+    require_value_blocks(value_rotation, config)
+    tensors = EquivalentTensors(checkpoint, matrix, stored_scales(config, smoothing), block, value_rotation)
     config = replace(config, hadamard_block=block)
     if rotation and config.tie_word_embeddings:
         config = replace(config, tie_word_embeddings=False, hf={**config.hf, "tie_word_embeddings": False})
@@ -97,8 +97,8 @@ def fitting_block(plan: HadamardPlan, config: DecoderConfig) -> int:
     return plan.block
 
 
-def fitting_value_blocks(value_rotation: Mapping[str, int], config: DecoderConfig) -> Mapping[str, int]:
-    """Return the rotations of value heads as they are given: attention's output → channels of a block.
+def require_value_blocks(value_rotation: Mapping[str, int], config: DecoderConfig) -> None:
+    """Refuse rotations of value heads, `o_proj` → channels of a block, that do not fit a model.
 
     Raises:
         RecipeError: Blocks of this size do not fill a head, or an input is not attention's output.
@@ -113,7 +113,6 @@ def fitting_value_blocks(value_rotation: Mapping[str, int], config: DecoderConfi
                 f"value_rotation of {name}: block {block} does not divide the {config.head_dim} channels of a head; "
                 "give another power of two, or remove the entry"
             )
-    return value_rotation
 
 
 def _matrix(rotation: RotationPlan, width: int) -> Floats:

@@ -97,7 +97,7 @@ class Transform:
     @property
     def of_weights(self) -> "Transform":
         """What is done to the weights alone, without clips and noise."""
-        return Transform(self.rotation, self.smoothing, hadamard=self.hadamard, value_rotation=self.value_rotation)
+        return replace(self, clips={}, noise={}, token_noise={})
 
     @property
     def changes_weights(self) -> bool:

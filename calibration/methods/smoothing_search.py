@@ -244,11 +244,9 @@ class SmoothingSearch:
             for plans in self._plans(group, layer, names)
         ]
         best = min(found, key=lambda choices: sum(choice.noise for choice in choices.values()))
-        behind = [_transformed(choices) for choices in found]
         if sum(not is_router(site.representative) for site in group) == 1:
             # Several inputs share the scales of a norm, whatever the kinds of their own scales.
-            best = {name: replace(choice, tokens=_best_tokens(name, found)) for name, choice in best.items()}
-            best = {name: replace(choice, transformed=_best_of(name, behind)) for name, choice in best.items()}
+            best = {name: _best_with_transformed([choices[name] for choices in found]) for name in best}
         self.choices |= best
 
     def _plans(self, group: Sequence[InputSite], layer: "nn.Module", names: Mapping[str, str]) -> "Iterator[_Plans]":
@@ -284,33 +282,22 @@ class _Plans(NamedTuple):
         return self.compared, self.final
 
 
-def _better(one: SiteChoice, other: SiteChoice) -> SiteChoice:
-    """Return the choice with the least noise for a constant scale, and the one for scales per token."""
-    best = min(one, other, key=lambda choice: choice.noise)
-    return replace(best, tokens=min(one.tokens, other.tokens, key=lambda choice: choice.noise))
+def _best(choices: Sequence[SiteChoice]) -> SiteChoice:
+    """Return the choice with the least noise for a constant scale, with the best of those for scales per token."""
+    tokens = min((choice.tokens for choice in choices), key=lambda choice: choice.noise)
+    return replace(min(choices, key=lambda choice: choice.noise), tokens=tokens)
+
+
+def _best_with_transformed(choices: Sequence[SiteChoice]) -> SiteChoice:
+    """Return the same for an input that shares its scales with none: as it is, and behind a transform at run time."""
+    behind = [choice.transformed for choice in choices if choice.transformed is not None]
+    return replace(_best(choices), transformed=_best(behind) if behind else None)
 
 
 def _range_of(rows: "torch.Tensor", search: SmoothingSearch) -> float:
     """Return what a static scale covers of these rows, window by window."""
     peaks = np.array([float(part.abs().max()) for part in rows.tensor_split(search.windows) if len(part)])
     return covered_range(peaks, search.activation_range)
-
-
-def _transformed(choices: Mapping[str, SiteChoice]) -> dict[str, SiteChoice]:
-    return {name: choice.transformed for name, choice in choices.items() if choice.transformed is not None}
-
-
-def _best_of(name: str, found: Sequence[Mapping[str, SiteChoice]]) -> SiteChoice | None:
-    """Return the best of an input's choices, with the best of those for scales per token; None without any."""
-    choices = [each[name] for each in found if name in each]
-    if not choices:
-        return None
-    best = min(choices, key=lambda choice: choice.noise)
-    return replace(best, tokens=_best_tokens(name, found))
-
-
-def _best_tokens(name: str, found: Sequence[Mapping[str, SiteChoice]]) -> TokenChoice:
-    return min((choices[name].tokens for choices in found), key=lambda choice: choice.noise)
 
 
 def _weight(layer: "nn.Module", site: InputSite) -> "torch.Tensor":
@@ -457,7 +444,8 @@ class _Site:
             mixed, weight, _ = self._smoothed(plans.compared, search, search.value_block)
             # All tokens of the statistics go beyond the few rows here; those of mixed channels as far as the others.
             covered *= _range_of(mixed, search) / max(_range_of(rows, search), SMALLEST_AMAX)
-            return _better(found, self._compared(plans, mixed, weight, covered, clips, search, search.value_block))
+            rotated = self._compared(plans, mixed, weight, covered, clips, search, search.value_block)
+            return _best((found, rotated))
         return found
 
     def _clips(self, plans: _Plans, search: SmoothingSearch) -> tuple[float, ...]:

@@ -6,7 +6,7 @@ smoothing has to level the tokens as well as the channels, and stretches the wei
 """
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -150,16 +150,11 @@ class _Found:
 
     def compared(self, per_token: Collection[str] = ()) -> Transform:
         """Return the transform for inputs of these kinds, made of the windows that no candidate is judged on."""
-        chosen = self._chosen(per_token)
-        return self._transform(chosen, {name: each.smoothing for name, each in chosen.items()})
+        return self._transform(per_token, lambda each: each.smoothing)
 
     def final(self, per_token: Collection[str] = ()) -> Transform:
         """Return the same transform, made of all windows."""
-        chosen = self._chosen(per_token)
-        return self._transform(chosen, {name: each.final for name, each in chosen.items()})
-
-    def _chosen(self, per_token: Collection[str]) -> dict[str, SiteChoice | TokenChoice]:
-        return {name: choice.tokens if name in per_token else choice for name, choice in self._sites.items()}
+        return self._transform(per_token, lambda each: each.final)
 
     @property
     def _sites(self) -> Mapping[str, SiteChoice]:
@@ -169,12 +164,13 @@ class _Found:
         return {name: choice.transformed or choice for name, choice in self.choices.items()}
 
     def _transform(
-        self, chosen: Mapping[str, SiteChoice | TokenChoice], plans: Mapping[str, SmoothingPlan | None]
+        self, per_token: Collection[str], plan: Callable[[SiteChoice | TokenChoice], SmoothingPlan | None]
     ) -> Transform:
         choices = self._sites
+        chosen = {name: choice.tokens if name in per_token else choice for name, choice in choices.items()}
         return Transform(
             self.rotation,
-            _once_per_norm(plans),
+            _once_per_norm({name: plan(each) for name, each in chosen.items()}),
             clips={name: choice.clip for name, choice in choices.items()},
             noise={name: choice.noise for name, choice in choices.items()},
             token_noise={name: choice.tokens.noise for name, choice in choices.items()},
