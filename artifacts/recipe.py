@@ -338,7 +338,7 @@ class TransformCandidate(_Document):
 
     Attributes:
         name: `none`, `smoothing`, or the rotation's kind and seed; with `+ Hadamard` where `down_proj`'s inputs are
-            transformed at run time.
+            transformed at run time, and `+ Hadamard at every input` where those of the blocks are too.
         perplexity: On the search windows, with every linear quantized.
         divergence: KL divergence from the unquantized model there, per token in nats; what the choice goes by.
     """
@@ -412,10 +412,12 @@ class Recipe(_Document):
 
     `modules` is keyed by HF module name. Modules that share an input share its kind and its scale bit for bit, because
     TensorRT merges their products only then. `attention` and `kv_cache` are keyed by HF name of the attention block,
-    `smoothing` by the representative module of the input, `value_rotation` by the `o_proj` behind the value heads that
-    a Hadamard transform rotates. Rotations, Hadamard transform and smoothing leave the unquantized model's function as
-    it is; ratios and scales are those of the transformed model. `head_smoothing` scales the channels of the final
-    norm's output for a head that rounds its tokens; with another `scheme.head` nothing reads it.
+    `smoothing` and `input_hadamard` by the representative module of the input, `value_rotation` by the `o_proj` behind
+    the value heads that a Hadamard transform rotates. `input_hadamard` has the inputs of attention and feed-forward
+    blocks that pass a Hadamard transform at run time, with the channels of its blocks. Rotations, Hadamard transforms
+    and smoothing leave the unquantized model's function as it is; ratios and scales are those of the transformed model.
+    `head_smoothing` scales the channels of the final norm's output for a head that rounds its tokens; with another
+    `scheme.head` nothing reads it.
     """
 
     format: Literal[2] = 2
@@ -430,6 +432,7 @@ class Recipe(_Document):
     kv_cache: Mapping[ModuleName, KvCachePlan] = Field(default_factory=dict)
     rotation: RotationPlan | None = None
     hadamard: HadamardPlan | None = None
+    input_hadamard: Mapping[ModuleName, HadamardBlock] = Field(default_factory=dict)
     smoothing: Mapping[ModuleName, SmoothingPlan] = Field(default_factory=dict)
     value_rotation: Mapping[ModuleName, HadamardBlock] = Field(default_factory=dict)
     head_smoothing: SmoothingPlan | None = None
@@ -461,6 +464,13 @@ class Recipe(_Document):
     def kept(self) -> tuple[str, ...]:
         """Names of the linears that are not quantized, routers included."""
         return tuple(name for name, plan in self.modules.items() if plan.number_format is None)
+
+    def hadamard_places(self) -> str:
+        """Where activations pass a Hadamard transform at run time, in words."""
+        places = [str(self.hadamard)] if self.hadamard else []
+        if self.input_hadamard:
+            places.append(f"inputs of attention and feed-forward blocks: {len(self.input_hadamard)}")
+        return ", ".join(places) or "none"
 
     def activations(self) -> str:
         """How the quantized linears' inputs are scaled, in words: all alike, or how many in which way."""

@@ -61,6 +61,7 @@ def build_recipe(
         kv_cache=kv_cache_plans(calibration, transform, ids),
         rotation=transform.rotation,
         hadamard=transform.hadamard,
+        input_hadamard=transform.input_hadamard,
         smoothing=transform.smoothing,
         value_rotation=transform.value_rotation,
         head_smoothing=head.plan,

@@ -1,7 +1,7 @@
 """What a decoder looks like: sizes, rope, window, read from an HF `config.json` and validated."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from spike_export.artifacts.errors import CheckpointError, one_line
@@ -61,6 +61,8 @@ class DecoderConfig:
         bos_token_id: Beginning-of-sequence id, or None when the model has none.
         hadamard_block: Channels of a block of the Hadamard transform in front of `down_proj`; None without one. No
             checkpoint has it: an equivalent model may.
+        input_hadamard: Input of a block, by its representative's HF name → channels of a block of the Hadamard
+            transform that it passes; an equivalent model's as well.
     """
 
     family: Family
@@ -85,6 +87,7 @@ class DecoderConfig:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     hadamard_block: int | None = None
+    input_hadamard: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def inner_size(self) -> int:

@@ -97,6 +97,17 @@ def input_sites(config: DecoderConfig) -> tuple[InputSite, ...]:
     )
 
 
+def block_inputs(config: DecoderConfig) -> tuple[str, str | None]:
+    """Return the representatives of what attention and the feed-forward block of a layer read, named inside the layer.
+
+    None where several inputs share the tensor: a router and the experts of a mixture.
+    """
+    attention = input_sites(config)[0].representative
+    if config.family.experts:
+        return attention, None
+    return attention, "mlp.gate_up_proj" if config.family.fused_projections else "mlp.up_proj"
+
+
 def representatives(config: DecoderConfig) -> tuple[str, ...]:
     """Return the HF names of all representative modules, layer by layer in execution order."""
     sites = input_sites(config)
@@ -154,6 +165,11 @@ def is_down_projection(module: str) -> bool:
     if expert:
         return expert["linear"] == _MIXTURES[expert["block"]].down
     return module.endswith("mlp.down_proj")
+
+
+def is_output_projection(module: str) -> bool:
+    """Return whether the module ends attention; named inside the layer or in full."""
+    return module.endswith("self_attn.o_proj")
 
 
 def split_name(module: str) -> tuple[int, str]:

@@ -100,9 +100,10 @@ class QuantizationArguments:
     """Rotate the residual stream: compare with smoothing alone (auto), always or never. A rotation adds the head's
     weight to the bundle where head and embedding are tied."""
 
-    hadamard: Literal["auto", "always", "never"] = "auto"
-    """Hadamard transform of down_proj's inputs at run time, which spreads their largest channels: take it if it saves a
-    tenth of the divergence on held-out text (auto), always or never. Formats for other engines cannot express it."""
+    hadamard: Literal["auto", "down_proj", "always", "never"] = "auto"
+    """Hadamard transform of inputs at run time, which spreads their largest channels: of down_proj's if it saves a
+    tenth of the divergence on held-out text, and of the other blocks' inputs if that saves another tenth (auto), of
+    down_proj's at most (down_proj), always or never. Formats for other engines cannot express it."""
 
     value_rotation: Literal["auto", "never"] = "auto"
     """Rotate attention's value heads in the weights, which costs nothing at run time: in the layers where o_proj is

@@ -147,7 +147,7 @@ def _words(recipe: Recipe) -> Iterator[tuple[str, str]]:
     yield "threshold", NONE if recipe.alpha is None else f"{recipe.criterion} above {recipe.alpha:.4g}"
     yield from ((name, str(value)) for name, value in recipe.scheme.model_dump(exclude_none=True).items())
     yield "rotation", NONE if recipe.rotation is None else f"{recipe.rotation.kind}, seed {recipe.rotation.seed}"
-    yield "hadamard", str(recipe.hadamard or NONE)
+    yield "hadamard", recipe.hadamard_places()
     forms = sorted({f"{plan.form} {plan.parameter:g}" for plan in recipe.smoothing.values()})
     yield "smoothing", f"{len(recipe.smoothing)} inputs: {', '.join(forms)}" if forms else NONE
     yield "value rotation", f"{len(recipe.value_rotation)} layers" if recipe.value_rotation else NONE

@@ -103,7 +103,7 @@ def _headlines(recipe: Recipe) -> list[tuple[str, str]]:
         ("linears", ", ".join(f"{count} {precision}" for precision, count in sorted(counts.items()))),
         ("prefix", f"{list(recipe.prefix.token_ids)} {recipe.prefix.text!r}" if recipe.prefix else "none"),
         ("rotation", f"{recipe.rotation.kind}, seed {recipe.rotation.seed}" if recipe.rotation else "none"),
-        ("hadamard", str(recipe.hadamard or "none")),
+        ("hadamard", recipe.hadamard_places()),
         ("smoothing", f"{len(recipe.smoothing)} inputs"),
         ("value rotation", f"{len(recipe.value_rotation)} layers"),
     ]

@@ -13,6 +13,7 @@ from spike_export.artifacts.documents import read_document
 from spike_export.artifacts.errors import ArtifactError, RecipeError
 from spike_export.calibration.decoder.equivalent_weights import (
     fitting_block,
+    require_input_blocks,
     require_value_blocks,
     rotation_obstacle,
     stored_scales,
@@ -66,6 +67,7 @@ def load_transforms(path: Path, config: DecoderConfig) -> TransformChoice:
         if transform.hadamard is not None:
             fitting_block(transform.hadamard, config)
         require_value_blocks(transform.value_rotation, config)
+        require_input_blocks(transform.input_hadamard, config)
         rotation = transform.rotation
         if rotation is not None and (rotation.seed < 0 or rotation_obstacle(config)):
             raise ValueError(f"rotation {rotation.kind} with seed {rotation.seed}")

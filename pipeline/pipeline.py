@@ -494,7 +494,7 @@ class Pipeline:
         mixed = static and any(plan.per_token for plan in recipe.modules.values())
         parts = (
             ("rotation", recipe.rotation),
-            ("Hadamard", recipe.hadamard),
+            ("Hadamard", recipe.hadamard or recipe.input_hadamard),
             ("smoothing", recipe.smoothing),
             ("value rotation", recipe.value_rotation),
             (scheme.activation_range, ranged),

@@ -30,7 +30,7 @@ def run_facts(recipe: Recipe | None) -> Facts:
         ("Weights", recipe.scheme.weights),
         ("Activations", f"{recipe.activations()}, range: {recipe.scheme.activation_range}"),
         ("Head", recipe.scheme.head),
-        ("Hadamard transform", str(recipe.hadamard or "none")),
+        ("Hadamard transform", recipe.hadamard_places()),
         ("Not quantized", recipe.scheme.unquantized),
         ("Calibrated on", f"{visible(corpus.name)}: {corpus.samples} samples of {corpus.length} tokens{inside}"),
         ("Alpha", number(recipe.alpha) if recipe.alpha is not None else "none: no module is kept by its ratio"),

@@ -1,12 +1,12 @@
 """The checkpoint of an equivalent model: rotated and smoothed weights, made from the stored ones as they are read.
 
 The unquantized function is unchanged. With x a row of the residual stream, g a norm's gain, R the rotation, s the
-scales of an input and H a Hadamard transform (its own inverse), which `down_proj`'s input passes at run time and which
-the values pass through attention, because attention sums each channel over the tokens:
+scales of an input and H a Hadamard transform (its own inverse), which some inputs pass at run time and which the values
+pass through attention, because attention sums each channel over the tokens:
     embedding E -> E R;   o_proj, down_proj (write the stream): W -> R^T W, b -> R^T b
     readers of a norm: W -> W diag(g) R, and the norm's gain -> 1   (with a rotation)
     readers of a smoothed input: W -> W diag(s);   its norm: g -> g / s;   its producing rows: W -> diag(1 / s) W
-    down_proj behind a Hadamard transform: W -> W diag(s) H
+    readers of an input behind a Hadamard transform: W -> W diag(s) H
     rotated value heads: o_proj W -> W diag(s) H, v_proj's rows W -> H diag(1 / s) W, b -> H diag(1 / s) b
     head H -> H diag(g of the final norm) R, no longer tied to the embedding
 """
@@ -28,7 +28,14 @@ from spike_export.calibration.decoder.rotation import rotation_matrix
 from spike_export.calibration.decoder.smoothing import is_per_value_head, plan_scales, repeated_for_group
 from spike_export.checkpoint.checkpoint import EMBEDDING, LM_HEAD, Checkpoint
 from spike_export.checkpoint.decoder_config import DecoderConfig, linear_shapes
-from spike_export.checkpoint.modules import InputSite, input_sites, is_down_projection, split_name
+from spike_export.checkpoint.modules import (
+    InputSite,
+    block_inputs,
+    input_sites,
+    is_down_projection,
+    is_output_projection,
+    split_name,
+)
 from spike_export.checkpoint.row_blocks import BlockReader, array_reader
 
 Floats = NDArray[np.float32]
@@ -49,7 +56,14 @@ def recipe_checkpoint(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
     Raises:
         RecipeError: A transformation of the recipe does not fit the model.
     """
-    return equivalent_checkpoint(checkpoint, recipe.rotation, recipe.smoothing, recipe.hadamard, recipe.value_rotation)
+    return equivalent_checkpoint(
+        checkpoint,
+        recipe.rotation,
+        recipe.smoothing,
+        recipe.hadamard,
+        recipe.value_rotation,
+        recipe.input_hadamard,
+    )
 
 
 def equivalent_checkpoint(
@@ -58,16 +72,17 @@ def equivalent_checkpoint(
     smoothing: Mapping[str, SmoothingPlan],
     hadamard: HadamardPlan | None = None,
     value_rotation: Mapping[str, int] = MappingProxyType({}),
+    input_hadamard: Mapping[str, int] = MappingProxyType({}),
 ) -> Checkpoint:
     """Return the rotated and smoothed model; the checkpoint itself where there is nothing to do.
 
     Its tensors' hash stays the stored files', to which recipes refer.
 
     Raises:
-        RecipeError: The family cannot be rotated, or a smoothing plan, the Hadamard transform or the rotation of the
+        RecipeError: The family cannot be rotated, or a smoothing plan, a Hadamard transform or the rotation of the
             value heads does not fit the model.
     """
-    if rotation is None and not smoothing and hadamard is None and not value_rotation:
+    if not (rotation or smoothing or hadamard or value_rotation or input_hadamard):
         return checkpoint
     config = checkpoint.config
     obstacle = rotation_obstacle(config) if rotation else None
@@ -76,8 +91,10 @@ def equivalent_checkpoint(
     matrix = _matrix(rotation, config.hidden_size) if rotation else None
     block = None if hadamard is None else fitting_block(hadamard, config)
     require_value_blocks(value_rotation, config)
-    tensors = EquivalentTensors(checkpoint, matrix, stored_scales(config, smoothing), block, value_rotation)
-    config = replace(config, hadamard_block=block)
+    require_input_blocks(input_hadamard, config)
+    scales = stored_scales(config, smoothing)
+    tensors = EquivalentTensors(checkpoint, matrix, scales, block, value_rotation, input_hadamard)
+    config = replace(config, hadamard_block=block, input_hadamard=input_hadamard)
     if rotation and config.tie_word_embeddings:
         config = replace(config, tie_word_embeddings=False, hf={**config.hf, "tie_word_embeddings": False})
     return replace(checkpoint, config=config, tensors=tensors)
@@ -112,6 +129,26 @@ def require_value_blocks(value_rotation: Mapping[str, int], config: DecoderConfi
             raise RecipeError(
                 f"value_rotation of {name}: block {block} does not divide the {config.head_dim} channels of a head; "
                 "give another power of two, or remove the entry"
+            )
+
+
+def require_input_blocks(input_hadamard: Mapping[str, int], config: DecoderConfig) -> None:
+    """Refuse Hadamard transforms of blocks' inputs, representative → channels of a block, that do not fit a model.
+
+    Raises:
+        RecipeError: Blocks of this size do not fill the residual stream, or no block of a layer reads such an input.
+    """
+    inputs = block_inputs(config)
+    for name, block in input_hadamard.items():
+        layer, inner = split_name(name)
+        if inner not in inputs or not 0 <= layer < config.num_hidden_layers:
+            raise RecipeError(
+                f"input_hadamard of {name}: no block of this decoder reads such an input; remove the entry"
+            )
+        if config.hidden_size % block:
+            raise RecipeError(
+                f"input_hadamard of {name}: block {block} does not divide the {config.hidden_size} channels of the "
+                "residual stream; give another power of two, or remove the entry"
             )
 
 
@@ -177,6 +214,7 @@ class EquivalentTensors:
         scales: Representative module → scales [channels] (for `o_proj`: of the value heads).
         hadamard: Channels of a block of the Hadamard transform in front of `down_proj`; None without one.
         values: `o_proj` → channels of a block of the rotation of the value heads in front of it.
+        inputs: Input of a block, by its representative → channels of a block of the Hadamard transform in front of it.
     """
 
     original: Checkpoint
@@ -184,6 +222,7 @@ class EquivalentTensors:
     scales: Mapping[str, Floats]
     hadamard: int | None = None
     values: Mapping[str, int] = field(default_factory=dict)
+    inputs: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -275,9 +314,9 @@ class EquivalentTensors:
 
     def _scaling(self, layer: int, module: str, kind: str, height: int) -> "_Scaling | None":
         """Return how a linear's tensor of so many rows changes without the rotation; None where it does not."""
-        produced, name = self._producers.get(module), f"model.layers.{layer}.{module}"
+        produced = self._producers.get(module)
         columns = self._column_scales(layer, self._readers[module]) if kind == "weight" else None
-        column_block = self.hadamard if is_down_projection(module) else self.values.get(name)
+        column_block = self._column_block(layer, module)
         rows, row_block = None, None
         if produced is not None:
             read_by = f"model.layers.{layer}.{produced.representative}"
@@ -286,6 +325,12 @@ class EquivalentTensors:
                 rows = np.ones(_width(self.original.config, produced), np.float32)
         scaling = _Scaling(columns, rows, height, column_block if kind == "weight" else None, row_block)
         return scaling if scaling.changes else None
+
+    def _column_block(self, layer: int, module: str) -> int | None:
+        """Return the channels of a block of the Hadamard transform that a linear's columns take up."""
+        if is_down_projection(module):
+            return self.hadamard
+        return ({**self.values, **self.inputs}).get(f"model.layers.{layer}.{self._readers[module].representative}")
 
     def _column_scales(self, layer: int, site: InputSite) -> Floats | None:
         if site.behind_norm:
@@ -366,7 +411,7 @@ class _Scaling:
 
 
 def _writes_stream(module: str) -> bool:
-    return module == "self_attn.o_proj" or is_down_projection(module)
+    return is_output_projection(module) or is_down_projection(module)
 
 
 def _product(left: Any, right: Any) -> Floats:

@@ -1,9 +1,10 @@
-"""Hadamard transforms of what `down_proj` and `o_proj` read: blocks of channels, multiplied by one orthogonal matrix.
+"""Hadamard transforms of what linears read: blocks of channels, multiplied by one orthogonal matrix.
 
 A few large channels take the whole range of an INT8 scale. The transform spreads each of them over the channels of its
-block, and the columns of the linear that reads them take up its inverse, which is the same matrix. The input of
-`down_proj` is a product of two activations: no weight in front can take the transform up, and it is computed at run
-time. Attention sums the channels of a value head over the tokens: there `v_proj` takes it up, and it costs nothing.
+block, and the columns of the linears that read them take up its inverse, which is the same matrix. In front of the
+linears of attention and feed-forward blocks, and of `down_proj`, it is computed at run time: their inputs are scaled
+channel by channel, or products of two activations, and no weight in front can take the transform up. Attention sums the
+channels of a value head over the tokens: there `v_proj` takes it up, and it costs nothing.
 Source: QuaRot (arXiv 2404.00456), the "online Hadamard transform" and the transform of values; in blocks.
 """
 
@@ -24,6 +25,9 @@ Floats = NDArray[np.float32]
 LARGEST_BLOCK = 64
 """Channels of a block. The transform has this many multiply-accumulates for each channel: 3 % of a layer's linears in
 SmolLM2-135M, 0.4 % in a LLaMA-2-7B. A block spreads a channel's magnitude by the square root of its size."""
+
+_AT_ONCE = 1 << 16
+"""Elements of a weight that are transformed at a time, so that they stay in a processor's cache."""
 
 
 def hadamard_plan(channels: int) -> HadamardPlan | None:
@@ -56,22 +60,30 @@ def transform_columns(weight: Floats, block: int) -> None:
     By additions in a fixed order (the fast Walsh-Hadamard transform): a product of a library may sum otherwise for
     another number of rows, and the weight's bits would depend on how many are read at a time.
     """
-    _transform(weight, block, 1)
+    step = max(1, _AT_ONCE // weight[0].size)
+    for first in range(0, len(weight), step):
+        rows = weight[first : first + step]
+        # Turned, so that an addition runs over many values that lie one behind the other.
+        rows[...] = _transformed(np.ascontiguousarray(rows.reshape(-1, block).T)).T.reshape(rows.shape)
 
 
 def transform_rows(weight: Floats, block: int) -> None:
     """Multiply the matrix by the rows of a weight [out_features, ...], block by block, in place; a bias likewise."""
-    _transform(weight, block, weight[0].size)
+    for first in range(0, len(weight), block):
+        rows = weight[first : first + block]
+        rows[...] = _transformed(rows.reshape(block, -1)).reshape(rows.shape)
 
 
-def _transform(values: Floats, block: int, run: int) -> None:
-    """Transform blocks of so many runs of `run` values that lie one behind the other, in place."""
-    found, half = values, run
-    while half < block * run:
-        pairs = found.reshape(-1, 2, half)
-        found = np.stack((pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]), axis=1)
-        half *= 2
-    np.multiply(found.reshape(values.shape), np.float32(1 / np.sqrt(block)), out=values)
+def _transformed(values: Floats) -> Floats:
+    """Return the matrix times values [block, count]."""
+    block, found, half = len(values), values, 1
+    for _ in range(block.bit_length() - 1):
+        pairs = found.reshape(-1, 2, half, values.shape[1])
+        changed = np.empty_like(pairs)
+        np.add(pairs[:, 0], pairs[:, 1], out=changed[:, 0])
+        np.subtract(pairs[:, 0], pairs[:, 1], out=changed[:, 1])
+        found, half = changed.reshape(values.shape), 2 * half
+    return found * np.float32(1 / np.sqrt(block))
 
 
 def transform_channels(values: "torch.Tensor", block: int) -> "torch.Tensor":

@@ -9,9 +9,11 @@ from torch import nn
 from spike_export.calibration.decoder.attention import Attention, AttentionContext
 from spike_export.calibration.decoder.experts import SparseMoe
 from spike_export.calibration.decoder.feed_forward import FeedForward
+from spike_export.calibration.decoder.hadamard import transform_channels
 from spike_export.calibration.decoder.norms import family_norm
 from spike_export.checkpoint.decoder_config import DecoderConfig, linear_shapes
 from spike_export.checkpoint.families import Experts
+from spike_export.checkpoint.modules import block_inputs
 
 Linears = Mapping[str, Mapping[str, nn.Linear]]
 """Block inside a layer → name inside the block → linear."""
@@ -26,9 +28,12 @@ class DecoderLayer(nn.Module):
     batch: int
     shape: tuple[int, ...]
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: DecoderConfig, index: int) -> None:
         super().__init__()
         family, linears = config.family, _linears(config)
+        self._hadamard = tuple(
+            config.input_hadamard.get(f"model.layers.{index}.{name}") for name in block_inputs(config)
+        )
         self._feed_forward = family.feed_forward
         self._before = (family.attention_norm, family.mlp_norm)
         self._behind: tuple[str | None, ...] = family.post_norms or (None, None)
@@ -47,9 +52,10 @@ class DecoderLayer(nn.Module):
     def forward(self, states: torch.Tensor, context: AttentionContext) -> torch.Tensor:
         """Compute [batch, tokens, hidden] → [batch, tokens, hidden]."""
         (attention_norm, mlp_norm), (post_attention, post_mlp) = self._before, self._behind
-        attended = self.self_attn(self._normed(attention_norm, states), context)
+        (at_attention, at_mlp) = self._hadamard
+        attended = self.self_attn(_spread(self._normed(attention_norm, states), at_attention), context)
         states = self._added(states, self._normed(post_attention, attended))
-        transformed = self.feed_forward(self._normed(mlp_norm, states))
+        transformed = self.feed_forward(_spread(self._normed(mlp_norm, states), at_mlp))
         return self._added(states, self._normed(post_mlp, transformed))
 
     def _normed(self, name: str | None, states: torch.Tensor) -> torch.Tensor:
@@ -60,6 +66,10 @@ class DecoderLayer(nn.Module):
 
     def _added(self, residual: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
         return residual + (branch if self._residual == 1 else branch * self._residual)
+
+
+def _spread(states: torch.Tensor, block: int | None) -> torch.Tensor:
+    return states if block is None else transform_channels(states, block)
 
 
 def _linears(config: DecoderConfig) -> Linears:
@@ -91,7 +101,7 @@ class TorchDecoder(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = family_norm(config, config.hidden_size)
         self._factor, self._rounded = config.factors.embedding, config.factors.rounds_embedding
 

@@ -75,6 +75,8 @@ class Transform:
         token_noise: The same with a scale per token.
         hadamard: Of `down_proj`'s inputs, at run time, behind their smoothing.
         value_rotation: `o_proj` → channels of a block of the rotation of its value heads, behind their smoothing.
+        input_hadamard: Input of a block, by its representative → channels of a block of the Hadamard transform that it
+            passes at run time, behind its smoothing.
     """
 
     rotation: RotationPlan | None = None
@@ -84,6 +86,7 @@ class Transform:
     token_noise: Mapping[str, float] = field(default_factory=dict)
     hadamard: HadamardPlan | None = None
     value_rotation: Mapping[str, int] = field(default_factory=dict)
+    input_hadamard: Mapping[str, int] = field(default_factory=dict)
 
     def noise_with(self, per_token: Collection[str]) -> dict[str, float]:
         """Return the noise where the representatives in `per_token` have a scale per token."""
@@ -92,7 +95,13 @@ class Transform:
     @classmethod
     def of(cls, recipe: Recipe) -> "Transform":
         """Return what a recipe does to the weights."""
-        return cls(recipe.rotation, recipe.smoothing, hadamard=recipe.hadamard, value_rotation=recipe.value_rotation)
+        return cls(
+            recipe.rotation,
+            recipe.smoothing,
+            hadamard=recipe.hadamard,
+            value_rotation=recipe.value_rotation,
+            input_hadamard=recipe.input_hadamard,
+        )
 
     @property
     def of_weights(self) -> "Transform":
@@ -107,7 +116,7 @@ class Transform:
     @property
     def mixes_channels(self) -> bool:
         """Whether a linear reads channels that are mixed with one another: no scales make them of those before."""
-        return self.hadamard is not None or bool(self.value_rotation)
+        return self.hadamard is not None or bool(self.value_rotation or self.input_hadamard)
 
 
 NO_TRANSFORM = Transform()
@@ -187,8 +196,14 @@ class Calibration:
         if not self._transformed or self._transformed[0][0] != transform:
             self._transformed.clear()
             collect_and_return_memory()
-            plans = (transform.rotation, transform.smoothing, transform.hadamard, transform.value_rotation)
-            changed = equivalent_checkpoint(self.checkpoint, *plans)
+            changed = equivalent_checkpoint(
+                self.checkpoint,
+                transform.rotation,
+                transform.smoothing,
+                transform.hadamard,
+                transform.value_rotation,
+                transform.input_hadamard,
+            )
             self._transformed.append((transform, self._ready(Decoder(changed, self.execution, self.meter))))
         return self._transformed[0][1]
 

@@ -23,6 +23,9 @@ MOST_SAMPLES = 100_000
 TransformOption = Literal["auto", "always", "never"]
 """Whether a transformation is compared with going without it, taken, or left out."""
 
+HadamardOption = TransformOption | Literal["down_proj"]
+"""The same, and whether the inputs of `down_proj` are the only ones that are compared."""
+
 ActivationOption = Literal["auto"] | ActivationKind
 """How INT8 activations are scaled: all alike, or each input's as held-out text tells (`activation_choice`)."""
 
@@ -53,8 +56,8 @@ class CalibrationOptions:
         prefix_length: Most tokens of a prefix.
         smoothing: Whether scales may be moved from activations to weights.
         rotation: Whether the residual stream may be rotated: tried, always or never.
-        hadamard: Whether `down_proj`'s inputs may pass a Hadamard transform at run time: tried where smoothing is,
-            always or never.
+        hadamard: Whether inputs may pass a Hadamard transform at run time: those of `down_proj`, and of attention and
+            feed-forward blocks, tried where smoothing is; of `down_proj` alone; all without a comparison; or none.
         value_rotation: Whether attention's value heads may be rotated: where it makes less noise, or never.
         alpha: Threshold given by the user; None to choose.
         max_fp16_modules: Number of linears to keep at most, and exactly as many as fit; None to choose.
@@ -81,7 +84,7 @@ class CalibrationOptions:
     prefix_length: int = 5
     smoothing: bool = True
     rotation: TransformOption = "never"
-    hadamard: TransformOption = "auto"
+    hadamard: HadamardOption = "auto"
     value_rotation: Literal["auto", "never"] = "auto"
     alpha: float | None = None
     max_fp16_modules: int | None = None

@@ -22,7 +22,7 @@ from spike_export.artifacts.recipe import (
     SmoothingPlan,
     WeightScheme,
 )
-from spike_export.calibration.decoder.hadamard import transform_channels, transform_columns
+from spike_export.calibration.decoder.hadamard import transform_channels
 from spike_export.calibration.decoder.routing import routed_positions
 from spike_export.calibration.decoder.simulate import fake_quantize, fake_quantize_tokens
 from spike_export.calibration.decoder.smoothing import (
@@ -38,7 +38,7 @@ from spike_export.calibration.decoder.weight_quantization import quantize_weight
 from spike_export.calibration.methods.range_margin import range_margin
 from spike_export.calibration.statistics.spikes import ModuleSpikes, SpikeStatistics, covered_range
 from spike_export.checkpoint.decoder_config import DecoderConfig
-from spike_export.checkpoint.modules import InputSite, input_sites, is_down_projection, is_router
+from spike_export.checkpoint.modules import InputSite, block_inputs, input_sites, is_down_projection, is_router
 
 if TYPE_CHECKING:
     import torch
@@ -76,7 +76,7 @@ class TokenChoice:
     smoothing: SmoothingPlan | None
     final: SmoothingPlan | None
     noise: float
-    value_block: int | None = None
+    block: int | None = None
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,9 @@ class SiteChoice:
         noise: Mean over tokens of the squared error that INT8 adds here to the residual stream, relative to the
             stream; estimated to first order.
         tokens: What is best where each token has a scale of its own.
-        value_block: Channels of a block of the rotation of the value heads that make the input; None for none.
-        transformed: What is best behind a Hadamard transform at run time; None where the input passes none.
+        block: Channels of a block of the Hadamard transform that the choice is behind, at an input where the choice is
+            the search's: of the value heads, or at run time of what a block reads; None for none.
+        transformed: What is best where the input may pass a Hadamard transform at run time; None where it may not.
     """
 
     smoothing: SmoothingPlan | None
@@ -99,7 +100,7 @@ class SiteChoice:
     clip: float
     noise: float
     tokens: TokenChoice
-    value_block: int | None = None
+    block: int | None = None
     transformed: "SiteChoice | None" = None
 
 
@@ -171,6 +172,8 @@ class SmoothingSearch:
         windows: How many windows pass.
         hadamard: Channels of a block of the Hadamard transform that the inputs of `down_proj` are judged behind, too;
             None to leave that out.
+        input_block: Channels of a block of the Hadamard transform that may stand in front of a block's linears; None to
+            leave that out.
         value_block: Channels of a block of the rotation of the value heads that competes at the inputs of `o_proj`;
             None for no rotation.
         parts: The statistics of each kind of text, or of other parts of the calibration, between which margins are
@@ -190,6 +193,7 @@ class SmoothingSearch:
     stride: int
     windows: int = 1
     hadamard: int | None = None
+    input_block: int | None = None
     value_block: int | None = None
     parts: Sequence[SpikeStatistics] = ()
     layers: slice | None = None
@@ -441,12 +445,27 @@ class _Site:
             covered = _range_of(mixed, search)
             return replace(found, transformed=self._compared(plans, mixed, weight, covered, clips, search))
         if search.value_block is not None and is_per_value_head(self.site):
-            mixed, weight, _ = self._smoothed(plans.compared, search, search.value_block)
-            # All tokens of the statistics go beyond the few rows here; those of mixed channels as far as the others.
-            covered *= _range_of(mixed, search) / max(_range_of(rows, search), SMALLEST_AMAX)
-            rotated = self._compared(plans, mixed, weight, covered, clips, search, search.value_block)
-            return _best((found, rotated))
+            return _best((found, self._mixed(plans, rows, covered, clips, search, search.value_block)))
+        if search.input_block is not None and self.site.representative in block_inputs(search.config):
+            # Mixed by the transform, no channel stands out, and another text needs no margin.
+            behind = self._mixed(plans, rows, covered, (1.0,), search, search.input_block)
+            return replace(found, transformed=_best((found, behind)))
         return found
+
+    def _mixed(
+        self,
+        plans: _Plans,
+        rows: "torch.Tensor",
+        covered: float,
+        clips: Sequence[float],
+        search: SmoothingSearch,
+        block: int,
+    ) -> SiteChoice:
+        """Return the noise behind a Hadamard transform of smoothed rows, of which a static scale covers so much."""
+        mixed, weight, _ = self._smoothed(plans.compared, search, block)
+        # All tokens of the statistics go beyond the few rows here; those of mixed channels as far as the others.
+        covered *= _range_of(mixed, search) / max(_range_of(rows, search), SMALLEST_AMAX)
+        return self._compared(plans, mixed, weight, covered, clips, search, block)
 
     def _clips(self, plans: _Plans, search: SmoothingSearch) -> tuple[float, ...]:
         """Return what a static scale may cover, as multiples of the calibrated range."""
@@ -470,16 +489,16 @@ class _Site:
         covered: float,
         clips: Sequence[float],
         search: SmoothingSearch,
-        value_block: int | None = None,
+        block: int | None = None,
     ) -> SiteChoice:
-        tokens = TokenChoice(*plans.kept, self._noise(fake_quantize_tokens(rows) @ weight), value_block)
+        tokens = TokenChoice(*plans.kept, self._noise(fake_quantize_tokens(rows) @ weight), block)
         if search.activations == "per-token":
-            return SiteChoice(*plans.kept, 1.0, tokens.noise, tokens, value_block)
+            return SiteChoice(*plans.kept, 1.0, tokens.noise, tokens, block)
         best: SiteChoice | None = None
         for clip in clips:
             noise = self._noise(fake_quantize(rows, max(clip * covered, 1e-5) / QMAX) @ weight)
             if best is None or noise < best.noise:
-                best = SiteChoice(*plans.kept, clip, noise, tokens, value_block)
+                best = SiteChoice(*plans.kept, clip, noise, tokens, block)
             elif noise > 2 * best.noise:
                 break  # narrower scales only saturate more
         assert best is not None
@@ -496,11 +515,11 @@ class _Site:
 
         scales = input_scales(plan, self.site, search.config, self._weight.shape[1])
         factors = torch.from_numpy(scales).to(self._rows.device)
-        rows, columns = self._rows / factors, (self._weight * factors).cpu().numpy()
+        rows, columns = self._rows / factors, self._weight * factors
         if block is not None:
-            rows = transform_channels(rows, block)
-            transform_columns(columns, block)
-        quantized, step = quantize_weight(columns, search.weights)
+            # As a product: its last bits may be others than those of the weight that is shipped, and it is faster.
+            rows, columns = transform_channels(rows, block), transform_channels(columns, block)
+        quantized, step = quantize_weight(columns.cpu().numpy(), search.weights)
         weight = (torch.from_numpy(quantized).float() * torch.from_numpy(np.asarray(step))).to(self._rows.device)
         return rows, weight, scales
 

@@ -1,5 +1,5 @@
 """How the model is transformed before it is quantized: rotated or not, each input smoothed and clipped, and those of
-`down_proj` behind a Hadamard transform or not.
+`down_proj`, or all, behind a Hadamard transform or not.
 
 Which inputs get a scale per token is chosen here too: they are smoothed otherwise than inputs with a constant, whose
 smoothing has to level the tokens as well as the channels, and stretches the weights for that.
@@ -27,7 +27,7 @@ from spike_export.calibration.methods.smoothing_search import SiteChoice, Smooth
 from spike_export.calibration.methods.spreading import even_parts, telling
 from spike_export.calibration.statistics.spikes import SpikeStatistics
 from spike_export.checkpoint.decoder_config import DecoderConfig
-from spike_export.checkpoint.modules import split_name
+from spike_export.checkpoint.modules import is_down_projection, is_output_projection, split_name
 
 ROTATION_SEEDS = (0, 1)
 """Seeds that are compared where a rotation may be used."""
@@ -38,7 +38,8 @@ rotated head is another matrix, so that the bundle grows by one."""
 
 
 HADAMARD_WORTH = 0.1
-"""Smallest share of the divergence that a Hadamard transform has to save: every call computes it."""
+"""Smallest share of the divergence that the Hadamard transform of `down_proj`'s inputs has to save, and that of the
+blocks' inputs beside it: every call computes them."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ class TransformChoice:
 
 
 def choose_transform(calibration: Calibration, behind: SpikeStatistics, progress: Progress = silent) -> TransformChoice:
-    """Search smoothing and clipping, with and without a rotation and a Hadamard transform of `down_proj`'s inputs.
+    """Search smoothing and clipping, with and without a rotation, and a Hadamard transform of `down_proj`'s inputs or
+    of all.
 
     The least divergence from the model itself wins.
 
@@ -107,23 +109,34 @@ def require_rotation(options: CalibrationOptions, config: DecoderConfig) -> None
 
 def _cost(calibration: Calibration, found: "_Found", score: Score) -> float:
     unties = found.rotation is not None and calibration.checkpoint.config.tie_word_embeddings
-    divergence = score.divergence / (1 - HADAMARD_WORTH) if found.hadamard is not None else score.divergence
-    return divergence + (UNTYING if unties and calibration.options.rotation == "auto" else 0.0)
+    transforms = (found.hadamard is not None) + found.inputs
+    return score.divergence / (1 - HADAMARD_WORTH) ** transforms + (
+        UNTYING if unties and calibration.options.rotation == "auto" else 0.0
+    )
 
 
 def _with_and_without_hadamard(calibration: Calibration, name: str, found: "_Found") -> "Iterator[tuple[str, _Found]]":
-    """Yield the competitors that differ in the Hadamard transform only, by name."""
+    """Yield the competitors that differ in the Hadamard transforms only, by name."""
     plan, wanted = _hadamard(calibration), calibration.options.hadamard
-    if plan is None or wanted != "always":
-        yield name, found
+    inputs = any(choice.transformed and not is_down_projection(site) for site, choice in found.choices.items())
+    compared = [(name, found)]
     if plan is not None:
-        yield f"{name} + Hadamard", replace(found, hadamard=plan)
+        compared.append((f"{name} + Hadamard", replace(found, hadamard=plan)))
+    if inputs:
+        compared.append((f"{name} + Hadamard at every input", replace(found, hadamard=plan, inputs=True)))
+    yield from compared[-1:] if wanted == "always" else compared
 
 
 def _hadamard(calibration: Calibration) -> HadamardPlan | None:
     """Return the transform that may be used; None where the options or the model's shape leave it out."""
     wanted = calibration.options.hadamard
     return None if wanted == "never" else hadamard_plan(calibration.checkpoint.config.inner_size)
+
+
+def _input_block(calibration: Calibration) -> int | None:
+    """Return the channels of a block of the transform that the blocks' inputs may pass; None to leave it out."""
+    plan = hadamard_plan(calibration.checkpoint.config.hidden_size)
+    return None if plan is None or calibration.options.hadamard in ("down_proj", "never") else plan.block
 
 
 def _rotations(calibration: Calibration) -> list[tuple[str, RotationPlan | None]]:
@@ -142,11 +155,19 @@ def _rotations(calibration: Calibration) -> list[tuple[str, RotationPlan | None]
 
 @dataclass(frozen=True)
 class _Found:
-    """What a search ends at: of each input, by its representative, the best scales for either kind."""
+    """What a search ends at: of each input, by its representative, the best scales for either kind.
+
+    Attributes:
+        rotation: Of the model that was searched.
+        choices: What was found.
+        hadamard: Of `down_proj`'s inputs; None to leave them as they are.
+        inputs: Whether the inputs of blocks pass a Hadamard transform, those that it suits.
+    """
 
     rotation: RotationPlan | None
     choices: Mapping[str, SiteChoice]
     hadamard: HadamardPlan | None = None
+    inputs: bool = False
 
     def compared(self, per_token: Collection[str] = ()) -> Transform:
         """Return the transform for inputs of these kinds, made of the windows that no candidate is judged on."""
@@ -158,16 +179,19 @@ class _Found:
 
     @property
     def _sites(self) -> Mapping[str, SiteChoice]:
-        """The choices of the inputs as they are with or without the Hadamard transform."""
-        if self.hadamard is None:
-            return self.choices
-        return {name: choice.transformed or choice for name, choice in self.choices.items()}
+        """The choices of the inputs as they are with or without the Hadamard transforms."""
+        passing = {True: self.hadamard is not None, False: self.inputs}
+        return {
+            name: (choice.transformed if passing[is_down_projection(name)] else None) or choice
+            for name, choice in self.choices.items()
+        }
 
     def _transform(
         self, per_token: Collection[str], plan: Callable[[SiteChoice | TokenChoice], SmoothingPlan | None]
     ) -> Transform:
         choices = self._sites
         chosen = {name: choice.tokens if name in per_token else choice for name, choice in choices.items()}
+        blocks = {name: each.block for name, each in chosen.items() if each.block is not None}
         return Transform(
             self.rotation,
             _once_per_norm({name: plan(each) for name, each in chosen.items()}),
@@ -175,7 +199,8 @@ class _Found:
             noise={name: choice.noise for name, choice in choices.items()},
             token_noise={name: choice.tokens.noise for name, choice in choices.items()},
             hadamard=self.hadamard,
-            value_rotation={name: each.value_block for name, each in chosen.items() if each.value_block is not None},
+            value_rotation={name: block for name, block in blocks.items() if is_output_projection(name)},
+            input_hadamard={name: block for name, block in blocks.items() if not is_output_projection(name)},
         )
 
     def score(self, calibration: Calibration, statistics: SpikeStatistics, per_token: tuple[str, ...] = ()) -> Score:
@@ -211,6 +236,7 @@ def _searched(
         stride=SmoothingSearch.stride_of(fed.size),
         windows=len(fed),
         hadamard=None if plan is None else plan.block,
+        input_block=_input_block(calibration),
         value_block=value_block(config) if options.value_rotation == "auto" else None,
         parts=calibration.parts(statistics),
     )

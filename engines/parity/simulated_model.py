@@ -142,6 +142,7 @@ def unquantized_recipe(recipe: Recipe) -> Recipe:
         "kv_cache": {},
         "rotation": None,
         "hadamard": None,
+        "input_hadamard": {},
         "smoothing": {},
         "value_rotation": {},
         "head_smoothing": None,

@@ -39,9 +39,10 @@ def _attention(recipe: Recipe, _: Dtype) -> str | None:
 
 
 def _hadamard(recipe: Recipe, _: Dtype) -> str | None:
-    if recipe.hadamard is None:
+    place = "down_proj" if recipe.hadamard is not None else next(iter(recipe.input_hadamard), None)
+    if place is None:
         return None
-    return "the Hadamard transform of down_proj's inputs is not written; calibrate with --hadamard never"
+    return f"the Hadamard transform in front of {place} is not written; calibrate with --hadamard never"
 
 
 def _cache(recipe: Recipe, _: Dtype) -> str | None:

@@ -18,6 +18,7 @@ from importlib.metadata import version
 import onnx_ir as ir
 
 from spike_export.checkpoint.checkpoint import EMBEDDING, Checkpoint
+from spike_export.checkpoint.modules import block_inputs
 from spike_export.export.attention.attached_prefix import AttachedPrefixCache
 from spike_export.export.attention.attention import AttentionEmitter
 from spike_export.export.attention.attention_context import AttentionContext, ContextEmitter
@@ -30,6 +31,7 @@ from spike_export.export.decoder.last_token import last_token
 from spike_export.export.decoder.sparse_moe import sparse_moe
 from spike_export.export.graph.emission import Emission
 from spike_export.export.graph.graph_builder import GraphBuilder, element_type
+from spike_export.export.graph.hadamard import hadamard_transform
 from spike_export.export.graph.norm import rms_norm
 from spike_export.export.graph.weight_layout import read_matrix
 from spike_export.export.graph_plan import GraphPlan, PrefixHome
@@ -75,11 +77,14 @@ def _layer(emission: Emission, attention: AttentionEmitter, index: int, hidden: 
     """Append a layer: [batch, sequence, hidden] → the same; its norms stand where the family has them."""
     family, layer = emission.config.family, f"model.layers.{index}"
     after_attention, after_mlp = family.post_norms or (None, None)
-    attended = attention.emit(index, _normed(emission, layer, family.attention_norm, hidden))
+    at_attention, at_mlp = block_inputs(emission.config)
+    normed = _normed(emission, layer, family.attention_norm, hidden)
+    attended = attention.emit(index, _spread(emission, layer, at_attention, normed))
     hidden = _joined(emission, layer, "attention", hidden, _normed(emission, layer, after_attention, attended))
     if emission.plan.logits == "last" and index == emission.config.num_hidden_layers - 1:
         hidden = last_token(emission, hidden)
-    fed = _feed_forward(emission, layer, _normed(emission, layer, family.mlp_norm, hidden))
+    normed = _normed(emission, layer, family.mlp_norm, hidden)
+    fed = _feed_forward(emission, layer, _spread(emission, layer, at_mlp, normed))
     return _joined(emission, layer, "mlp", hidden, _normed(emission, layer, after_mlp, fed))
 
 
@@ -93,6 +98,12 @@ def _feed_forward(emission: Emission, layer: str, normed: ir.Value) -> ir.Value:
 
 def _normed(emission: Emission, layer: str, norm: str | None, value: ir.Value) -> ir.Value:
     return value if norm is None else rms_norm(emission, f"{layer}.{norm}", value)
+
+
+def _spread(emission: Emission, layer: str, read_by: str | None, value: ir.Value) -> ir.Value:
+    """Append the Hadamard transform of a block's input, where an equivalent model has one."""
+    config, module = emission.config, f"{layer}.{read_by}"
+    return hadamard_transform(emission.builder, module, value, config.hidden_size, config.input_hadamard.get(module))
 
 
 def _joined(emission: Emission, layer: str, block: str, hidden: ir.Value, output: ir.Value) -> ir.Value:

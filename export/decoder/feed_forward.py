@@ -2,10 +2,10 @@
 
 import onnx_ir as ir
 
-from spike_export.calibration.decoder.hadamard import hadamard_matrix
 from spike_export.export.graph.activation import ACTIVATIONS
 from spike_export.export.graph.emission import Emission
 from spike_export.export.graph.graph_builder import ELEMENT_TYPES, element_type
+from spike_export.export.graph.hadamard import hadamard_transform
 from spike_export.export.graph.projections import split_projection
 
 NAMES = ("gate_proj", "up_proj", "down_proj")
@@ -43,18 +43,6 @@ def feed_forward(emission: Emission, module: str, normed: ir.Value, names: tuple
     gate, up = b.cast(gate, product_type), b.cast(up, product_type)
     activated = ACTIVATIONS[family.activation](b, module, gate)
     product = b.op("Mul", [activated, up], module, label="product")
-    block = emission.config.hadamard_block
-    return linears.emit(down, product if block is None else _transformed(emission, module, product, block))
-
-
-def _transformed(emission: Emission, module: str, inner: ir.Value, block: int) -> ir.Value:
-    """Append the Hadamard transform of [batch, sequence, channels], block by block, in float32.
-
-    A sum over a block may exceed what 16 bit hold where no single channel does.
-    """
-    b, count = emission.builder, emission.config.inner_size // block
-    inner = b.cast(inner, ir.DataType.FLOAT)
-    matrix = b.constant(f"hadamard.{block}", hadamard_matrix(block))
-    blocks = b.op("Reshape", [inner, b.integers(0, 0, count, block)], module, label="hadamard_blocks")
-    product = b.op("MatMul", [blocks, matrix], module, label="hadamard")
-    return b.op("Reshape", [product, b.integers(0, 0, count * block)], module, label="hadamard_joined")
+    config = emission.config
+    product = hadamard_transform(b, module, product, config.inner_size, config.hadamard_block)
+    return linears.emit(down, product)

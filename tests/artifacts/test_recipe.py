@@ -14,6 +14,7 @@ from spike_export.artifacts.recipe import (
     AttentionPlan,
     CorpusSource,
     CurvePoint,
+    HadamardPlan,
     ModelSource,
     ModulePlan,
     Prefix,
@@ -94,6 +95,7 @@ def full_recipe() -> Recipe:
         "rotation": RotationPlan(kind="hadamard", seed=5),
         "smoothing": {UP: SmoothingPlan(form="smoothquant", parameter=0.5, exponents="AAj4")},
         "value_rotation": {f"{ATTENTION}.o_proj": 64},
+        "input_hadamard": {UP: 32},
     }
     return Recipe.model_validate(recipe().model_dump() | changes)
 
@@ -157,6 +159,21 @@ def test_a_recipe_of_the_first_format_keeps_its_meaning(tmp_path: Path) -> None:
         load_recipe(path)
 
 
+def test_where_transforms_stand_is_told_in_words() -> None:
+    down = HadamardPlan(block=64)
+    transforms = [(None, {}), (down, {}), (None, {UP: 32}), (down, {UP: 32, DOWN: 32})]
+    told = [
+        recipe().model_copy(update={"hadamard": plan, "input_hadamard": inputs}).hadamard_places()
+        for plan, inputs in transforms
+    ]
+    assert told == [
+        "none",
+        "blocks of 64 at down_proj",
+        "inputs of attention and feed-forward blocks: 1",
+        "blocks of 64 at down_proj, inputs of attention and feed-forward blocks: 2",
+    ]
+
+
 @pytest.mark.parametrize(
     ("change", "place"),
     [
@@ -166,6 +183,7 @@ def test_a_recipe_of_the_first_format_keeps_its_meaning(tmp_path: Path) -> None:
             lambda d: d["value_rotation"].update({f"{ATTENTION}.o_proj": 48}),
             f"value_rotation.{ATTENTION}.o_proj: Value error, block is 48; expected a power of two such as 64",
         ),
+        (lambda d: d["input_hadamard"].update({UP: 1}), f"input_hadamard.{UP}: Input should be greater than 1"),
         (lambda d: d["rotation"].update(kind="fourier"), "rotation.kind: Input should be 'hadamard' or 'orthogonal'"),
         (lambda d: d["smoothing"][UP].update(form="x"), f"smoothing.{UP}.form: Input should be 'smoothquant', "),
         (lambda d: d["smoothing"][UP].update(scales=[1]), f"smoothing.{UP}.scales: Extra inputs"),

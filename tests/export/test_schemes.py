@@ -49,6 +49,8 @@ DOWN = "model.layers.1.mlp.down_proj"
 CHUNKS = ((), (5, 1, 6), (1,) * 12)
 """Prefill, chunked prefill, decode."""
 
+BLOCK_INPUTS = ("self_attn.q_proj", "mlp.up_proj")
+
 INT8_EVERYWHERE = 14
 """Linears of the two layers."""
 
@@ -67,6 +69,7 @@ class Case:
     equivalent: bool = False
     hadamard: bool = False
     values: bool = False
+    inputs: bool = False
     prefix: tuple[int, ...] = ()
     weights: WeightScheme = "int8-per-channel"
     model: Mapping[str, Any] = field(default_factory=dict)
@@ -85,6 +88,7 @@ CASES: Mapping[str, Case] = {
     "equivalent-tied": Case(equivalent=True, model={"tie": True}),
     "hadamard": Case(hadamard=True),
     "values": Case(values=True, model={"biases": True}),
+    "inputs": Case(inputs=True, model={"biases": True}),
     "hadamard-equivalent-mixed": Case(hadamard=True, equivalent=True, per_token=(DOWN,)),
     "prefix": Case(prefix=PREFIX),
     "all-window": Case(
@@ -94,6 +98,7 @@ CASES: Mapping[str, Case] = {
         equivalent=True,
         hadamard=True,
         values=True,
+        inputs=True,
         prefix=PREFIX,
         model={"sliding_window": 6, "tie": True},
     ),
@@ -144,7 +149,8 @@ def recipe_of(case: Case, checkpoint: Checkpoint, dtype: Dtype = "float32") -> R
             for name, width in widths.items()
         }
     values = {f"model.layers.{layer}.self_attn.o_proj": 8 for layer in layers} if case.values else {}
-    equivalent = equivalent_checkpoint(checkpoint, rotation, smoothing, hadamard, values)
+    inputs = {f"model.layers.{layer}.{name}": 16 for layer in layers for name in BLOCK_INPUTS} if case.inputs else {}
+    equivalent = equivalent_checkpoint(checkpoint, rotation, smoothing, hadamard, values, inputs)
     steps = measured(equivalent, case.prefix)
     blocks = [f"model.layers.{layer}.self_attn" for layer in layers]
     attention = {
@@ -165,6 +171,7 @@ def recipe_of(case: Case, checkpoint: Checkpoint, dtype: Dtype = "float32") -> R
         attention=attention if case.attention else {},
         rotation=rotation,
         hadamard=hadamard,
+        input_hadamard=inputs,
         smoothing=smoothing,
         value_rotation=values,
     )
@@ -219,6 +226,7 @@ PLANTED: Mapping[str, tuple[str, float]] = {
     "hadamard": ("hadamard.16", 1.01),
     "hadamard-equivalent-mixed": ("hadamard.16", 1.01),
     "values": ("model.layers.0.self_attn.o_proj.weight_scale", 1.01),
+    "inputs": ("hadamard.16", 1.01),
     "prefix": ("model.layers.0.self_attn.prefix_key", 1.05),
     "all-window": ("model.layers.0.self_attn.value_scale", 1.05),
 }

@@ -471,6 +471,7 @@ _TRANSFORMS = {
         "noise": {_SITE: 0.25},
         "token_noise": {_SITE: 0.125},
         "hadamard": {"block": 16},
+        "input_hadamard": {_SITE: 16},
         "value_rotation": {"model.layers.0.self_attn.o_proj": 8},
     },
     "candidates": [{"name": "smoothing", "perplexity": 12.5, "divergence": 0.25, "verdict": "chosen"}],
@@ -493,8 +494,14 @@ def _read_choices(folder: Path) -> object:
         _use_prefixes(load_prefixes(folder / "prefix.json", checkpoint.config))
     choice = load_transforms(folder / "smoothing.json", checkpoint.config)
     transform = choice.transform
-    plans = (transform.rotation, transform.smoothing, transform.hadamard, transform.value_rotation)
-    changed = equivalent_checkpoint(checkpoint, *plans)
+    changed = equivalent_checkpoint(
+        checkpoint,
+        transform.rotation,
+        transform.smoothing,
+        transform.hadamard,
+        transform.value_rotation,
+        transform.input_hadamard,
+    )
     search = Search(transforms=choice.candidates)
     assert Search.model_validate_json(search.model_dump_json()) == search
     return changed.tensor(f"{_SITE}.weight"), choice.transform.noise_with(choice.transform.noise)

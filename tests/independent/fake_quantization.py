@@ -59,6 +59,15 @@ def channel_scales(recipe: dict[str, Any], channels: dict[str, int]) -> dict[str
     return found
 
 
+def input_blocks(recipe: dict[str, Any]) -> dict[str, int]:
+    """Return linear → channels of a block of the Hadamard transform of its input, at run time or of value heads."""
+    found: dict[str, int] = dict(recipe.get("value_rotation", {}))
+    for name, block in recipe.get("input_hadamard", {}).items():
+        _, _, number, inner = name.split(".", 3)
+        found |= {f"model.layers.{number}.{reader}": block for reader in READERS[inner]}
+    return found
+
+
 def rounded_weight(weight: torch.Tensor) -> torch.Tensor:
     """Return a weight [out, in] after INT8 with a scale per output channel: amax / 127."""
     step = weight.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127
@@ -129,6 +138,7 @@ def quantize(model: Any, recipe: dict[str, Any]) -> list[FakeQuantized]:
     hidden, heads = model.config.hidden_size, model.config.num_attention_heads
     channels["head_dim"] = getattr(model.config, "head_dim", None) or hidden // heads
     scales = channel_scales(recipe, channels)
+    blocks = input_blocks(recipe)
     placed = []
     for name, plan in recipe["modules"].items():
         if plan["precision"] != "int8" and plan.get("weights") != "int8":
@@ -136,7 +146,7 @@ def quantize(model: Any, recipe: dict[str, Any]) -> list[FakeQuantized]:
         parent, _, leaf = name.rpartition(".")
         place = model.get_submodule(parent)
         rotated = recipe.get("value_rotation", {})
-        block = recipe["hadamard"]["block"] if recipe.get("hadamard") and leaf == "down_proj" else rotated.get(name, 1)
+        block = recipe["hadamard"]["block"] if recipe.get("hadamard") and leaf == "down_proj" else blocks.get(name, 1)
         linear, output, values = getattr(place, leaf), f"{parent}.o_proj", None
         if leaf == "v_proj" and output in rotated:
             smoothed = recipe["smoothing"].get(output)

@@ -75,7 +75,9 @@ def test_both_compute_the_same_cost(
     recipe = recipe_of(model, prefix)
     if block is not None:
         rotated = {f"model.layers.{layer}.self_attn.o_proj": block // 2 for layer in (0, 1)}
-        recipe = recipe.model_copy(update={"hadamard": HadamardPlan(block=block), "value_rotation": rotated})
+        spread = {"model.layers.0.self_attn.q_proj": block, "model.layers.1.mlp.up_proj": block // 2}
+        changes = {"hadamard": HadamardPlan(block=block), "value_rotation": rotated, "input_hadamard": spread}
+        recipe = recipe.model_copy(update=changes)
     judge = Judge(model.checkpoint, {"text": CONTENT})
     ((*_, measured),) = evaluate(judge, {"recipe": recipe}, [AS_CHOSEN])
     found = increase(model, document(recipe, tmp_path))

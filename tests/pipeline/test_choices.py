@@ -28,6 +28,7 @@ TRANSFORMS = TransformChoice(
         {SITE: 0.25},
         {SITE: 0.1},
         value_rotation={OUTPUT: 16},
+        input_hadamard={SITE: 16},
     ),
     (TransformCandidate(name="smoothing", perplexity=12.5, divergence=0.25, verdict="chosen"),),
 )
@@ -65,6 +66,9 @@ def test_prefixes_that_no_model_can_be_fed_are_refused(tmp_path: Path, changes: 
         {"smoothing": {SITE: ZEROS.model_dump() | {"exponents": "AAAA"}}},
         {"rotation": {"kind": "orthogonal", "seed": -1}},
         {"value_rotation": {SITE: 8}},
+        {"input_hadamard": {OUTPUT: 8}},
+        {"input_hadamard": {SITE: 32}},
+        {"input_hadamard": {"model.layers.7.mlp.up_proj": 16}},
         {"value_rotation": {OUTPUT: 32}},
         {"value_rotation": {"model.layers.7.self_attn.o_proj": 8}},
         {"clips": {SITE: -1.5}},

@@ -177,6 +177,7 @@ def test_force_runs_all_again_to_the_same_bytes(copied: Path) -> None:
         ({"hadamard": "always"}, {SMOOTHING, AFTER, RECIPE, BUNDLE, CHECK}),
         # No head is rotated in the end: only the candidate with scales per token has one, and is in the recipe.
         ({"value_rotation": "never"}, {SMOOTHING, RECIPE, BUNDLE, CHECK}),
+        ({"hadamard": "down_proj"}, {SMOOTHING, RECIPE, BUNDLE, CHECK}),
         ({"activations": "per-token"}, {PREFIX, SMOOTHING, AFTER, RECIPE, BUNDLE, CHECK}),
     ],
 )

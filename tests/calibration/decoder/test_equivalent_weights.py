@@ -1,5 +1,6 @@
 """Rotated and smoothed models compute what the original computes, for every family; a forgotten fold shows."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +33,7 @@ from spike_export.checkpoint import row_blocks
 from spike_export.checkpoint.checkpoint import EMBEDDING, LM_HEAD, Checkpoint
 from spike_export.checkpoint.decoder_config import tensor_shapes
 from spike_export.checkpoint.hf_directory import SafetensorsSource
-from spike_export.checkpoint.modules import input_sites
+from spike_export.checkpoint.modules import block_inputs, input_sites
 from spike_export.checkpoint.opening import open_checkpoint
 from tests.support.tiny.checkpoints import random_llama, write_hf
 from tests.support.tiny.families import NAMES, replaced, tiny_family, tokens
@@ -90,6 +91,13 @@ def value_blocks(checkpoint: Checkpoint) -> dict[str, int]:
     return {f"model.layers.{layer}.self_attn.o_proj": block for layer in layers}
 
 
+def input_blocks(checkpoint: Checkpoint) -> dict[str, int]:
+    """Transform attention's input in all layers but the first, and the feed-forward block's in the first."""
+    attention, feed_forward = block_inputs(checkpoint.config)
+    found = {f"model.layers.{layer}.{attention}": 16 for layer in range(1, checkpoint.config.num_hidden_layers)}
+    return found if feed_forward is None else {f"model.layers.0.{feed_forward}": 8, **found}
+
+
 def test_which_families_can_be_rotated() -> None:
     configs = {name: tiny_family(name).checkpoint.config for name in NAMES}
     assert tuple(name for name, config in configs.items() if rotation_obstacle(config) is None) == ROTATABLE
@@ -109,7 +117,7 @@ def test_smoothing_leaves_the_logits(name: str) -> None:
 @pytest.mark.parametrize(
     ("rotation", "hadamard", "values"),
     [(None, None, False), (ROTATION, None, False), (None, HADAMARD, False), (None, HADAMARD, True)],
-    ids=["smoothed", "rotated", "smoothed and transformed", "with rotated values"],
+    ids=["smoothed", "rotated", "smoothed and transformed", "with rotated values and transformed inputs"],
 )
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_are_those_of_the_whole_tensor(
@@ -122,8 +130,8 @@ def test_rows_are_those_of_the_whole_tensor(
     if rotation is not None and name not in ROTATABLE:
         pytest.skip("cannot be rotated")
     original = tiny_family(name).checkpoint
-    rotated = value_blocks(original) if values else {}
-    changed = equivalent_checkpoint(original, rotation, random_smoothing(original), hadamard, rotated)
+    rotated, inputs = (value_blocks(original), input_blocks(original)) if values else ({}, {})
+    changed = equivalent_checkpoint(original, rotation, random_smoothing(original), hadamard, rotated, inputs)
     # Rows of 48 and more channels come in fives, so that blocks lie before, in and across a fused projection's rows.
     monkeypatch.setattr(row_blocks, "_BLOCK_ELEMENTS", 5 * 48)
     scaled = 0
@@ -160,6 +168,38 @@ def test_a_hadamard_transform_leaves_the_logits(name: str) -> None:
     # The transform in front of down_proj is a part of it.
     without = replace(changed, config=replace(changed.config, hadamard_block=None))
     assert change(without, expected, (1, 7)) > 0.01
+
+
+@pytest.mark.parametrize("smooth", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_transformed_inputs_of_blocks_leave_the_logits(name: str, smooth: bool) -> None:
+    """Beside all other transforms too; each of the transforms at run time is a part of it."""
+    original = tiny_family(name).checkpoint
+    rotation = ROTATION if name in ROTATABLE and smooth else None
+    smoothing, values = (random_smoothing(original), value_blocks(original)) if smooth else ({}, {})
+    inputs, hadamard = input_blocks(original), HADAMARD if smooth else None
+    changed = equivalent_checkpoint(original, rotation, smoothing, hadamard, values, inputs)
+    expected = logits(original, (1, 7))
+    # All transforms together round each weight, and each input, as often again.
+    assert change(changed, expected, (1, 7)) < (2 if smooth else 1) * TOLERANCE
+    for left_out in inputs:
+        others = {each: block for each, block in inputs.items() if each != left_out}
+        without = replace(changed, config=replace(changed.config, input_hadamard=others))
+        assert change(without, expected, (1, 7)) > 0.01
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "block", "message"),
+    [
+        ("llama", "self_attn.q_proj", 32, "block 32 does not divide the 48 channels of the residual stream; give "),
+        ("llama", "mlp.down_proj", 8, "no block of this decoder reads such an input; remove the entry"),
+        ("mixtral", "block_sparse_moe.experts.0.w3", 8, "no block of this decoder reads such an input; remove"),
+    ],
+)
+def test_input_blocks_that_do_not_fit_are_refused(name: str, module: str, block: int, message: str) -> None:
+    named = f"model.layers.1.{module}"
+    with pytest.raises(RecipeError, match=rf"^input_hadamard of {re.escape(named)}: {message}"):
+        equivalent_checkpoint(tiny_family(name).checkpoint, None, {}, None, {}, {named: block})
 
 
 @pytest.mark.parametrize("smooth", [False, True])

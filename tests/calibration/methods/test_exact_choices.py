@@ -62,6 +62,7 @@ def calibration() -> Calibration:
         (Transform(rotation=ROTATED), True),
         (Transform(hadamard=HadamardPlan(block=16)), True),
         (Transform(value_rotation={UP: 16}), True),
+        (Transform(input_hadamard={UP: 16}), True),
         (Transform(smoothing={UP: SMOOTHED}), True),
     ],
 )
@@ -149,16 +150,25 @@ def test_a_rotation_that_unties_the_head_has_to_pay_for_it(
 
 
 @pytest.mark.parametrize(("divergence", "pays"), [(0.91, False), (0.89, True)])
-def test_a_hadamard_transform_has_to_save_a_tenth(divergence: float, pays: bool) -> None:
+def test_each_hadamard_transform_has_to_save_a_tenth(divergence: float, pays: bool) -> None:
     plain, changed = transform_choice._Found(None, {}), transform_choice._Found(None, {}, HadamardPlan(block=16))
+    everywhere, inputs = replace(changed, inputs=True), replace(plain, inputs=True)
     calibration = stand_in()
-    with_it = transform_choice._cost(calibration, changed, Score(9.0, divergence))
-    assert (with_it < transform_choice._cost(calibration, plain, Score(9.0, 1.0))) == pays
+    for less, more in ((plain, changed), (changed, everywhere), (plain, inputs)):
+        with_it = transform_choice._cost(calibration, more, Score(9.0, divergence))
+        assert (with_it < transform_choice._cost(calibration, less, Score(9.0, 1.0))) == pays
+    twice = transform_choice._cost(calibration, everywhere, Score(9.0, 0.9 * divergence))
+    assert (twice < transform_choice._cost(calibration, plain, Score(9.0, 1.0))) == pays
 
 
 @pytest.mark.parametrize(
     ("asked", "names"),
-    [("never", ["smoothing"]), ("auto", ["smoothing", "smoothing + Hadamard"]), ("always", ["smoothing + Hadamard"])],
+    [
+        ("never", ["smoothing"]),
+        ("auto", ["smoothing", "smoothing + Hadamard"]),
+        ("down_proj", ["smoothing", "smoothing + Hadamard"]),
+        ("always", ["smoothing + Hadamard"]),
+    ],
 )
 def test_which_hadamard_transforms_compete(asked: Any, names: list[str]) -> None:
     searched = transform_choice._Found(None, {})

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from spike_export.calibration.decoder.layerwise import Decoder
 from spike_export.calibration.decoder.perplexity import Likelihood, Score, window_scores
 from spike_export.calibration.decoder.simulate import QuantizedWeights, Simulation
 from spike_export.calibration.decoder.smoothing import plan_scales, smoothing_plan, smoothing_scales
-from spike_export.calibration.methods import smoothing_search
+from spike_export.calibration.methods import smoothing_search, transform_choice
 from spike_export.calibration.methods.context import NO_TRANSFORM, Calibration, channel_scales, module_plans
 from spike_export.calibration.methods.module_choice import NOTHING_KEPT
 from spike_export.calibration.methods.options import CalibrationOptions
@@ -44,10 +45,10 @@ from spike_export.calibration.methods.smoothing_search import (
     _Rows,
     default_smoothing,
 )
-from spike_export.calibration.methods.transform_choice import choose_transform
+from spike_export.calibration.methods.transform_choice import HADAMARD_WORTH, choose_transform
 from spike_export.calibration.recipe_writer import build_recipe
 from spike_export.calibration.statistics.spikes import ModuleSpikes, SpikeStatistics
-from spike_export.checkpoint.modules import input_sites, is_router, representatives, siblings, split_name
+from spike_export.checkpoint.modules import block_inputs, input_sites, is_router, representatives, siblings, split_name
 from spike_export.engines.accuracy.distances import likelihood
 from spike_export.engines.onnx_runtime.session import open_bundle
 from spike_export.export.bundle import ExportOptions, export_bundle
@@ -308,9 +309,9 @@ def test_rotations_compete_where_they_may() -> None:
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
 def test_a_hadamard_transform_spreads_an_outlier(name: str) -> None:
     """It wins without smoothing, which it comes behind, and its ranges are those of the transformed inputs."""
-    calibration = calibration_of(outlier=2000.0, hadamard="auto", smoothing=False, activation_range="mse")
+    calibration = calibration_of(outlier=2000.0, hadamard="down_proj", smoothing=False, activation_range="mse")
     if name == "mixtral":
-        calibration = calibration_of(name, hadamard="always")
+        calibration = calibration_of(name, hadamard="down_proj")
     choice = choose_transform(calibration, calibration.measure(()))
     assert choice.transform.hadamard == HadamardPlan(block=16)
     scores = {each.name: each.divergence for each in choice.candidates}
@@ -328,6 +329,68 @@ def test_a_hadamard_transform_spreads_an_outlier(name: str) -> None:
     reference = calibration.reference(calibration.search_windows, ())
     found = Score.of(window_scores(Decoder(equivalent), fed, 24, (), (simulation.visit,), reference=reference))
     assert found.divergence < 2 * predicted.divergence
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral", "phi3", "olmo2", "gemma2"])
+def test_inputs_of_blocks_pass_a_transform_where_it_suits_them(name: str) -> None:
+    """Channels of a norm's output are large, a few at a time: without smoothing only the transform levels them."""
+    plain = calibration_of(name, smoothing=False, activation_range="mse")
+    attention, feed_forward = block_inputs(plain.checkpoint.config)
+    calibration = replace(plain, options=replace(plain.options, hadamard="auto"))
+    choice = choose_transform(calibration, calibration.measure(()))
+    assert [each.name for each in choice.candidates] == ["none", "none + Hadamard", "none + Hadamard at every input"]
+    costs = [each.divergence / (1 - HADAMARD_WORTH) ** count for count, each in enumerate(choice.candidates)]
+    taken = costs.index(min(costs)) == 2
+    assert [each.verdict == "chosen" for each in choice.candidates] == [cost == min(costs) for cost in costs]
+    inside = {split_name(each)[1] for each in choice.transform.input_hadamard}
+    assert inside <= {attention, feed_forward}
+    assert bool(inside) == taken
+    assert set(choice.transform.input_hadamard.values()) <= {16}
+    found = transform_choice._searched(calibration, calibration.measure(()), None, lambda *_: None)
+    for site, each in found.choices.items():
+        if split_name(site)[1] in (attention, feed_forward):
+            assert each.transformed is not None
+            assert each.block is None
+            assert each.transformed.noise <= each.noise
+            assert (each.transformed.block == 16) == (each.transformed.noise < each.noise)
+            assert each.transformed.tokens.noise <= each.tokens.noise
+
+
+def with_large_channels(calibration: Calibration) -> Calibration:
+    """Two channels behind every norm are ten times larger, and their columns as much smaller."""
+    checkpoint, tensors = calibration.checkpoint, {}
+    norms = {"input_layernorm": "self_attn.q_proj", "post_attention_layernorm": "mlp.up_proj"}
+    for layer, (norm, representative) in product(range(checkpoint.config.num_hidden_layers), norms.items()):
+        gain = f"model.layers.{layer}.{norm}.weight"
+        tensors[gain] = checkpoint.tensor(gain).copy()
+        tensors[gain][[3, 20]] *= 10.0
+        for reader in siblings(f"model.layers.{layer}.{representative}"):
+            tensors[f"{reader}.weight"] = checkpoint.tensor(f"{reader}.weight").copy()
+            tensors[f"{reader}.weight"][:, [3, 20]] /= 10.0
+    return replace(calibration, checkpoint=replaced(checkpoint, tensors))
+
+
+def test_a_transform_levels_large_channels_of_norms() -> None:
+    """What it is chosen for is what the model behind it is worth, with ranges of its own statistics."""
+    plain = with_large_channels(calibration_of(smoothing=False, activation_range="mse"))
+    calibration = replace(plain, options=replace(plain.options, hadamard="auto"))
+    statistics = calibration.measure(())
+    choice = choose_transform(calibration, statistics)
+    assert [each.verdict == "chosen" for each in choice.candidates] == [False, False, True]
+    assert choice.candidates[2].divergence < choice.candidates[1].divergence / 2
+    site = "model.layers.1.self_attn.q_proj"
+    assert choice.transform.input_hadamard[site] == 16
+    after = calibration.measure((), choice.transform.of_weights)
+    before, behind = (each.modules[site].channel_amax for each in (statistics, after))
+    assert behind.max() / np.median(behind) < before.max() / np.median(before) / 2
+    predicted = calibration.predicted(calibration.held_out(after), (), choice.transform, measured=True)
+    assert predicted.divergence < 1.5 * choice.candidates[2].divergence < choice.candidates[0].divergence
+    # What is asked for is compared, and nothing beyond it.
+    alone = replace(calibration, options=replace(calibration.options, hadamard="down_proj"))
+    assert len(choose_transform(alone, statistics).candidates) == 2
+    always = replace(calibration, options=replace(calibration.options, hadamard="always"))
+    (only,) = choose_transform(always, statistics).candidates
+    assert only == choice.candidates[2]
 
 
 def spiked_values() -> Calibration:

@@ -155,10 +155,15 @@ def test_per_token_scales_and_int8_attention_leave_every_linear_in_int8(
 
 
 @pytest.mark.parametrize("change", [static, slow(mixed)])
-def test_a_hadamard_transform_costs_two_kernels_a_layer(
-    tmp_path: Path, change: Callable[[Recipe], dict[str, Any]]
+@pytest.mark.parametrize(("inputs", "kernels"), [((), 2), (("self_attn.q_proj", "mlp.up_proj"), 6)])
+def test_a_hadamard_transform_costs_two_kernels(
+    tmp_path: Path, change: Callable[[Recipe], dict[str, Any]], inputs: tuple[str, ...], kernels: int
 ) -> None:
-    result = build(tmp_path, "float16", lambda recipe: {"hadamard": HadamardPlan(block=16), **change(recipe)})
+    def transformed(recipe: Recipe) -> dict[str, Any]:
+        spread = {f"model.layers.{layer}.{name}": 16 for layer in (0, 1) for name in inputs}
+        return {"hadamard": HadamardPlan(block=16), "input_hadamard": spread, **change(recipe)}
+
+    result = build(tmp_path, "float16", transformed)
     assert result.deviations == ()
     found = {module.module: module.found for module in result.audit.modules}
     del found["lm_head"]
@@ -167,7 +172,7 @@ def test_a_hadamard_transform_costs_two_kernels_a_layer(
     without = build(tmp_path / "without", "float16", change)
     for program, plain in zip(result.audit.programs, without.audit.programs, strict=True):
         pairs = zip(program.layer_kernels or (), plain.layer_kernels or (), strict=True)
-        assert [with_it - count for with_it, count in pairs] == [2, 2]
+        assert [with_it - count for with_it, count in pairs] == [kernels, kernels]
 
 
 @pytest.mark.parametrize("dtype", ["float16", slow("bfloat16"), "float32"])

@@ -8,7 +8,7 @@ import pytest
 
 from spike_export.artifacts.errors import EngineError
 from spike_export.artifacts.recipe import AttentionPlan, Dtype, HadamardPlan, Recipe, RotationPlan, Scheme
-from spike_export.checkpoint.modules import is_router, linears
+from spike_export.checkpoint.modules import block_inputs, is_router, linears
 from spike_export.engines.parity import chain as chain_module
 from spike_export.engines.parity.chain import Chain, bundle_link, parity_chain, unquantized_links
 from spike_export.engines.parity.transformers_model import transformers_model
@@ -140,6 +140,7 @@ def test_every_scheme_passes(model: TinyModel, tmp_path: Path) -> None:
         update={
             "rotation": RotationPlan(kind="orthogonal", seed=1),
             "hadamard": HadamardPlan(block=8),
+            "input_hadamard": {"model.layers.0.self_attn.q_proj": 16, "model.layers.1.mlp.up_proj": 8},
             "attention": {f"{LAYER}.self_attn": AttentionPlan(query=0.05, key=0.05, value=0.02)},
         }
     )
@@ -166,7 +167,8 @@ def test_other_families_pass(name: str, tmp_path: Path) -> None:
     names = linears(model.checkpoint.config)
     kept: dict[str, Dtype] = {each: "float32" for each in names if is_router(each)}
     recipe = tiny_recipe(model.checkpoint, dict.fromkeys(names, 0.05), prefix=PREFIX, kept=kept)
-    recipe = recipe.model_copy(update={"hadamard": HadamardPlan(block=4)})
+    spread = {f"model.layers.1.{each}": 16 for each in block_inputs(model.checkpoint.config) if each}
+    recipe = recipe.model_copy(update={"hadamard": HadamardPlan(block=4), "input_hadamard": spread})
     export_bundle(model.checkpoint, recipe, ExportOptions("float32"), tmp_path / "bundle")
     parity = parity_chain(Chain(model.checkpoint, recipe, TOKENS), tmp_path / "bundle")
     assert parity.passed, parity.links

@@ -36,6 +36,12 @@ CASES: dict[str, tuple[dict[str, Any] | None, str, Dtype, str]] = {
         "float16",
         "operands of model.layers.0.self_attn; remove",
     ),
+    "input hadamard": (
+        {"input_hadamard": {"model.layers.0.mlp.up_proj": 16}},
+        "",
+        "float16",
+        "Hadamard transform in front of model.layers.0.mlp.up_proj .* --hadamard never",
+    ),
     "hadamard": ({"hadamard": HadamardPlan(block=16)}, "", "float16", "Hadamard transform .* --hadamard never"),
     "cache": (
         {"kv_cache": {"model.layers.0.self_attn": KvCachePlan(key="AA==", value="AA==")}},
