@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from spike_export.artifacts.errors import RecipeError
 from spike_export.artifacts.progress import Progress, silent
 from spike_export.artifacts.recipe import LARGEST, ModulePlan, Recipe
-from spike_export.calibration.decoder.equivalent_weights import recipe_checkpoint
+from spike_export.calibration.decoder.equivalent_weights import transformed_checkpoint
 from spike_export.calibration.decoder.layerwise import Decoder, Head, Visit
 from spike_export.calibration.decoder.perplexity import with_bos
 from spike_export.calibration.decoder.simulate import QuantizedWeights, Simulation
@@ -91,7 +91,7 @@ def revalidate_recipe(
             f"the recipe was made for {recipe.model.source}, of another architecture than {checkpoint.name}: only one "
             f"of them has {strange[0]}; calibrate this model"
         )
-    decoder = Decoder(recipe_checkpoint(checkpoint, recipe))
+    decoder = Decoder(transformed_checkpoint(checkpoint, recipe))
     fed = content if checkpoint.bos_token_id in recipe.prefix_ids else with_bos(content, checkpoint.bos_token_id)
     measured = measure_spikes(decoder, fed, recipe.prefix_ids, progress=progress)
     found = [each for name, spikes in measured.modules.items() for each in _drift(name, spikes, recipe)]

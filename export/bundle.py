@@ -43,7 +43,7 @@ from spike_export.artifacts.recipe import (
     recipe_sha256,
 )
 from spike_export.artifacts.threads import workers
-from spike_export.calibration.decoder.equivalent_weights import recipe_checkpoint
+from spike_export.calibration.decoder.equivalent_weights import transformed_checkpoint
 from spike_export.calibration.decoder.layerwise import Decoder, Execution
 from spike_export.calibration.decoder.smoothing import head_scales
 from spike_export.calibration.float8 import float8_modules
@@ -139,7 +139,7 @@ def export_bundle(
     checkpoint_sha256 = checkpoint.tensors.sha256()
     if recipe is not None:
         verify_recipe(recipe, checkpoint, checkpoint_sha256)
-        checkpoint = recipe_checkpoint(checkpoint, recipe)
+        checkpoint = transformed_checkpoint(checkpoint, recipe)
     plan = _graph_plan(checkpoint, recipe, options)
     model = build_decoder(checkpoint, plan)
     manifest = _manifest(checkpoint, checkpoint_sha256, recipe, plan, model)

@@ -25,7 +25,7 @@ from spike_export.artifacts.recipe import ActivationKind, ModulePlan, Recipe, lo
 from spike_export.calibration.corpus.chat import rendered
 from spike_export.calibration.corpus.files import CorpusOptions, OwnText, load_corpora
 from spike_export.calibration.corpus.token_windows import windows_throughout
-from spike_export.calibration.decoder.equivalent_weights import recipe_checkpoint
+from spike_export.calibration.decoder.equivalent_weights import transformed_checkpoint
 from spike_export.calibration.decoder.layerwise import Decoder, Head, Visit
 from spike_export.calibration.decoder.perplexity import content_states, divergence_sum, likelihood, with_bos
 from spike_export.calibration.decoder.simulate import QuantizedWeights, Simulation
@@ -150,7 +150,7 @@ class Judge:
 
     def decoder(self, recipe: Recipe) -> Decoder:
         """Return the model whose weights a recipe quantizes."""
-        return Decoder(recipe_checkpoint(self._plain.checkpoint, recipe))
+        return Decoder(transformed_checkpoint(self._plain.checkpoint, recipe))
 
     def measured(self, text: str, recipe: Recipe, decoder: Decoder, visits: Sequence[Visit]) -> Measured:
         """Return what the recipe's model is worth on a text with these visits around its layers."""

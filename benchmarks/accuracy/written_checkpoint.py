@@ -23,7 +23,7 @@ from benchmarks.fetch_models import smollm2_path
 from spike_export.artifacts.recipe import ModulePlan, Recipe, load_recipe
 from spike_export.calibration.corpus.corpus import default_corpus
 from spike_export.calibration.corpus.token_windows import windows_throughout
-from spike_export.calibration.decoder.equivalent_weights import recipe_checkpoint
+from spike_export.calibration.decoder.equivalent_weights import transformed_checkpoint
 from spike_export.calibration.decoder.layerwise import Decoder
 from spike_export.calibration.decoder.simulate import QuantizedWeights, Simulation
 from spike_export.checkpoint.checkpoint import Checkpoint
@@ -53,7 +53,7 @@ class Compared:
 def compare(checkpoint: Checkpoint, recipe: Recipe, content: NDArray[np.int64], folder: Path) -> Compared:
     """Write the checkpoint into a folder, and score the variants on content windows [windows, tokens]."""
     written = write_checkpoint(checkpoint, recipe, "float32", folder)
-    decoder = Decoder(recipe_checkpoint(checkpoint, recipe))
+    decoder = Decoder(transformed_checkpoint(checkpoint, recipe))
     moved = with_token_scales(recipe.modules, frozenset(written.exceeded))
     prefix, behind = recipe.prefix_ids, _behind(recipe.prefix_ids, content)
     model, weights = computed_model(folder), QuantizedWeights(recipe.scheme.weights)

@@ -16,13 +16,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from spike_export.artifacts.errors import RecipeError
-from spike_export.artifacts.recipe import HadamardPlan, Recipe, RotationPlan, SmoothingPlan
+from spike_export.artifacts.recipe import HadamardPlan, RotationPlan, SmoothingPlan
 from spike_export.calibration.decoder.hadamard import transform_columns, transform_rows
 from spike_export.calibration.decoder.rotation import rotation_matrix
 from spike_export.calibration.decoder.smoothing import is_per_value_head, plan_scales, repeated_for_group
@@ -50,19 +50,43 @@ def rotation_obstacle(config: DecoderConfig) -> str | None:
     return None
 
 
-def recipe_checkpoint(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
-    """Return the model whose weights a recipe quantizes.
+class Transforms(Protocol):
+    """What makes the equivalent model: a recipe, or another value that holds these parts of one."""
+
+    @property
+    def rotation(self) -> RotationPlan | None:
+        """Of the residual stream."""
+
+    @property
+    def smoothing(self) -> Mapping[str, SmoothingPlan]:
+        """Representative → scales of its input's channels."""
+
+    @property
+    def hadamard(self) -> HadamardPlan | None:
+        """Of what `down_proj` reads, at run time."""
+
+    @property
+    def value_rotation(self) -> Mapping[str, int]:
+        """`o_proj` → channels of a block of the rotation of its value heads."""
+
+    @property
+    def input_hadamard(self) -> Mapping[str, int]:
+        """Representative → channels of a block of the Hadamard transform of a block's input, at run time."""
+
+
+def transformed_checkpoint(checkpoint: Checkpoint, transforms: Transforms) -> Checkpoint:
+    """Return the model whose weights are quantized, for instance by a recipe.
 
     Raises:
-        RecipeError: A transformation of the recipe does not fit the model.
+        RecipeError: A transformation does not fit the model.
     """
     return equivalent_checkpoint(
         checkpoint,
-        recipe.rotation,
-        recipe.smoothing,
-        recipe.hadamard,
-        recipe.value_rotation,
-        recipe.input_hadamard,
+        transforms.rotation,
+        transforms.smoothing,
+        transforms.hadamard,
+        transforms.value_rotation,
+        transforms.input_hadamard,
     )
 
 

@@ -25,7 +25,7 @@ from spike_export.artifacts.recipe import (
     activation_scale,
 )
 from spike_export.calibration.corpus.token_windows import TokenWindows
-from spike_export.calibration.decoder.equivalent_weights import equivalent_checkpoint
+from spike_export.calibration.decoder.equivalent_weights import transformed_checkpoint
 from spike_export.calibration.decoder.heap import collect_and_return_memory
 from spike_export.calibration.decoder.layerwise import Decoder, Execution, Meter
 from spike_export.calibration.decoder.perplexity import (
@@ -196,14 +196,7 @@ class Calibration:
         if not self._transformed or self._transformed[0][0] != transform:
             self._transformed.clear()
             collect_and_return_memory()
-            changed = equivalent_checkpoint(
-                self.checkpoint,
-                transform.rotation,
-                transform.smoothing,
-                transform.hadamard,
-                transform.value_rotation,
-                transform.input_hadamard,
-            )
+            changed = transformed_checkpoint(self.checkpoint, transform)
             self._transformed.append((transform, self._ready(Decoder(changed, self.execution, self.meter))))
         return self._transformed[0][1]
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from spike_export.artifacts.manifest import Manifest
 from spike_export.artifacts.recipe import SMOOTHED_HEAD, ModulePlan, Recipe
-from spike_export.calibration.decoder.equivalent_weights import recipe_checkpoint
+from spike_export.calibration.decoder.equivalent_weights import transformed_checkpoint
 from spike_export.calibration.decoder.layerwise import Decoder, Visit
 from spike_export.calibration.decoder.simulate import QuantizedWeights, Simulation
 from spike_export.calibration.float8 import float8_modules
@@ -58,7 +58,7 @@ class SimulatedModel:
         """Return the model of a recipe."""
         if recipe is None:
             return cls(checkpoint, None, {})
-        return cls(recipe_checkpoint(checkpoint, recipe), recipe, dict(recipe.modules))
+        return cls(transformed_checkpoint(checkpoint, recipe), recipe, dict(recipe.modules))
 
     def exported_as(self, manifest: Manifest) -> "SimulatedModel":
         """Return the model that a bundle holds: INT8 linears may be in FP8 there, and the cache left as it was."""

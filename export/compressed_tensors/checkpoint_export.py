@@ -15,7 +15,7 @@ from spike_export.artifacts.ownership import CHECKPOINT_MARK, is_written_checkpo
 from spike_export.artifacts.progress import Progress, silent
 from spike_export.artifacts.recipe import Dtype, ModulePlan, Recipe, load_recipe, recipe_sha256
 from spike_export.artifacts.sole_writer import sole_writer
-from spike_export.calibration.decoder.equivalent_weights import recipe_checkpoint
+from spike_export.calibration.decoder.equivalent_weights import transformed_checkpoint
 from spike_export.checkpoint.checkpoint import Checkpoint
 from spike_export.checkpoint.opening import open_checkpoint
 from spike_export.export.bundle import verify_recipe
@@ -98,7 +98,7 @@ def write_checkpoint(
             f"{checkpoint.name}: has no tokenizer, which would put the recipe's prefix before every sequence; add the "
             "tokenizer's files, or calibrate with --no-qfep"
         )
-    equivalent = recipe_checkpoint(checkpoint, recipe)
+    equivalent = transformed_checkpoint(checkpoint, recipe)
     exceeded = exceeded_inputs(equivalent, recipe)
     modules = with_token_scales(recipe.modules, exceeded)
     tensors = list(stored_tensors(equivalent, modules, recipe.scheme.weights, dtype))

@@ -29,7 +29,7 @@ from spike_export.artifacts.recipe import (
     WeightScheme,
     activation_scale,
 )
-from spike_export.calibration.decoder.equivalent_weights import equivalent_checkpoint, recipe_checkpoint
+from spike_export.calibration.decoder.equivalent_weights import equivalent_checkpoint, transformed_checkpoint
 from spike_export.calibration.decoder.hadamard import hadamard_plan
 from spike_export.calibration.decoder.layerwise import Decoder
 from spike_export.calibration.decoder.simulate import QuantizedWeights, Simulation, fake_quantize_tokens
@@ -178,7 +178,7 @@ def recipe_of(case: Case, checkpoint: Checkpoint, dtype: Dtype = "float32") -> R
 
 
 def simulated(checkpoint: Checkpoint, recipe: Recipe) -> NDArray[np.float32]:
-    decoder = Decoder(recipe_checkpoint(checkpoint, recipe))
+    decoder = Decoder(transformed_checkpoint(checkpoint, recipe))
     simulation = Simulation(recipe.modules, QuantizedWeights(recipe.scheme.weights), recipe.attention)
     states = decoder.run(tokens(), recipe.prefix_ids, visits=(simulation.visit,))
     logits: NDArray[np.float32] = decoder.head().logits(states.get(0)).numpy()

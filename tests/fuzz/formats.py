@@ -30,7 +30,7 @@ from spike_export.calibration.corpus.chat import rendered
 from spike_export.calibration.corpus.corpus import Corpus
 from spike_export.calibration.corpus.files import CorpusOptions, load_corpora
 from spike_export.calibration.corpus.model_windows import model_windows
-from spike_export.calibration.decoder.equivalent_weights import equivalent_checkpoint
+from spike_export.calibration.decoder.equivalent_weights import transformed_checkpoint
 from spike_export.calibration.methods.prefix_choice import PrefixChoice
 from spike_export.calibration.statistics.partial_statistics import merge_shards
 from spike_export.calibration.statistics.spikes import ModuleSpikes, SpikeStatistics, load_spikes, save_spikes
@@ -494,14 +494,7 @@ def _read_choices(folder: Path) -> object:
         _use_prefixes(load_prefixes(folder / "prefix.json", checkpoint.config))
     choice = load_transforms(folder / "smoothing.json", checkpoint.config)
     transform = choice.transform
-    changed = equivalent_checkpoint(
-        checkpoint,
-        transform.rotation,
-        transform.smoothing,
-        transform.hadamard,
-        transform.value_rotation,
-        transform.input_hadamard,
-    )
+    changed = transformed_checkpoint(checkpoint, transform)
     search = Search(transforms=choice.candidates)
     assert Search.model_validate_json(search.model_dump_json()) == search
     return changed.tensor(f"{_SITE}.weight"), choice.transform.noise_with(choice.transform.noise)

@@ -18,7 +18,7 @@ from spike_export.artifacts.errors import RecipeError
 from spike_export.artifacts.recipe import Dtype, HadamardPlan, ModulePlan, Recipe
 from spike_export.calibration.corpus.corpus import Corpus
 from spike_export.calibration.corpus.token_windows import TokenWindows
-from spike_export.calibration.decoder.equivalent_weights import equivalent_checkpoint
+from spike_export.calibration.decoder.equivalent_weights import transformed_checkpoint
 from spike_export.calibration.decoder.layerwise import Decoder
 from spike_export.calibration.decoder.perplexity import Likelihood, Score, window_scores
 from spike_export.calibration.decoder.simulate import QuantizedWeights, Simulation
@@ -321,9 +321,7 @@ def test_a_hadamard_transform_spreads_an_outlier(name: str) -> None:
     plans = module_plans(after, (), choice.transform, calibration.options)
     predicted = calibration.predicted(calibration.held_out(after), (), choice.transform, measured=True)
     assert predicted.divergence < 1.5 * scores[choice.candidates[-1].name]
-    equivalent = equivalent_checkpoint(
-        calibration.checkpoint, None, choice.transform.smoothing, choice.transform.hadamard
-    )
+    equivalent = transformed_checkpoint(calibration.checkpoint, choice.transform)
     simulation = Simulation(plans, QuantizedWeights("int8-per-channel"))
     fed = calibration.fed(calibration.search_windows, ())
     reference = calibration.reference(calibration.search_windows, ())

@@ -16,7 +16,7 @@ from benchmarks.accuracy.compressed_reading import computed_model, config_of, st
 from benchmarks.accuracy.written_checkpoint import perplexity
 from spike_export.artifacts.errors import CheckpointError
 from spike_export.artifacts.recipe import ModulePlan, Prefix, Recipe, RotationPlan, Scheme, SmoothingPlan
-from spike_export.calibration.decoder.equivalent_weights import equivalent_checkpoint, recipe_checkpoint
+from spike_export.calibration.decoder.equivalent_weights import equivalent_checkpoint, transformed_checkpoint
 from spike_export.calibration.decoder.layerwise import Decoder
 from spike_export.calibration.decoder.simulate import QuantizedWeights, Simulation
 from spike_export.calibration.decoder.smoothing import smoothing_plan
@@ -49,7 +49,7 @@ def recipe_of(checkpoint: Checkpoint, ids: NDArray[np.int64], prefix: tuple[int,
 
 
 def simulated(checkpoint: Checkpoint, recipe: Recipe, ids: NDArray[np.int64]) -> torch.Tensor:
-    decoder = Decoder(recipe_checkpoint(checkpoint, recipe))
+    decoder = Decoder(transformed_checkpoint(checkpoint, recipe))
     simulation = Simulation(recipe.modules, QuantizedWeights(recipe.scheme.weights))
     states = decoder.run(ids, visits=(simulation.visit,))
     return torch.cat([decoder.head().logits(states.get(index)) for index in range(len(states))])
