@@ -7,7 +7,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from spike_export.artifacts.check_document import Check as Check
     from spike_export.artifacts.errors import ArtifactError as ArtifactError
     from spike_export.artifacts.errors import CalibrationError as CalibrationError
     from spike_export.artifacts.errors import CheckpointError as CheckpointError
@@ -20,7 +19,8 @@ if TYPE_CHECKING:
     from spike_export.artifacts.recipe import Recipe as Recipe
     from spike_export.artifacts.recipe import load_recipe as load_recipe
     from spike_export.artifacts.recipe import save_recipe as save_recipe
-    from spike_export.artifacts.task_document import TaskAccuracy as TaskAccuracy
+    from spike_export.artifacts.results.check_document import Check as Check
+    from spike_export.artifacts.results.task_document import TaskAccuracy as TaskAccuracy
     from spike_export.calibration.corpus.files import CorpusOptions as CorpusOptions
     from spike_export.calibration.methods.options import CalibrationOptions as CalibrationOptions
     from spike_export.calibration.revalidation import Revalidation as Revalidation
@@ -72,7 +72,7 @@ if TYPE_CHECKING:
     from spike_export.report.page import write_report as write_report
 
 _NAMES_OF = {
-    "spike_export.artifacts.check_document": ("Check",),
+    "spike_export.artifacts.results.check_document": ("Check",),
     "spike_export.artifacts.errors": (
         "ArtifactError",
         "CalibrationError",
@@ -89,7 +89,7 @@ _NAMES_OF = {
         "load_recipe",
         "save_recipe",
     ),
-    "spike_export.artifacts.task_document": ("TaskAccuracy",),
+    "spike_export.artifacts.results.task_document": ("TaskAccuracy",),
     "spike_export.calibration.corpus.files": ("CorpusOptions",),
     "spike_export.calibration.methods.options": ("CalibrationOptions",),
     "spike_export.calibration.revalidation": ("Revalidation",),

@@ -7,12 +7,12 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from spike_export.artifacts.atomic_write import write_text
-from spike_export.artifacts.documents import read_document, require_files
 from spike_export.artifacts.errors import ArtifactError
-from spike_export.artifacts.json_document import first_fault
+from spike_export.artifacts.files.atomic_write import write_text
+from spike_export.artifacts.files.documents import read_document, require_files
+from spike_export.artifacts.files.json_document import first_fault
+from spike_export.artifacts.files.sole_writer import finish_dead_replacement
 from spike_export.artifacts.recipe import Dtype, KvCacheDtype
-from spike_export.artifacts.sole_writer import finish_dead_replacement
 
 CacheKind = Literal["dynamic", "static"]
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from spike_export.artifacts.documents import read_document
 from spike_export.artifacts.errors import ArtifactError
+from spike_export.artifacts.files.documents import read_document
 from spike_export.artifacts.manifest import MANIFEST_FILE
 
 _MANIFEST_KEYS = ("format", "model", "kv_cache", "linears")

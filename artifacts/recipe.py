@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from spike_export.artifacts.atomic_write import write_text
-from spike_export.artifacts.documents import read_document
 from spike_export.artifacts.errors import RecipeError
-from spike_export.artifacts.json_document import first_fault
+from spike_export.artifacts.files.atomic_write import write_text
+from spike_export.artifacts.files.documents import read_document
+from spike_export.artifacts.files.json_document import first_fault
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 """Precision of whatever is not quantized."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Self
 
 from spike_export.artifacts.errors import CheckpointError
-from spike_export.artifacts.threads import workers
+from spike_export.artifacts.process.threads import workers
 
 _HASH_THREADS = 4
 

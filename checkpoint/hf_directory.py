@@ -14,9 +14,9 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from spike_export.artifacts.documents import read_document, require_file, require_files
 from spike_export.artifacts.errors import CheckpointError, one_line
-from spike_export.artifacts.inner_paths import leads_outside
+from spike_export.artifacts.files.documents import read_document, require_file, require_files
+from spike_export.artifacts.files.inner_paths import leads_outside
 from spike_export.checkpoint.checkpoint import Checkpoint, validate_shapes
 from spike_export.checkpoint.decoder_config import decoder_config
 from spike_export.checkpoint.file_hash import HashedSource

@@ -1,7 +1,7 @@
 """Opens a model by what the user names it with: a folder, a file, or a hub id."""
 
 from spike_export.artifacts.errors import CheckpointError
-from spike_export.artifacts.user_paths import user_path
+from spike_export.artifacts.files.user_paths import user_path
 from spike_export.checkpoint.checkpoint import Checkpoint
 from spike_export.checkpoint.gguf_file import open_gguf
 from spike_export.checkpoint.hf_directory import download_snapshot, looks_like_hub_id, open_hf_directory

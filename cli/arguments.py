@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Group, Parameter
 
-from spike_export.artifacts.accuracy_limits import AccuracyLimits
+from spike_export.artifacts.results.accuracy_limits import AccuracyLimits
 
 Dtype = Literal["float16", "bfloat16", "float32"]
 NumberFormat = Literal["int8", "fp8"]

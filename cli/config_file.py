@@ -7,8 +7,8 @@ from typing import Any
 
 from cyclopts import App, ArgumentCollection
 
-from spike_export.artifacts.documents import read_document
 from spike_export.artifacts.errors import ArtifactError
+from spike_export.artifacts.files.documents import read_document
 
 
 def config_path(arguments: Sequence[str]) -> Path | None:

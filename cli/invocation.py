@@ -13,8 +13,8 @@ def record(*folders: Path) -> None:
 
     A folder that cannot be written changes nothing of the command's result.
     """
-    from spike_export.artifacts.command_log import record_command
     from spike_export.artifacts.errors import ArtifactError
+    from spike_export.artifacts.results.command_log import record_command
     from spike_export.pipeline.run_directory import RunDirectory
 
     for folder in sorted({each.absolute() for each in folders}):

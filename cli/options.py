@@ -134,7 +134,7 @@ def use_threads(arguments: ThreadArguments) -> None:
     Raises:
         EngineError: This machine cannot run so many at once.
     """
-    from spike_export.artifacts.threads import allow_threads
+    from spike_export.artifacts.process.threads import allow_threads
 
     if arguments.threads is not None:
         allow_threads(arguments.threads)

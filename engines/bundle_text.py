@@ -6,8 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spike_export.artifacts.documents import read_document
 from spike_export.artifacts.errors import EngineError, one_line
+from spike_export.artifacts.files.documents import read_document
 from spike_export.artifacts.manifest import Manifest, load_manifest
 from spike_export.checkpoint.tokenizer import load_tokenizer
 from spike_export.engines.generation.bundle_tokenizer import BundleTokenizer, require_tokenizer

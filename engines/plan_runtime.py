@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spike_export.artifacts.errors import EngineError
+from spike_export.artifacts.files.sole_writer import finish_dead_replacement
 from spike_export.artifacts.manifest import MANIFEST_FILE
 from spike_export.artifacts.progress import Progress, silent
-from spike_export.artifacts.sole_writer import finish_dead_replacement
 from spike_export.engines.generation.decoding import Decoding
 from spike_export.engines.plan.backend import detect_machine
 from spike_export.engines.plan.paths import find_plans, plan_paths, run_folder

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from spike_export.artifacts.errors import EngineError
 from spike_export.artifacts.manifest import load_manifest
+from spike_export.artifacts.process.threads import require_threads
 from spike_export.artifacts.progress import Progress, silent
-from spike_export.artifacts.threads import require_threads
 from spike_export.engines.generation.decoding import Decoding
 from spike_export.engines.generation.draft_length import DraftLength
 from spike_export.engines.generation.slots import SlotRuntime, Slots

@@ -16,9 +16,9 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from spike_export.artifacts.atomic_write import atomic_path
 from spike_export.artifacts.errors import RecipeError
-from spike_export.artifacts.free_space import require_free_space
+from spike_export.artifacts.files.atomic_write import atomic_path
+from spike_export.artifacts.files.free_space import require_free_space
 from spike_export.artifacts.manifest import (
     DATA_FILE,
     GRAPH_FILE,
@@ -31,6 +31,7 @@ from spike_export.artifacts.manifest import (
     TensorInfo,
     save_manifest,
 )
+from spike_export.artifacts.process.threads import workers
 from spike_export.artifacts.progress import Progress, silent
 from spike_export.artifacts.recipe import (
     SMOOTHED_HEAD,
@@ -42,7 +43,6 @@ from spike_export.artifacts.recipe import (
     Recipe,
     recipe_sha256,
 )
-from spike_export.artifacts.threads import workers
 from spike_export.calibration.decoder.equivalent_weights import transformed_checkpoint
 from spike_export.calibration.decoder.layerwise import Decoder, Execution
 from spike_export.calibration.decoder.smoothing import head_scales

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
+from spike_export.artifacts.files.sole_writer import sole_writer
 from spike_export.artifacts.manifest import LogitsScope, Manifest
 from spike_export.artifacts.progress import Progress, silent
 from spike_export.artifacts.recipe import Dtype, KvCacheDtype, NumberFormat, Recipe, load_recipe
-from spike_export.artifacts.sole_writer import sole_writer
 from spike_export.checkpoint.opening import open_checkpoint
 from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.cache_options import CacheOptions

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from spike_export.artifacts.check_document import Check, CheckCorpus, CheckCost, load_check
 from spike_export.artifacts.errors import ArtifactError
 from spike_export.artifacts.recipe import ModulePlan, Recipe, load_recipe
+from spike_export.artifacts.results.check_document import Check, CheckCorpus, CheckCost, load_check
 from spike_export.artifacts.visible_text import visible
 from spike_export.engines.accuracy.intervals import Interval
 from spike_export.inspection.run import RECIPE_FILE

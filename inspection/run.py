@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spike_export.artifacts.attribution import Attribution, attribution_of
 from spike_export.artifacts.errors import ArtifactError, RecipeError
 from spike_export.artifacts.recipe import SMOOTHED_HEAD, ModulePlan, Recipe, load_recipe
+from spike_export.artifacts.results.attribution import Attribution, attribution_of
 from spike_export.artifacts.visible_text import visible
 from spike_export.calibration.noise_shares import noise_shares
 from spike_export.calibration.statistics.description import LargeToken, SpikesDescription, load_description

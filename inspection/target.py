@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from spike_export.artifacts.errors import ArtifactError
+from spike_export.artifacts.files.sole_writer import finish_dead_replacement
 from spike_export.artifacts.manifest import MANIFEST_FILE
-from spike_export.artifacts.sole_writer import finish_dead_replacement
 from spike_export.engines.plan.backend import detect_machine
 from spike_export.engines.plan.paths import find_plans
 from spike_export.engines.plan_runtime import is_plan

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from spike_export.artifacts.files.sole_writer import sole_writer
 from spike_export.artifacts.progress import Progress, silent
-from spike_export.artifacts.sole_writer import sole_writer
 from spike_export.engines.build.reuse import ProvidedEngine, provide_engine
 from spike_export.engines.plan.build_options import BuildOptions
 

@@ -3,11 +3,11 @@
 from contextlib import nullcontext
 from pathlib import Path
 
-from spike_export.artifacts.accuracy_limits import AccuracyLimits
-from spike_export.artifacts.atomic_write import require_file_name
-from spike_export.artifacts.check_document import Check, is_check, save_check
+from spike_export.artifacts.files.atomic_write import require_file_name
 from spike_export.artifacts.ownership import require_replaceable
 from spike_export.artifacts.progress import Progress, silent
+from spike_export.artifacts.results.accuracy_limits import AccuracyLimits
+from spike_export.artifacts.results.check_document import Check, is_check, save_check
 from spike_export.calibration.decoder.layerwise import Decoder, Execution
 from spike_export.engines.accuracy.variants import Variant, check_variants
 from spike_export.export.bundle import ExportOptions

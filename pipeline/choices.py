@@ -8,9 +8,9 @@ from typing import TypeVar
 
 from pydantic import TypeAdapter
 
-from spike_export.artifacts.atomic_write import write_text
-from spike_export.artifacts.documents import read_document
 from spike_export.artifacts.errors import ArtifactError, RecipeError
+from spike_export.artifacts.files.atomic_write import write_text
+from spike_export.artifacts.files.documents import read_document
 from spike_export.calibration.decoder.equivalent_weights import (
     fitting_block,
     require_input_blocks,

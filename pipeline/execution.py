@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from spike_export.artifacts.errors import CheckpointError
-from spike_export.artifacts.host_memory import available_memory
+from spike_export.artifacts.process.host_memory import available_memory
 from spike_export.artifacts.recipe import Dtype
 
 if TYPE_CHECKING:

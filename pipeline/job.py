@@ -4,10 +4,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spike_export.artifacts.accuracy_limits import AccuracyLimits
 from spike_export.artifacts.errors import RecipeError
 from spike_export.artifacts.manifest import LogitsScope
 from spike_export.artifacts.recipe import NumberFormat
+from spike_export.artifacts.results.accuracy_limits import AccuracyLimits
 from spike_export.calibration.corpus.files import CorpusOptions
 from spike_export.calibration.methods.options import CalibrationOptions
 from spike_export.engines.plan.build_options import BuildOptions

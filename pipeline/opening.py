@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
-from spike_export.artifacts.atomic_write import require_writable
-from spike_export.artifacts.sole_writer import sole_writer
+from spike_export.artifacts.files.atomic_write import require_writable
+from spike_export.artifacts.files.sole_writer import sole_writer
 from spike_export.calibration.corpus.chat import rendered
 from spike_export.calibration.corpus.files import OwnText, load_corpora, require_judge
 from spike_export.calibration.methods.transform_choice import require_rotation

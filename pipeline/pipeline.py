@@ -7,15 +7,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
-from spike_export.artifacts.attribution import ATTRIBUTION_FILE, Attribution, load_attribution, save_attribution
-from spike_export.artifacts.check_document import CHECK_FORMAT, Check, load_check, save_check
-from spike_export.artifacts.command_log import COMMANDS_FILE, record_command
-from spike_export.artifacts.documents import read_document
 from spike_export.artifacts.errors import ArtifactError
+from spike_export.artifacts.files.documents import read_document
+from spike_export.artifacts.files.sole_writer import sole_writer
 from spike_export.artifacts.manifest import DATA_FILE, GRAPH_FILE, MANIFEST_FILE, load_manifest
 from spike_export.artifacts.progress import Progress
 from spike_export.artifacts.recipe import Recipe, Search, load_recipe, recipe_sha256, recipe_text
-from spike_export.artifacts.sole_writer import sole_writer
+from spike_export.artifacts.results.attribution import ATTRIBUTION_FILE, Attribution, load_attribution, save_attribution
+from spike_export.artifacts.results.check_document import CHECK_FORMAT, Check, load_check, save_check
+from spike_export.artifacts.results.command_log import COMMANDS_FILE, record_command
 from spike_export.calibration.ablation import ablations
 from spike_export.calibration.corpus.chat import Chats, rendered
 from spike_export.calibration.corpus.corpus import Corpus

@@ -20,8 +20,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from spike_export.artifacts.atomic_write import describe_os_error
 from spike_export.artifacts.errors import CalibrationError, SpikeExportError, one_line
+from spike_export.artifacts.files.atomic_write import describe_os_error
 from spike_export.calibration.corpus.token_windows import TokenWindows
 from spike_export.calibration.methods.context import Calibration, Transform
 from spike_export.calibration.methods.options import CalibrationOptions

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spike_export.artifacts.atomic_write import require_file_name, write_text
+from spike_export.artifacts.files.atomic_write import require_file_name, write_text
 from spike_export.artifacts.ownership import is_document, require_replaceable
 
 

@@ -12,10 +12,10 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from spike_export.artifacts.atomic_write import write_text
-from spike_export.artifacts.documents import read_document, require_file
+from spike_export.artifacts.files.atomic_write import write_text
+from spike_export.artifacts.files.documents import read_document, require_file
+from spike_export.artifacts.files.sole_writer import sole_writer
 from spike_export.artifacts.ownership import require_replaceable
-from spike_export.artifacts.sole_writer import sole_writer
 
 
 def stage_key(**inputs: Any) -> str:

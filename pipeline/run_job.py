@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from spike_export.artifacts.check_document import Check
 from spike_export.artifacts.recipe import Recipe
+from spike_export.artifacts.results.check_document import Check
 from spike_export.engines.build.reuse import ProvidedEngine
 from spike_export.pipeline.job import Job
 from spike_export.pipeline.opening import open_pipeline

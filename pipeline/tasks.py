@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from spike_export.artifacts.errors import EngineError, RecipeError
 from spike_export.artifacts.manifest import Manifest
 from spike_export.artifacts.progress import Progress, silent
-from spike_export.artifacts.task_document import TASK_KEYS, TaskAccuracy
+from spike_export.artifacts.results.task_document import TASK_KEYS, TaskAccuracy
 from spike_export.calibration.decoder.layerwise import Decoder, Execution
 from spike_export.checkpoint.checkpoint import Checkpoint
 from spike_export.engines.engine import Engine

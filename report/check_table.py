@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from spike_export.artifacts.check_document import Check, CheckCost, CheckGate, CheckInterval, CheckVariant
+from spike_export.artifacts.results.check_document import Check, CheckCost, CheckGate, CheckInterval, CheckVariant
 from spike_export.artifacts.visible_text import visible
 
 NOT_MEASURED = "n/a"

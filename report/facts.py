@@ -4,8 +4,8 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from spike_export.artifacts.command_log import Command
 from spike_export.artifacts.recipe import Recipe
+from spike_export.artifacts.results.command_log import Command
 from spike_export.artifacts.visible_text import visible
 from spike_export.report.check_table import number
 

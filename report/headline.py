@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from spike_export.artifacts.check_document import Check
+from spike_export.artifacts.results.check_document import Check
 from spike_export.artifacts.visible_text import visible
 from spike_export.report.check_table import NOT_MEASURED, with_margin
 from spike_export.report.loaded import Loaded

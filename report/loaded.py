@@ -6,14 +6,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from spike_export.artifacts.attribution import Attribution, attribution_of
-from spike_export.artifacts.check_document import Check, load_check
-from spike_export.artifacts.command_log import COMMANDS_FILE, Command, load_commands
-from spike_export.artifacts.documents import read_document
 from spike_export.artifacts.errors import ArtifactError, SpikeExportError
+from spike_export.artifacts.files.documents import read_document
 from spike_export.artifacts.recipe import Recipe, load_recipe
-from spike_export.artifacts.speed_document import SPEED_FILE, Speed, load_speeds
-from spike_export.artifacts.task_document import TaskAccuracy, load_task_accuracy, task_place
+from spike_export.artifacts.results.attribution import Attribution, attribution_of
+from spike_export.artifacts.results.check_document import Check, load_check
+from spike_export.artifacts.results.command_log import COMMANDS_FILE, Command, load_commands
+from spike_export.artifacts.results.speed_document import SPEED_FILE, Speed, load_speeds
+from spike_export.artifacts.results.task_document import TaskAccuracy, load_task_accuracy, task_place
 from spike_export.artifacts.visible_text import visible
 from spike_export.calibration.statistics.spikes import SpikeStatistics, load_spikes
 from spike_export.engines.plan.paths import plan_paths

@@ -9,8 +9,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from spike_export.artifacts.atomic_write import write_text
 from spike_export.artifacts.errors import ArtifactError
+from spike_export.artifacts.files.atomic_write import write_text
 from spike_export.artifacts.visible_text import visible
 from spike_export.report.check_table import (
     HEADINGS,

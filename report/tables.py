@@ -4,9 +4,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from spike_export.artifacts.check_document import Check
 from spike_export.artifacts.recipe import Recipe
-from spike_export.artifacts.speed_document import Speed
+from spike_export.artifacts.results.check_document import Check
+from spike_export.artifacts.results.speed_document import Speed
 from spike_export.artifacts.visible_text import visible
 from spike_export.report.check_table import check_rows, number, shipped_rows
 from spike_export.report.figures.style import layer_of

@@ -1,6 +1,6 @@
 """Standard tasks for the reader: a row for each task and metric, and what the figures mean."""
 
-from spike_export.artifacts.task_document import TaskAccuracy, TaskRow
+from spike_export.artifacts.results.task_document import TaskAccuracy, TaskRow
 from spike_export.artifacts.visible_text import visible
 
 TASK_HEADINGS = ("task", "metric", "items", "bundle", "model", "difference", "p", "flips")

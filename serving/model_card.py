@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from spike_export.artifacts.check_document import Check, load_check
 from spike_export.artifacts.errors import ArtifactError
 from spike_export.artifacts.manifest import Manifest
+from spike_export.artifacts.results.check_document import Check, load_check
 
 CHECK_FILE = "check.json"
 """Stands beside the bundle in the run directory of the main job."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.fetch_models import GEMMA3, SMOLLM2, FetchError, PackagedModel, model_path
-from spike_export.artifacts.threads import allow_threads
+from spike_export.artifacts.process.threads import allow_threads
 from spike_export.cli.repeatable import multiply_repeatably
 from spike_export.engines.onnx_runtime.denormals import denormals_flushed
 from spike_export.pipeline.kept_references import CACHE_VARIABLE

@@ -126,7 +126,7 @@ def kept_artefact(sources: Sources, name: str, build: Callable[[Sources, Path], 
     Raises:
         UnavailableError: A package is missing, or the peer's own tool fails.
     """
-    from spike_export.artifacts.atomic_write import atomic_path
+    from spike_export.artifacts.files.atomic_write import atomic_path
 
     place = sources.folder / name
     if not place.exists():

@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-import spike_export.artifacts.bounded_process as bounded
+import spike_export.artifacts.process.bounded_process as bounded
 from spike_export.cli.main import run
 
 PARTS: Mapping[str, tuple[tuple[str, str], ...]] = {

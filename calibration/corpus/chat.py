@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from spike_export.artifacts.bounded_process import BoundedProcess, Budget, BudgetError
 from spike_export.artifacts.errors import CorpusError, one_line
+from spike_export.artifacts.process.bounded_process import BoundedProcess, Budget, BudgetError
 from spike_export.calibration.corpus.corpus import Corpus
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from spike_export.artifacts.documents import require_files
 from spike_export.artifacts.errors import CorpusError, one_line
-from spike_export.artifacts.user_paths import user_path
+from spike_export.artifacts.files.documents import require_files
+from spike_export.artifacts.files.user_paths import user_path
 from spike_export.calibration.corpus.chat import MESSAGE_KEYS, Chats, conversation
 from spike_export.calibration.corpus.corpus import Corpus, default_corpus, python_source
 from spike_export.calibration.corpus.dataset_files import (

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from spike_export.artifacts.bounded_process import Budget, BudgetError, within_budget
 from spike_export.artifacts.errors import CorpusError
+from spike_export.artifacts.process.bounded_process import Budget, BudgetError, within_budget
 from spike_export.artifacts.recipe import WindowKind
 from spike_export.calibration.corpus.corpus import Corpus
 from spike_export.calibration.corpus.mixture import Mixture

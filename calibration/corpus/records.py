@@ -8,9 +8,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from spike_export.artifacts.documents import require_file
 from spike_export.artifacts.errors import CorpusError, one_line
-from spike_export.artifacts.host_memory import require_available
+from spike_export.artifacts.files.documents import require_file
+from spike_export.artifacts.process.host_memory import require_available
 from spike_export.calibration.corpus.chat import MESSAGE_KEYS
 
 KINDS = (".txt", ".jsonl", ".parquet")

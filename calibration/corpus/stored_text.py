@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
-from spike_export.artifacts.atomic_write import write_text
-from spike_export.artifacts.documents import read_document
 from spike_export.artifacts.errors import ArtifactError
+from spike_export.artifacts.files.atomic_write import write_text
+from spike_export.artifacts.files.documents import read_document
 
 
 def save_documents(documents: tuple[str, ...], path: Path) -> None:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from spike_export.artifacts.attribution import Attribution, InputDivergence
 from spike_export.artifacts.progress import Progress, silent
 from spike_export.artifacts.recipe import ModulePlan, Recipe, recipe_sha256
+from spike_export.artifacts.results.attribution import Attribution, InputDivergence
 from spike_export.calibration.decoder.activations import Activations
 from spike_export.calibration.decoder.layerwise import Decoder, Head, batches
 from spike_export.calibration.decoder.perplexity import DIVERGENCE_EVERY

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from spike_export.artifacts.bounded_process import BudgetError, within_budget
 from spike_export.artifacts.errors import CorpusError
+from spike_export.artifacts.process.bounded_process import BudgetError, within_budget
 from spike_export.artifacts.progress import Progress, silent
 from spike_export.calibration.corpus.chat import Chats, Conversation, Message, rendered
 from spike_export.calibration.corpus.corpus import Corpus

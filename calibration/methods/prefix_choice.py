@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from spike_export.artifacts.bounded_process import BudgetError, within_budget
+from spike_export.artifacts.process.bounded_process import BudgetError, within_budget
 from spike_export.artifacts.progress import Progress, silent
 from spike_export.artifacts.recipe import PrefixCandidate
 from spike_export.calibration.methods import qfep

@@ -6,9 +6,9 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from spike_export.artifacts.documents import read_document
 from spike_export.artifacts.errors import ArtifactError
-from spike_export.artifacts.json_document import first_fault
+from spike_export.artifacts.files.documents import read_document
+from spike_export.artifacts.files.json_document import first_fault
 
 Count = Annotated[int, Field(ge=0, le=1 << 31)]
 

@@ -1,7 +1,7 @@
 """How much memory the statistics of a calibration will take, asked before the first window."""
 
 from spike_export.artifacts.errors import RecipeError
-from spike_export.artifacts.host_memory import require_available
+from spike_export.artifacts.process.host_memory import require_available
 from spike_export.checkpoint.decoder_config import DecoderConfig, linear_shapes
 from spike_export.checkpoint.modules import input_sites
 

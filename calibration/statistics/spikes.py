@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spike_export.artifacts.atomic_write import atomic_path, write_text
-from spike_export.artifacts.documents import require_file
 from spike_export.artifacts.errors import ArtifactError, one_line
+from spike_export.artifacts.files.atomic_write import atomic_path, write_text
+from spike_export.artifacts.files.documents import require_file
 from spike_export.artifacts.recipe import ActivationRange
 from spike_export.calibration.statistics.description import load_description
 from spike_export.calibration.statistics.quantile_sketch import QuantileSketch

@@ -218,7 +218,7 @@ def _continuations(asked: _Asked, tokens: int) -> int:
 
 
 def _tasks(asked: _Asked, tasks: str, items: int | None, max_flips: float | None) -> int:
-    from spike_export.artifacts.task_document import task_place
+    from spike_export.artifacts.results.task_document import task_place
     from spike_export.cli.terminal.task_table import print_task_accuracy
     from spike_export.pipeline.tasks import task_accuracy
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 from rich.console import Console
 
-from spike_export.artifacts.documents import read_document
 from spike_export.artifacts.errors import ArtifactError, EngineError
+from spike_export.artifacts.files.documents import read_document
 from spike_export.cli.arguments import (
     LoweringArguments,
     ProgramArguments,

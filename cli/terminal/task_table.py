@@ -2,7 +2,7 @@
 
 from rich.console import Console
 
-from spike_export.artifacts.task_document import TaskAccuracy
+from spike_export.artifacts.results.task_document import TaskAccuracy
 from spike_export.cli.terminal.lines import print_lines
 from spike_export.cli.terminal.text_table import print_table
 from spike_export.report.task_table import TASK_HEADINGS, task_gates, task_rows, task_sentence

@@ -15,9 +15,9 @@ from secrets import token_hex
 import numpy as np
 from numpy.typing import NDArray
 
-from spike_export.artifacts.atomic_write import describe_os_error
 from spike_export.artifacts.errors import ArtifactError, EngineError
-from spike_export.artifacts.free_space import require_free_space
+from spike_export.artifacts.files.atomic_write import describe_os_error
+from spike_export.artifacts.files.free_space import require_free_space
 from spike_export.artifacts.manifest import Manifest, load_manifest
 from spike_export.artifacts.progress import Progress, silent
 from spike_export.calibration.decoder.heap import collect_and_return_memory

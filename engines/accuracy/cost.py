@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from spike_export.artifacts.check_document import (
+from spike_export.artifacts.results.check_document import (
     CheckCost,
     CheckDivergence,
     CheckInterval,

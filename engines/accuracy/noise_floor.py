@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from spike_export.artifacts.check_document import CheckNoise
 from spike_export.artifacts.progress import Progress, silent
+from spike_export.artifacts.results.check_document import CheckNoise
 from spike_export.engines.accuracy.comparison import Reference
 from spike_export.engines.accuracy.cost import check_interval
 from spike_export.engines.accuracy.distances import Accuracy, Distances, distances

@@ -11,7 +11,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from spike_export.artifacts.check_document import (
+from spike_export.artifacts.manifest import Manifest, load_manifest
+from spike_export.artifacts.progress import Progress, silent
+from spike_export.artifacts.recipe import Recipe
+from spike_export.artifacts.results.check_document import (
     Check,
     CheckCorpus,
     CheckCost,
@@ -20,9 +23,6 @@ from spike_export.artifacts.check_document import (
     CheckText,
     CheckVariant,
 )
-from spike_export.artifacts.manifest import Manifest, load_manifest
-from spike_export.artifacts.progress import Progress, silent
-from spike_export.artifacts.recipe import Recipe
 from spike_export.calibration.corpus.corpus import Corpus
 from spike_export.calibration.corpus.mixture import Mixture
 from spike_export.calibration.methods.spreading import Workers

@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from spike_export.artifacts.errors import EngineError
-from spike_export.artifacts.json_document import first_fault
+from spike_export.artifacts.files.json_document import first_fault
 from spike_export.engines.audit.module_names import modules_of
 from spike_export.engines.audit.reading import (
     FLOAT8_WEIGHT_ONLY,

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
-from spike_export.artifacts.atomic_write import atomic_path, describe_os_error, require_writable
 from spike_export.artifacts.errors import ArtifactError, EngineError
-from spike_export.artifacts.host_memory import available_memory
+from spike_export.artifacts.files.atomic_write import atomic_path, describe_os_error, require_writable
 from spike_export.artifacts.manifest import DATA_FILE, GRAPH_FILE, load_manifest
+from spike_export.artifacts.process.host_memory import available_memory
 from spike_export.artifacts.progress import Progress
 from spike_export.engines.audit.verdict import ModuleAudit, PlanAudit
 from spike_export.engines.build.child_process import BUILD_COMMAND, run_build

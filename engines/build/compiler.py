@@ -7,9 +7,9 @@ from typing import Any
 
 import onnx
 
-from spike_export.artifacts.atomic_write import atomic_path
-from spike_export.artifacts.documents import require_file
 from spike_export.artifacts.errors import EngineError
+from spike_export.artifacts.files.atomic_write import atomic_path
+from spike_export.artifacts.files.documents import require_file
 from spike_export.engines.build.callbacks import PlanStream, make_monitor, make_writer
 from spike_export.engines.plan.backend import Backend, PlanFeature
 from spike_export.engines.plan.build_options import HardwareCompatibility

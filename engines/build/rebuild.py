@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from spike_export.artifacts.errors import ArtifactError, EngineError
+from spike_export.artifacts.files.sole_writer import sole_writer
 from spike_export.artifacts.progress import Progress, silent
-from spike_export.artifacts.sole_writer import sole_writer
 from spike_export.engines.build.builder import BuildEnvironment, detect_environment
 from spike_export.engines.build.reuse import provide_engine
 from spike_export.engines.plan.backend import BACKENDS, Gpu

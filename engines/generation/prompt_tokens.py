@@ -8,9 +8,9 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from spike_export.artifacts.bounded_process import BoundedProcess, BudgetError
 from spike_export.artifacts.errors import EngineError, one_line
 from spike_export.artifacts.manifest import Manifest
+from spike_export.artifacts.process.bounded_process import BoundedProcess, BudgetError
 from spike_export.checkpoint.tokenizer import tokenizer_faults
 from spike_export.engines.generation.bundle_tokenizer import BundleTokenizer
 

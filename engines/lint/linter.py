@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from spike_export.artifacts.errors import ArtifactError, one_line
+from spike_export.artifacts.files.sole_writer import finish_dead_replacement
 from spike_export.artifacts.manifest import GRAPH_FILE
-from spike_export.artifacts.sole_writer import finish_dead_replacement
 from spike_export.engines.lint.attention import ATTENTION_RULES
 from spike_export.engines.lint.cache import CACHE_RULES
 from spike_export.engines.lint.files import FILE_RULES

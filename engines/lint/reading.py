@@ -15,8 +15,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from spike_export.artifacts.documents import require_file
 from spike_export.artifacts.errors import ArtifactError, one_line
+from spike_export.artifacts.files.documents import require_file
 from spike_export.artifacts.graph_gate import graph_fault
 
 _MODEL_GRAPH, _GRAPH_INITIALIZER = 7, 5

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spike_export.artifacts.errors import EngineError
-from spike_export.artifacts.host_memory import require_available
 from spike_export.artifacts.manifest import DATA_FILE, GRAPH_FILE, Manifest, load_manifest
-from spike_export.artifacts.threads import allowed_threads
+from spike_export.artifacts.process.host_memory import require_available
+from spike_export.artifacts.process.threads import allowed_threads
 from spike_export.engines.onnx_runtime.all_logits import all_logits_graph
 from spike_export.engines.onnx_runtime.attention_kernels import scores_in_rows
 from spike_export.engines.onnx_runtime.cache_memory import Provider

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from spike_export.artifacts.documents import read_document
 from spike_export.artifacts.errors import EngineError, one_line
+from spike_export.artifacts.files.documents import read_document
 from spike_export.export.cache_options import LENGTH_DEPENDENT_ROPES
 
 _CONFIG_FILE = "config.json"

@@ -8,7 +8,7 @@ import onnx
 from onnx import TensorProto, numpy_helper
 
 from spike_export.artifacts.errors import EngineError
-from spike_export.artifacts.inner_paths import leads_outside
+from spike_export.artifacts.files.inner_paths import leads_outside
 from spike_export.artifacts.manifest import CACHE_SLOTS, INT8_WEIGHTS
 from spike_export.engines.plan.branches import inline_branches
 from spike_export.engines.plan.build_profiles import GraphInput

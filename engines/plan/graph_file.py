@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spike_export.artifacts.documents import require_file
 from spike_export.artifacts.errors import EngineError, one_line
+from spike_export.artifacts.files.documents import require_file
 
 if TYPE_CHECKING:
     import onnx

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from spike_export.artifacts.documents import require_file
 from spike_export.artifacts.errors import EngineError
+from spike_export.artifacts.files.documents import require_file
 from spike_export.engines.plan.backend import TENSORRT, TENSORRT_RTX, Backend
 
 HEADER_SIZE = 64

@@ -8,10 +8,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from spike_export.artifacts.atomic_write import temporary_path
-from spike_export.artifacts.documents import read_document
 from spike_export.artifacts.errors import ArtifactError
-from spike_export.artifacts.json_document import first_fault
+from spike_export.artifacts.files.atomic_write import temporary_path
+from spike_export.artifacts.files.documents import read_document
+from spike_export.artifacts.files.json_document import first_fault
 from spike_export.artifacts.ownership import is_document
 from spike_export.engines.plan.build_options import HardwareCompatibility, ProfileName
 from spike_export.engines.plan.bundle_identity import hash_plan

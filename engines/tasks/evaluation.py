@@ -11,7 +11,7 @@ from lm_eval.evaluator import evaluate
 from numpy.typing import NDArray
 
 from spike_export.artifacts.errors import EngineError, SpikeExportError, one_line
-from spike_export.artifacts.task_document import TaskRow
+from spike_export.artifacts.results.task_document import TaskRow
 from spike_export.engines.tasks.harness_model import HarnessModel
 from spike_export.engines.tasks.harness_output import quiet_harness
 from spike_export.engines.tasks.outcomes import Outcomes

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from spike_export.artifacts.atomic_write import atomic_path
 from spike_export.artifacts.errors import ArtifactError
+from spike_export.artifacts.files.atomic_write import atomic_path
 
 _ENDING = ".runtime-cache"
 

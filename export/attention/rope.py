@@ -13,7 +13,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from spike_export.artifacts.errors import CheckpointError
-from spike_export.artifacts.host_memory import require_available
+from spike_export.artifacts.process.host_memory import require_available
 from spike_export.checkpoint.rope_frequencies import RopeScaling, frequencies
 from spike_export.export.graph.emission import Emission
 

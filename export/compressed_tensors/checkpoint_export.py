@@ -8,13 +8,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from spike_export.artifacts.atomic_write import atomic_path
 from spike_export.artifacts.errors import CheckpointError
-from spike_export.artifacts.free_space import require_free_space
+from spike_export.artifacts.files.atomic_write import atomic_path
+from spike_export.artifacts.files.free_space import require_free_space
+from spike_export.artifacts.files.sole_writer import sole_writer
 from spike_export.artifacts.ownership import CHECKPOINT_MARK, is_written_checkpoint, require_replaceable
 from spike_export.artifacts.progress import Progress, silent
 from spike_export.artifacts.recipe import Dtype, ModulePlan, Recipe, load_recipe, recipe_sha256
-from spike_export.artifacts.sole_writer import sole_writer
 from spike_export.calibration.decoder.equivalent_weights import transformed_checkpoint
 from spike_export.checkpoint.checkpoint import Checkpoint
 from spike_export.checkpoint.opening import open_checkpoint

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import matplotlib
 from matplotlib.figure import Figure
 
-from spike_export.artifacts.check_document import CheckCost, CheckInterval
+from spike_export.artifacts.results.check_document import CheckCost, CheckInterval
 from spike_export.report.figures.drawing import Drawing
 from spike_export.report.figures.style import GRID, INK, INT8_COLOUR, STYLE
 

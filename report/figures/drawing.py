@@ -10,7 +10,7 @@ import matplotlib
 from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 
-from spike_export.artifacts.atomic_write import atomic_path
+from spike_export.artifacts.files.atomic_write import atomic_path
 from spike_export.report.figures.style import STYLE
 
 RASTER_DPI = 200

@@ -7,11 +7,11 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from spike_export.artifacts.atomic_write import atomic_path
 from spike_export.artifacts.errors import ArtifactError, EngineError
+from spike_export.artifacts.files.atomic_write import atomic_path
+from spike_export.artifacts.files.sole_writer import sole_writer
 from spike_export.artifacts.manifest import load_manifest
 from spike_export.artifacts.ownership import require_replaceable
-from spike_export.artifacts.sole_writer import sole_writer
 from spike_export.engines.plan.sidecar import sidecar_path
 from spike_export.engines.plan_runtime import bundle_of, is_plan
 from spike_export.serving.triton.model_settings import BUNDLE, ModelSettings

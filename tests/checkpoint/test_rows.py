@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from spike_export.artifacts.atomic_write import atomic_path
 from spike_export.artifacts.errors import CheckpointError
+from spike_export.artifacts.files.atomic_write import atomic_path
 from spike_export.calibration.decoder.equivalent_weights import equivalent_checkpoint
 from spike_export.calibration.decoder.layerwise import Decoder, Execution
 from spike_export.calibration.decoder.smoothing import smoothing_plan

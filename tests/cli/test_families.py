@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from spike_export.artifacts.check_document import load_check
+from spike_export.artifacts.results.check_document import load_check
 from tests.support.tiny.checkpoints import VOCAB, write_hf
 from tests.support.tiny.cli_models import SMALL, call, write_corpus
 from tests.support.tiny.families import tiny_family

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from spike_export.artifacts.check_document import load_check
 from spike_export.artifacts.manifest import load_manifest
 from spike_export.artifacts.recipe import load_recipe
+from spike_export.artifacts.results.check_document import load_check
 from tests.support.killed_runs import job, pipeline_of, run_to_the_report
 from tests.support.tiny.cli_models import SMALL, call, write_inputs
 

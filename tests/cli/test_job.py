@@ -13,9 +13,9 @@ from pathlib import Path
 import onnx
 import pytest
 
-from spike_export.artifacts.check_document import load_check
 from spike_export.artifacts.manifest import load_manifest
 from spike_export.artifacts.recipe import load_recipe
+from spike_export.artifacts.results.check_document import load_check
 from spike_export.calibration.statistics.spikes import load_spikes
 from spike_export.engines.plan.backend import TENSORRT_RTX
 from spike_export.engines.plan.bundle_identity import hash_bundle

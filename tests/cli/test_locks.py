@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from spike_export.artifacts.sole_writer import sole_writer
+from spike_export.artifacts.files.sole_writer import sole_writer
 from tests.support.tiny.cli_models import artifacts, call
 
 RUN_LOCK = "engine.plan.run/.lock"

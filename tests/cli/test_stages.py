@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from spike_export.artifacts.check_document import load_check
-from spike_export.artifacts.command_log import COMMANDS_FILE, load_commands
 from spike_export.artifacts.manifest import load_manifest
 from spike_export.artifacts.recipe import load_recipe
+from spike_export.artifacts.results.check_document import load_check
+from spike_export.artifacts.results.command_log import COMMANDS_FILE, load_commands
 from spike_export.engines.plan.backend import TENSORRT_RTX
 from spike_export.engines.plan.sidecar import load_sidecar
 from tests.support.tiny.cli_models import LENGTH, SMALL, artifacts, call, write_corpus, write_model

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spike_export.artifacts.check_document import load_check
 from spike_export.artifacts.manifest import load_manifest
+from spike_export.artifacts.results.check_document import load_check
 from spike_export.engines.onnx_runtime.session import open_bundle
 from spike_export.engines.plan.backend import TENSORRT_RTX
 from spike_export.engines.plan.sidecar import load_sidecar

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from spike_export.artifacts.threads import VARIABLE
+from spike_export.artifacts.process.threads import VARIABLE
 from spike_export.cli.repeatable import VARIABLE as REPEATABLE
 from spike_export.cli.waiting import USERS_OWN, wait_asleep
 from spike_export.engines.onnx_runtime.session import session_options

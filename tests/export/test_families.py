@@ -10,8 +10,8 @@ import numpy as np
 import onnx
 import pytest
 
-from spike_export.artifacts import host_memory
 from spike_export.artifacts.errors import CheckpointError
+from spike_export.artifacts.process import host_memory
 from spike_export.artifacts.recipe import Dtype
 from spike_export.checkpoint.families import FAMILIES
 from spike_export.export.attention.rope import rotary_tables

@@ -18,14 +18,14 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 from transformers import AutoConfig
 
-from spike_export.artifacts.accuracy_limits import AccuracyLimits
-from spike_export.artifacts.check_document import load_check
-from spike_export.artifacts.command_log import load_commands
 from spike_export.artifacts.errors import ArtifactError, EngineError
 from spike_export.artifacts.manifest import load_manifest
 from spike_export.artifacts.recipe import Search, recipe_text
-from spike_export.artifacts.speed_document import load_speeds
-from spike_export.artifacts.task_document import load_task_accuracy
+from spike_export.artifacts.results.accuracy_limits import AccuracyLimits
+from spike_export.artifacts.results.check_document import load_check
+from spike_export.artifacts.results.command_log import load_commands
+from spike_export.artifacts.results.speed_document import load_speeds
+from spike_export.artifacts.results.task_document import load_task_accuracy
 from spike_export.calibration.corpus.chat import rendered
 from spike_export.calibration.corpus.corpus import Corpus
 from spike_export.calibration.corpus.files import CorpusOptions, load_corpora

@@ -20,8 +20,8 @@ from benchmarks.accuracy.table import (
     table_calibration,
 )
 from benchmarks.accuracy.unseen_text import AS_CHOSEN, Judge, evaluate
-from spike_export.artifacts.check_document import Check
 from spike_export.artifacts.recipe import Recipe, save_recipe
+from spike_export.artifacts.results.check_document import Check
 from spike_export.calibration.corpus.corpus import default_corpus
 from spike_export.calibration.corpus.token_windows import TokenWindows
 from spike_export.calibration.decoder.layerwise import Decoder

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from spike_export.artifacts import atomic_write
 from spike_export.artifacts.errors import ArtifactError, CheckpointError, SpikeExportError
+from spike_export.artifacts.files import atomic_write
 from spike_export.pipeline.calibrate import measure_shard
 from spike_export.pipeline.pipeline import AFTER, BEHIND, BUNDLE, CHECK, PREFIX, RECIPE, SMOOTHING, SPIKES
 from spike_export.pipeline.run_job import run_job

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from spike_export.artifacts.accuracy_limits import AccuracyLimits
-from spike_export.artifacts.check_document import Check, CheckReference, CheckVariant, load_check
 from spike_export.artifacts.manifest import load_manifest
 from spike_export.artifacts.recipe import load_recipe
+from spike_export.artifacts.results.accuracy_limits import AccuracyLimits
+from spike_export.artifacts.results.check_document import Check, CheckReference, CheckVariant, load_check
 from spike_export.calibration.methods.context import Calibration
 from spike_export.calibration.statistics.spikes import SpikeStatistics
 from spike_export.pipeline import pipeline as pipeline_module

@@ -15,8 +15,6 @@ import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from spike_export.artifacts.check_document import load_check
-from spike_export.artifacts.command_log import COMMANDS_FILE, load_commands, record_command
 from spike_export.artifacts.errors import ArtifactError
 from spike_export.artifacts.recipe import (
     CorpusSource,
@@ -31,6 +29,8 @@ from spike_export.artifacts.recipe import (
     recipe_sha256,
     save_recipe,
 )
+from spike_export.artifacts.results.check_document import load_check
+from spike_export.artifacts.results.command_log import COMMANDS_FILE, load_commands, record_command
 from spike_export.calibration.statistics.spikes import ModuleSpikes, SpikeStatistics, save_spikes
 from spike_export.checkpoint.modules import linears, representatives
 from spike_export.report.check_table import gate_sentence, plain_lines, print_check

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from spike_export.artifacts.task_document import TaskAccuracy, TaskRow, load_task_accuracy, task_place
+from spike_export.artifacts.results.task_document import TaskAccuracy, TaskRow, load_task_accuracy, task_place
 from spike_export.report.task_table import TASK_HEADINGS, task_gates, task_rows
 from tests.report.test_page import read, write_run
 from tests.support.blank_pictures import pictures_left_blank

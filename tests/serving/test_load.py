@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from spike_export.artifacts.errors import EngineError
-from spike_export.artifacts.speed_document import load_speeds
+from spike_export.artifacts.results.speed_document import load_speeds
 from spike_export.serving.guidellm import report_of, run_guidellm
 from spike_export.serving.load import Load, percentiles, run_load
 from tests.support.documentation import json_keys

@@ -12,8 +12,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from spike_export.artifacts import host_memory
 from spike_export.artifacts.errors import CorpusError
+from spike_export.artifacts.process import host_memory
 from spike_export.calibration.corpus import records as corpus_records
 from spike_export.calibration.corpus.chat import Chats
 from spike_export.calibration.corpus.corpus import DEFAULT_CORPUS, Corpus, default_corpus

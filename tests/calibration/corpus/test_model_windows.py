@@ -10,8 +10,8 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from spike_export.artifacts.bounded_process import Budget
 from spike_export.artifacts.errors import CorpusError
+from spike_export.artifacts.process.bounded_process import Budget
 from spike_export.calibration.corpus import chat
 from spike_export.calibration.corpus import model_windows as module
 from spike_export.calibration.corpus.chat import Chats, Conversation, Message, rendered

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from safetensors.numpy import load_file, save_file
 
-from spike_export.artifacts import host_memory
 from spike_export.artifacts.errors import ArtifactError, RecipeError
+from spike_export.artifacts.process import host_memory
 from spike_export.artifacts.recipe import ActivationRange, activation_scale
 from spike_export.calibration.decoder.layerwise import Decoder
 from spike_export.calibration.statistics import room

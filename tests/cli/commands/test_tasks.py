@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from spike_export.artifacts.manifest import load_manifest
-from spike_export.artifacts.task_document import load_task_accuracy, task_place
+from spike_export.artifacts.results.task_document import load_task_accuracy, task_place
 from spike_export.checkpoint.modules import linears
 from spike_export.checkpoint.opening import open_checkpoint
 from spike_export.engines.engine import Engine

@@ -10,10 +10,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from spike_export.artifacts import free_space
-from spike_export.artifacts.check_document import Check
 from spike_export.artifacts.errors import ArtifactError, EngineError
+from spike_export.artifacts.files import free_space
 from spike_export.artifacts.recipe import ActivationRange
+from spike_export.artifacts.results.check_document import Check
 from spike_export.calibration.ablation import ablations
 from spike_export.calibration.corpus.corpus import Corpus
 from spike_export.calibration.corpus.token_windows import TokenWindows

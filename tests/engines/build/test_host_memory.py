@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from spike_export.artifacts.errors import EngineError
-from spike_export.artifacts.host_memory import available_memory
+from spike_export.artifacts.process.host_memory import available_memory
 from spike_export.engines.build.host_memory import estimate_build_memory, require_memory
 
 GB = 10**9

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from spike_export.artifacts.atomic_write import temporary_path
 from spike_export.artifacts.errors import ArtifactError, EngineError
+from spike_export.artifacts.files.atomic_write import temporary_path
 from spike_export.engines.build import builder as plan_builder
 from spike_export.engines.build.builder import BuildEnvironment, BuildResult, build_engine, plan_build
 from spike_export.engines.build.request import CompletionEvent

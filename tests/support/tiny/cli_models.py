@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Self
 
-from spike_export.artifacts.command_log import COMMANDS_FILE
+from spike_export.artifacts.results.command_log import COMMANDS_FILE
 from spike_export.cli.main import run
 from tests.support.tiny.checkpoints import as_text, planted_spike_llama, sampled_text, write_hf
 

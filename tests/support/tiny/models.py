@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
+from spike_export.artifacts.process.threads import allowed_threads
 from spike_export.artifacts.recipe import CorpusSource, Dtype, ModelSource, ModulePlan, Prefix, Recipe, Scheme
-from spike_export.artifacts.threads import allowed_threads
 from spike_export.checkpoint.checkpoint import Checkpoint
 from spike_export.checkpoint.decoder_config import decoder_config
 from spike_export.checkpoint.modules import linears

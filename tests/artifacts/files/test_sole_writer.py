@@ -15,15 +15,15 @@ from typing import Any
 
 import pytest
 
-from spike_export.artifacts import sole_writer as module
 from spike_export.artifacts.errors import ArtifactError
+from spike_export.artifacts.files import sole_writer as module
+from spike_export.artifacts.files.sole_writer import lock_beside, sole_writer
 from spike_export.artifacts.manifest import load_manifest
-from spike_export.artifacts.sole_writer import lock_beside, sole_writer
 
 HOLD = """
 import sys
 from pathlib import Path
-from spike_export.artifacts.sole_writer import sole_writer
+from spike_export.artifacts.files.sole_writer import sole_writer
 with sole_writer(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from spike_export.artifacts.atomic_write import write_text
-from spike_export.artifacts.documents import read_document
 from spike_export.artifacts.errors import ArtifactError
+from spike_export.artifacts.files.atomic_write import write_text
+from spike_export.artifacts.files.documents import read_document
 from spike_export.artifacts.recipe import Recipe, recipe_sha256
 
 ATTRIBUTION_FILE = "attribution.json"

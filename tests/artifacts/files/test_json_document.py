@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from spike_export.artifacts.command_log import CommandLog, load_commands
 from spike_export.artifacts.errors import ArtifactError
+from spike_export.artifacts.results.command_log import CommandLog, load_commands
 
 SOUND = '{"commands": [{"words": ["spike-export"], "versions": {}}]}'
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from spike_export.artifacts.bounded_process import BoundedProcess, Budget, BudgetError, within_budget
 from spike_export.artifacts.errors import CorpusError
+from spike_export.artifacts.process.bounded_process import BoundedProcess, Budget, BudgetError, within_budget
 
 SHORT = Budget(seconds=1, memory=64 << 20)
 # Pages of a large parent are copied as the child first writes them, which takes seconds of a slow processor.

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from spike_export.artifacts.json_document import load_document
+from spike_export.artifacts.files.json_document import load_document
 
 TASK_KEYS = ("format", "lm_eval", "tasks")
 """Which every such document has."""

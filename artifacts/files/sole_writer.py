@@ -12,13 +12,13 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-from spike_export.artifacts.atomic_write import (
+from spike_export.artifacts.errors import ArtifactError
+from spike_export.artifacts.files.atomic_write import (
     describe_os_error,
     finish_replacement,
     is_half_replaced,
     require_name,
 )
-from spike_export.artifacts.errors import ArtifactError
 
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """What a file system without locks answers."""

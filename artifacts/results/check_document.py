@@ -8,10 +8,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from spike_export.artifacts.accuracy_limits import AccuracyLimits
-from spike_export.artifacts.atomic_write import write_text
-from spike_export.artifacts.json_document import load_document
+from spike_export.artifacts.files.atomic_write import write_text
+from spike_export.artifacts.files.json_document import load_document
 from spike_export.artifacts.ownership import is_document
+from spike_export.artifacts.results.accuracy_limits import AccuracyLimits
 
 CHECK_FORMAT: Literal[2] = 2
 """Written; the first format is read too, but for what each variant costs."""

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from spike_export.artifacts.json_document import load_document
+from spike_export.artifacts.files.json_document import load_document
 
 SPEED_FILE = "speed.json"
 

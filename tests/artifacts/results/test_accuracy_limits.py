@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from spike_export.artifacts.accuracy_limits import AccuracyLimits
-from spike_export.artifacts.check_document import Check
 from spike_export.artifacts.errors import RecipeError
+from spike_export.artifacts.results.accuracy_limits import AccuracyLimits
+from spike_export.artifacts.results.check_document import Check
 from tests.support.check_costs import cost_document
 
 COST = cost_document(increase=0.25, divergence=0.625, agreement=0.75, margin=0.125)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from spike_export.artifacts.errors import EngineError
-from spike_export.artifacts.threads import VARIABLE, allow_threads, allowed_threads, require_threads, workers
+from spike_export.artifacts.process.threads import VARIABLE, allow_threads, allowed_threads, require_threads, workers
 
 PROCESSORS = os.cpu_count() or 1
 

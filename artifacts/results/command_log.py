@@ -6,9 +6,9 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from spike_export.artifacts.atomic_write import write_text
 from spike_export.artifacts.errors import ArtifactError
-from spike_export.artifacts.json_document import load_document
+from spike_export.artifacts.files.atomic_write import write_text
+from spike_export.artifacts.files.json_document import load_document
 
 COMMANDS_FILE = "commands.json"
 

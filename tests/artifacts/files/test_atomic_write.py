@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from spike_export.artifacts import atomic_write
-from spike_export.artifacts.atomic_write import atomic_path, finish_replacement, write_text
 from spike_export.artifacts.errors import ArtifactError
+from spike_export.artifacts.files import atomic_write
+from spike_export.artifacts.files.atomic_write import atomic_path, finish_replacement, write_text
 
 
 def names(folder: Path) -> list[str]:

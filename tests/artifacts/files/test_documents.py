@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 
-from spike_export.artifacts import documents
-from spike_export.artifacts.documents import read_document, require_files
 from spike_export.artifacts.errors import CheckpointError, CorpusError
-from spike_export.artifacts.user_paths import user_path
+from spike_export.artifacts.files import documents
+from spike_export.artifacts.files.documents import read_document, require_files
+from spike_export.artifacts.files.user_paths import user_path
 
 
 def test_a_pipe_is_refused_before_it_is_opened(tmp_path: Path) -> None:
