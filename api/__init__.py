@@ -54,21 +54,21 @@ if TYPE_CHECKING:
     from spike_export.pipeline.calibrate import CalibratedModel as CalibratedModel
     from spike_export.pipeline.calibrate import calibrate as calibrate
     from spike_export.pipeline.calibrate import measure_shard as measure_shard
-    from spike_export.pipeline.check import check as check
-    from spike_export.pipeline.clipping import clipping as clipping
-    from spike_export.pipeline.cluster_options import ClusterOptions as ClusterOptions
-    from spike_export.pipeline.continuations import continuations as continuations
+    from spike_export.pipeline.checking.check import check as check
+    from spike_export.pipeline.checking.clipping import clipping as clipping
+    from spike_export.pipeline.checking.continuations import continuations as continuations
+    from spike_export.pipeline.checking.parity import parity as parity
+    from spike_export.pipeline.checking.tasks import task_accuracy as task_accuracy
+    from spike_export.pipeline.cluster.cluster_options import ClusterOptions as ClusterOptions
+    from spike_export.pipeline.cluster.shard_merge import merge_shards as merge_shards
     from spike_export.pipeline.evaluation_text import EvaluationText as EvaluationText
     from spike_export.pipeline.execution import ExecutionOptions as ExecutionOptions
     from spike_export.pipeline.job import Job as Job
-    from spike_export.pipeline.parity import parity as parity
     from spike_export.pipeline.revalidate import revalidate as revalidate
     from spike_export.pipeline.run_job import JobResult as JobResult
     from spike_export.pipeline.run_job import run_job as run_job
-    from spike_export.pipeline.shard_merge import merge_shards as merge_shards
     from spike_export.pipeline.stage_display import StageCallback as StageCallback
     from spike_export.pipeline.stage_display import StageDisplay as StageDisplay
-    from spike_export.pipeline.tasks import task_accuracy as task_accuracy
     from spike_export.report.page import write_report as write_report
 
 _NAMES_OF = {
@@ -133,25 +133,25 @@ _NAMES_OF = {
         "calibrate",
         "measure_shard",
     ),
-    "spike_export.pipeline.check": ("check",),
-    "spike_export.pipeline.clipping": ("clipping",),
-    "spike_export.pipeline.cluster_options": ("ClusterOptions",),
-    "spike_export.pipeline.continuations": ("continuations",),
+    "spike_export.pipeline.checking.check": ("check",),
+    "spike_export.pipeline.checking.clipping": ("clipping",),
+    "spike_export.pipeline.cluster.cluster_options": ("ClusterOptions",),
+    "spike_export.pipeline.checking.continuations": ("continuations",),
     "spike_export.pipeline.evaluation_text": ("EvaluationText",),
     "spike_export.pipeline.execution": ("ExecutionOptions",),
     "spike_export.pipeline.job": ("Job",),
-    "spike_export.pipeline.parity": ("parity",),
+    "spike_export.pipeline.checking.parity": ("parity",),
     "spike_export.pipeline.revalidate": ("revalidate",),
     "spike_export.pipeline.run_job": (
         "JobResult",
         "run_job",
     ),
-    "spike_export.pipeline.shard_merge": ("merge_shards",),
+    "spike_export.pipeline.cluster.shard_merge": ("merge_shards",),
     "spike_export.pipeline.stage_display": (
         "StageCallback",
         "StageDisplay",
     ),
-    "spike_export.pipeline.tasks": ("task_accuracy",),
+    "spike_export.pipeline.checking.tasks": ("task_accuracy",),
     "spike_export.report.page": ("write_report",),
 }
 """File → public names that come from it: the imports above, for a running program."""

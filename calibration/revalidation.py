@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from spike_export.artifacts.errors import RecipeError
 from spike_export.artifacts.progress import Progress, silent
 from spike_export.artifacts.recipe import LARGEST, ModulePlan, Recipe
-from spike_export.calibration.decoder.equivalent_weights import transformed_checkpoint
+from spike_export.calibration.decoder.equivalent.equivalent_weights import transformed_checkpoint
 from spike_export.calibration.decoder.layerwise import Decoder, Head, Visit
 from spike_export.calibration.decoder.perplexity import with_bos
 from spike_export.calibration.decoder.simulate import QuantizedWeights, Simulation

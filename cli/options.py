@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from spike_export.calibration.methods.options import CalibrationOptions
     from spike_export.engines.plan.build_options import BuildOptions
     from spike_export.export.cache_options import CacheOptions
-    from spike_export.pipeline.cluster_options import ClusterOptions
+    from spike_export.pipeline.cluster.cluster_options import ClusterOptions
     from spike_export.pipeline.evaluation_text import EvaluationText
     from spike_export.pipeline.execution import ExecutionOptions
 
@@ -72,7 +72,7 @@ def cluster_options(cluster: ClusterArguments) -> "ClusterOptions | None":
         CalibrationError: A figure means no worker, or is given without --ray.
     """
     from spike_export.artifacts.errors import CalibrationError
-    from spike_export.pipeline.cluster_options import ClusterOptions
+    from spike_export.pipeline.cluster.cluster_options import ClusterOptions
 
     given = {name.removeprefix("ray_"): value for name, value in values(cluster).items() if value is not None}
     if not given:

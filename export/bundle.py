@@ -43,9 +43,9 @@ from spike_export.artifacts.recipe import (
     Recipe,
     recipe_sha256,
 )
-from spike_export.calibration.decoder.equivalent_weights import transformed_checkpoint
+from spike_export.calibration.decoder.equivalent.equivalent_weights import transformed_checkpoint
+from spike_export.calibration.decoder.equivalent.smoothing import head_scales
 from spike_export.calibration.decoder.layerwise import Decoder, Execution
-from spike_export.calibration.decoder.smoothing import head_scales
 from spike_export.calibration.float8 import float8_modules
 from spike_export.calibration.methods.qfem import macs_per_token
 from spike_export.checkpoint.checkpoint import Checkpoint

@@ -7,7 +7,7 @@ from spike_export.artifacts.recipe import Recipe
 from spike_export.calibration.corpus.files import CorpusOptions
 from spike_export.calibration.methods.options import CalibrationOptions
 from spike_export.calibration.statistics.partial_statistics import shard_samples
-from spike_export.pipeline.cluster_options import ClusterOptions
+from spike_export.pipeline.cluster.cluster_options import ClusterOptions
 from spike_export.pipeline.execution import ExecutionOptions
 from spike_export.pipeline.job import Job
 from spike_export.pipeline.opening import open_pipeline

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 from spike_export.artifacts.errors import ArtifactError, RecipeError
 from spike_export.artifacts.files.atomic_write import write_text
 from spike_export.artifacts.files.documents import read_document
-from spike_export.calibration.decoder.equivalent_weights import (
+from spike_export.calibration.decoder.equivalent.equivalent_weights import (
     fitting_block,
     require_input_blocks,
     require_value_blocks,

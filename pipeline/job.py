@@ -14,7 +14,7 @@ from spike_export.engines.plan.build_options import BuildOptions
 from spike_export.engines.plan.paths import require_file_names
 from spike_export.export.cache_options import CacheOptions
 from spike_export.export.preconditions import require_quantized
-from spike_export.pipeline.cluster_options import ClusterOptions
+from spike_export.pipeline.cluster.cluster_options import ClusterOptions
 from spike_export.pipeline.execution import ExecutionOptions
 
 if TYPE_CHECKING:

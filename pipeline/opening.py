@@ -15,9 +15,9 @@ from spike_export.checkpoint.opening import open_checkpoint
 from spike_export.engines.build.reuse import require_own_place
 from spike_export.engines.plan.build_profiles import resolve_limits
 from spike_export.export.cache_options import require_capacity
+from spike_export.pipeline.cluster.ray_workers import RayWorkers, WorkerTask
 from spike_export.pipeline.job import Job, require_buildable, require_length, require_room
 from spike_export.pipeline.pipeline import ARTIFACTS, Pipeline
-from spike_export.pipeline.ray_workers import RayWorkers, WorkerTask
 from spike_export.pipeline.run_directory import RunDirectory
 from spike_export.pipeline.stage_display import StageDisplay
 

@@ -54,11 +54,11 @@ from spike_export.engines.plan.sidecar import sidecar_path
 from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.preconditions import require_bundle_or_nothing
 from spike_export.pipeline.choices import load_prefixes, load_transforms, save_prefixes, save_transforms
+from spike_export.pipeline.cluster.ray_workers import RayWorkers
 from spike_export.pipeline.execution import execution_of
 from spike_export.pipeline.further_texts import further_texts
 from spike_export.pipeline.job import Job
 from spike_export.pipeline.kept_references import reference_cache
-from spike_export.pipeline.ray_workers import RayWorkers
 from spike_export.pipeline.run_directory import RunDirectory, stage_key
 from spike_export.pipeline.stage_display import StageDisplay
 

@@ -21,9 +21,9 @@ from spike_export.artifacts.errors import RecipeError
 from spike_export.artifacts.recipe import ActivationRange, Recipe, Search
 from spike_export.calibration.corpus.corpus import Corpus, default_corpus
 from spike_export.calibration.corpus.token_windows import TokenWindows, token_windows, windows_at
+from spike_export.calibration.decoder.equivalent.smoothing import is_per_value_head
 from spike_export.calibration.decoder.perplexity import model_perplexity
 from spike_export.calibration.decoder.simulate import Simulation
-from spike_export.calibration.decoder.smoothing import is_per_value_head
 from spike_export.calibration.methods.activation_choice import choose_measured_activations
 from spike_export.calibration.methods.context import Calibration, Transform
 from spike_export.calibration.methods.module_choice import NOTHING_KEPT, choose_kept

@@ -18,7 +18,7 @@ from rich.console import Console
 from benchmarks.fetch_models import MODELS, model_path
 from spike_export.cli.terminal.progress_display import ProgressDisplay
 from spike_export.cli.terminal.task_table import print_task_accuracy
-from spike_export.pipeline.tasks import task_accuracy
+from spike_export.pipeline.checking.tasks import task_accuracy
 
 _QUESTION = "Question: {{question}}\nAnswer:"
 

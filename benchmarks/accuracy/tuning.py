@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from spike_export.calibration.decoder.attention import AttentionContext, KeyValue
+    from spike_export.calibration.decoder.layers.attention import AttentionContext, KeyValue
 
 AS_GIVEN, LAYERS, SCALES, PREFIX, NEUTRAL = (
     "as given",
@@ -101,7 +101,7 @@ class Constants:
         """Return the constants of a recipe, in leaves that can be trained."""
         import torch
 
-        from spike_export.calibration.decoder.attention import KeyValue
+        from spike_export.calibration.decoder.layers.attention import KeyValue
 
         # A decoder of its own: what it reads without gradients cannot be trained through.
         stored = Decoder(decoder.checkpoint, Execution(resident=False)).prefix_key_values(prefix) if prefix else []

@@ -25,7 +25,7 @@ from spike_export.artifacts.recipe import ActivationKind, ModulePlan, Recipe, lo
 from spike_export.calibration.corpus.chat import rendered
 from spike_export.calibration.corpus.files import CorpusOptions, OwnText, load_corpora
 from spike_export.calibration.corpus.token_windows import windows_throughout
-from spike_export.calibration.decoder.equivalent_weights import transformed_checkpoint
+from spike_export.calibration.decoder.equivalent.equivalent_weights import transformed_checkpoint
 from spike_export.calibration.decoder.layerwise import Decoder, Head, Visit
 from spike_export.calibration.decoder.perplexity import content_states, divergence_sum, likelihood, with_bos
 from spike_export.calibration.decoder.simulate import QuantizedWeights, Simulation

@@ -23,7 +23,7 @@ from benchmarks.fetch_models import smollm2_path
 from spike_export.artifacts.recipe import ModulePlan, Recipe, load_recipe
 from spike_export.calibration.corpus.corpus import default_corpus
 from spike_export.calibration.corpus.token_windows import windows_throughout
-from spike_export.calibration.decoder.equivalent_weights import transformed_checkpoint
+from spike_export.calibration.decoder.equivalent.equivalent_weights import transformed_checkpoint
 from spike_export.calibration.decoder.layerwise import Decoder
 from spike_export.calibration.decoder.simulate import QuantizedWeights, Simulation
 from spike_export.checkpoint.checkpoint import Checkpoint

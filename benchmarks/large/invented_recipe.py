@@ -43,7 +43,7 @@ def invented_recipe(checkpoint: "Checkpoint", *, prefix_and_smoothing: bool = Fa
 
 
 def _smoothing(config: "DecoderConfig") -> "dict[str, SmoothingPlan]":
-    from spike_export.calibration.decoder.smoothing import is_per_value_head, shared_by_group, smoothing_plan
+    from spike_export.calibration.decoder.equivalent.smoothing import is_per_value_head, shared_by_group, smoothing_plan
     from spike_export.checkpoint.decoder_config import linear_shapes
     from spike_export.checkpoint.modules import input_sites
 

@@ -231,7 +231,7 @@ def build_peers(arguments: argparse.Namespace, float32: Path, folder: Path) -> t
 
 def _recipe_of(variant: Variant, recipe: "Recipe", channels: int) -> "Recipe":
     """Return the recipe with the variant's head, transform of `down_proj`'s `channels`, and scales per token."""
-    from spike_export.calibration.decoder.hadamard import hadamard_plan
+    from spike_export.calibration.decoder.equivalent.hadamard import hadamard_plan
 
     scheme = recipe.scheme.model_copy(update={"head": variant.head})
     recipe = recipe.model_copy(update={"hadamard": hadamard_plan(channels) if variant.hadamard else None})

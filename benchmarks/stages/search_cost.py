@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from benchmarks.accuracy.table import JOB, job_calibration, table_calibration
 from benchmarks.fetch_models import smollm2_path
-from spike_export.calibration.decoder.smoothing import (
+from spike_export.calibration.decoder.equivalent.smoothing import (
     is_per_value_head,
     shared_by_group,
     smoothing_plan,

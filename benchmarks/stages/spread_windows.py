@@ -14,7 +14,7 @@ from pathlib import Path
 from benchmarks.fetch_models import smollm2_path
 from spike_export.calibration.corpus.files import HELP_TOPICS, CorpusOptions
 from spike_export.calibration.methods.options import CalibrationOptions
-from spike_export.pipeline.cluster_options import ClusterOptions
+from spike_export.pipeline.cluster.cluster_options import ClusterOptions
 from spike_export.pipeline.job import Job
 from spike_export.pipeline.opening import open_pipeline
 from spike_export.pipeline.stage_display import StageCallback

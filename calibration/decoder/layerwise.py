@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from spike_export.artifacts.progress import Progress, silent
 from spike_export.artifacts.recipe import HEAD_WEIGHTS, SMOOTHED_HEAD, Dtype, HeadScheme, SmoothingPlan
 from spike_export.calibration.decoder.activations import Activations
+from spike_export.calibration.decoder.equivalent.smoothing import plan_scales
 from spike_export.calibration.decoder.heap import return_freed_memory
 from spike_export.calibration.decoder.simulate import QuantizedWeights, fake_quantize_tokens
-from spike_export.calibration.decoder.smoothing import plan_scales
 from spike_export.checkpoint.checkpoint import EMBEDDING, LM_HEAD, Checkpoint
 from spike_export.checkpoint.decoder_config import DecoderConfig, layer_shapes
 
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from spike_export.calibration.decoder.attention import AttentionContext, KeyValue
-    from spike_export.calibration.decoder.layer import DecoderLayer, TorchDecoder
+    from spike_export.calibration.decoder.layers.attention import AttentionContext, KeyValue
+    from spike_export.calibration.decoder.layers.layer import DecoderLayer, TorchDecoder
 
 BATCH_TOKENS = 1024
 """Tokens per forward call: large enough for fast matrix products, small enough for some hundred MB of activations."""
@@ -113,7 +113,7 @@ class Decoder:
         """The modules; the layers are empty unless they are resident or in use."""
         import torch
 
-        from spike_export.calibration.decoder.layer import empty_decoder
+        from spike_export.calibration.decoder.layers.layer import empty_decoder
 
         if not self._skeleton:
             self._skeleton.append(empty_decoder(self.config, getattr(torch, self.execution.dtype)))
@@ -264,8 +264,8 @@ class Decoder:
         """
         import torch
 
-        from spike_export.calibration.decoder.attention import AttentionContext, visible
-        from spike_export.calibration.decoder.rotary import rotary_at
+        from spike_export.calibration.decoder.layers.attention import AttentionContext, visible
+        from spike_export.calibration.decoder.layers.rotary import rotary_at
 
         config = self.config
         dtype = torch.float32 if config.family.float32_rotation else getattr(torch, self.execution.dtype)

@@ -24,8 +24,8 @@ from spike_export.checkpoint.modules import representative_of, siblings, split_n
 if TYPE_CHECKING:
     import torch
 
-    from spike_export.calibration.decoder.attention import AttentionContext
-    from spike_export.calibration.decoder.layer import DecoderLayer
+    from spike_export.calibration.decoder.layers.attention import AttentionContext
+    from spike_export.calibration.decoder.layers.layer import DecoderLayer
 
 
 def attribute(

@@ -25,7 +25,8 @@ from spike_export.artifacts.recipe import (
     activation_scale,
 )
 from spike_export.calibration.corpus.token_windows import TokenWindows
-from spike_export.calibration.decoder.equivalent_weights import transformed_checkpoint
+from spike_export.calibration.decoder.equivalent.equivalent_weights import transformed_checkpoint
+from spike_export.calibration.decoder.equivalent.smoothing import is_per_value_head, plan_scales, repeated_for_group
 from spike_export.calibration.decoder.heap import collect_and_return_memory
 from spike_export.calibration.decoder.layerwise import Decoder, Execution, Meter
 from spike_export.calibration.decoder.perplexity import (
@@ -39,7 +40,6 @@ from spike_export.calibration.decoder.perplexity import (
     with_bos,
 )
 from spike_export.calibration.decoder.simulate import QuantizedWeights, Simulation
-from spike_export.calibration.decoder.smoothing import is_per_value_head, plan_scales, repeated_for_group
 from spike_export.calibration.methods.head_smoothing import HeadSmoothing, choose_head_smoothing
 from spike_export.calibration.methods.options import CalibrationOptions
 from spike_export.calibration.methods.overflow_guard import module_dtype

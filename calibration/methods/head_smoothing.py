@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spike_export.artifacts.recipe import SMOOTHED_HEAD, HeadCandidate, SmoothingPlan
+from spike_export.calibration.decoder.equivalent.smoothing import Form, smoothing_plan, smoothing_scales
 from spike_export.calibration.decoder.layerwise import Decoder
 from spike_export.calibration.decoder.perplexity import ReferenceStates, content_states, divergence_sum
-from spike_export.calibration.decoder.smoothing import Form, smoothing_plan, smoothing_scales
 from spike_export.checkpoint.checkpoint import LM_HEAD, Checkpoint
 from spike_export.checkpoint.row_blocks import block_rows, row_blocks
 

@@ -22,10 +22,8 @@ from spike_export.artifacts.recipe import (
     SmoothingPlan,
     WeightScheme,
 )
-from spike_export.calibration.decoder.hadamard import transform_channels
-from spike_export.calibration.decoder.routing import routed_positions
-from spike_export.calibration.decoder.simulate import fake_quantize, fake_quantize_tokens
-from spike_export.calibration.decoder.smoothing import (
+from spike_export.calibration.decoder.equivalent.hadamard import transform_channels
+from spike_export.calibration.decoder.equivalent.smoothing import (
     Form,
     is_per_value_head,
     plan_scales,
@@ -34,6 +32,8 @@ from spike_export.calibration.decoder.smoothing import (
     smoothing_plan,
     smoothing_scales,
 )
+from spike_export.calibration.decoder.layers.routing import routed_positions
+from spike_export.calibration.decoder.simulate import fake_quantize, fake_quantize_tokens
 from spike_export.calibration.decoder.weight_quantization import quantize_weight
 from spike_export.calibration.methods.range_margin import range_margin
 from spike_export.calibration.statistics.spikes import ModuleSpikes, SpikeStatistics, covered_range

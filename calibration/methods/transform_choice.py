@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from spike_export.artifacts.errors import CalibrationError, RecipeError
 from spike_export.artifacts.progress import Progress, silent
 from spike_export.artifacts.recipe import HadamardPlan, RotationPlan, SmoothingPlan, TransformCandidate
-from spike_export.calibration.decoder.equivalent_weights import rotation_obstacle
-from spike_export.calibration.decoder.hadamard import hadamard_plan, value_block
+from spike_export.calibration.decoder.equivalent.equivalent_weights import rotation_obstacle
+from spike_export.calibration.decoder.equivalent.hadamard import hadamard_plan, value_block
+from spike_export.calibration.decoder.equivalent.rotation import rotation_plan
 from spike_export.calibration.decoder.layerwise import BATCH_TOKENS
 from spike_export.calibration.decoder.perplexity import Score
-from spike_export.calibration.decoder.rotation import rotation_plan
 from spike_export.calibration.methods.activation_choice import ActivationChoice, choose_activations
 from spike_export.calibration.methods.context import NO_TRANSFORM, Calibration, Transform
 from spike_export.calibration.methods.options import CalibrationOptions

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from spike_export.artifacts.errors import CalibrationError
 from spike_export.artifacts.progress import Progress, silent
+from spike_export.calibration.decoder.layers.routing import routed_positions
 from spike_export.calibration.decoder.layerwise import Decoder, batches
-from spike_export.calibration.decoder.routing import routed_positions
 from spike_export.calibration.statistics.spikes import Floats, ModuleSpikes, SpikeStatistics
 from spike_export.checkpoint.decoder_config import linear_shapes
 from spike_export.checkpoint.modules import input_sites, split_name

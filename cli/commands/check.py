@@ -25,7 +25,7 @@ from spike_export.cli.terminal.output import Output
 from spike_export.cli.verdicts import accuracy_verdict
 
 if TYPE_CHECKING:
-    from spike_export.pipeline.cluster_options import ClusterOptions
+    from spike_export.pipeline.cluster.cluster_options import ClusterOptions
     from spike_export.pipeline.evaluation_text import EvaluationText
 
 
@@ -167,7 +167,7 @@ def _require_fitting(mode: str | None, reference: str | None, recipe: Path | Non
 
 
 def _accuracy(asked: _Asked, gate: GateArguments, cluster: "ClusterOptions | None") -> int:
-    from spike_export.pipeline.check import check as check_bundle
+    from spike_export.pipeline.checking.check import check as check_bundle
     from spike_export.report.check_table import print_check
 
     bundle, options = asked.bundle, asked.options
@@ -197,7 +197,7 @@ def _accuracy(asked: _Asked, gate: GateArguments, cluster: "ClusterOptions | Non
 
 def _parity(asked: _Asked, recipe: Path | None) -> int:
     from spike_export.cli.terminal.parity_table import print_parity
-    from spike_export.pipeline.parity import parity
+    from spike_export.pipeline.checking.parity import parity
 
     with asked.output.progress("parity") as progress:
         overwrite = asked.options.overwrite
@@ -208,7 +208,7 @@ def _parity(asked: _Asked, recipe: Path | None) -> int:
 
 def _continuations(asked: _Asked, tokens: int) -> int:
     from spike_export.cli.terminal.continuations_text import print_continuations
-    from spike_export.pipeline.continuations import continuations
+    from spike_export.pipeline.checking.continuations import continuations
 
     with asked.output.progress("continuations") as progress:
         overwrite = asked.options.overwrite
@@ -220,7 +220,7 @@ def _continuations(asked: _Asked, tokens: int) -> int:
 def _tasks(asked: _Asked, tasks: str, items: int | None, max_flips: float | None) -> int:
     from spike_export.artifacts.results.task_document import task_place
     from spike_export.cli.terminal.task_table import print_task_accuracy
-    from spike_export.pipeline.tasks import task_accuracy
+    from spike_export.pipeline.checking.tasks import task_accuracy
 
     place = asked.out or task_place(asked.bundle)
     with asked.output.progress("tasks") as progress:
@@ -245,7 +245,7 @@ def _tasks(asked: _Asked, tasks: str, items: int | None, max_flips: float | None
 def _clipping(asked: _Asked, text: str, corpus: CorpusArguments) -> int:
     from spike_export.calibration.corpus.files import CorpusOptions
     from spike_export.cli.terminal.clipping_table import print_clipping
-    from spike_export.pipeline.clipping import clipping
+    from spike_export.pipeline.checking.clipping import clipping
 
     source = CorpusOptions(text, corpus.text_field, corpus.corpus_split, corpus.chat_template)
     with asked.output.progress("clipping") as progress:
@@ -260,7 +260,7 @@ def _clipping(asked: _Asked, text: str, corpus: CorpusArguments) -> int:
 def _lint(asked: _Asked) -> int:
     from spike_export.cli.terminal.lint_text import print_lint
     from spike_export.engines.lint.linter import LINT_KEYS, lint_model
-    from spike_export.pipeline.result_file import ResultFile
+    from spike_export.pipeline.checking.result_file import ResultFile
 
     file = ResultFile.at(asked.out, "the linter's result", *LINT_KEYS, overwrite=asked.options.overwrite)
     result = lint_model(asked.bundle)

@@ -21,7 +21,7 @@ def merge(
     run_options: RunArguments = RunArguments(),
 ) -> int:
     """Merge the statistics of `calibrate --shard`; `calibrate` without --shard continues with them."""
-    from spike_export.pipeline.shard_merge import merge_shards
+    from spike_export.pipeline.cluster.shard_merge import merge_shards
 
     samples = merge_shards(shards, work_dir)
     record(work_dir)

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from spike_export.artifacts.manifest import load_manifest
 from spike_export.artifacts.progress import Progress, silent
 from spike_export.artifacts.recipe import Recipe
+from spike_export.calibration.decoder.equivalent.rotation import rotation_matrix
 from spike_export.calibration.decoder.heap import collect_and_return_memory
 from spike_export.calibration.decoder.layerwise import Decoder
-from spike_export.calibration.decoder.rotation import rotation_matrix
 from spike_export.checkpoint.checkpoint import Checkpoint
 from spike_export.checkpoint.modules import input_sites
 from spike_export.engines.onnx_runtime.taps import LOGITS, Station, Values, open_tapped

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from spike_export.artifacts.manifest import Manifest
 from spike_export.artifacts.recipe import SMOOTHED_HEAD, ModulePlan, Recipe
-from spike_export.calibration.decoder.equivalent_weights import transformed_checkpoint
+from spike_export.calibration.decoder.equivalent.equivalent_weights import transformed_checkpoint
 from spike_export.calibration.decoder.layerwise import Decoder, Visit
 from spike_export.calibration.decoder.simulate import QuantizedWeights, Simulation
 from spike_export.calibration.float8 import float8_modules

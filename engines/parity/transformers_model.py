@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from spike_export.calibration.decoder.attention import visible
+from spike_export.calibration.decoder.layers.attention import visible
 from spike_export.checkpoint.checkpoint import EMBEDDING, LM_HEAD, Checkpoint
 from spike_export.checkpoint.families import Experts
 from spike_export.engines.onnx_runtime.taps import LOGITS

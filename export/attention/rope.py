@@ -55,7 +55,7 @@ def rotary_tables(scaling: RopeScaling, positions: int) -> tuple[Table, Table]:
     Raises:
         CheckpointError: There is no memory for tables of so many positions.
     """
-    from spike_export.calibration.decoder.rotary import rotary_at
+    from spike_export.calibration.decoder.layers.rotary import rotary_at
 
     require_available(
         _TABLE_BYTES * positions * scaling.channels,

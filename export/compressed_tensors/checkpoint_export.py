@@ -15,7 +15,7 @@ from spike_export.artifacts.files.sole_writer import sole_writer
 from spike_export.artifacts.ownership import CHECKPOINT_MARK, is_written_checkpoint, require_replaceable
 from spike_export.artifacts.progress import Progress, silent
 from spike_export.artifacts.recipe import Dtype, ModulePlan, Recipe, load_recipe, recipe_sha256
-from spike_export.calibration.decoder.equivalent_weights import transformed_checkpoint
+from spike_export.calibration.decoder.equivalent.equivalent_weights import transformed_checkpoint
 from spike_export.checkpoint.checkpoint import Checkpoint
 from spike_export.checkpoint.opening import open_checkpoint
 from spike_export.export.bundle import verify_recipe

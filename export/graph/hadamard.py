@@ -2,7 +2,7 @@
 
 import onnx_ir as ir
 
-from spike_export.calibration.decoder.hadamard import hadamard_matrix
+from spike_export.calibration.decoder.equivalent.hadamard import hadamard_matrix
 from spike_export.export.graph.graph_builder import GraphBuilder
 
 

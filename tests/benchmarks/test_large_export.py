@@ -17,7 +17,7 @@ from benchmarks.stages import export_cost
 from benchmarks.stages.export_cost import Exporter, graph_size, installed
 from spike_export.artifacts.manifest import load_manifest
 from spike_export.artifacts.recipe import NumberFormat, WeightScheme
-from spike_export.calibration.decoder.equivalent_weights import equivalent_checkpoint
+from spike_export.calibration.decoder.equivalent.equivalent_weights import equivalent_checkpoint
 from spike_export.calibration.decoder.weight_quantization import ELEMENTS, quantize_rows, quantize_weight
 from spike_export.checkpoint.checkpoint import EMBEDDING, Checkpoint
 from spike_export.checkpoint.modules import input_sites

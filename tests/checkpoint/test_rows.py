@@ -12,9 +12,9 @@ import torch
 
 from spike_export.artifacts.errors import CheckpointError
 from spike_export.artifacts.files.atomic_write import atomic_path
-from spike_export.calibration.decoder.equivalent_weights import equivalent_checkpoint
+from spike_export.calibration.decoder.equivalent.equivalent_weights import equivalent_checkpoint
+from spike_export.calibration.decoder.equivalent.smoothing import smoothing_plan
 from spike_export.calibration.decoder.layerwise import Decoder, Execution
-from spike_export.calibration.decoder.smoothing import smoothing_plan
 from spike_export.checkpoint.checkpoint import EMBEDDING, LM_HEAD, Checkpoint
 from spike_export.checkpoint.opening import open_checkpoint
 from tests.support.tiny.checkpoints import random_llama, write_hf

@@ -64,7 +64,7 @@ def crash_file(outcome: Outcome) -> Path:
 @pytest.fixture
 def merge_fails(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
     """Plants an error into a command that has a work directory."""
-    return lambda error: monkeypatch.setattr("spike_export.pipeline.shard_merge.merge_shards", failing(error))
+    return lambda error: monkeypatch.setattr("spike_export.pipeline.cluster.shard_merge.merge_shards", failing(error))
 
 
 def process(file: str, name: str, error: str, *arguments: str, **environment: str) -> Outcome:
@@ -126,7 +126,7 @@ def test_every_kind_of_fault_is_caught(
 
 
 def test_a_recursion_without_end_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("spike_export.pipeline.shard_merge.merge_shards", endless)
+    monkeypatch.setattr("spike_export.pipeline.cluster.shard_merge.merge_shards", endless)
     done = call("merge", "part", "--work-dir", tmp_path / "run")
     text = crash_file(done).read_text()
     assert "RecursionError" in text

@@ -18,12 +18,12 @@ from spike_export.calibration.corpus.files import CorpusOptions
 from spike_export.calibration.methods.context import Calibration, Transform
 from spike_export.calibration.methods.options import CalibrationOptions
 from spike_export.checkpoint.opening import open_checkpoint
-from spike_export.pipeline.check import check
-from spike_export.pipeline.cluster_options import ClusterOptions
+from spike_export.pipeline.checking.check import check
+from spike_export.pipeline.cluster.cluster_options import ClusterOptions
+from spike_export.pipeline.cluster.ray_workers import RayWorkers, WorkerTask, require_alike, surroundings
 from spike_export.pipeline.evaluation_text import EvaluationText
 from spike_export.pipeline.execution import ExecutionOptions
 from spike_export.pipeline.job import Job
-from spike_export.pipeline.ray_workers import RayWorkers, WorkerTask, require_alike, surroundings
 from spike_export.pipeline.run_job import run_job
 from tests.support.tiny.cli_models import Outcome, artifacts, call, corpus_text, write_inputs
 
@@ -204,7 +204,7 @@ def test_an_address_without_a_cluster_is_refused_at_once(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ray itself would wait for minutes."""
-    monkeypatch.setattr("spike_export.pipeline.ray_workers.find_spec", lambda _: object())
+    monkeypatch.setattr("spike_export.pipeline.cluster.ray_workers.find_spec", lambda _: object())
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{taken.getsockname()[1]}"
@@ -223,7 +223,7 @@ def test_a_worker_of_another_kind_is_refused(name: str) -> None:
 
 
 def test_ray_is_an_extra(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("spike_export.pipeline.ray_workers.find_spec", lambda _: None)
+    monkeypatch.setattr("spike_export.pipeline.cluster.ray_workers.find_spec", lambda _: None)
     refused = calibrated(folder, tmp_path / "run", "--ray", "local").error
     assert "install the extra: pip install 'spike-export[ray]'" in refused
 

@@ -28,10 +28,10 @@ from spike_export.artifacts.recipe import (
     WeightScheme,
     activation_scale,
 )
-from spike_export.calibration.decoder.equivalent_weights import equivalent_checkpoint
+from spike_export.calibration.decoder.equivalent.equivalent_weights import equivalent_checkpoint
+from spike_export.calibration.decoder.equivalent.smoothing import smoothing_plan
 from spike_export.calibration.decoder.layerwise import Decoder
 from spike_export.calibration.decoder.simulate import QuantizedWeights, Simulation
-from spike_export.calibration.decoder.smoothing import smoothing_plan
 from spike_export.checkpoint.checkpoint import Checkpoint
 from spike_export.checkpoint.decoder_config import tensor_shapes
 from spike_export.checkpoint.modules import is_router, linears

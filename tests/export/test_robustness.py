@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from spike_export.artifacts.recipe import Prefix, Recipe, load_recipe, save_recipe
-from spike_export.calibration.decoder.smoothing import smoothing_plan
+from spike_export.calibration.decoder.equivalent.smoothing import smoothing_plan
 from spike_export.checkpoint.modules import linears
 from spike_export.checkpoint.opening import open_checkpoint
 from tests.support.tiny.checkpoints import planted_spike_llama, state, write_weights

@@ -29,11 +29,11 @@ from spike_export.artifacts.recipe import (
     WeightScheme,
     activation_scale,
 )
-from spike_export.calibration.decoder.equivalent_weights import equivalent_checkpoint, transformed_checkpoint
-from spike_export.calibration.decoder.hadamard import hadamard_plan
+from spike_export.calibration.decoder.equivalent.equivalent_weights import equivalent_checkpoint, transformed_checkpoint
+from spike_export.calibration.decoder.equivalent.hadamard import hadamard_plan
+from spike_export.calibration.decoder.equivalent.smoothing import smoothing_plan
 from spike_export.calibration.decoder.layerwise import Decoder
 from spike_export.calibration.decoder.simulate import QuantizedWeights, Simulation, fake_quantize_tokens
-from spike_export.calibration.decoder.smoothing import smoothing_plan
 from spike_export.calibration.decoder.weight_quantization import quantize_weight
 from spike_export.checkpoint.checkpoint import EMBEDDING, LM_HEAD, Checkpoint
 from spike_export.checkpoint.decoder_config import decoder_config, tensor_shapes

@@ -30,7 +30,7 @@ from spike_export.calibration.corpus.chat import rendered
 from spike_export.calibration.corpus.corpus import Corpus
 from spike_export.calibration.corpus.files import CorpusOptions, load_corpora
 from spike_export.calibration.corpus.model_windows import model_windows
-from spike_export.calibration.decoder.equivalent_weights import transformed_checkpoint
+from spike_export.calibration.decoder.equivalent.equivalent_weights import transformed_checkpoint
 from spike_export.calibration.methods.prefix_choice import PrefixChoice
 from spike_export.calibration.statistics.partial_statistics import merge_shards
 from spike_export.calibration.statistics.spikes import ModuleSpikes, SpikeStatistics, load_spikes, save_spikes

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.accuracy.unseen_text import AS_CHOSEN, Judge, evaluate
 from spike_export.artifacts.recipe import HadamardPlan, ModulePlan, Recipe, save_recipe
-from spike_export.calibration.decoder.smoothing import smoothing_plan
+from spike_export.calibration.decoder.equivalent.smoothing import smoothing_plan
 from tests.independent import fake_quantization
 from tests.support.tiny.models import TinyModel, input_scales, model_with_bos, tiny_llama, tiny_recipe
 

@@ -15,12 +15,12 @@ from spike_export.artifacts.errors import RecipeError
 from spike_export.artifacts.recipe import Dtype, HeadScheme, Recipe, RotationPlan, Scheme, load_recipe, save_recipe
 from spike_export.calibration.corpus.corpus import Corpus
 from spike_export.calibration.corpus.token_windows import TokenWindows
-from spike_export.calibration.decoder.equivalent_weights import equivalent_checkpoint
+from spike_export.calibration.decoder.equivalent.equivalent_weights import equivalent_checkpoint
+from spike_export.calibration.decoder.equivalent.rotation import rotation_plan
+from spike_export.calibration.decoder.equivalent.smoothing import plan_scales, smoothing_plan
 from spike_export.calibration.decoder.layerwise import FINAL_NORM, Decoder, Execution
 from spike_export.calibration.decoder.perplexity import model_perplexity
-from spike_export.calibration.decoder.rotation import rotation_plan
 from spike_export.calibration.decoder.simulate import QuantizedWeights, Simulation
-from spike_export.calibration.decoder.smoothing import plan_scales, smoothing_plan
 from spike_export.calibration.methods.context import NO_TRANSFORM, Calibration
 from spike_export.calibration.methods.head_smoothing import CANDIDATES
 from spike_export.calibration.methods.module_choice import NOTHING_KEPT

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from spike_export.artifacts.recipe import Recipe, RotationPlan, SmoothingPlan
 from spike_export.calibration.corpus.corpus import Corpus
 from spike_export.calibration.corpus.token_windows import TokenWindows
-from spike_export.calibration.decoder.rotation import rotation_plan
-from spike_export.calibration.decoder.smoothing import smoothing_plan
+from spike_export.calibration.decoder.equivalent.rotation import rotation_plan
+from spike_export.calibration.decoder.equivalent.smoothing import smoothing_plan
 from spike_export.calibration.methods.context import Calibration, Transform
 from spike_export.calibration.methods.options import CalibrationOptions
 from spike_export.calibration.methods.qfem import ModuleChoice

@@ -18,11 +18,11 @@ from spike_export.artifacts.errors import RecipeError
 from spike_export.artifacts.recipe import Dtype, HadamardPlan, ModulePlan, Recipe
 from spike_export.calibration.corpus.corpus import Corpus
 from spike_export.calibration.corpus.token_windows import TokenWindows
-from spike_export.calibration.decoder.equivalent_weights import transformed_checkpoint
+from spike_export.calibration.decoder.equivalent.equivalent_weights import transformed_checkpoint
+from spike_export.calibration.decoder.equivalent.smoothing import plan_scales, smoothing_plan, smoothing_scales
 from spike_export.calibration.decoder.layerwise import Decoder
 from spike_export.calibration.decoder.perplexity import Likelihood, Score, window_scores
 from spike_export.calibration.decoder.simulate import QuantizedWeights, Simulation
-from spike_export.calibration.decoder.smoothing import plan_scales, smoothing_plan, smoothing_scales
 from spike_export.calibration.methods import smoothing_search, transform_choice
 from spike_export.calibration.methods.context import NO_TRANSFORM, Calibration, channel_scales, module_plans
 from spike_export.calibration.methods.module_choice import NOTHING_KEPT

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from spike_export.artifacts.errors import ArtifactError, CalibrationError
 from spike_export.artifacts.recipe import UNREACHED
-from spike_export.calibration.decoder import attention
-from spike_export.calibration.decoder.attention import attend
+from spike_export.calibration.decoder.layers import attention
+from spike_export.calibration.decoder.layers.attention import attend
 from spike_export.calibration.decoder.layerwise import BATCH_TOKENS, Decoder
 from spike_export.calibration.methods.context import NO_TRANSFORM, module_plans
 from spike_export.calibration.methods.options import CalibrationOptions

@@ -13,7 +13,7 @@ from spike_export.artifacts.recipe import save_recipe
 from spike_export.checkpoint.modules import linears
 from spike_export.checkpoint.opening import open_checkpoint
 from spike_export.export.bundle import ExportOptions, export_bundle
-from spike_export.pipeline.opened_pair import recipe_of
+from spike_export.pipeline.checking.opened_pair import recipe_of
 from tests.support.planted_faults import changed, planted
 from tests.support.tiny.cli_models import SMALL, call, write_inputs
 from tests.support.tiny.models import tiny_recipe

@@ -17,7 +17,7 @@ from spike_export.engines.engine import Engine
 from spike_export.engines.generation.bundle_tokenizer import BundleTokenizer
 from spike_export.engines.onnx_runtime.session import open_bundle
 from spike_export.export.bundle import ExportOptions, export_bundle
-from spike_export.pipeline import tasks as pipeline_tasks
+from spike_export.pipeline.checking import tasks as pipeline_tasks
 from tests.pipeline.test_no_network import watched
 from tests.support.documentation import json_keys
 from tests.support.terminal_words import kept_words, too_wide

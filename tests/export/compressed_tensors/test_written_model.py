@@ -16,10 +16,10 @@ from benchmarks.accuracy.compressed_reading import computed_model, config_of, st
 from benchmarks.accuracy.written_checkpoint import perplexity
 from spike_export.artifacts.errors import CheckpointError
 from spike_export.artifacts.recipe import ModulePlan, Prefix, Recipe, RotationPlan, Scheme, SmoothingPlan
-from spike_export.calibration.decoder.equivalent_weights import equivalent_checkpoint, transformed_checkpoint
+from spike_export.calibration.decoder.equivalent.equivalent_weights import equivalent_checkpoint, transformed_checkpoint
+from spike_export.calibration.decoder.equivalent.smoothing import smoothing_plan
 from spike_export.calibration.decoder.layerwise import Decoder
 from spike_export.calibration.decoder.simulate import QuantizedWeights, Simulation
-from spike_export.calibration.decoder.smoothing import smoothing_plan
 from spike_export.calibration.statistics.measure import measure_spikes
 from spike_export.checkpoint.checkpoint import Checkpoint
 from spike_export.checkpoint.modules import is_router, linears, representative_of

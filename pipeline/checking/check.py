@@ -11,12 +11,12 @@ from spike_export.artifacts.results.check_document import Check, is_check, save_
 from spike_export.calibration.decoder.layerwise import Decoder, Execution
 from spike_export.engines.accuracy.variants import Variant, check_variants
 from spike_export.export.bundle import ExportOptions
-from spike_export.pipeline.cluster_options import ClusterOptions
+from spike_export.pipeline.checking.opened_pair import opened_pair
+from spike_export.pipeline.cluster.cluster_options import ClusterOptions
+from spike_export.pipeline.cluster.ray_workers import RayWorkers, WorkerTask
 from spike_export.pipeline.evaluation_text import EvaluationText, evaluation_windows
 from spike_export.pipeline.further_texts import further_texts
 from spike_export.pipeline.kept_references import reference_cache
-from spike_export.pipeline.opened_pair import opened_pair
-from spike_export.pipeline.ray_workers import RayWorkers, WorkerTask
 
 
 def check(

@@ -9,9 +9,9 @@ from spike_export.engines.accuracy.continuations import Continuations, compare_c
 from spike_export.engines.bundle_text import bundle_tokenizer
 from spike_export.engines.onnx_runtime.decoding import OnnxDecoding
 from spike_export.engines.onnx_runtime.session import open_for_generation
+from spike_export.pipeline.checking.opened_pair import opened_pair
+from spike_export.pipeline.checking.result_file import ResultFile
 from spike_export.pipeline.evaluation_text import EvaluationText, evaluation_windows
-from spike_export.pipeline.opened_pair import opened_pair
-from spike_export.pipeline.result_file import ResultFile
 
 _PROMPTS, _PROMPT_TOKENS = 4, 32
 

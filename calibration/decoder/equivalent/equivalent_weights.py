@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 
 from spike_export.artifacts.errors import RecipeError
 from spike_export.artifacts.recipe import HadamardPlan, RotationPlan, SmoothingPlan
-from spike_export.calibration.decoder.hadamard import transform_columns, transform_rows
-from spike_export.calibration.decoder.rotation import rotation_matrix
-from spike_export.calibration.decoder.smoothing import is_per_value_head, plan_scales, repeated_for_group
+from spike_export.calibration.decoder.equivalent.hadamard import transform_columns, transform_rows
+from spike_export.calibration.decoder.equivalent.rotation import rotation_matrix
+from spike_export.calibration.decoder.equivalent.smoothing import is_per_value_head, plan_scales, repeated_for_group
 from spike_export.checkpoint.checkpoint import EMBEDDING, LM_HEAD, Checkpoint
 from spike_export.checkpoint.decoder_config import DecoderConfig, linear_shapes
 from spike_export.checkpoint.modules import (

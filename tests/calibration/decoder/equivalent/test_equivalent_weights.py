@@ -12,22 +12,22 @@ import torch
 
 from spike_export.artifacts.errors import RecipeError
 from spike_export.artifacts.recipe import HadamardPlan, RotationPlan, SmoothingPlan
-from spike_export.calibration.decoder import equivalent_weights
-from spike_export.calibration.decoder.equivalent_weights import (
+from spike_export.calibration.decoder.equivalent import equivalent_weights
+from spike_export.calibration.decoder.equivalent.equivalent_weights import (
     EquivalentTensors,
     equivalent_checkpoint,
     rotation_obstacle,
 )
-from spike_export.calibration.decoder.hadamard import (
+from spike_export.calibration.decoder.equivalent.hadamard import (
     hadamard_plan,
     transform_channels,
     transform_columns,
     transform_rows,
     value_block,
 )
+from spike_export.calibration.decoder.equivalent.rotation import rotation_plan
+from spike_export.calibration.decoder.equivalent.smoothing import plan_scales, smoothing_plan
 from spike_export.calibration.decoder.layerwise import Decoder, Execution
-from spike_export.calibration.decoder.rotation import rotation_plan
-from spike_export.calibration.decoder.smoothing import plan_scales, smoothing_plan
 from spike_export.calibration.statistics.measure import measure_spikes
 from spike_export.checkpoint import row_blocks
 from spike_export.checkpoint.checkpoint import EMBEDDING, LM_HEAD, Checkpoint

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
-from spike_export.calibration.decoder.smoothing import (
+from spike_export.calibration.decoder.equivalent.smoothing import (
     is_per_value_head,
     plan_scales,
     repeated_for_group,

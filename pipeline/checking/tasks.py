@@ -21,8 +21,8 @@ from spike_export.engines.tasks.written_texts import TextRequest, written
 from spike_export.export.bundle import ExportOptions, export_bundle
 from spike_export.export.cache_options import CacheOptions
 from spike_export.export.unquantized import unquantized_recipe
-from spike_export.pipeline.opened_pair import opened_pair
-from spike_export.pipeline.result_file import ResultFile
+from spike_export.pipeline.checking.opened_pair import opened_pair
+from spike_export.pipeline.checking.result_file import ResultFile
 
 
 def task_accuracy(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from spike_export.artifacts.recipe import Dtype
-from spike_export.calibration.decoder.attention import attend, visible
+from spike_export.calibration.decoder.layers.attention import attend, visible
 from spike_export.calibration.decoder.layerwise import Decoder, Execution
 from spike_export.checkpoint.checkpoint import Checkpoint
 from tests.support.cached_forward import cached_logits

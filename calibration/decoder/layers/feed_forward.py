@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from spike_export.calibration.decoder.hadamard import transform_channels
+from spike_export.calibration.decoder.equivalent.hadamard import transform_channels
 from spike_export.checkpoint.families import Activation
 
 ACTIVATIONS: Mapping[Activation, Callable[[torch.Tensor], torch.Tensor]] = {

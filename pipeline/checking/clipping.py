@@ -10,8 +10,8 @@ from spike_export.calibration.corpus.model_windows import tokenizer_windows
 from spike_export.engines.accuracy.clipping import Clipping, measure_clipping
 from spike_export.engines.bundle_text import bundle_tokenizer
 from spike_export.engines.onnx_runtime.session import runnable_manifest
+from spike_export.pipeline.checking.result_file import ResultFile
 from spike_export.pipeline.job import require_room
-from spike_export.pipeline.result_file import ResultFile
 
 
 def clipping(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from spike_export.artifacts.recipe import RotationPlan
-from spike_export.calibration.decoder.rotation import rotation_matrix, rotation_plan
+from spike_export.calibration.decoder.equivalent.rotation import rotation_matrix, rotation_plan
 
 WIDTHS = (48, 64, 576, 640, 896, 1152, 1536, 2048, 2304, 3072, 3584, 4096, 5120, 8192)
 """Hidden sizes of the families' models, and a test's."""

@@ -30,7 +30,7 @@ from spike_export.calibration.statistics.partial_statistics import Samples
 from spike_export.calibration.statistics.spikes import SpikeStatistics
 from spike_export.checkpoint.checkpoint import Checkpoint
 from spike_export.checkpoint.opening import open_checkpoint
-from spike_export.pipeline.cluster_options import LOCAL, ClusterOptions
+from spike_export.pipeline.cluster.cluster_options import LOCAL, ClusterOptions
 from spike_export.pipeline.execution import ExecutionOptions, execution_of
 
 _RESTARTS = 3

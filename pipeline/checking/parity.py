@@ -5,9 +5,9 @@ from pathlib import Path
 from spike_export.artifacts.progress import Progress, silent
 from spike_export.calibration.decoder.perplexity import with_bos
 from spike_export.engines.parity.chain import Chain, Parity, parity_chain
+from spike_export.pipeline.checking.opened_pair import opened_pair, recipe_of
+from spike_export.pipeline.checking.result_file import ResultFile
 from spike_export.pipeline.evaluation_text import EvaluationText, evaluation_windows
-from spike_export.pipeline.opened_pair import opened_pair, recipe_of
-from spike_export.pipeline.result_file import ResultFile
 
 _WINDOWS, _TOKENS = 2, 64
 """A fault shows in any window that reaches the module; the fewer, the less it takes."""

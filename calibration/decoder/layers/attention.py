@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from spike_export.calibration.decoder.norms import RMSNorm, family_norm
-from spike_export.calibration.decoder.rotary import Rotary
+from spike_export.calibration.decoder.layers.norms import RMSNorm, family_norm
+from spike_export.calibration.decoder.layers.rotary import Rotary
 from spike_export.checkpoint.decoder_config import DecoderConfig
 
 Operands = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]

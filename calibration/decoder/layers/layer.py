@@ -6,11 +6,11 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from spike_export.calibration.decoder.attention import Attention, AttentionContext
-from spike_export.calibration.decoder.experts import SparseMoe
-from spike_export.calibration.decoder.feed_forward import FeedForward
-from spike_export.calibration.decoder.hadamard import transform_channels
-from spike_export.calibration.decoder.norms import family_norm
+from spike_export.calibration.decoder.equivalent.hadamard import transform_channels
+from spike_export.calibration.decoder.layers.attention import Attention, AttentionContext
+from spike_export.calibration.decoder.layers.experts import SparseMoe
+from spike_export.calibration.decoder.layers.feed_forward import FeedForward
+from spike_export.calibration.decoder.layers.norms import family_norm
 from spike_export.checkpoint.decoder_config import DecoderConfig, linear_shapes
 from spike_export.checkpoint.families import Experts
 from spike_export.checkpoint.modules import block_inputs

@@ -1,0 +1,1 @@
+"""Models that compute the same with other weights: smoothed, rotated, behind Hadamard transforms."""

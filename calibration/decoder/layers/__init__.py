@@ -1,0 +1,1 @@
+"""A decoder layer in torch, and its parts."""

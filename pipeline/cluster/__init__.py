@@ -1,0 +1,1 @@
+"""The job's work spread over machines: by Ray, or as shards that are merged."""
