@@ -118,7 +118,7 @@ def equivalent_checkpoint(
     require_input_blocks(input_hadamard, config)
     scales = stored_scales(config, smoothing)
     tensors = EquivalentTensors(checkpoint, matrix, scales, block, value_rotation, input_hadamard)
-    config = replace(config, hadamard_block=block, input_hadamard=input_hadamard)
+    config = replace(config, hadamard_block=block, input_hadamard=dict(input_hadamard))
     if rotation and config.tie_word_embeddings:
         config = replace(config, tie_word_embeddings=False, hf={**config.hf, "tie_word_embeddings": False})
     return replace(checkpoint, config=config, tensors=tensors)
