@@ -339,7 +339,7 @@ class TransformCandidate(_Document):
     Attributes:
         name: `none`, `smoothing`, or the rotation's kind and seed; with `+ Hadamard` where `down_proj`'s inputs are
             transformed at run time, and `+ Hadamard at every input` where those of the blocks are too.
-        perplexity: On the search windows, with every linear quantized.
+        perplexity: On the search windows, with every linear quantized, and scales per token where inputs may have them.
         divergence: KL divergence from the unquantized model there, per token in nats; what the choice goes by.
     """
 

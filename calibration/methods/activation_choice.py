@@ -54,12 +54,10 @@ def choose_activations(
         score: Evaluates the model whose representatives of that name have a scale per token, the others a constant.
         progress: Told after each of the two evaluated sets.
     """
-    if calibration.options.activations != "auto":
-        return ActivationChoice()
-    order = _order(calibration, statistics, transform)
-    most = _fitting(order, calibration.options.max_per_token_share)
+    most = favoured_inputs(calibration, statistics, transform)
     if not most:
         return ActivationChoice()
+    order = _order(calibration, statistics, transform)
     scores: list[Score] = []
     for per_token in ((), most):
         scores.append(score(per_token))
@@ -71,6 +69,13 @@ def choose_activations(
         _candidate(order, most, mixed, "chosen" if pays else "saves too little"),
     )
     return ActivationChoice(most if pays else (), candidates)
+
+
+def favoured_inputs(calibration: Calibration, statistics: SpikeStatistics, transform: Transform) -> tuple[str, ...]:
+    """Return the inputs that get a scale per token if any do; none where the options leave no choice."""
+    if calibration.options.activations != "auto":
+        return ()
+    return _fitting(_order(calibration, statistics, transform), calibration.options.max_per_token_share)
 
 
 def choose_measured_activations(

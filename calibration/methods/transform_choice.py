@@ -20,7 +20,11 @@ from spike_export.calibration.decoder.equivalent.hadamard import hadamard_plan, 
 from spike_export.calibration.decoder.equivalent.rotation import rotation_plan
 from spike_export.calibration.decoder.layerwise import BATCH_TOKENS
 from spike_export.calibration.decoder.perplexity import Score
-from spike_export.calibration.methods.activation_choice import ActivationChoice, choose_activations
+from spike_export.calibration.methods.activation_choice import (
+    ActivationChoice,
+    choose_activations,
+    favoured_inputs,
+)
 from spike_export.calibration.methods.context import NO_TRANSFORM, Calibration, Transform
 from spike_export.calibration.methods.options import CalibrationOptions
 from spike_export.calibration.methods.smoothing_search import SiteChoice, SmoothingSearch, TokenChoice
@@ -55,7 +59,8 @@ def choose_transform(calibration: Calibration, behind: SpikeStatistics, progress
     """Search smoothing and clipping, with and without a rotation, and a Hadamard transform of `down_proj`'s inputs or
     of all.
 
-    The least divergence from the model itself wins.
+    The least divergence from the model itself wins, with scales per token at the inputs that would get them: what
+    constants everywhere cost is mostly the cost of a few inputs that will have none.
 
     Args:
         calibration: The model and its windows.
@@ -74,7 +79,9 @@ def choose_transform(calibration: Calibration, behind: SpikeStatistics, progress
             statistics = calibration.measure(behind.prefix_ids, Transform(rotation=rotation))
         searched = _searched(calibration, statistics, rotation, progress)
         for label, found in _with_and_without_hadamard(calibration, name, searched):
-            tried.append(_Tried(label, statistics, found, found.score(calibration, statistics)))
+            per_token = favoured_inputs(calibration, statistics, found.final())
+            score = found.score(calibration, statistics, per_token)
+            tried.append(_Tried(label, statistics, found, per_token, score))
     best = min(tried, key=lambda each: _cost(calibration, each.found, each.score))
     candidates = tuple(
         TransformCandidate(
@@ -91,7 +98,9 @@ def choose_transform(calibration: Calibration, behind: SpikeStatistics, progress
 
 def _kinds(calibration: Calibration, tried: "_Tried", progress: Progress) -> ActivationChoice:
     def score(per_token: tuple[str, ...]) -> Score:
-        return tried.found.score(calibration, tried.statistics, per_token) if per_token else tried.score
+        if per_token == tried.per_token:
+            return tried.score
+        return tried.found.score(calibration, tried.statistics, per_token)
 
     return choose_activations(calibration, tried.statistics, tried.found.final(), score, progress)
 
@@ -211,11 +220,20 @@ class _Found:
 
 @dataclass(frozen=True)
 class _Tried:
-    """A competitor: its statistics, what the search found in them, and what that is worth with constants alone."""
+    """A competitor: its statistics, what the search found in them, and what that is worth.
+
+    Attributes:
+        name: As the recipe lists it.
+        statistics: Of the model before smoothing.
+        found: By the search.
+        per_token: The inputs with a scale per token; the others have a constant.
+        score: On windows that no scale is made of.
+    """
 
     name: str
     statistics: SpikeStatistics
     found: _Found
+    per_token: tuple[str, ...]
     score: Score
 
 

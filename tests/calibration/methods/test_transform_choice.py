@@ -309,9 +309,10 @@ def test_rotations_compete_where_they_may() -> None:
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
 def test_a_hadamard_transform_spreads_an_outlier(name: str) -> None:
     """It wins without smoothing, which it comes behind, and its ranges are those of the transformed inputs."""
-    calibration = calibration_of(outlier=2000.0, hadamard="down_proj", smoothing=False, activation_range="mse")
+    constants: Any = {"hadamard": "down_proj", "activations": "static"}
+    calibration = calibration_of(outlier=2000.0, smoothing=False, activation_range="mse", **constants)
     if name == "mixtral":
-        calibration = calibration_of(name, hadamard="down_proj")
+        calibration = calibration_of(name, **constants)
     choice = choose_transform(calibration, calibration.measure(()))
     assert choice.transform.hadamard == HadamardPlan(block=16)
     scores = {each.name: each.divergence for each in choice.candidates}
@@ -352,6 +353,18 @@ def test_inputs_of_blocks_pass_a_transform_where_it_suits_them(name: str) -> Non
             assert each.transformed.noise <= each.noise
             assert (each.transformed.block == 16) == (each.transformed.noise < each.noise)
             assert each.transformed.tokens.noise <= each.tokens.noise
+
+
+def test_transforms_compete_with_the_scales_per_token_that_they_would_get() -> None:
+    calibration = calibration_of(hadamard="auto")
+    choice = choose_transform(calibration, calibration.measure(()))
+    _, mixed = choice.kinds.candidates
+    (chosen,) = (each for each in choice.candidates if each.verdict == "chosen")
+    assert choice.kinds.per_token
+    assert (mixed.perplexity, mixed.divergence) == (chosen.perplexity, chosen.divergence)
+    static = replace(calibration, options=replace(calibration.options, activations="static"))
+    constants = choose_transform(static, calibration.measure(())).candidates
+    assert all(each.divergence != other.divergence for each, other in zip(constants, choice.candidates, strict=True))
 
 
 def with_large_channels(calibration: Calibration) -> Calibration:
