@@ -102,10 +102,10 @@ def block_inputs(config: DecoderConfig) -> tuple[str, str | None]:
 
     None where several inputs share the tensor: a router and the experts of a mixture.
     """
-    attention = input_sites(config)[0].representative
-    if config.family.experts:
-        return attention, None
-    return attention, "mlp.gate_up_proj" if config.family.fused_projections else "mlp.up_proj"
+    family = config.family
+    blocks = (_FUSED_ATTENTION, _FUSED_MLP) if family.fused_projections else (_ATTENTION, _MLP)
+    attention, feed_forward = (sites[0].representative for sites in blocks)
+    return attention, None if family.experts else feed_forward
 
 
 def representatives(config: DecoderConfig) -> tuple[str, ...]:
